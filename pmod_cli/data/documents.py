@@ -1,0 +1,244 @@
+"""Synthetic documents drawn from an integer seed: a receipt, a bar chart, coloured shapes; each with questions.
+
+The four tasks stand for the four kinds of benchmark the paper reports: ``doc`` for DocVQA, ``chart`` for ChartQA,
+``attribute`` for GQA, ``presence`` for POPE. Answers sit on a few patches at places that vary, so they cannot be
+guessed, and a label always comes before its value in reading order, since a causal decoder cannot look ahead.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pmod_cli.data.glyphs import HEIGHT, WIDTH, glyph
+
+TASKS = ("doc", "chart", "attribute", "presence")
+SPLITS = ("train", "test")
+CELL = 8  # pixels: glyphs are set on this grid, one cell per patch of the bundled model, jittered inside the cell
+
+# Each label starts with a letter of its own.
+LABELS = tuple("bun cod dip egg fig gum ham ice jam nut oil pie rye soy tea yam".split())
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 215),
+    "yellow": (240, 205, 30),
+    "purple": (140, 50, 170),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; ``region`` is the pixel box (x0, y0, x1, y1) the answer is read from, if any."""
+
+    question: str
+    answer: str
+    region: Box | None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One drawn thing: its pixel box, the word for what it shows, and the word it belongs to (label or colour)."""
+
+    box: Box
+    shows: str
+    belongs: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A drawn image (RGB), the turns that may be asked about it, and everything that was drawn on it."""
+
+    task: str
+    seed: int
+    image: Image.Image
+    turns: list[Turn]
+    marks: list[Mark]
+
+
+def seed_of(split: str, index: int) -> int:
+    """The seed of document ``index`` of a split: even for train, odd for test, so that the splits share none.
+
+    Raises:
+        ValueError: an unknown split or a negative index.
+    """
+    if split not in SPLITS or index < 0:
+        raise ValueError(f"a document is named by one of {SPLITS} and an index >= 0, not by {split!r} and {index}")
+    return 2 * index + SPLITS.index(split)
+
+
+def draw(task: str, seed: int, size: tuple[int, int] = (96, 96)) -> Document:
+    """Draw one document; the same task, seed and size give the same document.
+
+    Args:
+        task: one of ``TASKS``.
+        seed: any integer; see ``seed_of``.
+        size: width and height in pixels, multiples of 8, at least 96 by 48.
+
+    Raises:
+        ValueError: an unknown task or a size that cannot hold a document.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: expected one of {TASKS}")
+    if size[0] < 96 or size[1] < 48 or size[0] % CELL or size[1] % CELL:
+        raise ValueError(f"a document is at least 96x48 pixels and a multiple of {CELL} both ways, not {size}")
+    canvas = _Canvas(Random(f"{task} {seed}"), size)
+    compose = {"doc": _receipt, "chart": _chart, "attribute": _attribute, "presence": _presence}[task]
+    turns = compose(canvas)
+    return Document(task, seed, canvas.finish(), turns, canvas.marks)
+
+
+class _Canvas:
+    """Paper with a random tint, ink of a random darkness, and a record of what was put on it."""
+
+    def __init__(self, random: Random, size: tuple[int, int]):
+        self.random = random
+        self.width, self.height = size
+        self.columns, self.rows = size[0] // CELL, size[1] // CELL
+        self.image = Image.new("RGB", size, tuple(random.randint(225, 255) for _ in range(3)))
+        self.pen = ImageDraw.Draw(self.image)
+        self.ink = tuple(random.randint(0, 70) for _ in range(3))
+        self.marks: list[Mark] = []
+
+    def write(self, text: str, column: int, row: int, belongs: str) -> Box:
+        """Set ``text``, one glyph per cell, and return its box."""
+        x, y = column * CELL, row * CELL
+        for i, character in enumerate(text):
+            left = x + i * CELL + self.random.randint(0, CELL - WIDTH)
+            top = y + self.random.randint(0, CELL - HEIGHT)
+            bitmap = Image.fromarray(glyph(character).astype(np.uint8) * 255, "L")
+            self.image.paste(self.ink, (left, top), bitmap)
+            self.marks.append(Mark((x + i * CELL, y, x + (i + 1) * CELL, y + CELL), character, belongs))
+        return x, y, x + len(text) * CELL, y + CELL
+
+    def finish(self) -> Image.Image:
+        """Add a little noise and hand the picture over."""
+        noise = np.random.default_rng(self.random.getrandbits(32)).integers(-8, 9, (self.height, self.width, 3))
+        return Image.fromarray((np.asarray(self.image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def _receipt(canvas: _Canvas) -> list[Turn]:
+    """Five to eight lines ``ham 47`` at free places, two side by side where they fit."""
+    random = canvas.random
+    entry = 6  # cells: three letters, a space, two digits
+    slots = [(row, start) for row in range(canvas.rows) for start in range(canvas.columns // entry)]
+    count = random.randint(min(5, len(slots)), 8)
+    turns = []
+    slack = {row: random.randint(0, canvas.columns % entry) for row in range(canvas.rows)}
+    lonely = {row: random.randint(0, canvas.columns - entry) for row in range(canvas.rows)}
+    chosen = sorted(random.sample(slots, count))
+    for (row, start), label in zip(chosen, random.sample(LABELS, count)):
+        alone = sum(other == row for other, _ in chosen) == 1
+        column = lonely[row] if alone else start * entry + slack[row]
+        value = str(random.randint(10, 99))
+        canvas.write(label, column, row, label)
+        region = canvas.write(value, column + 4, row, label)
+        turns.append(Turn(f"what is the price of {label}?", value, region))
+    random.shuffle(turns)
+    return turns
+
+
+def _chart(canvas: _Canvas) -> list[Turn]:
+    """Four to six horizontal bars: label, value, then a bar as long as the value; the longest leads by a patch."""
+    random = canvas.random
+    count = random.randint(4, 6)
+    rows = sorted(random.sample(range(canvas.rows), count))
+    labels = random.sample(LABELS, count)
+    values = random.sample(range(10, 82), count - 1)
+    best = random.randint(max(values) + 18, 99)
+    values.insert(random.randrange(count), best)
+    origin = 6 * CELL
+    fill = COLOURS[random.choice(list(COLOURS))]
+    turns = []
+    for row, label, value in zip(rows, labels, values):
+        canvas.write(label, 0, row, label)
+        region = canvas.write(str(value), 4, row, label)
+        end = origin + round(value / 100 * (canvas.width - origin))
+        box = (origin, row * CELL + 1, end, row * CELL + CELL - 1)
+        canvas.pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=fill)
+        canvas.marks.append(Mark(box, "bar", label))
+        turns.append(Turn(f"what is the value of {label}?", str(value), region))
+        if value == best:
+            longest = Turn("which bar is the longest?", label, (0, row * CELL, end, (row + 1) * CELL))
+    random.shuffle(turns)
+    turns.insert(0 if random.random() < 0.5 else random.randint(1, count), longest)
+    return turns
+
+
+def _scatter(canvas: _Canvas) -> list[tuple[str, str, Box]]:
+    """Three to six objects (colour, shape, box) of different looks, sizes and places, none overlapping."""
+    random = canvas.random
+    looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    field = 32
+    spots = [(x, y) for y in range(0, canvas.height - 23, field) for x in range(0, canvas.width - 23, field)]
+    count = random.randint(3, min(6, len(spots)))
+    objects = []
+    for (x, y), (colour, shape) in zip(sorted(random.sample(spots, count)), random.sample(looks, count)):
+        side = random.randint(15, 23)
+        left = x + random.randint(0, min(field, canvas.width - x) - side)
+        top = y + random.randint(0, min(field, canvas.height - y) - side)
+        box = (left, top, left + side, top + side)
+        _shape(canvas.pen, shape, box, COLOURS[colour])
+        canvas.marks.append(Mark(box, shape, colour))
+        objects.append((colour, shape, box))
+    return objects
+
+
+def _shape(pen: ImageDraw.ImageDraw, shape: str, box: Box, fill: tuple[int, int, int]) -> None:
+    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
+    third = (right - left) // 3
+    if shape == "circle":
+        pen.ellipse((left, top, right, bottom), fill=fill)
+    elif shape == "ring":
+        pen.ellipse((left, top, right, bottom), outline=fill, width=4)
+    elif shape == "square":
+        pen.rectangle((left, top, right, bottom), fill=fill)
+    elif shape == "triangle":
+        pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=fill)
+    elif shape == "cross":
+        pen.rectangle((left + third, top, right - third, bottom), fill=fill)
+        pen.rectangle((left, top + third, right, bottom - third), fill=fill)
+
+
+def _attribute(canvas: _Canvas) -> list[Turn]:
+    """The colour of the only object of a shape, the shape of the only object of a colour."""
+    objects = _scatter(canvas)
+    colours, shapes = [c for c, _, _ in objects], [s for _, s, _ in objects]
+    turns = []
+    for colour, shape, box in objects:
+        if shapes.count(shape) == 1:
+            turns.append(Turn(f"what colour is the {shape}?", colour, box))
+        if colours.count(colour) == 1:
+            turns.append(Turn(f"what shape is the {colour} object?", shape, box))
+    if not turns:  # three objects or more that pair up in colour and in shape: start again on clean paper
+        canvas.__init__(canvas.random, (canvas.width, canvas.height))
+        return _attribute(canvas)
+    canvas.random.shuffle(turns)
+    return turns[:6]
+
+
+def _presence(canvas: _Canvas) -> list[Turn]:
+    """Is there a red circle? Half yes; half of the noes have the colour and the shape, but on different objects."""
+    random = canvas.random
+    objects = _scatter(canvas)
+    there = {(colour, shape) for colour, shape, _ in objects}
+    absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in there]
+    hard = [(c, s) for c, s in absent if any(c == x for x, _ in there) and any(s == y for _, y in there)]
+    half = 3
+    turns = [
+        Turn(_is_there(colour, shape), "yes", box) for colour, shape, box in random.sample(objects, half)
+    ]  # there are three objects at least
+    for _ in range(half):
+        colour, shape = random.choice(hard if hard and random.random() < 0.5 else absent)
+        turns.append(Turn(_is_there(colour, shape), "no", None))
+    random.shuffle(turns)
+    return turns
+
+
+def _is_there(colour: str, shape: str) -> str:
+    return f"is there a {colour} {shape}?"

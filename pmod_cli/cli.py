@@ -1,0 +1,138 @@
+"""The program `pmod`: its verbs, its global options and its one error handler. Imports nothing heavy.
+
+A verb is a line of `VERBS`. Its module `pmod_cli.commands.<verb>` is imported only when that verb is called, and offers
+an attribute named like the verb: a function, which becomes the command, or a `typer.Typer`, which becomes a group.
+`EXAMPLES` of the module, one command a line, closes its help.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from pmod_cli import __version__, output
+from pmod_cli.errors import BAD_INPUT, INTERRUPTED, RUN_FAILED, explain
+
+VERBS = {
+    "convert": "Turn a stock LLaVA checkpoint into a p-MoD checkpoint, without copying its weights.",
+    "finetune": "Train a p-MoD model, or the stock model for comparison, from a recipe.",
+    "eval": "Score a model on benchmarks with lmms-eval.",
+    "profile": "Count FLOPs, KV cache, latency and memory, p-MoD beside stock.",
+    "visualize": "Draw which image patches each layer keeps.",
+    "demo": "Convert, train, evaluate, profile and draw the bundled model, into one folder.",
+    "recipes": "List, show and copy the training recipes.",
+    "env": "Show versions, devices, threads and caches.",
+}
+
+EXAMPLES = """\
+pmod convert llava-next-7b
+pmod finetune --recipe tiny
+pmod eval --tasks docvqa,chartqa
+pmod profile --report flops
+pmod visualize img.png --layers 2,14,26
+"""
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    # Users carry --batch_size over from other programs: it is the same option as --batch-size.
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+}
+
+
+def _show_version(shown: bool) -> None:
+    if shown:
+        output.print_line(f"pmod {__version__}")
+        raise typer.Exit()
+
+
+def _root(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False) -> None:
+    """Turn a stock LLaVA into a p-MoD (Mixture-of-Depths) model, and see what it costs, scores and keeps."""
+
+
+def build_app(verb: str | None) -> typer.Typer:
+    """The program with `verb` loaded. The other verbs are names with one line of help, and import nothing."""
+    app = typer.Typer(
+        name="pmod",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        pretty_exceptions_show_locals=False,
+        context_settings=CONTEXT,
+        rich_markup_mode="rich",
+    )
+    app.callback(epilog=_epilog(EXAMPLES))(_root)
+    for name, summary in VERBS.items():
+        if name != verb:
+            app.command(name, help=summary)(_not_loaded)
+            continue
+        module = importlib.import_module(f"pmod_cli.commands.{name}")
+        target = getattr(module, name)
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=name, help=summary, epilog=_epilog(module.EXAMPLES), no_args_is_help=True)
+        else:
+            app.command(name, epilog=_epilog(module.EXAMPLES))(target)
+    return app
+
+
+def _epilog(examples: str) -> str:
+    """Commands, one a line, as the end of a help text. Typer joins single line breaks and keeps double ones."""
+    commands = "\n\n".join(f"  {line}" for line in examples.strip().splitlines())
+    return f"Examples:\n\n{commands}"
+
+
+def _not_loaded() -> None:
+    raise AssertionError("a verb was called without being loaded")
+
+
+def _verb_in(words: Sequence[str]) -> str | None:
+    """The verb of a command line: its first word that is no option, since no global option takes a value."""
+    word = next((word for word in words if not word.startswith("-")), None)
+    return word if word in VERBS else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `pmod` and return its exit code: 0, 1 run failed, 2 bad usage, 3 partial, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    completion_words = os.environ.get("COMP_WORDS", "").split()[1:]
+    command = typer.main.get_command(build_app(_verb_in(arguments or completion_words)))
+    try:
+        result: Any = command.main(args=arguments, prog_name="pmod", standalone_mode=False)
+    except BaseException as error:
+        return _report(error)
+    if result == INTERRUPTED:  # Typer turns Ctrl-C into this exit code, silently
+        return _report(KeyboardInterrupt())
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: BaseException) -> int:
+    """Print what is known about an error on stderr and return the exit code."""
+    if os.environ.get("PMOD_DEBUG") == "1" and not isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else RUN_FAILED
+    if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, typer.Abort):
+        output.error("stopped at a question that nobody answered")
+        return RUN_FAILED
+    if isinstance(error, typer.TyperException):
+        return _report_usage(error)
+    known = explain(error)
+    if known is None:
+        raise error
+    output.error(known.what, known.hint)
+    return known.code
+
+
+def _report_usage(error: typer.TyperException) -> int:
+    """A wrong word on the command line: the sentence of Typer, which names the nearest words, and where to look."""
+    context = getattr(error, "ctx", None)
+    if not error.format_message():  # no arguments at all: Typer has shown the help
+        return BAD_INPUT
+    output.error(error.format_message(), f"{context.command_path if context else 'pmod'} --help")
+    return BAD_INPUT

@@ -1,0 +1,123 @@
+"""Options that more than one command takes, each named, described and defaulted once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pmod_cli import output, state
+from pmod_cli.errors import PmodError
+
+DTYPES = {
+    "auto": "auto",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+}
+
+
+def _offline(offline: bool) -> bool:
+    """Set before any heavy import and inherited by child processes: every library of the family reads these."""
+    if offline:
+        for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ[variable] = "1"
+    return offline
+
+
+def _quiet(quiet: bool) -> bool:
+    output.set_quiet(quiet)
+    return quiet
+
+
+def _progress(shown: bool) -> bool:
+    output.set_progress(shown)
+    return shown
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise typer.BadParameter(f"{name!r} is not a dtype. Known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> str:
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise typer.BadParameter(f"{name!r} is not a device. Known: auto, cpu, cuda, cuda:N, mps")
+    return name
+
+
+ModelOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="Folder, alias or hub id of the model. [default: $PMOD_MODEL, else what convert or finetune wrote last here]",
+        show_default=False,
+    ),
+]
+RevisionOpt = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit on the hub; also NAME@REV.")
+]
+OfflineOpt = Annotated[
+    bool,
+    typer.Option("--offline", callback=_offline, is_eager=True, help="Never use the network, as HF_HUB_OFFLINE=1."),
+]
+CacheDirOpt = Annotated[
+    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Hugging Face cache. [default: as set by HF_HOME]")
+]
+DeviceOpt = Annotated[
+    str, typer.Option("--device", callback=_device, metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")
+]
+DtypeOpt = Annotated[
+    str, typer.Option("--dtype", callback=_dtype, metavar="DTYPE", help="auto, bfloat16, float16 or float32.")
+]
+BatchSizeOpt = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Rows per forward pass.")]
+SeedOpt = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything that is drawn.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+QuietOpt = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_quiet, is_eager=True, help="Print only the path or id of the result.")
+]
+ProgressOpt = Annotated[
+    bool,
+    typer.Option("--progress/--no-progress", callback=_progress, is_eager=True, help="Progress bars on a terminal."),
+]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, check it, write nothing.")]
+
+
+def model_or_default(model: str | None) -> str:
+    """--model, or the default with its origin named on stderr.
+
+    Raises:
+        PmodError: there is neither.
+    """
+    if model:
+        return model
+    path = state.default_model()
+    if path is None:
+        raise PmodError(
+            "no model: --model was not given, and nothing was converted or trained in this directory yet",
+            hint="pmod convert tiny-llava-next",
+        )
+    output.note(f"model: {path} ({'$PMOD_MODEL' if os.environ.get('PMOD_MODEL') else state.CURRENT})")
+    return str(path)
+
+
+def pick_device(device: str) -> str:
+    """`auto` becomes the accelerator that is there, else cpu, and is named on stderr."""
+    if device != "auto":
+        return device
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    chosen = accelerator.type if accelerator is not None else "cpu"
+    output.note(f"device: {chosen} ({'found' if accelerator is not None else 'no accelerator found'})")
+    return chosen

@@ -1,0 +1,89 @@
+"""Errors for people: what happened, and the command that helps.
+
+`PmodError` is raised on purpose. `explain` turns the exceptions that other libraries raise, and that a user can do
+something about, into one; everything it does not know is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+BAD_INPUT = 2
+RUN_FAILED = 1
+PARTIAL = 3
+INTERRUPTED = 130
+
+
+class PmodError(Exception):
+    """A failure that the user can act on.
+
+    Args:
+        what: What went wrong, where, expected against found. One or two sentences.
+        hint: The next command, or what to change.
+        code: Exit code: 2 bad usage or input, nothing started; 1 the run failed; 3 partial; 130 interrupted.
+    """
+
+    def __init__(self, what: str, *, hint: str | None = None, code: int = BAD_INPUT) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+        self.code = code
+
+
+def _instance_of(error: BaseException, module: str, *names: str) -> bool:
+    """Is `error` an instance of `module.name`? A module that nobody imported cannot have raised it."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and any(isinstance(error, getattr(loaded, name, ())) for name in names)
+
+
+def explain(error: BaseException) -> PmodError | None:
+    """The sentence for a known exception, or None for one that is not known."""
+    text = str(error).strip()
+    if isinstance(error, PmodError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return PmodError("interrupted", hint="run the same command again to go on", code=INTERRUPTED)
+    if _instance_of(error, "torch", "OutOfMemoryError") or isinstance(error, MemoryError) or "can't allocate" in text:
+        return PmodError(
+            f"out of memory: {text.splitlines()[0] if text else 'the allocation failed'}",
+            hint="lower --batch-size, or use --dtype bfloat16",
+            code=RUN_FAILED,
+        )
+    if _instance_of(error, "huggingface_hub.errors", "GatedRepoError"):
+        return PmodError(
+            "this repository is gated: its owner has to grant you access, and this machine has to be logged in",
+            hint="ask for access on its page, then: hf auth login",
+        )
+    if _instance_of(error, "huggingface_hub.errors", "RepositoryNotFoundError", "RevisionNotFoundError"):
+        return PmodError(
+            f"the hub has no such repository or revision: {text.splitlines()[-1]}", hint="pmod convert --list"
+        )
+    if _instance_of(error, "huggingface_hub.errors", "HfHubHTTPError", "LocalEntryNotFoundError"):
+        return PmodError(
+            f"the Hugging Face hub did not answer as expected: {text.splitlines()[0]}",
+            hint="try again, or pass a local folder",
+            code=RUN_FAILED,
+        )
+    if _instance_of(error, "safetensors", "SafetensorError"):
+        return PmodError(f"a safetensors file cannot be read: {text}", hint="fetch or convert the checkpoint again")
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    return None
+
+
+def _explain_os_error(error: OSError) -> PmodError | None:
+    where = error.filename or "the output"
+    if error.errno == errno.ENOSPC:
+        return PmodError(f"no space left on the disk for {where}", hint="free some space, then repeat", code=RUN_FAILED)
+    if error.errno == errno.EDQUOT:
+        return PmodError(f"the disk quota does not allow {where}", hint="free some space, then repeat", code=RUN_FAILED)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PmodError(f"no permission for {where}", hint="choose another folder with --out")
+    if error.errno == errno.EROFS:
+        return PmodError(f"{where} is on a read-only file system", hint="choose another folder with --out")
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return PmodError(f"no such file or folder: {where}")
+    if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError) and error.filename:
+        return PmodError(f"{where}: {error.strerror}")
+    return None

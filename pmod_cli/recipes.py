@@ -1,0 +1,40 @@
+"""Where the shipped recipes are: `recipes/` of a checkout, `pmod_cli/_recipes` of an installed wheel."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from pmod_cli.errors import PmodError
+
+PACKAGE = Path(__file__).parent
+SUFFIX = ".yaml"
+
+
+def folder() -> Path:
+    """The folder of the shipped recipes. A checkout wins, so that an edited recipe is the one that runs."""
+    checkout = PACKAGE.parent / "recipes"
+    return checkout if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE / "_recipes"
+
+
+def names() -> list[str]:
+    """Names of all shipped recipes, without suffix; one in a subfolder as `ablations/linear`."""
+    root = folder()
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob(f"*{SUFFIX}"))
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path that exists (it ends in .yaml), else a shipped name.
+
+    Raises:
+        PmodError: there is neither; the nearest names are listed.
+    """
+    if name.endswith((SUFFIX, ".yml")):
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise PmodError(f"no such recipe file: {name}", hint="pmod recipes ls")
+    if name in names():
+        return folder() / f"{name}{SUFFIX}"
+    near = difflib.get_close_matches(name, names()) or names()
+    raise PmodError(f"no recipe is called {name!r}; there is: {', '.join(near)}", hint="pmod recipes ls")

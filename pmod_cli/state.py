@@ -1,0 +1,51 @@
+"""The one thing that commands share between runs: the checkpoint that was written last in this directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pmod_cli.errors import PmodError
+
+CURRENT = Path(".pmod", "current")
+
+
+def default_model() -> Path | None:
+    """$PMOD_MODEL, else the checkpoint named in ./.pmod/current, else None.
+
+    Raises:
+        PmodError: the checkpoint that one of them names is gone. Taking another instead would be a surprise.
+    """
+    for source, name in (("$PMOD_MODEL", os.environ.get("PMOD_MODEL")), (str(CURRENT), _read_current())):
+        if not name:
+            continue
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise PmodError(
+                f"{source} names the checkpoint {name}, and there is no such folder",
+                hint="name another with --model, or write one: pmod convert tiny-llava-next",
+            )
+        return path
+    return None
+
+
+def record_current(path: Path) -> None:
+    """Make `path` the default of --model in this directory. Written under a temporary name, then renamed."""
+    CURRENT.parent.mkdir(exist_ok=True)
+    temporary = CURRENT.with_name(f"current.{os.getpid()}.tmp")
+    temporary.write_text(f"{_relative_to_here(path)}\n", encoding="utf-8")
+    temporary.replace(CURRENT)
+
+
+def _read_current() -> str | None:
+    try:
+        return CURRENT.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _relative_to_here(path: Path) -> Path:
+    """Relative where possible, so that a directory that is moved keeps its state."""
+    absolute = path.expanduser().resolve()
+    here = Path.cwd().resolve()
+    return absolute.relative_to(here) if absolute.is_relative_to(here) else absolute

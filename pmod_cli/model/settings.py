@@ -1,0 +1,97 @@
+"""The settings that make a stock LLaVA a p-MoD one, as they stand in a checkpoint's config.json under `pmod`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from .schedule import retention_schedule
+
+NORMS = ("tanh", "softmax", "shifted_softmax", "sigmoid", "none")
+TARGET_TOKENS = ("vision_all", "vision_hr")
+
+
+@dataclass(frozen=True)
+class PmodSettings:
+    """What each decoder layer keeps, and how router weights act.
+
+    Attributes:
+        schedule: Retention schedule, one of `schedule.SCHEDULES`.
+        shift: beta of the schedules `cosine` and `linear` (default: 0.5 for `cosine`).
+        mean: Wanted mean retention ratio, instead of a shift.
+        max_ratio: Ratios above it become plain layers; above 1, every layer takes the router path.
+        min_ratio: Floor of the decaying schedules.
+        values: For schedule `list`, one ratio per layer.
+        norm: Weight normalisation (Table 4): one of `NORMS`, or `{activation}_{scale}_{bias}`, e.g. `tanh_0.5_1`.
+        alpha: Range of `tanh` (w = 1 + alpha * tanh) and `shifted_softmax` (w = 1 - alpha + 2 * alpha * softmax).
+        string: Whether a skipped vision token is scaled by its weight (STRing) or passes unchanged.
+        target_tokens: Vision tokens that are routed: `vision_all`, or `vision_hr` (anyres: all but the base image).
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    schedule: str = "cosine"
+    shift: float | None = None
+    mean: float | None = None
+    max_ratio: float = 0.85
+    min_ratio: float = 0.15
+    values: tuple[float, ...] | None = None
+    norm: str = "tanh"
+    alpha: float = 0.2
+    string: bool = True
+    target_tokens: str = "vision_all"
+
+    def __post_init__(self) -> None:
+        if self.values is not None:
+            object.__setattr__(self, "values", tuple(self.values))
+        if self.target_tokens not in TARGET_TOKENS:
+            raise ValueError(f"target_tokens must be one of {', '.join(TARGET_TOKENS)}, found {self.target_tokens!r}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, found {self.alpha}")
+        _ = self.weight_norm
+        self.retention(len(self.values) if self.values is not None else 32)
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "PmodSettings":
+        """Reads `config.json["pmod"]`; unknown keys are an error, since they would change the model silently."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown p-MoD settings {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """A JSON-ready dict that `from_dict` reads back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def retention(self, num_layers: int) -> list[float]:
+        """Retention ratio of each of `num_layers` decoder layers."""
+        return retention_schedule(
+            self.schedule,
+            num_layers,
+            shift=self.shift,
+            mean=self.mean,
+            max_ratio=self.max_ratio,
+            min_ratio=self.min_ratio,
+            values=self.values,
+        )
+
+    def routed(self, num_layers: int) -> list[bool]:
+        """Which layers have a router: those that keep less than all, and all of them if `max_ratio` is above 1."""
+        return [ratio < 1 or self.max_ratio > 1 for ratio in self.retention(num_layers)]
+
+    @property
+    def weight_norm(self) -> tuple[str, float, float]:
+        """(activation, scale, bias) of w = scale * activation(logit) + bias; without numbers scale = bias = 1."""
+        presets = {
+            "tanh": ("tanh", self.alpha, 1.0),
+            "softmax": ("softmax", 1.0, 1.0),
+            "shifted_softmax": ("softmax", 2 * self.alpha, 1 - self.alpha),
+            "sigmoid": ("sigmoid", 1.0, 1.0),
+            "none": ("none", 1.0, 1.0),
+        }
+        if self.norm in presets:
+            return presets[self.norm]
+        match = re.fullmatch(r"(tanh|softmax|sigmoid|none)_(-?[\d.]+)_(-?[\d.]+)", self.norm)
+        if not match:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)} or activation_scale_bias, found {self.norm!r}")
+        return match[1], float(match[2]), float(match[3])

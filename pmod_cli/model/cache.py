@@ -1,0 +1,180 @@
+"""K/V of routed layers: shorter than the sequence, with the validity of each slot and the true length kept beside them.
+
+A layer subclass inside the stock `DynamicCache` and `StaticCache`, so that generation, beam search and assisted decoding stay
+stock. Tokens after a prefill (decode, later text) are appended by every layer, at their true positions.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
+
+
+class _RoutedSlots:
+    """Shared by both kinds: which slots are real, how many tokens were skipped, how many may be cropped."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.valid: Tensor | None = None  # (B, slots) bool, None while every slot is real
+        self.skipped = 0  # tokens of the sequence, padding included, that have no slot
+        self.croppable = 0  # slots at the end that stand for the last tokens of the sequence, one to one
+        self._incoming: tuple[Tensor | None, int, int] = (None, 0, 0)
+
+    def expect(self, valid: Tensor | None, skipped: int = 0, croppable: int = 0) -> None:
+        """Announces the next `update`: validity of its slots, tokens left out, and croppable slots at its end."""
+        self._incoming = (valid, skipped, croppable)
+
+    def own_mask(self, config, states: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Attention mask of `states` `(B, M, D)` over this layer's slots and their own; None where causality alone suffices.
+
+        Args:
+            config: Text configuration; names the attention implementation.
+            states: The tokens that are about to be processed; only shape, dtype and device are used.
+            valid: `(B, M)` bool, or None if all of them are real.
+        """
+        view = self.view(states.shape[1])
+        keys = self._valid_with(valid, states)
+        return create_causal_mask(config, states, keys, view, layer_idx=0, allow_is_causal_skip=keys is None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last tokens (a negative number, as in the stock cache).
+
+        Raises:
+            ValueError: They reach into vision tokens or padding, of which this layer keeps only some.
+        """
+        if -tokens_to_remove > self.croppable:
+            raise ValueError(f"cannot crop {-tokens_to_remove} tokens: only {self.croppable} stand behind the image")
+        super().crop(tokens_to_remove)
+        self.croppable += tokens_to_remove
+        if self.valid is not None and tokens_to_remove < 0:
+            self.valid = self.valid[:, :tokens_to_remove]
+
+    def reset(self) -> None:
+        super().reset()
+        self.is_initialized = False  # the next image may keep another number of tokens
+        self.valid, self.skipped, self.croppable = None, 0, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._choose_rows(lambda valid: valid.index_select(0, beam_idx.to(valid.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._choose_rows(lambda valid: valid.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._choose_rows(lambda valid: valid[indices.to(valid.device)])
+
+    def _choose_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        if self.valid is not None:
+            self.valid = choose(self.valid)
+
+
+class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
+    """Grows by concatenation. `get_seq_length` is the true length of the sequence, `slots` that of K and V."""
+
+    @property
+    def slots(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.slots + self.skipped if self.is_initialized else 0
+
+    def view(self, arriving: int) -> "_Slots":
+        return _Slots(self.slots, self.slots + arriving)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        valid, skipped, croppable = self._incoming
+        self._incoming = (None, 0, 0)
+        whole = valid is None and not skipped
+        self.croppable = self.croppable + key_states.shape[-2] if whole else croppable
+        self.valid = self._valid_with(valid, key_states.transpose(1, 2))
+        self.skipped += skipped
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _valid_with(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
+        if valid is None and self.valid is None:
+            return None
+        known = _ones(states, self.slots) if self.valid is None else self.valid
+        return torch.cat([known, _ones(states, states.shape[1]) if valid is None else valid], dim=1)
+
+
+class RoutedStaticLayer(_RoutedSlots, StaticLayer):
+    """Preallocated: `max_cache_len` less the tokens that the first prefill skips; `valid` spans all slots."""
+
+    @property
+    def slots(self) -> Tensor | int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> Tensor | int:
+        return self.slots + self.skipped if self.is_initialized else 0
+
+    def view(self, arriving: int) -> "_Slots":
+        return _Slots(self.slots, self.keys.shape[-2], True) if self.is_initialized else _Slots(0, arriving)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        full, self.max_cache_len = self.max_cache_len, self.max_cache_len - self._incoming[1]
+        self.cumulative_length = torch.zeros_like(self.cumulative_length)
+        super().lazy_initialization(key_states, value_states)
+        self.max_cache_len = full
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        first = not self.is_initialized
+        valid, skipped, _ = self._incoming
+        if not first and (valid is not None or skipped):
+            raise ValueError("a static cache takes one prefill: give images and padding with the first forward only")
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._incoming = (None, 0, 0)
+        self.skipped += skipped
+        if valid is not None:
+            behind = self.keys.shape[-2] - valid.shape[1]
+            self.valid = torch.cat([valid, valid.new_ones((valid.shape[0], behind))], dim=1)
+        return (key_states, value_states) if first else (keys, values)  # a prefill attends to itself: M x M
+
+    def _valid_with(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
+        return self.valid if self.is_initialized else valid
+
+
+class _Slots(NamedTuple):
+    """A layer's slots in the shape that `create_causal_mask` asks a cache for."""
+
+    past: Tensor | int
+    total: int
+    is_compileable: bool = False
+
+    def get_query_offset(self, layer_idx: int) -> Tensor | int:
+        return self.past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.total, 0
+
+
+def routed_cache_layer(cache: Cache, layer_idx: int) -> RoutedDynamicLayer | RoutedStaticLayer:
+    """The routed K/V of one layer, put in the place of the stock cache layer before its first use.
+
+    Raises:
+        ValueError: The stock layer already holds tokens, or is of a kind whose K/V cannot have their own length.
+    """
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, RoutedDynamicLayer | RoutedStaticLayer):
+        return layer
+    if layer.is_initialized and layer.keys is not None:
+        raise ValueError(f"layer {layer_idx} of the cache was filled by another model: start with an empty cache")
+    if type(layer) is DynamicLayer:
+        routed = RoutedDynamicLayer()
+    elif type(layer) is StaticLayer:
+        routed = RoutedStaticLayer(max_cache_len=layer.max_cache_len)
+    else:
+        raise ValueError(f"{type(layer).__name__} is not supported in a p-MoD layer: use a dynamic or static cache")
+    cache.layers[layer_idx] = routed
+    return routed
+
+
+def _ones(like: Tensor, length: int) -> Tensor:
+    return torch.ones((like.shape[0], length), dtype=torch.bool, device=like.device)

@@ -1,0 +1,159 @@
+"""One decoder layer of a p-MoD model: what it adds to the Llama, Mistral and Qwen2 layers of transformers.
+
+The layer (paper, Section 3.2; PMOD.md, "The method"), with x the residual stream and w the router's weight:
+
+    text token           y = h + MLP(LN h)        with h = x + Attn(LN x)
+    kept vision token    y = h + w * MLP(LN h)
+    skipped vision token y = w * x                (STRing; without it y = x)
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from .cache import routed_cache_layer
+from .routing import Gathered, Routing, token_weights
+from .settings import PmodSettings
+
+
+class RoutedLayer:
+    """Mixin in front of a stock decoder layer. Without vision tokens in the step, the layer is the stock one."""
+
+    def add_routing(self, settings: PmodSettings, ratio: float, routed: bool) -> None:
+        """Gives a stock layer its retention ratio and, if it is routed, a zero-initialised router.
+
+        Args:
+            settings: Norm and STRing.
+            ratio: Retention ratio of this layer.
+            routed: Whether the layer has a router.
+        """
+        self.ratio = ratio
+        self.weight_norm = settings.weight_norm
+        self.string = settings.string
+        like = self.input_layernorm.weight
+        router = nn.Linear(like.shape[0], 1, device=like.device, dtype=like.dtype) if routed else None
+        self.register_module("router", router)
+        if routed:
+            nn.init.zeros_(router.weight)
+            nn.init.zeros_(router.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        routing: Routing | None = None,
+        step_valid: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """`(B, N, D)` to `(B, N, D)`.
+
+        Args:
+            routing: Of this prefill, or None in a step without vision tokens.
+            step_valid: `(B, N)` bool, real tokens of a later step that has padding; else None.
+        """
+        cache_layer = None
+        if self.router is not None and past_key_values is not None:
+            cache_layer = routed_cache_layer(past_key_values, self.self_attn.layer_idx)
+        if routing is not None and self.router is not None:
+            return self._routed_forward(hidden_states, routing, position_embeddings, past_key_values, cache_layer, **kwargs)
+        if cache_layer is not None and (cache_layer.skipped or cache_layer.valid is not None):
+            attention_mask = cache_layer.own_mask(self.self_attn.config, hidden_states, step_valid)
+            cache_layer.expect(step_valid)
+        return super().forward(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+    def _routed_forward(
+        self,
+        hidden_states: Tensor,  # (B, N, D)
+        routing: Routing,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None,
+        cache_layer,
+        **kwargs,
+    ) -> Tensor:
+        logits = self.router(hidden_states).squeeze(-1)  # (B, N)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = token_weights(logits, routing.target, self.weight_norm)  # (B, N)
+        layer_idx = self.self_attn.layer_idx
+        gathered = routing.gather_plan(weights, self.ratio, layer_idx)
+        if routing.recorder is not None:
+            routing.recorder.add(layer_idx, routing, gathered, weights, logits)
+        scale = weights.to(hidden_states.dtype).unsqueeze(-1)  # (B, N, 1)
+
+        index = gathered.index.unsqueeze(-1)  # (B, M, 1)
+        kept = self._process(
+            _take(hidden_states, index),
+            scale.gather(1, index),
+            tuple(_take(table.expand(len(hidden_states), -1, -1), index) for table in position_embeddings),
+            gathered,
+            routing,
+            past_key_values,
+            cache_layer,
+            **kwargs,
+        )
+        skipped = hidden_states * scale if self.string else hidden_states.clone()
+        if gathered.valid is not None:  # fillers keep the value of a skipped token
+            kept = torch.where(gathered.valid.unsqueeze(-1), kept, _take(skipped, index))
+        return skipped.scatter_(1, index.expand(-1, -1, hidden_states.shape[-1]), kept)
+
+    def _process(
+        self,
+        x: Tensor,  # (B, M, D)
+        scale: Tensor,  # (B, M, 1)
+        position_embeddings: tuple[Tensor, Tensor],
+        gathered: Gathered,
+        routing: Routing,
+        past_key_values: Cache | None,
+        cache_layer,
+        **kwargs,
+    ) -> Tensor:
+        """Attention and MLP over the gathered tokens, `(B, M, D)`."""
+        num_tokens = routing.target.shape[1]
+        config = self.self_attn.config
+        if cache_layer is None:
+            mask = create_causal_mask(config, x, gathered.valid, None, allow_is_causal_skip=gathered.valid is None)
+        else:
+            mask = cache_layer.own_mask(config, x, gathered.valid)
+            cache_layer.expect(gathered.valid, num_tokens - x.shape[1], 0 if routing.padded else routing.tail)
+        # No position_ids: gaps in them would be read as the borders of packed sequences. Rotary tables carry them.
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(x),
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        h = x + attended
+        return h + scale * self.mlp(self.post_attention_layernorm(h))
+
+
+class PmodLlamaDecoderLayer(RoutedLayer, LlamaDecoderLayer):
+    """Llama and Vicuna."""
+
+
+class PmodMistralDecoderLayer(RoutedLayer, MistralDecoderLayer):
+    """Mistral."""
+
+
+class PmodQwen2DecoderLayer(RoutedLayer, Qwen2DecoderLayer):
+    """Qwen1.5 and Qwen2."""
+
+
+def _take(states: Tensor, index: Tensor) -> Tensor:
+    """Rows of `(B, N, D)` at `(B, M, 1)`, as `(B, M, D)`."""
+    return states.gather(1, index.expand(-1, -1, states.shape[-1]))

@@ -1,0 +1,163 @@
+"""From a recipe file, ``--set`` and flags to one ``Settings`` object, and back to YAML.
+
+Later beats earlier: default, recipe, ``--set key.path=value``, flag. Everything wrong is reported at once, each fault
+with the place it came from.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pmod_cli.data.documents import TASKS
+from pmod_cli.errors import PmodError
+from pmod_cli.training.settings import PARTS, Settings
+
+
+class Entry(NamedTuple):
+    """One value that somebody wrote, and where."""
+
+    key: str  # dotted: "train.batch_size"
+    value: Any
+    where: str  # "recipes/tiny.yaml, line 7"
+
+
+def load_settings(
+    recipe: Path | None, overrides: Iterable[str] = (), flags: Mapping[str, tuple[str, Any]] | None = None
+) -> Settings:
+    """Resolve the settings of a run.
+
+    Args:
+        recipe: a YAML file of settings.
+        overrides: ``key.path=value`` strings, the value in YAML.
+        flags: dotted key to (spelling of the flag, value); a value of None was not given.
+
+    Raises:
+        PmodError: a file that is no YAML mapping, unknown keys, wrong types or values, all in one message.
+    """
+    entries = [*(_read(recipe) if recipe else ()), *map(_override, overrides)]
+    entries += [Entry(key, value, flag) for key, (flag, value) in (flags or {}).items() if value is not None]
+    settings, faults = Settings(), []
+    if recipe:
+        settings.name = recipe.stem
+    for entry in entries:
+        try:
+            _assign(settings, entry)
+        except ValueError as fault:
+            faults.append(f"{entry.where}: {fault}")
+    faults += _unknown("model.freeze", settings.model.freeze, PARTS)
+    faults += _unknown("data.tasks", settings.data.tasks, TASKS)
+    if set(PARTS) <= set(settings.model.freeze):
+        faults.append("model.freeze: every part is frozen, nothing is left to train")
+    if faults:
+        raise PmodError("\n  ".join(faults), hint="all keys with their values: pmod finetune --print-config")
+    return settings
+
+
+def dump(settings: Settings) -> str:
+    """The settings as YAML, which as a recipe gives the same settings again."""
+    return yaml.safe_dump(asdict(settings), sort_keys=False)
+
+
+def differences(one: Settings, other: Settings) -> list[str]:
+    """The dotted keys whose values differ, each as ``key: value -> value``."""
+    flat_one, flat_other = dict(_flatten(asdict(one))), dict(_flatten(asdict(other)))
+    return [f"{key}: {value!r} -> {flat_other[key]!r}" for key, value in flat_one.items() if value != flat_other[key]]
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read(path: Path) -> Iterable[Entry]:
+    """The entries of a YAML file. Read as nodes, since only these know their lines."""
+    try:
+        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise PmodError(f"cannot read the recipe {path}: {error.strerror}", hint="pmod recipes ls") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PmodError(f"the recipe {path} is not YAML: {error}") from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise PmodError(f"the recipe {path} holds no mapping of keys to values")
+    return _walk(root, path, "") if root is not None else ()
+
+
+def _walk(node: yaml.MappingNode, path: Path, prefix: str) -> Iterable[Entry]:
+    values = yaml.SafeLoader("")
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            yield from _walk(value_node, path, f"{key}.")
+        else:
+            value = values.construct_object(value_node, deep=True)
+            yield Entry(key, value, f"{path}, line {key_node.start_mark.line + 1}")
+
+
+def _override(text: str) -> Entry:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise PmodError(f"--set {text}: expected key.path=value", hint="--set train.max_steps=100")
+    try:
+        return Entry(key.strip(), yaml.safe_load(value), f"--set {text}")
+    except yaml.YAMLError as error:
+        raise PmodError(f"--set {text}: the value is not YAML: {error}") from None
+
+
+def _assign(settings: Settings, entry: Entry) -> None:
+    """Put one entry in its place; ValueError if there is none or the value does not fit."""
+    *groups, name = entry.key.split(".")
+    target = settings
+    for group in groups:
+        target = getattr(target, group, None)
+    known = {field.name: field for field in fields(target)} if is_dataclass(target) else {}
+    if name not in known:
+        nearest = get_close_matches(entry.key, _keys(), n=1)
+        raise ValueError(f"unknown key {entry.key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    if is_dataclass(getattr(target, name)):
+        raise ValueError(f"{entry.key} is a group of settings, not a value")
+    value = _fit(entry.value, get_type_hints(type(target))[name], entry.key)
+    minimum = known[name].metadata.get("min")
+    if minimum is not None and value is not None and not value >= minimum:
+        raise ValueError(f"{entry.key}: expected {minimum} or more, got {value}")
+    setattr(target, name, value)
+
+
+def _fit(value: Any, kind: Any, key: str) -> Any:
+    """The value as the declared type, or ValueError. Takes ``2e-5`` for a number, which YAML 1.1 reads as a string."""
+    if get_origin(kind) is UnionType:  # written "int | None" everywhere here
+        return None if value is None else _fit(value, get_args(kind)[0], key)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{key}: expected one of {', '.join(get_args(kind))}, got {value!r}")
+        return value
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{key}: expected a list, got {value!r}")
+        return [_fit(item, get_args(kind)[0], key) for item in value]
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{key}: expected {_NAMES[kind]}, got {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _keys() -> list[str]:
+    return [key for key, _ in _flatten(asdict(Settings()))]
+
+
+def _unknown(key: str, values: list[str], allowed: tuple[str, ...]) -> list[str]:
+    wrong = [value for value in values if value not in allowed]
+    return [f"{key}: unknown {', '.join(wrong)}; expected some of {', '.join(allowed)}"] if wrong else []

@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     completion_words = os.environ.get("COMP_WORDS", "").split()[1:]
     command = typer.main.get_command(build_app(_verb_in(arguments or completion_words)))
+    output.hush_libraries()
     try:
         result: Any = command.main(args=arguments, prog_name="pmod", standalone_mode=False)
     except BaseException as error:

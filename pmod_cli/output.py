@@ -21,12 +21,20 @@ def set_quiet(quiet: bool) -> None:
     """`--quiet`: no notes and no progress. Errors and warnings are still printed."""
     global _quiet
     _quiet = quiet
+    hush_libraries()
 
 
 def set_progress(shown: bool) -> None:
     """`--no-progress`: no bars, also on a terminal."""
     global _progress
     _progress = shown
+    hush_libraries()
+
+
+def hush_libraries() -> None:
+    """Where we draw no bars, huggingface_hub and transformers draw none: they read this when they are imported."""
+    if not shows_progress():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def note(message: str, *, style: str | None = None) -> None:

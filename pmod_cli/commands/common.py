@@ -59,7 +59,7 @@ ModelOpt = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="Folder, alias or hub id of the model. [default: $PMOD_MODEL, else what convert or finetune wrote last here]",
+        help="Folder, alias or hub id. [default: $PMOD_MODEL, else what convert or finetune wrote last here]",
         show_default=False,
     ),
 ]

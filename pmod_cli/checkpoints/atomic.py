@@ -1,0 +1,136 @@
+"""Writing that can be killed at any moment: what is there afterwards is the old state or the new one, never a part.
+
+A file is written under a temporary name beside its target, synced and renamed. A folder is filled in a staging folder
+beside its target. The writer holds a lock on the staging folder, which the system drops when the writer dies: so the
+leftovers of a dead run are told from the work of a live one, and removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.errors import PmodError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` with `data`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` with `text`, UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` with `value` as indented JSON; NaN is an error."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: Folder to write. Its parents are made.
+        overwrite: Replace an existing target. It is moved aside for the moment of the swap; a swap that was killed
+            half-way is finished or undone by the next call for the same target.
+
+    Raises:
+        PmodError: `target` exists and `overwrite` is false.
+    """
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
+    refuse_existing(target, overwrite)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.staging")
+    staging.mkdir()
+    lock = _lock(staging)
+    try:
+        yield staging
+        _sync_tree(staging)
+        _swap(staging, target, overwrite)
+    finally:
+        os.close(lock)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raises PmodError where `target` exists and `overwrite` is false."""
+    if target.exists() and not overwrite:
+        raise PmodError(f"{target} exists", hint="replace it with --overwrite, or choose another folder with --out")
+
+
+def _swap(staging: Path, target: Path, overwrite: bool) -> None:
+    old = target.with_name(f".{target.name}.{os.getpid()}.replaced")
+    refuse_existing(target, overwrite)  # another run may have finished meanwhile
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Undo or finish a killed swap, then remove what dead runs left."""
+    for old in target.parent.glob(f".{_escaped(target.name)}.*.replaced"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for staging in target.parent.glob(f".{_escaped(target.name)}.*.staging"):
+        try:
+            lock = _lock(staging)
+        except (BlockingIOError, FileNotFoundError):  # a live run's, or already gone
+            continue
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sync_tree(folder: Path) -> None:
+    """Bring to the disk what was written; a file with a second name was there before and is left alone."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if path.stat().st_nlink == 1:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Files to a model: stock LLaVA and p-MoD alike. Nothing that the checkpoint lacks is filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json
+from pmod_cli.errors import PmodError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def router_state(path: Path) -> str:
+    """`stock`, or for a p-MoD checkpoint `untrained`, `trained` or `calibrated`.
+
+    With untrained routers every token of a layer ties: what is kept then means nothing.
+    """
+    config = read_json(Path(path) / CONFIG)
+    return config.get("router_state", "untrained") if "pmod" in config else "stock"
+
+
+def load_model(
+    path: Path, *, dtype: str = "auto", device: str = "cpu", attn_implementation: str = "sdpa"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model in eval mode and its processor.
+
+    Args:
+        path: Folder of a stock LLaVA or a p-MoD checkpoint, as `resolve` finds it.
+        dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
+        device: A torch device.
+        attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
+
+    Raises:
+        PmodError: files or tensors are missing, or tensors have another shape than the config says.
+    """
+    path = Path(path)
+    if missing := missing_files(path):
+        raise PmodError(f"{path} lacks {', '.join(missing)}", hint="name another model with --model")
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
+
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (ValueError, ImportError) as error:
+        raise PmodError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    _refuse_differences(path, info)
+    return model.to(device).eval(), processor
+
+
+def _refuse_differences(path: Path, info: dict) -> None:
+    """Transformers starts absent tensors at random and goes on; a router without a layer would be dropped silently."""
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    extra = [name for name in info["unexpected_keys"] if ".router." in name]
+    for names, meaning in (
+        (sorted(info["missing_keys"]), "lacks"),
+        (sorted(mismatched), "has, in another shape than its config says,"),
+        (sorted(extra), "has, on layers that its config calls plain,"),
+    ):
+        if names:
+            raise PmodError(
+                f"{path} {meaning} {len(names)} tensors: {', '.join(names[:10])}", hint="convert or fetch it again"
+            )

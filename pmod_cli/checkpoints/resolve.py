@@ -1,0 +1,177 @@
+"""One resolver for every command: a local folder, else an alias, else a repository on the hub.
+
+What is in the Hugging Face cache is taken from there without asking the hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.checkpoints.aliases import ALIASES, bundled_path
+from pmod_cli.checkpoints.files import missing_files
+from pmod_cli.errors import PmodError
+
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_ANSWERS_WITHIN = 2.0  # seconds; a repeat is cheap, a user who waits for a dead network is not
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a checkpoint is.
+
+    Attributes:
+        path: Folder with config.json.
+        name: What the user typed.
+        origin: `folder`, `bundled`, `cache` or `hub`.
+        alias: Alias that `name` is, if any.
+        repo: Repository on the hub, if it came from one.
+        commit: Commit of that repository.
+    """
+
+    path: Path
+    name: str
+    origin: str
+    alias: str | None = None
+    repo: str | None = None
+    commit: str | None = None
+
+
+def resolve(
+    name: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    weights: bool = True,
+    cache_dir: Path | None = None,
+) -> Resolved:
+    """Find the files of a model, downloading them where they are not on this machine.
+
+    Args:
+        name: Folder, alias, `org/name` or `org/name@revision`.
+        revision: Branch, tag or commit on the hub.
+        offline: Do not use the network; HF_HUB_OFFLINE=1 says the same.
+        weights: Also require the weights; False is satisfied by the configuration.
+        cache_dir: Hugging Face cache, instead of the one that HF_HOME sets.
+
+    Raises:
+        PmodError: there is no such folder, alias or repository, or it is neither cached nor reachable.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _require_complete(folder, name, weights)
+        return Resolved(folder, name, "folder")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise PmodError(f"there is no folder {name}", hint="pmod convert --list shows the names that are known")
+    base, _, suffix = name.partition("@")
+    if suffix and revision:
+        raise PmodError(f"two revisions: {suffix!r} in the name and {revision!r} in --revision; give one")
+    alias = ALIASES.get(base)
+    if alias is None and "/" not in base:
+        raise _unknown(name)
+    if alias is not None and alias.repo is None:
+        return Resolved(bundled_path(base), name, "bundled", alias=base)
+    repo = alias.repo if alias else base
+    path, origin = _from_hub(repo, suffix or revision, name, offline, weights, cache_dir)
+    return Resolved(path, name, origin, alias=base if alias else None, repo=repo, commit=path.name)
+
+
+def _require_complete(folder: Path, name: str, weights: bool) -> None:
+    missing = missing_files(folder, weights=weights)
+    if missing:
+        found = sorted(path.name for path in folder.iterdir())[:8]
+        raise PmodError(
+            f"the folder {name} lacks {', '.join(missing)}; it holds {', '.join(found) or 'nothing'}",
+            hint="name a folder in the Hugging Face layout: config.json and *.safetensors",
+        )
+
+
+def _unknown(name: str) -> PmodError:
+    near = difflib.get_close_matches(name, ALIASES, n=3, cutoff=0.5) or list(ALIASES)
+    local = sorted(str(path.parent) for path in Path("checkpoints").glob("*/config.json"))
+    found = f"; checkpoints here: {', '.join(local)}" if local else ""
+    return PmodError(
+        f"{name!r} is no folder and no alias. Near: {', '.join(near)}{found}",
+        hint="pmod convert --list, or give a hub id as org/name",
+    )
+
+
+def _from_hub(
+    repo: str, revision: str | None, name: str, offline: bool, weights: bool, cache_dir: Path | None
+) -> tuple[Path, str]:
+    """(snapshot folder, "cache" or "hub")."""
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = _cached(repo, revision, cache_dir)
+    missing = missing_files(cached, weights=weights) if cached else ["all of it"]
+    if not missing:
+        return cached, "cache"
+
+    def unavailable(why: str) -> PmodError:
+        known = name if name.startswith(repo) else f"{name} ({repo})"
+        cache = cache_dir or constants.HF_HUB_CACHE
+        return PmodError(
+            f"{known} is not in the Hugging Face cache {cache} (missing: {', '.join(missing)}), and {why}.",
+            hint=f"Fetch it once where there is a network with `hf download {repo}`, or give the folder that holds it.",
+        )
+
+    if offline or constants.HF_HUB_OFFLINE:
+        raise unavailable("offline mode is on")
+    try:
+        info = _within(HUB_ANSWERS_WITHIN, lambda: HfApi().model_info(repo, revision=revision))
+        place = {"repo_id": repo, "revision": info.sha, "cache_dir": cache_dir}
+        hf_hub_download(filename="config.json", **place)  # small, and says early whether this is a model for us
+        return Path(snapshot_download(allow_patterns=PATTERNS if weights else ["*.json"], **place)), "hub"
+    except HfHubHTTPError:
+        raise  # the hub answered: gated, unknown, not allowed
+    except (OSError, RuntimeError, TimeoutError) as error:
+        raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
+            raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {_first_line(error)}") from error
+        raise
+
+
+def _cached(repo: str, revision: str | None, cache_dir: Path | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise PmodError(f"{repo!r} cannot be a repository: {_first_line(error)}") from error
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of `call`. In a thread of its own, since the look-up of a host name knows no timeout.
+
+    Raises:
+        TimeoutError: `call` took longer; it is left behind and does not keep the program alive.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = call()
+        except Exception as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -96,9 +96,10 @@ class RoutedLayer:
         scale = weights.to(hidden_states.dtype).unsqueeze(-1)  # (B, N, 1)
 
         index = gathered.index.unsqueeze(-1)  # (B, M, 1)
+        x, x_scale = _take(hidden_states, index), scale.gather(1, index)
         kept = self._process(
-            _take(hidden_states, index),
-            scale.gather(1, index),
+            x,
+            x_scale,
             tuple(_take(table.expand(len(hidden_states), -1, -1), index) for table in position_embeddings),
             gathered,
             routing,
@@ -106,9 +107,9 @@ class RoutedLayer:
             cache_layer,
             **kwargs,
         )
-        skipped = hidden_states * scale if self.string else hidden_states.clone()
         if gathered.valid is not None:  # fillers keep the value of a skipped token
-            kept = torch.where(gathered.valid.unsqueeze(-1), kept, _take(skipped, index))
+            kept = torch.where(gathered.valid.unsqueeze(-1), kept, x * x_scale if self.string else x)
+        skipped = hidden_states * scale if self.string else hidden_states.clone()
         return skipped.scatter_(1, index.expand(-1, -1, hidden_states.shape[-1]), kept)
 
     def _process(

@@ -1,0 +1,43 @@
+# From a bare clone: `make demo`, `make test`. Both set up .venv first; a second time that installs nothing.
+
+PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell command -v python$(version))) python3)
+STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
+
+.PHONY: setup demo test soak lint format lock clean
+
+setup: $(STAMP)
+
+# pip skips what is there, so a set-up that was interrupted goes on where it was.
+$(STAMP):
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --no-deps --requirement requirements.lock
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	rm -f .venv/.setup-* && touch $@
+
+demo: setup
+	.venv/bin/pmod demo
+
+# The everyday suite.
+test: setup
+	.venv/bin/python -m pytest
+
+# The kill, fuzz and scale tests at full count.
+soak: setup
+	.venv/bin/python -m pytest -m soak
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# After installing other versions into .venv by hand: write down what is there.
+lock:
+	{ sed -n '/^#/p' requirements.lock; .venv/bin/python -m pip freeze --all --exclude pip --exclude pmod-cli \
+		| sed 's/+cpu$$//' | sort -f; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf .venv demo

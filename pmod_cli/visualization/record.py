@@ -1,0 +1,118 @@
+"""What every layer kept of one image, as arrays: the result that pictures, JSON and statistics are made from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pmod_cli.errors import PmodError
+from pmod_cli.visualization.geometry import Layout
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SelectionRecord:
+    """The selection of every layer for one image and question.
+
+    L layers, V vision tokens. A plain layer keeps every token and weights none: its weights are 1.
+
+    Attributes:
+        image: RGB, the picture that the model was given.
+        layout: where its V vision tokens lie.
+        kept: bool (L, V).
+        weight: float32 (L, V), the normalised router weights.
+        routed: bool (L,), False for a plain layer.
+        retention: float64 (L,), the schedule's retention ratio.
+        question: the text asked about the image.
+        answer: what the model answered, None where it was not asked to.
+        router_state: "untrained", "trained" or "calibrated".
+        model: a name for the caption.
+    """
+
+    image: Image.Image
+    layout: Layout
+    kept: np.ndarray
+    weight: np.ndarray
+    routed: np.ndarray
+    retention: np.ndarray
+    question: str
+    answer: str | None
+    router_state: str
+    model: str
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kept)
+
+    def to_dict(self, layers: Sequence[int]) -> dict[str, Any]:
+        """The raw selection of `layers`, ready for JSON: each token's part, cell and pixel box, each layer's choice."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "router_state": self.router_state,
+            "image_width_px": self.layout.width,
+            "image_height_px": self.layout.height,
+            "question": self.question,
+            "answer": self.answer,
+            "vision_tokens": self.layout.size,
+            "tile_grid": self.layout.tile_grid,
+            "tokens": _describe_tokens(self.layout),
+            "layers": [
+                {
+                    "layer": layer,
+                    "routed": bool(self.routed[layer]),
+                    "retention_ratio": float(self.retention[layer]),
+                    "kept_tokens": int(self.kept[layer].sum()),
+                    "kept": np.flatnonzero(self.kept[layer]).tolist(),
+                    "weights": [round(float(weight), 6) for weight in self.weight[layer]],
+                }
+                for layer in layers
+            ],
+        }
+
+
+def _describe_tokens(layout: Layout) -> list[dict[str, Any]]:
+    """One entry a vision token, in the model's order. A box is null for newlines and for patches of padding."""
+    boxes = layout.boxes()
+    described: list[dict[str, Any]] = [{}] * layout.size
+    for part in layout.parts:
+        for (row, column), token in np.ndenumerate(part.tokens):
+            box = None if np.isnan(boxes[token]).any() else [round(float(edge), 2) for edge in boxes[token]]
+            described[token] = {"token": int(token), "part": part.name, "row": row, "column": column, "box_px": box}
+        for row, token in enumerate(part.newlines):
+            described[token] = {"token": int(token), "part": part.name, "row": row, "column": None, "box_px": None}
+    return described
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """`all`, or a comma-separated list of layers and ranges: `2,14,26`, `2-8`, `0,8-12`. Sorted, each once.
+
+    Raises:
+        PmodError: anything else, or a layer that the model does not have.
+    """
+    if text.strip().lower() == "all":
+        return list(range(num_layers))
+    layers: set[int] = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
+        if match is None:
+            raise PmodError(
+                f"--layers {text!r}: {item.strip()!r} is neither a layer nor a range",
+                hint="for example: --layers 2,14,26",
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise PmodError(f"--layers {text!r}: the range {item.strip()} runs backwards", hint=f"try {last}-{first}")
+        if last >= num_layers:
+            raise PmodError(
+                f"--layers {text!r}: there is no layer {last}; the model's layers are 0..{num_layers - 1}",
+                hint="--layers all draws every layer",
+            )
+        layers.update(range(first, last + 1))
+    return sorted(layers)

@@ -1,0 +1,205 @@
+"""`pmod eval`: score a model on benchmarks with lmms-eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pmod_cli import output
+from pmod_cli.commands.common import (
+    BatchSizeOpt,
+    DeviceOpt,
+    DryRunOpt,
+    DtypeOpt,
+    JsonOpt,
+    ModelOpt,
+    OfflineOpt,
+    OverwriteOpt,
+    ProgressOpt,
+    QuietOpt,
+    RevisionOpt,
+    SeedOpt,
+    model_or_default,
+    pick_device,
+)
+from pmod_cli.errors import PARTIAL, RUN_FAILED, PmodError
+from pmod_cli.extras import require
+
+if TYPE_CHECKING:
+    from pmod_cli.evaluation.suite import Benchmark
+
+EXAMPLES = """\
+pmod eval --tasks tiny
+pmod eval --tasks docvqa,chartqa --model ./checkpoints/llava-next-7b-pmod
+pmod eval --tasks tiny --against stock,random,uniform --limit 200
+pmod eval --tasks text-rich --batch-size 16 --dtype bf16 --json > scores.json
+pmod eval --list
+"""
+
+
+def _limit(text: str) -> float:
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise typer.BadParameter(f"{text!r} is neither a number of questions nor a fraction between 0 and 1")
+    return limit if limit < 1 else int(limit)
+
+
+def eval(
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", metavar="NAMES", help="Benchmarks or groups, comma-separated; see --list.")
+    ] = "paper",
+    model: ModelOpt = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Compare with: stock, random, uniform, any model, or none; comma-separated. "
+            "[default: stock for a p-MoD model on tiny tasks, else none]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(parser=_limit, metavar="N", help="First N questions of each task, or a fraction of them."),
+    ] = None,
+    batch_size: BatchSizeOpt = 8,
+    device: DeviceOpt = "auto",
+    dtype: DtypeOpt = "auto",
+    attention: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")] = "sdpa",
+    seed: SeedOpt = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-path",
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder of the run. [default: ./runs/eval-<model>-<time>]",
+            show_default=False,
+        ),
+    ] = None,
+    list_tasks: Annotated[bool, typer.Option("--list", help="List the benchmarks and stop.")] = False,
+    overwrite: OverwriteOpt = False,
+    dry_run: DryRunOpt = False,
+    as_json: JsonOpt = False,
+    revision: RevisionOpt = None,
+    offline: OfflineOpt = False,
+    quiet: QuietOpt = False,
+    progress: ProgressOpt = True,
+) -> None:
+    """Score a model on benchmarks with lmms-eval, beside the stock model or a selection that routers must beat."""
+    from pmod_cli.evaluation import suite
+
+    if list_tasks:
+        _print_suite(suite.GROUPS, as_json)
+        return
+    require("eval", "lmms_eval", "datasets", "accelerate")
+    benchmarks = suite.resolve(tasks.split(","))
+    name = model_or_default(model)
+
+    from pmod_cli.evaluation import data, subjects
+
+    chosen = subjects.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
+    data.require_data(benchmarks)
+
+    from pmod_cli.evaluation.runner import EvalSettings, default_folder, evaluate
+
+    out = out or default_folder(chosen[0].path)
+    output.note(f"models: {', '.join(f'{subject.label} ({subject.path})' for subject in chosen)}")
+    output.note(f"tasks: {', '.join(benchmark.task for benchmark in benchmarks)}")
+    output.note(f"folder: {out}")
+    if dry_run:
+        return
+    device = pick_device(device)
+    settings = EvalSettings(limit, batch_size, device, _pick_dtype(dtype, device), attention, seed)
+    with _Bars() as bars:
+        results = evaluate(benchmarks, chosen, settings, out, overwrite=overwrite, on_progress=bars.show)
+    _print_results(results, out, as_json, quiet)
+    if results["failed"]:
+        scored = any(score["score"] is not None for task in results["tasks"] for score in task["scores"].values())
+        failed = results["failed"]
+        raise PmodError(
+            f"{len(failed)} of {len(benchmarks) * len(chosen)} benchmark runs failed: {failed[0]}",
+            hint=f"the whole log: {out / 'lmms-eval.log'}",
+            code=PARTIAL if scored else RUN_FAILED,
+        )
+
+
+def _against(against: str | None, name: str, benchmarks: tuple[Benchmark, ...], offline: bool) -> list[str]:
+    """What to compare with. The tiny tasks take seconds, so there the stock model stands beside p-MoD unasked."""
+    from pmod_cli.checkpoints import resolve, router_state
+    from pmod_cli.evaluation import subjects, suite
+
+    if against is not None:
+        return [part.strip() for part in against.split(",") if part.strip() not in ("", "none")]
+    path = resolve(name, offline=offline).path
+    if router_state(path) == "stock" or not set(benchmarks) <= set(suite.TINY):
+        return []
+    if subjects.stock_source(path) is None:
+        output.note("no stock model beside it: the checkpoint does not say what it was made from; --against names one")
+        return []
+    return ["stock"]
+
+
+def _pick_dtype(dtype: str, device: str) -> str:
+    """`auto` is the dtype as stored, but float32 on a CPU: most have no bfloat16 arithmetic and emulate it slowly."""
+    if dtype != "auto" or device != "cpu":
+        return dtype
+    output.note("dtype: float32 (the fastest on a CPU, and answers do not depend on the batch size)")
+    return "float32"
+
+
+class _Bars:
+    """One bar per model and task on a terminal; elsewhere one line when a task ends."""
+
+    def __init__(self) -> None:
+        self.bars = output.progress()
+        self.known: dict[tuple[str, str], Any] = {}
+
+    def __enter__(self) -> _Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def show(self, model: str, task: str, answered: int, questions: int) -> None:
+        """`questions` is 1 until the task is loaded and their number known."""
+        if (model, task) not in self.known:
+            self.known[model, task] = self.bars.add_task(f"{model} · {task}", total=None)
+        if questions > 1 or answered:
+            self.bars.update(self.known[model, task], completed=answered, total=questions)
+        if answered == questions and not output.shows_progress():
+            output.note(f"{model} · {task}: {answered} answers")
+
+
+def _print_results(results: dict[str, Any], out: Path, as_json: bool, quiet: bool) -> None:
+    from pmod_cli.evaluation import report
+
+    if as_json:
+        output.print_json({"folder": str(out), **results})
+    elif quiet:
+        output.print_line(out)
+    else:
+        output.stdout.print(report.table(results))
+        output.print_line(out / "results.json")
+
+
+def _print_suite(groups: dict[str, tuple[Benchmark, ...]], as_json: bool) -> None:
+    benchmarks = {benchmark.name: benchmark for group in groups.values() for benchmark in group}
+    if as_json:
+        output.print_json({"schema_version": 1, "benchmarks": [vars(benchmark) for benchmark in benchmarks.values()]})
+        return
+    from rich.table import Table
+
+    table = Table("name", "paper", "lmms-eval task", "metric", "group", "data")
+    for benchmark in benchmarks.values():
+        data = ", ".join(dict.fromkeys(part.partition(":")[0] for part in benchmark.data)) or "drawn here"
+        table.add_row(benchmark.name, benchmark.title, benchmark.task, benchmark.metric, benchmark.group, data)
+    output.stdout.print(table)
+    output.print_line(f"groups: {', '.join(groups)}. Any other lmms-eval task is passed through by its name.")

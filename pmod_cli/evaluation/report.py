@@ -1,0 +1,165 @@
+"""The report of a run: a plain dictionary for `results.json`, and a table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from pmod_cli.evaluation.scoring import Scored
+from pmod_cli.evaluation.statistics import interval
+from pmod_cli.evaluation.suite import Benchmark
+
+SCHEMA_VERSION = 1
+
+
+def build(
+    benchmarks: Sequence[Benchmark],
+    models: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, Scored]],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that was measured so far.
+
+    Scores are in the paper's units (points of 100; MME in its own), with 95 % intervals over the questions. A
+    difference is the first model minus the other one, paired by question.
+
+    Args:
+        models: What each model is, by the label of its column; the first is the one that is evaluated.
+        scores: By benchmark name and label.
+        seed: Of the resampling.
+    """
+    first = next(iter(models), None)
+    tasks = []
+    for benchmark in benchmarks:
+        outcomes = scores[benchmark.name]
+        tasks.append(
+            {
+                "name": benchmark.name,
+                "title": benchmark.title,
+                "task": benchmark.task,
+                "metric": benchmark.metric,
+                "scores": {label: _score(benchmark, scored, seed) for label, scored in outcomes.items()},
+                "differences": {
+                    label: _difference(benchmark, outcomes[first], scored, seed)
+                    for label, scored in outcomes.items()
+                    if label != first and scored.error is None and outcomes[first].error is None
+                },
+            }
+        )
+    return {
+        "models": dict(models),
+        "tasks": tasks,
+        "failed": [
+            f"{label}: {benchmark.title}: {scored.error}"
+            for benchmark in benchmarks
+            for label, scored in scores[benchmark.name].items()
+            if scored.error is not None
+        ],
+    }
+
+
+def _score(benchmark: Benchmark, scored: Scored, seed: int) -> dict[str, Any]:
+    if scored.error is not None:
+        return {"score": None, "error": scored.error, "seconds": round(scored.seconds, 2)}
+    tally = scored.tally
+    low, high = interval(scored.resampled(benchmark.scale, seed)) if scored.parts else (None, None)
+    return {
+        "score": scored.score,
+        "low": low,
+        "high": high,
+        "questions": len(scored.samples),
+        "questions_available": scored.available,
+        "limited": scored.limited,
+        "empty_answers": tally.empty,
+        "cut_answers": tally.cut,
+        "seconds": round(scored.seconds, 2),
+        "generate_seconds": round(tally.generate_seconds, 2),
+        "generated_tokens": tally.tokens,
+        "tokens_per_second": round(tally.tokens / tally.generate_seconds, 2) if tally.generate_seconds else None,
+        "prompt": tally.prompt,
+        "metrics": scored.metrics,
+        "task_versions": scored.versions,
+    }
+
+
+def _difference(benchmark: Benchmark, first: Scored, other: Scored, seed: int) -> dict[str, Any]:
+    """First minus other over the same questions. Equal seeds resample equal questions, so the draws are paired."""
+    low, high = (None, None)
+    if first.parts and other.parts:
+        low, high = interval(first.resampled(benchmark.scale, seed) - other.resampled(benchmark.scale, seed))
+    changed = sum(a["answer"] != b["answer"] for a, b in zip(first.samples, other.samples, strict=True))
+    return {"difference": first.score - other.score, "low": low, "high": high, "changed_answers": changed}
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Rows are tasks, columns are models; beside each other model the paired difference of the first one to it."""
+    labels = list(results["models"])
+    shown = Table(title=_title(results), title_justify="left", title_style="", caption=_caption(results))
+    shown.caption_justify, shown.caption_style = "left", "dim"
+    shown.add_column("task", no_wrap=True)
+    shown.add_column("metric")
+    shown.add_column("questions", justify="right")
+    for place, label in enumerate(labels):
+        shown.add_column(label, justify="right")
+        if place:
+            shown.add_column(f"{labels[0]} − {label}" if len(labels) > 2 else "difference", justify="right")
+    for task in results["tasks"]:
+        cells = [task["title"], task["metric"] or "", _questions(task)]
+        for place, label in enumerate(labels):
+            cells.append(_score_cell(task["scores"].get(label)))
+            if place:
+                cells.append(_difference_cell(task["differences"].get(label)))
+        shown.add_row(*cells)
+    return shown
+
+
+def _title(results: Mapping[str, Any]) -> str | None:
+    """What a reader must know before the numbers."""
+    untrained = [label for label, model in results["models"].items() if model["routers"] == "untrained"]
+    lines = []
+    if untrained:
+        lines.append(
+            f"{', '.join(untrained)}: untrained routers. Every vision token ties, so what is kept means nothing."
+        )
+    if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
+        lines.append("Limited run: these are not the scores of the benchmarks.")
+    return "\n".join(lines) or None
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    lines = ["± half of the 95 % interval over the questions; differences are paired by question."]
+    for task in results["tasks"]:
+        for label, score in task["scores"].items():
+            counts = [f"{score[f'{kind}_answers']} {kind}" for kind in ("empty", "cut") if score.get(f"{kind}_answers")]
+            if counts:
+                lines.append(f"{label}, {task['title']}: {' and '.join(counts)} answers")
+    return "\n".join(lines + list(results["failed"]))
+
+
+def _questions(task: Mapping[str, Any]) -> str:
+    score = next((score for score in task["scores"].values() if score["score"] is not None), None)
+    if score is None:
+        return "–"
+    return f"{score['questions']} of {score['questions_available']}" if score["limited"] else str(score["questions"])
+
+
+def _score_cell(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    if score["score"] is None:
+        return "failed"
+    return f"{score['score']:.1f}{_half(score['low'], score['high'])}"
+
+
+def _difference_cell(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference['difference']:+.1f}{_half(difference['low'], difference['high'])}"
+
+
+def _half(low: float | None, high: float | None) -> str:
+    return f" ± {np.subtract(high, low) / 2:.1f}" if low is not None and high is not None else ""

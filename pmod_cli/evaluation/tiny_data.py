@@ -1,0 +1,70 @@
+"""The test questions of the four tiny tasks: drawn once from the test seeds, kept in a cache, never trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.data import documents, glyphs
+from pmod_cli.errors import PmodError
+
+QUESTIONS = 1000  # per task
+LAYOUT = 1  # raise it when the columns change
+
+
+def folder(task: str, questions: int = QUESTIONS) -> Path:
+    """The data set of one tiny task as `datasets.load_from_disk` reads it, drawn on the first call.
+
+    Args:
+        task: `doc`, `chart`, `attribute` or `presence`.
+        questions: Number of test documents, one question each.
+    """
+    target = _cache() / f"tiny-tasks-{_version()}" / f"{task}-{questions}"
+    if not target.is_dir():
+        _write(task, questions, target)
+    return target
+
+
+def rows(task: str, questions: int) -> dict[str, list[Any]]:
+    """Columns of one task, named as in the benchmark it stands for. Row i asks test document i its first question."""
+    drawn = [documents.draw(task, documents.seed_of("test", index)) for index in range(questions)]
+    answers = [document.turns[0].answer for document in drawn]
+    return {
+        "question_id": list(range(questions)),
+        "image": [document.image for document in drawn],
+        "question": [document.turns[0].question for document in drawn],
+        "answer": answers,
+        "answers": [[answer] for answer in answers],  # DocVQA has a list of accepted answers
+    }
+
+
+def _write(task: str, questions: int, target: Path) -> None:
+    from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
+    from pmod_cli.checkpoints.atomic import staged_directory
+
+    text = Value("string")
+    columns = {"question_id": Value("int64"), "image": Image(), "question": text, "answer": text, "answers": List(text)}
+    split = Dataset.from_dict(rows(task, questions), features=Features(columns))
+    try:
+        with staged_directory(target) as staged:
+            DatasetDict({"test": split}).save_to_disk(staged)
+    except PmodError:
+        if not target.is_dir():  # else another process has drawn the same questions meanwhile
+            raise
+
+
+def _version() -> str:
+    """Changes with the code that draws the documents, so that old questions are never scored as new ones."""
+    digest = hashlib.sha256(f"{LAYOUT}".encode())
+    for module in (documents, glyphs):
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _cache() -> Path:
+    """Beside the data sets of the other benchmarks, where HF_HOME puts them."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME, "pmod")

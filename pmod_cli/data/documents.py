@@ -18,7 +18,9 @@ SPLITS = ("train", "test")
 CELL = 8  # pixels: glyphs are set on this grid, one cell per patch of the bundled model, jittered inside the cell
 
 # Each label starts with a letter of its own.
-LABELS = tuple("bun cod dip egg fig gum ham ice jam nut oil pie rye soy tea yam".split())
+LABELS = tuple(
+    ["bun", "cod", "dip", "egg", "fig", "gum", "ham", "ice", "jam", "nut", "oil", "pie", "rye", "soy", "tea", "yam"]
+)
 COLOURS = {
     "red": (214, 40, 40),
     "green": (40, 160, 60),
@@ -43,7 +45,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Mark:
-    """One drawn thing: its pixel box, the word for what it shows, and the word it belongs to (label or colour)."""
+    """One drawn thing: its pixel box, the word one patch of it shows (glyph, bar, colour), and the word it takes the
+    neighbours to tell (the label of its line, the shape of an object)."""
 
     box: Box
     shows: str
@@ -132,7 +135,7 @@ def _receipt(canvas: _Canvas) -> list[Turn]:
     slack = {row: random.randint(0, canvas.columns % entry) for row in range(canvas.rows)}
     lonely = {row: random.randint(0, canvas.columns - entry) for row in range(canvas.rows)}
     chosen = sorted(random.sample(slots, count))
-    for (row, start), label in zip(chosen, random.sample(LABELS, count)):
+    for (row, start), label in zip(chosen, random.sample(LABELS, count), strict=True):
         alone = sum(other == row for other, _ in chosen) == 1
         column = lonely[row] if alone else start * entry + slack[row]
         value = str(random.randint(10, 99))
@@ -155,7 +158,7 @@ def _chart(canvas: _Canvas) -> list[Turn]:
     origin = 6 * CELL
     fill = COLOURS[random.choice(list(COLOURS))]
     turns = []
-    for row, label, value in zip(rows, labels, values):
+    for row, label, value in zip(rows, labels, values, strict=True):
         canvas.write(label, 0, row, label)
         region = canvas.write(str(value), 4, row, label)
         end = origin + round(value / 100 * (canvas.width - origin))
@@ -178,13 +181,13 @@ def _scatter(canvas: _Canvas) -> list[tuple[str, str, Box]]:
     spots = [(x, y) for y in range(0, canvas.height - 23, field) for x in range(0, canvas.width - 23, field)]
     count = random.randint(3, min(6, len(spots)))
     objects = []
-    for (x, y), (colour, shape) in zip(sorted(random.sample(spots, count)), random.sample(looks, count)):
+    for (x, y), (colour, shape) in zip(sorted(random.sample(spots, count)), random.sample(looks, count), strict=True):
         side = random.randint(15, 23)
         left = x + random.randint(0, min(field, canvas.width - x) - side)
         top = y + random.randint(0, min(field, canvas.height - y) - side)
         box = (left, top, left + side, top + side)
         _shape(canvas.pen, shape, box, COLOURS[colour])
-        canvas.marks.append(Mark(box, shape, colour))
+        canvas.marks.append(Mark(box, colour, shape))
         objects.append((colour, shape, box))
     return objects
 

@@ -1,7 +1,7 @@
 """K/V of routed layers: shorter than the sequence, with the validity of each slot and the true length kept beside them.
 
-A layer subclass inside the stock `DynamicCache` and `StaticCache`, so that generation, beam search and assisted decoding stay
-stock. Tokens after a prefill (decode, later text) are appended by every layer, at their true positions.
+A layer subclass inside the stock `DynamicCache` and `StaticCache`, so that generation, beam search and assisted decoding
+stay stock. Tokens after a prefill (decode, later text) are appended by every layer, at their true positions.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class _RoutedSlots:
         self._incoming = (valid, skipped, croppable)
 
     def own_mask(self, config, states: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Attention mask of `states` `(B, M, D)` over this layer's slots and their own; None where causality alone suffices.
+        """Attention mask of `states` `(B, M, D)` over this layer's slots and their own; None where causality suffices.
 
         Args:
             config: Text configuration; names the attention implementation.

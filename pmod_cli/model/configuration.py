@@ -34,7 +34,9 @@ class _RoutedConfig:
     @property
     def routed_layers(self) -> list[int]:
         """Indices of the decoder layers that have a router."""
-        return [layer for layer, routed in enumerate(self.settings.routed(self.text_config.num_hidden_layers)) if routed]
+        return [
+            layer for layer, routed in enumerate(self.settings.routed(self.text_config.num_hidden_layers)) if routed
+        ]
 
 
 class PmodLlavaConfig(_RoutedConfig, LlavaConfig):

@@ -20,6 +20,17 @@ from .routing import Gathered, Routing, token_weights
 from .settings import PmodSettings
 
 
+class Router(nn.Linear):
+    """One linear map D -> 1 with bias, on the un-normalised residual stream. Starts at zero: all weights are then equal."""
+
+    def __init__(self, hidden_size: int, **options):
+        super().__init__(hidden_size, 1, **options)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class RoutedLayer:
     """Mixin in front of a stock decoder layer. Without vision tokens in the step, the layer is the stock one."""
 
@@ -35,11 +46,8 @@ class RoutedLayer:
         self.weight_norm = settings.weight_norm
         self.string = settings.string
         like = self.input_layernorm.weight
-        router = nn.Linear(like.shape[0], 1, device=like.device, dtype=like.dtype) if routed else None
+        router = Router(like.shape[0], device=like.device, dtype=like.dtype) if routed else None
         self.register_module("router", router)
-        if routed:
-            nn.init.zeros_(router.weight)
-            nn.init.zeros_(router.bias)
 
     def forward(
         self,
@@ -63,7 +71,9 @@ class RoutedLayer:
         if self.router is not None and past_key_values is not None:
             cache_layer = routed_cache_layer(past_key_values, self.self_attn.layer_idx)
         if routing is not None and self.router is not None:
-            return self._routed_forward(hidden_states, routing, position_embeddings, past_key_values, cache_layer, **kwargs)
+            return self._routed_forward(
+                hidden_states, routing, position_embeddings, past_key_values, cache_layer, **kwargs
+            )
         if cache_layer is not None and (cache_layer.skipped or cache_layer.valid is not None):
             attention_mask = cache_layer.own_mask(self.self_attn.config, hidden_states, step_valid)
             cache_layer.expect(step_valid)

@@ -7,8 +7,15 @@ passed down to the layers. Steps without images (decode, text) get none and run 
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
-from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+)
+from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
@@ -17,7 +24,7 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from .configuration import PmodLlavaConfig, PmodLlavaNextConfig
-from .layer import PmodLlamaDecoderLayer, PmodMistralDecoderLayer, PmodQwen2DecoderLayer
+from .layer import PmodLlamaDecoderLayer, PmodMistralDecoderLayer, PmodQwen2DecoderLayer, Router
 from .routing import SELECTIONS, Routing
 
 
@@ -26,11 +33,11 @@ class RoutedDecoder:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if getattr(module, "router", None) is not None:  # routers start at zero: every weight is 1 (tanh)
-            for parameter in module.router.parameters():
-                if not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.zero_()
+        if isinstance(module, Router):
+            for parameter in module.parameters():
+                init.zeros_(parameter)  # leaves what a checkpoint has filled
+        else:
+            super()._init_weights(module)
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, **kwargs):
         """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
@@ -114,7 +121,7 @@ class RoutedLlava:
             ValueError: Merged embeddings start a sequence without a `vision_mask`, or the attention mask is not 2D.
         """
         routing = None
-        if pixel_values is not None and len(pixel_values) or kwargs.get("mm_encoder_outputs"):
+        if (pixel_values is not None and len(pixel_values)) or kwargs.get("mm_encoder_outputs"):
             if vision_mask is None:
                 vision_mask = self._placeholders(input_ids, inputs_embeds)
             if self.config.settings.target_tokens == "vision_hr":
@@ -203,7 +210,9 @@ class RoutedGeneration:
     def _prepare_generation_config(self, *args, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         if generation_config.prefill_chunk_size is not None:
-            raise ValueError("prefill_chunk_size is not supported: each chunk would be routed alone, and keep other tokens")
+            raise ValueError(
+                "prefill_chunk_size is not supported: each chunk would be routed alone, and keep other tokens"
+            )
         return generation_config, model_kwargs
 
     @staticmethod

@@ -80,7 +80,9 @@ def retention_schedule(
         return [mean] * num_layers
     if kind == "interleaved":
         odd = num_layers // 2
-        return _reachable(kind, mean, [1.0, (mean * num_layers - (num_layers - odd)) / odd], num_layers, lambda i: i % 2)
+        return _reachable(
+            kind, mean, [1.0, (mean * num_layers - (num_layers - odd)) / odd], num_layers, lambda i: i % 2
+        )
     groups = [i * 4 // num_layers for i in range(num_layers)]
     step = (1 - mean) * num_layers / sum(groups)
     return _reachable(kind, mean, [1 - step * group for group in range(4)], num_layers, lambda i: groups[i])

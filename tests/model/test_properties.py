@@ -1,0 +1,270 @@
+"""Properties: batch N equals batch 1, cached decode equals recompute, generation modes agree, errors, saving and loading."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from pmod_cli.model import PmodLlavaNextModel, capture_selection, kept_tokens
+from tests import factories
+from tests.model.models import IMAGES, ROUTED_FROM_START, ROWS, batch, pmod_model, single
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pmod_model()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("selection", ["router", "random", "uniform"])
+def test_batch_equals_single_rows(model, side, selection):
+    inputs = batch("llava_next", ROWS, side)
+    positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    model.set_selection(selection, seed=3)
+    try:
+        with torch.no_grad(), capture_selection(model) as together:
+            logits = model(**inputs, position_ids=positions).logits
+        for row in range(len(ROWS)):
+            real = inputs["attention_mask"][row].bool()
+            with torch.no_grad(), capture_selection(model) as alone:
+                expected = model(**single(inputs, row, IMAGES[row])).logits[0]
+            torch.testing.assert_close(logits[row][real], expected, **CLOSE)
+            for layer, selected in alone.layers.items():
+                assert torch.equal(together.layers[layer].kept[row][real], selected.kept[0])
+    finally:
+        model.set_selection("router")
+
+
+def test_every_layer_keeps_k_vision_tokens_and_all_text(model):
+    inputs = batch("llava_next", ROWS)
+    for selection in ("router", "random", "uniform"):
+        model.set_selection(selection)
+        with torch.no_grad(), capture_selection(model) as record:
+            model(**inputs)
+        text = inputs["attention_mask"].bool() & ~record.vision_mask
+        num_vision = record.vision_mask.sum(dim=1).tolist()
+        assert sorted(record.layers) == [0, 2, 3]
+        assert len(set(num_vision)) == 4
+        assert 0 in num_vision
+        for layer, selected in record.layers.items():
+            assert selected.K.tolist() == [kept_tokens(n, model.config.retention[layer]) for n in num_vision]
+            assert torch.equal(selected.kept & ~record.vision_mask, text)
+    model.set_selection("router")
+
+
+def test_uniform_selection_is_evenly_spaced_and_random_depends_on_the_seed(model):
+    inputs = batch("llava_next", ROWS[:1])
+    model.set_selection("uniform")
+    with torch.no_grad(), capture_selection(model) as record:
+        model(**inputs)
+    kept = record.layers[2].kept[0][record.vision_mask[0]].nonzero().flatten()
+    gaps = kept.diff()
+    assert gaps.max() - gaps.min() <= 1
+    picks = []
+    for seed in (0, 0, 1):
+        model.set_selection("random", seed=seed)
+        with torch.no_grad(), capture_selection(model) as record:
+            model(**inputs)
+        picks.append(record.layers[2].kept)
+    model.set_selection("router")
+    assert torch.equal(picks[0], picks[1])
+    assert not torch.equal(picks[0], picks[2])
+
+
+def test_ties_keep_the_lowest_positions():
+    model = pmod_model(router_std=0.0)
+    with torch.no_grad(), capture_selection(model) as record:
+        model(**batch("llava_next", ROWS[:1]))
+    for selected in record.layers.values():
+        kept = selected.kept[0][record.vision_mask[0]]
+        assert kept[: int(selected.K)].all()
+        assert not kept[int(selected.K) :].any()
+
+
+def test_high_resolution_target_keeps_the_base_image():
+    model = pmod_model(pmod=ROUTED_FROM_START | {"target_tokens": "vision_hr"})
+    inputs = batch("llava_next", ROWS[:2])
+    with torch.no_grad(), capture_selection(model) as record:
+        logits = model(**inputs).logits
+    base = (factories.TILE // factories.PATCH) ** 2
+    for row, images in enumerate(IMAGES[:2]):
+        vision = inputs["input_ids"][row] == model.config.image_token_id
+        assert int(vision.sum()) - int(record.vision_mask[row].sum()) == base * len(images)
+        assert not record.vision_mask[row][vision.nonzero().flatten()[:base]].any()
+    assert logits.isfinite().all()
+
+
+MODES = {
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+    "beam": {"num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode", ["static", "no cache", "lookup"])
+def test_generation_modes_agree(mode, attention):
+    model = pmod_model(attention=attention)
+    rows = ROWS[:1] if mode == "lookup" else ROWS
+    inputs = batch("llava_next", rows)
+    greedy = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **greedy)
+    assert torch.equal(model.generate(**inputs, **greedy, **MODES[mode]), expected)
+
+
+def test_assisted_decoding_equals_greedy(model):
+    inputs = batch("llava_next", ROWS[:1])
+    assistant = pmod_model(seed=5)
+    greedy = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        model.generate(**inputs, **greedy, assistant_model=assistant), model.generate(**inputs, **greedy)
+    )
+
+
+def test_beam_search_of_a_batch_equals_single_rows(model):
+    beams = {"num_beams": 3, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    inputs = batch("llava_next", ROWS)
+    together = model.generate(**inputs, **beams)[:, inputs["input_ids"].shape[1] :]
+    for row in range(len(ROWS)):
+        alone = single(inputs, row, IMAGES[row])
+        assert torch.equal(model.generate(**alone, **beams)[0, alone["input_ids"].shape[1] :], together[row])
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda: DynamicCache(config=None)])
+def test_cached_decode_equals_recompute_and_a_second_image_joins(model, make_cache):
+    inputs = batch("llava_next", ROWS[:1])
+    more = torch.tensor([[9, 10, 11, 12]])
+    second = batch("llava_next", [("is there a circle?", [(32, 64)])])
+    with torch.no_grad():
+        cache = make_cache()
+        model(**inputs, past_key_values=cache)
+        length = inputs["input_ids"].shape[1]
+        assert cache.get_seq_length() == length
+        assert cache.layers[0].slots < length
+        first = model(input_ids=more[:, :1], past_key_values=cache).logits
+        rest = model(input_ids=more[:, 1:], past_key_values=cache).logits
+        ids = torch.cat([inputs["input_ids"], more], dim=1)
+        images = {key: inputs[key] for key in ("pixel_values", "image_sizes")}
+        expected = model(input_ids=ids, **images).logits[:, -4:]
+        torch.testing.assert_close(torch.cat([first, rest], dim=1), expected, **CLOSE)
+        joined = model(input_ids=second["input_ids"], past_key_values=cache, **{k: second[k] for k in images})
+    assert joined.logits.isfinite().all()
+    assert cache.get_seq_length() == length + 4 + second["input_ids"].shape[1]
+
+
+def test_static_cache_is_sized_by_what_each_layer_keeps(model):
+    inputs = batch("llava_next", ROWS[:1])
+    cache = StaticCache(config=model.config.text_config, max_cache_len=200)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    num_vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    for ratio, layer in zip(model.config.retention, cache.layers, strict=True):
+        assert layer.keys.shape[2] == 200 - num_vision + kept_tokens(num_vision, ratio)
+    cache.reset()
+    with torch.no_grad():
+        again = model(**inputs, past_key_values=cache).logits
+        assert torch.equal(again, model(**inputs).logits)
+
+
+def test_merged_embeddings_need_a_vision_mask(model):
+    inputs = batch("llava_next", ROWS[:1])
+    ids = inputs["input_ids"]
+    vision = ids == model.config.image_token_id
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
+        embeds = model.get_input_embeddings()(ids)
+        embeds = embeds.masked_scatter(vision[..., None], torch.cat(features.pooler_output))
+        expected = model(**inputs).logits
+        assert torch.equal(model(inputs_embeds=embeds, vision_mask=vision).logits, expected)
+        with pytest.raises(ValueError, match="vision_mask"):
+            model(inputs_embeds=embeds)
+        greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        generated = model.generate(
+            inputs_embeds=embeds, attention_mask=torch.ones_like(ids), vision_mask=vision, **greedy
+        )
+    assert torch.equal(generated, model.generate(**inputs, **greedy)[:, ids.shape[1] :])
+
+
+def test_unsupported_uses_are_refused(model):
+    inputs = batch("llava_next", ROWS)
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+    mask = inputs["attention_mask"]
+    with pytest.raises(ValueError, match="2D attention mask"):
+        model(**inputs | {"attention_mask": mask[:, None, None].expand(-1, 1, mask.shape[1], -1).bool()})
+    with pytest.raises(ValueError, match="selection must be one of"):
+        model.set_selection("best")
+    with pytest.raises(ValueError, match="filled by another model"):
+        cache = DynamicCache()
+        factories.model()(**inputs, past_key_values=cache)
+        model(**inputs, past_key_values=cache)
+    with pytest.raises(ValueError, match="sliding-window"):
+        pmod_model(decoder="mistral", sliding_window=64)
+    with pytest.raises(ValueError, match="unknown p-MoD settings"):
+        pmod_model(pmod={"shfit": 0.5})
+    with pytest.raises(ValueError, match="vision_hr"):
+        pmod_model("llava", pmod={"target_tokens": "vision_hr"})
+
+
+@pytest.mark.parametrize("kind", factories.KINDS)
+def test_saved_models_load_through_the_auto_classes(kind, tmp_path):
+    model = pmod_model(kind)
+    model.save_pretrained(tmp_path)
+    inputs = batch(kind, ROWS[:1])
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is type(model)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+    headless = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(
+        headless.language_model.layers[0].router.weight, model.model.language_model.layers[0].router.weight
+    )
+
+
+def test_stock_weights_get_zero_routers_and_nothing_else_new(tmp_path):
+    stock = factories.model()
+    stock.save_pretrained(tmp_path)
+    config = pmod_model().config
+    from pmod_cli.model import PmodLlavaNextForConditionalGeneration
+
+    loaded, report = PmodLlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path, config=config, output_loading_info=True
+    )
+    assert report["missing_keys"]
+    assert all(".router." in name for name in report["missing_keys"])
+    assert not report["unexpected_keys"]
+    for name, parameter in loaded.named_parameters():
+        assert not parameter.any() if ".router." in name else torch.equal(parameter, stock.state_dict()[name])
+
+
+def test_text_only_training_steps_touch_the_routers(model):
+    model = pmod_model().train()
+    inputs = batch("llava_next", [("yes", []), ("no", [])])
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    routers = [parameter for name, parameter in model.named_parameters() if ".router." in name]
+    assert len(routers) == 6
+    assert all(p.grad is not None and not p.grad.any() for p in routers)
+
+
+def test_headless_model_and_device_map_names():
+    model = pmod_model()
+    assert isinstance(model.model, PmodLlavaNextModel)
+    assert "PmodLlamaDecoderLayer" in model._no_split_modules
+
+
+@pytest.mark.gpu
+def test_flash_attention_agrees_with_sdpa():
+    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    inputs = {key: value.cuda() for key, value in batch("llava_next", ROWS).items()}
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    logits = []
+    for attention in ("sdpa", "flash_attention_2"):
+        model = pmod_model(attention=attention).bfloat16().cuda()
+        with torch.no_grad():
+            logits.append(model(**inputs).logits[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(*logits, atol=0.1, rtol=0.1)

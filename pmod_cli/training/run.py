@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_tf32_available
 
@@ -86,13 +85,14 @@ def finetune(
     (out / STATE).mkdir(parents=True, exist_ok=True)
     write_text(out / SETTINGS, dump(settings))
 
-    set_seed(settings.train.seed)  # before the model: the order of things that draw must not depend on the caller
     source = resolve(settings.model.name).path
-    model, processor = load_model(source, dtype="float32", attn_implementation=settings.model.attention)
+    checkpoint = get_last_checkpoint(str(out / STATE))
+    model, processor = load_model(
+        Path(checkpoint or source), dtype="float32", attn_implementation=settings.model.attention
+    )
     freeze(model, settings.model.freeze)
     if hasattr(model.config, "router_state"):
         model.config.router_state = "trained"
-    config = deepcopy(model.config)  # Trainer switches the KV cache off in its own
     trainer = PmodTrainer(
         train=settings.train,
         on_step=on_step,
@@ -103,10 +103,9 @@ def finetune(
     )
     started = perf_counter()
     with trainer.watch.signals():
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / STATE)))
+        trainer.train(resume_from_checkpoint=checkpoint)
     finished = trainer.state.global_step >= settings.train.max_steps
     if finished and trainer.is_world_process_zero():
-        model.config = config
         model.to(_dtype_of(source))
         publish(model, processor, trainer.state.log_history, out)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -54,6 +54,7 @@ class PmodTrainer(Trainer):
         config = self.model.config
         self._image_token = config.image_token_id
         self._retention = getattr(config, "retention", None)  # a stock model has none: it keeps everything
+        config.__dict__.pop("use_cache", None)  # Trainer's mark; a LLaVA reads its decoder's, so see compute_loss
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.watch = Watch(self, on_step)
         self.add_callback(self.watch)
@@ -68,13 +69,13 @@ class PmodTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss. Text-only batches add a zero that reaches the parts they do not use.
+        """The model's loss, without a KV cache. Text-only batches add a zero that reaches the parts they do not use.
 
         Without it a process whose batch has no image has no gradient for routers and projector, and the processes of
         a distributed run wait for each other forever.
         """
         self._count_vision(inputs["input_ids"])
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs | {"use_cache": False}, return_outputs, num_items_in_batch)
         if "pixel_values" in inputs:
             return result
         unused = [p for n, p in model.named_parameters() if p.requires_grad and part_of(n) != "language_model"]
@@ -116,6 +117,21 @@ class PmodTrainer(Trainer):
             logs["vision_tokens_kept"] = self._vision if self._retention is None else self._kept
             self._vision = self._kept = 0.0
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the processor too: a training checkpoint is a model that every command takes."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.data_collator.processor.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Nothing where the model is loaded before it is sharded: ``finetune`` has loaded it from the checkpoint.
+
+        Trainer's own takes the names in the file for those of the model. The file has the published LLaVA names,
+        so that none would match and the run would go on with the weights it started from.
+        """
+        if model is not None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint under another name, then rename it: a killed run leaves none that is half written."""

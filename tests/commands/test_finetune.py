@@ -1,0 +1,127 @@
+"""`pmod finetune` as a user runs it: stdout, stderr, exit code and what is on the disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pmod_cli import cli, extras
+
+QUICK = ("--max-steps", 2, "--batch-size", 2, "--set", "data.turns=1", "--set", "train.log_steps=1", "--device", "cpu")
+
+
+def call(*arguments: object) -> int:
+    """The program in this process: the cheap way where nothing is trained."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_two_steps_after_convert(pmod, stock_model, workdir):
+    assert pmod("convert", stock_model(), "-o", "routed", cwd=workdir).returncode == 0
+    run = pmod("finetune", "--recipe", "tiny", *QUICK, "--json", cwd=workdir)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["status"] == "finished"
+    assert report["step"] == 2
+    assert report["path"].startswith("runs/tiny-")
+    assert report["parameters"]["router"]["trained"]
+    assert not report["parameters"]["vision_tower"]["trained"]
+    assert "model: routed" in run.stderr
+    assert "step 2/2  loss" in run.stderr
+    assert (workdir / ".pmod" / "current").read_text().strip() == report["path"]
+    assert json.loads((workdir / report["path"] / "config.json").read_text())["router_state"] == "trained"
+
+    again = pmod(
+        "finetune", "-r", f"{report['path']}/config.yaml", "-o", report["path"], "--device", "cpu", cwd=workdir
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == run
+    assert "already finished" in again.stderr
+
+
+def test_interrupted_run_says_how_to_go_on(stock_model, workdir):
+    words = ["finetune", "-m", stock_model(), "-o", "run", "--batch-size", 1, "--max-steps", 5000, "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pmod_cli", *map(str, words), "--set", "train.log_steps=1"],
+        cwd=workdir,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(cli.__file__))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert "interrupted after step" in stderr
+    assert "pmod finetune --recipe run/config.yaml --out run" in stderr
+    assert list((workdir / "run" / "checkpoints").glob("checkpoint-*"))
+    assert not (workdir / ".pmod").exists()
+
+
+def test_dry_run_counts_and_writes_nothing(stock_model, workdir, capsys):
+    assert call("finetune", "-m", stock_model(), "--dry-run", "--json", *QUICK) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["steps"], plan["images"]) == (2, 4)
+    assert plan["parameters"]["vision_tower"] == {
+        "parameters": plan["parameters"]["vision_tower"]["parameters"],
+        "trained": False,
+        "learning_rate": None,
+    }
+    assert plan["tokens"] > 4 * 16
+    assert plan["memory_gib"] > 0
+    assert plan["mean_retention"] == 1.0
+    assert call("finetune", "-m", stock_model(), "--dry-run", *QUICK) == 0
+    assert "frozen" in capsys.readouterr().out
+    assert list(workdir.iterdir()) == []
+
+
+def test_print_config_is_a_recipe(workdir, capsys):
+    assert call("finetune", "--print-config", "--seed", 5, "--set", "train.learning_rate=1e-3") == 0
+    first = capsys.readouterr().out
+    settings = yaml.safe_load(first)
+    assert settings["train"]["seed"] == 5
+    assert settings["train"]["learning_rate"] == 1e-3
+    (workdir / "mine.yaml").write_text(first)
+    assert call("finetune", "--print-config", "--recipe", "mine.yaml") == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--set", "train.maxsteps=3"], ["--set train.maxsteps=3", "did you mean train.max_steps?"]),
+        (["--max-steps", "0"], ["--max-steps", "expected 1 or more, got 0"]),
+        (["--dtype", "float16"], ["--dtype", "expected one of auto, float32, bfloat16"]),
+        (["--recipe", "tinny"], ["tinny", "tiny"]),
+        (["--recipe", "none.yaml"], ["none.yaml"]),
+        ([], ["no model", "pmod convert tiny-llava-next"]),
+        (["--model", "./nowhere"], ["there is no folder ./nowhere"]),
+    ],
+)
+def test_bad_input_is_a_sentence(workdir, capsys, words, parts):
+    assert call("finetune", *words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in parts:
+        assert part in captured.err
+    assert "Traceback" not in captured.err
+    assert not (workdir / "runs").exists()
+
+
+def test_a_missing_extra_is_a_sentence(stock_model, workdir, capsys, monkeypatch):
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    assert call("finetune", "-m", stock_model()) == 2
+    assert "pip install -e '.[train]'" in capsys.readouterr().err
+
+
+def test_a_path_is_all_that_quiet_prints(pmod, stock_model, workdir):
+    run = pmod("finetune", "-m", stock_model(), *QUICK, "-o", "run", "-q", cwd=workdir)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "run\n", "")

@@ -1,0 +1,102 @@
+"""Settings from recipe, --set and flags: who wins, what is refused and how it is said."""
+
+from pathlib import Path
+
+import pytest
+
+from pmod_cli import recipes
+from pmod_cli.errors import PmodError
+from pmod_cli.training.recipe import differences, dump, load_settings
+from pmod_cli.training.settings import Settings
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flag_beats_set_beats_recipe_beats_default(tmp_path):
+    recipe = write(tmp_path, "train: {max_steps: 1, batch_size: 2, seed: 3}\n")
+    settings = load_settings(
+        recipe,
+        ["train.batch_size=20", "train.seed=30"],
+        {"train.seed": ("--seed", 300), "model.name": ("--model", None)},
+    )
+    assert (settings.train.max_steps, settings.train.batch_size, settings.train.seed) == (1, 20, 300)
+    assert settings.train.max_grad_norm == Settings().train.max_grad_norm
+    assert settings.model.name is None  # a flag that was not given says nothing
+    assert settings.name == "mine"
+
+
+def test_a_flag_wins_even_when_it_equals_the_default(tmp_path):
+    recipe = write(tmp_path, "train: {seed: 7}\n")
+    assert load_settings(recipe, flags={"train.seed": ("--seed", Settings().train.seed)}).train.seed == 0
+
+
+@pytest.mark.parametrize("text", ["2e-5", "2.0e-5", "0.00002"])
+def test_rates_may_be_written_as_people_write_them(tmp_path, text):
+    assert load_settings(write(tmp_path, f"train: {{learning_rate: {text}}}")).train.learning_rate == 2e-5
+    assert load_settings(None, [f"train.learning_rate={text}"]).train.learning_rate == 2e-5
+
+
+def test_set_splits_at_the_first_equals_sign():
+    assert load_settings(None, ["model.name=a=b"]).model.name == "a=b"
+
+
+def test_every_fault_is_reported_with_its_place_and_the_nearest_name(tmp_path):
+    recipe = write(tmp_path, "train:\n  max_step: 5\n  batch_size: many\ndata:\n  tasks: [doc, maps]\n")
+    with pytest.raises(PmodError) as caught:
+        load_settings(recipe, ["train.seed=-1"])
+    message = caught.value.what
+    assert f"{recipe}, line 2: unknown key train.max_step; did you mean train.max_steps?" in message
+    assert f"{recipe}, line 3: train.batch_size: expected a whole number, got 'many'" in message
+    assert "--set train.seed=-1: train.seed: expected 0 or more, got -1" in message
+    assert "data.tasks: unknown maps" in message
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.max_steps=true", "expected a whole number"),
+        ("train.max_steps=2.5", "expected a whole number"),
+        ("train.max_steps", "expected key.path=value"),
+        ("train=5", "is a group of settings"),
+        ("train.learning_rate=fast", "expected a number"),
+        ("train.learning_rate=.nan", "expected 0 or more"),
+        ("model.precision=fp8", "expected one of auto, float32, bfloat16"),
+        ("model.freeze=router", "expected a list"),
+        ("model.freeze=[tower]", "unknown tower"),
+        ("model.freeze=[language_model, projector, vision_tower, router]", "nothing is left to train"),
+        ("nonsense.at.all=1", "unknown key nonsense.at.all"),
+        ("train.max_steps.x=1", "unknown key train.max_steps.x"),
+        ("train.seed=[", "not YAML"),
+    ],
+)
+def test_bad_values_are_refused(override, part):
+    with pytest.raises(PmodError, match=part.replace("[", r"\[")):
+        load_settings(None, [override])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [", "train: {max_steps: null}"])
+def test_bad_files_are_refused(tmp_path, text):
+    with pytest.raises(PmodError, match=r"mine\.yaml"):
+        load_settings(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(PmodError, match="cannot read the recipe"):
+        load_settings(tmp_path / "none.yaml")
+
+
+def test_what_is_saved_is_a_recipe_for_the_same_settings(tmp_path):
+    settings = load_settings(recipes.find("tiny"), ["model.name=x", "train.learning_rate=1e-7", "data.turns=null"])
+    again = load_settings(write(tmp_path, dump(settings)))
+    assert again == settings
+    assert differences(settings, again) == []
+
+
+def test_differences_name_the_keys():
+    one, other = load_settings(None, ["train.seed=1"]), load_settings(None, ["train.seed=2"])
+    assert differences(one, other) == ["train.seed: 1 -> 2"]

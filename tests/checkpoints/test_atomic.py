@@ -1,0 +1,91 @@
+"""Old state or new state, never a part; leftovers of dead runs go, those of live runs stay."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pmod_cli.checkpoints.atomic import staged_directory, write_json
+from pmod_cli.errors import PmodError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "target"
+    with staged_directory(target) as staging:
+        (staging / "a").write_text("a")
+        assert not target.exists()
+    assert names(target) == ["a"]
+    assert names(target.parent) == ["target"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    def write() -> None:
+        with staged_directory(tmp_path / "target") as staging:
+            (staging / "a").write_text("a")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_existing_target(tmp_path):
+    target = tmp_path / "target"
+    with staged_directory(target) as staging:
+        (staging / "old").touch()
+    with pytest.raises(PmodError, match="exists"), staged_directory(target):
+        pass
+    with staged_directory(target, overwrite=True) as staging:
+        (staging / "new").touch()
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["target"]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from pmod_cli.checkpoints.atomic import staged_directory
+with staged_directory(Path(sys.argv[1])) as staging:
+    (staging / "part").write_text("part")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    target = tmp_path / "tar[get"
+    subprocess.run([sys.executable, "-c", code, str(target)])
+    assert len(names(tmp_path)) == 1
+    with staged_directory(target) as staging:
+        (staging / "whole").touch()
+    assert names(tmp_path) == ["tar[get"]
+
+
+def test_the_staging_folder_of_a_live_run_is_left_alone(tmp_path):
+    with staged_directory(tmp_path / "target") as first:
+        live = first.rename(first.with_name(".target.1.staging"))  # as another process would name it
+        with staged_directory(tmp_path / "target") as second:
+            (second / "b").touch()
+        assert live.exists()
+        live.rename(first)
+        (tmp_path / "target" / "b").unlink()
+        (tmp_path / "target").rmdir()
+    assert (tmp_path / "target").exists()
+
+
+def test_a_swap_killed_half_way_is_undone(tmp_path):
+    (tmp_path / ".target.7.replaced").mkdir()
+    (tmp_path / ".target.7.replaced" / "old").touch()
+    with pytest.raises(PmodError, match="exists"), staged_directory(tmp_path / "target"):
+        pass
+    assert names(tmp_path / "target") == ["old"]
+
+
+def test_json_is_replaced_or_kept(tmp_path):
+    path = tmp_path / "state.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert names(tmp_path) == ["state.json"]

@@ -1,0 +1,261 @@
+"""Conversion: bit-equal to stock where it must be, nothing copied, nothing half-written, nothing taken on trust."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from pmod_cli.checkpoints import convert, load_model, router_state
+from pmod_cli.checkpoints.convert import PROVENANCE, ROUTERS
+from pmod_cli.checkpoints.files import CONFIG, INDEX, SINGLE, read_tensors
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+from tests.factories import DECODERS, KINDS
+
+EVERY_LAYER_ROUTED = PmodSettings(schedule="list", values=(1.0,) * 4, max_ratio=1.5)
+
+
+def inputs_of(processor):
+    image = Image.effect_mandelbrot((50, 60), (-2, -1.5, 1, 1.5), 30).convert("RGB")
+    return processor(images=image, text="USER: <image>\nwhat is this ASSISTANT:", return_tensors="pt")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_ratio_1_logits_are_bit_equal_to_stock(kind, decoder, stock_model, tmp_path):
+    source = stock_model(kind, decoder)
+    convert(source, tmp_path / "pmod", EVERY_LAYER_ROUTED)
+    stock, processor = load_model(source)
+    ours, _ = load_model(tmp_path / "pmod")
+    new = {name for name, _ in ours.named_parameters()} - {name for name, _ in stock.named_parameters()}
+    assert new == {f"model.language_model.layers.{n}.router.{kind}" for n in range(4) for kind in ("weight", "bias")}
+    inputs = inputs_of(processor)
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
+def test_what_is_written(max_shard_size, stock_model, tmp_path):
+    source = stock_model(max_shard_size=max_shard_size)
+    target = tmp_path / "pmod"
+    report = convert(source, target, PmodSettings())
+    before, after = read_tensors(source), read_tensors(target)
+    routers = [f"language_model.model.layers.{n}.router.{kind}" for n in (1, 2, 3) for kind in ("weight", "bias")]
+    assert set(after) - set(before) == set(routers)
+    assert {name: (t.dtype, t.shape) for name, t in after.items() if name in before} == {
+        name: (t.dtype, t.shape) for name, t in before.items()
+    }
+    assert len(report.linked) == len(list(source.glob("*.safetensors")))
+    for name in report.linked:
+        assert (target / name).stat().st_nlink >= 2
+    assert not (target / SINGLE).exists()  # it would be loaded alone, without the routers
+    config = json.loads((target / CONFIG).read_text())
+    assert (config["model_type"], config["router_state"]) == ("pmod_llava_next", "untrained")
+    assert report.router_parameters == 3 * 33
+    assert report.mean_retention == pytest.approx(0.5375)
+    index = json.loads((target / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")])
+def test_routers_are_zero_in_the_dtype_of_the_checkpoint(dtype, name, stock_model, tmp_path):
+    convert(stock_model(dtype=dtype), tmp_path / "pmod", PmodSettings())
+    with safe_open(tmp_path / "pmod" / ROUTERS, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        assert {file.get_slice(key).get_dtype() for key in tensors} == {name}
+    assert all(not tensor.any() for tensor in tensors.values())
+    assert {tuple(tensor.shape) for tensor in tensors.values()} == {(1, 32), (1,)}
+    model, _ = load_model(tmp_path / "pmod")
+    assert model.dtype == dtype
+
+
+def test_provenance_and_state(stock_model, tmp_path):
+    source = stock_model()
+    convert(source, tmp_path / "pmod", PmodSettings(shift=0.4), origin="org/name@0123")
+    provenance = json.loads((tmp_path / "pmod" / PROVENANCE).read_text())
+    assert provenance["source"] == "org/name@0123"
+    assert provenance["settings"]["shift"] == 0.4
+    assert provenance["source_shards"][SINGLE]["bytes"] == (source / SINGLE).stat().st_size
+    assert len(provenance["source_files_sha256"][CONFIG]) == 64
+    assert router_state(source) == "stock"
+    assert router_state(tmp_path / "pmod") == "untrained"
+
+
+def test_small_files_are_copies(stock_model, tmp_path):
+    source = stock_model()
+    convert(source, tmp_path / "pmod", PmodSettings())
+    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / "pmod" / name).read_bytes() == (source / name).read_bytes()
+        assert not (tmp_path / "pmod" / name).samefile(source / name)
+
+
+def test_another_file_system_is_copied_and_said(stock_model, tmp_path, monkeypatch):
+    def cross_device(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", cross_device)
+    report = convert(stock_model(), tmp_path / "pmod", PmodSettings())
+    assert (report.linked, report.copied) == ([], ["model-00001-of-00001.safetensors"])
+    load_model(tmp_path / "pmod")
+
+
+def test_dry_run_checks_and_writes_nothing(stock_model, tmp_path):
+    report = convert(stock_model(), tmp_path / "deep" / "pmod", PmodSettings(), dry_run=True)
+    assert report.routed_layers == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_converting_twice_is_refused(stock_model, tmp_path):
+    convert(stock_model(), tmp_path / "pmod", PmodSettings())
+    with pytest.raises(PmodError, match="exists"):
+        convert(stock_model(), tmp_path / "pmod", PmodSettings())
+    with pytest.raises(PmodError, match="p-MoD checkpoint already"):
+        convert(tmp_path / "pmod", tmp_path / "again", PmodSettings())
+    convert(stock_model(), tmp_path / "pmod", PmodSettings(shift=0.4), overwrite=True)
+    assert json.loads((tmp_path / "pmod" / CONFIG).read_text())["pmod"]["shift"] == 0.4
+
+
+def test_overwrite_never_removes_what_is_not_ours(stock_model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(PmodError, match="not written by pmod convert"):
+        convert(stock_model(), tmp_path / "photos", PmodSettings(), overwrite=True)
+    source = tmp_path / "photos" / "model"
+    shutil.copytree(stock_model(), source)
+    with pytest.raises(PmodError, match="the source or holds it"):
+        convert(source, tmp_path / "photos", PmodSettings(), overwrite=True)
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def edit(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def weight_map(folder: Path, **files) -> None:
+    edit(folder / INDEX, weight_map=json.loads((folder / INDEX).read_text())["weight_map"] | files)
+
+
+DAMAGE = {
+    "unknown model": (lambda f: edit(f / CONFIG, model_type="idefics"), "model_type is 'idefics', expected one of"),
+    "original layout": (lambda f: edit(f / CONFIG, model_type="llava_llama"), "layout of the original code"),
+    "unknown decoder": (lambda f: edit(f / CONFIG, text_config={"model_type": "gemma"}), "is 'gemma'"),
+    "sliding window": (
+        lambda f: edit(f / CONFIG, text_config={"model_type": "mistral", "sliding_window": 64}),
+        "sliding-window",
+    ),
+    "quantised": (lambda f: edit(f / CONFIG, quantization_config={"bits": 4}), "quantised"),
+    "config no JSON": (lambda f: (f / CONFIG).write_text("{"), "is not JSON"),
+    "config absent": (lambda f: (f / CONFIG).unlink(), "has no config.json"),
+    "layers differ": (lambda f: edit(f / CONFIG, text_config={"num_hidden_layers": 5}), "layers 0-3, expected 0-4"),
+    "file escapes": (lambda f: weight_map(f, x="../../etc/passwd"), "names '../../etc/passwd'"),
+    "absolute file": (lambda f: weight_map(f, x="/tmp/x.safetensors"), "expected a .safetensors file in the same"),
+    "tensor absent": (lambda f: weight_map(f, ghost="model-00001-of-00006.safetensors"), "lack: ghost"),
+    "no map": (lambda f: edit(f / INDEX, weight_map=[]), "no weight_map"),
+    "shard absent": (lambda f: next(f.glob("model-00002*")).unlink(), "lacks model-00002"),
+    "shard cut": (lambda f: os.truncate(next(f.glob("model-00002*")), 20000), "not a whole safetensors file"),
+    "shard is noise": (lambda f: next(f.glob("model-00002*")).write_bytes(b"\xff" * 64), "not a whole"),
+    "pickled": (
+        lambda f: [(f / INDEX).rename(f / "pytorch_model.bin"), *(p.unlink() for p in f.glob("*.safetensors"))],
+        "loading a pickle can run any code",
+    ),
+    "no weights": (lambda f: (f / INDEX).unlink(), "has no weights"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_source_is_refused_before_anything_is_written(name, stock_model, tmp_path):
+    damage, told = DAMAGE[name]
+    source = tmp_path / "source"
+    shutil.copytree(stock_model(max_shard_size="60KB"), source)
+    damage(source)
+    with pytest.raises(PmodError) as caught:
+        convert(source, tmp_path / "pmod", PmodSettings())
+    assert told in caught.value.what
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_settings_that_do_not_fit_are_refused(stock_model, tmp_path):
+    with pytest.raises(PmodError, match="do not fit 4 decoder layers"):
+        convert(stock_model(), tmp_path / "pmod", PmodSettings(schedule="list", values=(0.5,) * 32))
+    with pytest.raises(PmodError, match="anyres"):
+        convert(stock_model("llava"), tmp_path / "pmod", PmodSettings(target_tokens="vision_hr"))
+
+
+def test_a_lost_router_is_not_filled_in(stock_model, tmp_path):
+    target = tmp_path / "pmod"
+    convert(stock_model(), target, PmodSettings())
+    index = json.loads((target / INDEX).read_text())
+    lost = "language_model.model.layers.2.router.weight"
+    del index["weight_map"][lost]
+    (target / INDEX).write_text(json.dumps(index))
+    shutil.copy(target / ROUTERS, target / "aside")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(target / "aside")
+    del tensors[lost]
+    save_file(tensors, target / ROUTERS, metadata={"format": "pt"})
+    with pytest.raises(PmodError, match=r"lacks 1 tensors: .*layers\.2\.router\.weight"):
+        load_model(target)
+
+
+def test_a_router_on_a_plain_layer_is_not_dropped(stock_model, tmp_path):
+    target = tmp_path / "pmod"
+    convert(stock_model(), target, PmodSettings())
+    edit(target / CONFIG, pmod=PmodSettings(schedule="list", values=(1.0, 1.0, 0.5, 0.5)).to_dict())
+    with pytest.raises(PmodError, match=r"calls plain.*layers\.1\.router"):
+        load_model(target)
+
+
+def kill_and_convert_again(source: Path, target: Path, seed: int) -> bool:
+    """Kill a conversion at a random moment; True if it had finished. A second run has to end whole."""
+    code = """
+import sys
+from pathlib import Path
+from pmod_cli.checkpoints import convert
+from pmod_cli.model import PmodSettings
+print("ready", flush=True)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), PmodSettings(), overwrite=True)
+"""
+    run = subprocess.Popen([sys.executable, "-c", code, str(source), str(target)], stdout=subprocess.PIPE)
+    assert run.stdout.readline() == b"ready\n"
+    time.sleep(random.Random(seed).uniform(0, 0.06))
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    finished = target.exists()
+    if finished:
+        read_tensors(target)
+        assert (target / PROVENANCE).exists()
+    convert(source, target, PmodSettings(), overwrite=True)
+    read_tensors(target)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    return finished
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment(seed, stock_model, tmp_path):
+    kill_and_convert_again(stock_model(max_shard_size="60KB"), tmp_path / "pmod", seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("existing", [False, True])
+def test_killed_at_any_moment_soak(existing, stock_model, tmp_path):
+    """50 kills each: of a first conversion, and of one that replaces an older one, which then stays whole."""
+    source, finished = stock_model(max_shard_size="60KB"), 0
+    for seed in range(50):
+        target = tmp_path / str(seed) / "pmod"
+        target.parent.mkdir()
+        if existing:
+            convert(source, target, PmodSettings(shift=0.4))
+        finished += kill_and_convert_again(source, target, seed)
+    assert finished < 50 or existing, "every run finished before it was killed: nothing was tested"

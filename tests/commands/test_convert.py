@@ -1,0 +1,76 @@
+"""`pmod convert` as a user runs it: stdout, stderr, exit code, files."""
+
+import json
+from pathlib import Path
+
+from pmod_cli.cli import main
+
+
+def test_human_output(stock_model, workdir, capsys):
+    source = stock_model()
+    assert main(["convert", str(source), "--out", "out"]) == 0
+    out, err = capsys.readouterr()
+    assert "pmod_llava_next over llama, 4 layers, 3 of them with a router" in out
+    assert "mean 0.5375" in out
+    assert f"source: {source} (folder)" in err
+    assert "next: pmod finetune" in err
+    assert "untrained" in err
+    assert Path(".pmod/current").read_text() == "out\n"
+
+
+def test_default_folder_json_and_quiet(stock_model, workdir, capsys):
+    source = stock_model()
+    assert main(["convert", str(source), "--json", "--schedule", "constant"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["schema_version"] == 1
+    assert report["target"] == f"checkpoints/{source.name}-pmod"
+    assert report["retention"] == [0.5375] * 4
+    assert main(["convert", str(source), "--quiet", "--overwrite"]) == 0
+    assert capsys.readouterr() == (f"checkpoints/{source.name}-pmod\n", "")
+
+
+def test_options_reach_the_checkpoint(stock_model, workdir):
+    options = "--schedule list --ratios 1,0.5,0.25,1 --norm sigmoid --no-string --target-tokens vision_hr --max_ratio 2"
+    assert main(["convert", str(stock_model()), "-o", "out", *options.split()]) == 0
+    settings = json.loads(Path("out/config.json").read_text())["pmod"]
+    assert settings["values"] == [1.0, 0.5, 0.25, 1.0]
+    assert (settings["norm"], settings["string"], settings["max_ratio"]) == ("sigmoid", False, 2.0)
+    assert settings["target_tokens"] == "vision_hr"
+
+
+def test_dry_run_writes_nothing(stock_model, workdir, capsys):
+    assert main(["convert", str(stock_model()), "--dry-run"]) == 0
+    assert "would write" in capsys.readouterr().out
+    assert list(workdir.iterdir()) == []
+
+
+def test_existing_target_is_refused(stock_model, workdir, capsys):
+    command = ["convert", str(stock_model()), "-o", "out"]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "out exists" in err
+    assert "--overwrite" in err
+
+
+def test_bad_settings_are_sentences(stock_model, workdir, capsys):
+    for options, told in (
+        (["--schedule", "cosin"], "unknown schedule 'cosin'"),
+        (["--norm", "softplus"], "norm must be one of"),
+        (["--schedule", "list", "--ratios", "1,x"], "expected numbers separated by commas"),
+        (["--target-retention", "2"], "mean retention"),
+    ):
+        assert main(["convert", str(stock_model()), *options]) == 2
+        assert told in capsys.readouterr().err
+    assert list(workdir.iterdir()) == []
+
+
+def test_list_and_no_name(workdir, capsys):
+    assert main(["convert", "--list"]) == 0
+    assert "llava-hf/llava-v1.6-vicuna-7b-hf" in capsys.readouterr().out
+    assert main(["convert", "--list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["aliases"]["tiny-llava-next"] == "bundled"
+    assert main(["convert"]) == 2
+    assert "--list" in capsys.readouterr().err

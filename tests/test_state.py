@@ -1,0 +1,53 @@
+"""The default of --model: $PMOD_MODEL, then what was written last in this directory."""
+
+import pytest
+
+from pmod_cli import extras, output, state
+from pmod_cli.errors import PmodError
+
+
+def test_nothing_written_yet(workdir):
+    assert state.default_model() is None
+
+
+def test_current_is_relative_inside_the_directory(workdir):
+    (workdir / "runs" / "one").mkdir(parents=True)
+    state.record_current(workdir / "runs" / "one")
+    assert (workdir / ".pmod" / "current").read_text() == "runs/one\n"
+    assert state.default_model().samefile("runs/one")
+
+
+def test_environment_wins(workdir, monkeypatch):
+    (workdir / "a").mkdir()
+    (workdir / "b").mkdir()
+    state.record_current(workdir / "a")
+    monkeypatch.setenv("PMOD_MODEL", str(workdir / "b"))
+    assert state.default_model() == workdir / "b"
+
+
+def test_a_checkpoint_that_is_gone_is_named(workdir):
+    state.record_current(workdir / "gone")
+    with pytest.raises(PmodError, match=r"current names the checkpoint gone"):
+        state.default_model()
+
+
+def test_missing_extra_names_the_install_command():
+    with pytest.raises(PmodError, match="no_such_module_a") as caught:
+        extras.require("eval", "json", "no_such_module_a")
+    assert caught.value.hint == "in the checkout: pip install -e '.[eval]'"
+    extras.require("eval", "json")
+
+
+def test_quiet_hides_notes_but_not_warnings(capsys):
+    output.set_quiet(True)
+    output.note("a note")
+    output.warn("a warning")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "warning: a warning\n")
+
+
+def test_json_goes_to_stdout_whole(capsys):
+    output.print_json({"long": "x" * 500, "mark": "[bold]é"})
+    out = capsys.readouterr().out
+    assert '"mark": "[bold]é"' in out
+    assert "x" * 500 in out

@@ -1,0 +1,97 @@
+"""Which model is profiled: a name becomes two configurations, stock and p-MoD. No weights are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaConfig, LlavaNextConfig
+
+from pmod_cli.checkpoints import resolve
+from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
+
+STOCK = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
+PMOD = {"llava": PmodLlavaConfig, "llava_next": PmodLlavaNextConfig}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stock model and its p-MoD.
+
+    Args:
+        name: As given by the user.
+        source: Where the configuration was read.
+        stock: Configuration of the stock model.
+        pmod: The same with p-MoD settings.
+    """
+
+    name: str
+    source: str
+    stock: LlavaConfig | LlavaNextConfig
+    pmod: PmodLlavaConfig | PmodLlavaNextConfig
+
+
+def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision: str | None = None) -> Subject:
+    """Read the configuration of a model. An alias needs neither files nor network.
+
+    Args:
+        name: A checkpoint folder, a config.json, an alias or a hub id; stock or p-MoD.
+        overrides: `PmodSettings` fields that replace the checkpoint's own, or the paper's for a stock model.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        PmodError: nothing has this name, the configuration is no LLaVA, or a setting is out of range.
+    """
+    config, source = _read(name, revision)
+    kind = str(config.get("model_type")).removeprefix("pmod_")
+    if kind not in STOCK:
+        raise PmodError(
+            f"{source} is not a LLaVA: model_type is {config.get('model_type')!r}, expected one of "
+            f"{', '.join([*STOCK, *(f'pmod_{known}' for known in STOCK)])}",
+            hint="pmod profile --model llava-next-7b",
+        )
+    own = config.get("pmod") or {}
+    shared = {
+        key: value
+        for key, value in config.items()
+        if key not in ("model_type", "architectures", "pmod", "router_state")
+    }
+    try:
+        settings = PmodSettings.from_dict({**_without_conflicts(own, overrides or {}), **(overrides or {})})
+        return Subject(
+            name, source, STOCK[kind].from_dict(shared), PMOD[kind].from_dict({**shared, "pmod": settings.to_dict()})
+        )
+    except (ValueError, TypeError) as error:
+        raise PmodError(f"{name}: {error}", hint="pmod profile --help") from error
+
+
+def _read(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
+    """The configuration as a dict, and where it came from."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _parse(path), str(path)
+    if name in ALIASES and not path.exists() and revision is None:
+        return builtin_config(name).to_dict(), f"built-in configuration of {name}"
+    file = resolve(name, revision=revision, weights=False).path / "config.json"
+    return _parse(file), str(file)
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PmodError(f"{file} is not JSON: {error}", hint="name a checkpoint folder or its config.json") from error
+    if not isinstance(config, dict):
+        raise PmodError(f"{file} holds no configuration: expected a JSON object", hint="name a model's config.json")
+    return config
+
+
+def _without_conflicts(own: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A new schedule, shift or mean replaces what the checkpoint says on the same question."""
+    replaced = {"schedule": ("shift", "mean", "values"), "shift": ("mean",), "mean": ("shift",)}
+    dropped = {key for name in overrides for key in replaced.get(name, ())}
+    return {key: value for key, value in own.items() if key not in dropped}

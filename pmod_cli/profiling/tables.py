@@ -1,0 +1,146 @@
+"""A profile as tables that fit 80 columns. Numbers only from `report.Profile`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.table import Table
+
+from pmod_cli.profiling.cost import LayerCost
+from pmod_cli.profiling.kv_cache import KvCost
+from pmod_cli.profiling.report import GIGA, MEGA, MIB, TERA, Profile, percent
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What numbers of a table are printed in."""
+
+    name: str
+    size: int
+
+    def show(self, number: int, digits: int = 2) -> str:
+        return f"{number / self.size:,.{digits}f}"
+
+
+_FLOPS = (_Unit("TFLOPs", TERA), _Unit("GFLOPs", GIGA), _Unit("MFLOPs", MEGA))
+
+
+def _units(result: Profile) -> tuple[_Unit, _Unit]:
+    """Of a whole prefill, and of one layer or one decoded token: the next smaller. A 7B has TFLOPs and GFLOPs."""
+    large = 0 if result.stock.total >= TERA else 1
+    return _FLOPS[large], _FLOPS[large + 1]
+
+
+def _kv_unit(result: Profile) -> _Unit:
+    total = sum(layer.total for layer in result.stock_kv)
+    return _Unit("MiB", MIB) if total >= 10 * MIB else _Unit("KiB", 2**10)
+
+
+def layers_table(result: Profile) -> Table:
+    """FLOPs and KV cache of every p-MoD layer; neighbours that cost the same share a row, and so does all of stock."""
+    unit, kv_unit = _units(result)[1], _kv_unit(result)
+    headings = ("ratio", "kept", "tokens", "attention", "products", "MLP", "router", "total", "of stock", "KV")
+    title = f"Each decoder layer: {unit.name} of the prefill, KV cache in {kv_unit.name}"
+    table = _table(title, "layers", *headings, space=1)
+
+    def cells(layer: LayerCost, kv: KvCost) -> list[str]:
+        parts = (layer.attention, layer.attention_products, layer.mlp)
+        return [
+            f"{layer.retention:.3f}",
+            f"{layer.vision_tokens}",
+            f"{layer.tokens}",
+            *(unit.show(part, 1) for part in parts),
+            unit.show(layer.router) if layer.router else "-",
+            unit.show(layer.total, 1),
+            _share(layer.total, stock.total),
+            kv_unit.show(kv.total),
+        ]
+
+    stock = result.stock.layers[0]
+    table.add_row("stock", *cells(stock, result.stock_kv[0]), style="dim")
+    pairs = zip(result.pmod.layers, result.pmod_kv, strict=True)
+    for _, group in groupby(pairs, key=lambda pair: (pair[0].retention, pair[0].vision_tokens, pair[0].router)):
+        same = list(group)
+        first, last = same[0][0].layer, same[-1][0].layer
+        table.add_row(f"{first}" if first == last else f"{first}-{last}", *cells(*same[0]))
+    return table
+
+
+def flops_table(result: Profile) -> Table:
+    """FLOPs of the prefill by part and by convention."""
+    unit = _units(result)[0]
+    stock, pmod, vision = result.stock, result.pmod, result.vision
+    tiles = f"{result.image.tiles} tile{'s' if result.image.tiles > 1 else ''}"
+    parts = {
+        "decoder matrix products": (stock.matrix, pmod.matrix),
+        "attention products": (stock.attention_products, pmod.attention_products),
+        "lm_head, every position": (stock.lm_head, pmod.lm_head),
+        f"vision tower, {tiles}": (vision.tower, vision.tower),
+        "projector": (vision.projector, vision.projector),
+    }
+    table = _table(f"Prefill, {unit.name}", "part", "stock", "p-MoD", "of stock", "published")
+    for name, pair in parts.items():
+        table.add_row(name, *_pair(unit, *pair))
+    table.add_section()
+    published = result.published
+    said = f"{published.stock_tflops} -> {published.pmod_tflops}" if published else ""
+    table.add_row("paper convention", *_pair(unit, *result.totals("paper")), said, style="bold")
+    table.add_row("paper + attention products", *_pair(unit, stock.total, pmod.total))
+    table.add_row("full convention", *_pair(unit, *result.totals("full")), style="bold")
+    return table
+
+
+def decode_table(result: Profile) -> Table:
+    """FLOPs of decoding after the prefill."""
+    unit = _units(result)[1]
+    table = _table(f"Decoding, {unit.name}", "tokens", "stock", "p-MoD", "of stock")
+    table.add_row("the first", *_pair(unit, result.stock.decode(1), result.pmod.decode(1)))
+    if new_tokens := result.workload.new_tokens:
+        table.add_row(
+            f"all {new_tokens}", *_pair(unit, *(result.generation(cost) for cost in (result.stock, result.pmod)))
+        )
+    return table
+
+
+def kv_table(result: Profile) -> Table:
+    """KV cache by kind of token."""
+    unit = _kv_unit(result)
+    table = _table(f"KV cache, {unit.name} in {result.dtype}", "tokens", "stock", "p-MoD", "of stock", "published")
+    text = f"{result.workload.text_tokens + result.workload.new_tokens} text"
+    for name, kind in (("vision", "vision"), (text, "text"), ("vision + text", "total")):
+        sizes = [sum(getattr(layer, kind) for layer in kv) for kv in (result.stock_kv, result.pmod_kv)]
+        table.add_row(name, *_pair(unit, *sizes))
+    table.add_section()
+    said = f"{result.published.kv_percent} %" if result.published else ""
+    table.add_row("paper convention: mean retention", "", "", _share(result.mean_retention, 1), said, style="bold")
+    return table
+
+
+def kv_layers_table(result: Profile) -> Table:
+    """KV cache of every layer, vision and text apart."""
+    unit = _kv_unit(result)
+    headings = ("retention", "kept K", "vision", "text", "total", "of stock")
+    table = _table(f"KV cache of each layer, {unit.name}", "layer", *headings)
+    for layer, stock, kv in zip(result.pmod.layers, result.stock_kv, result.pmod_kv, strict=True):
+        sizes = (unit.show(size) for size in (kv.vision, kv.text, kv.total))
+        share = _share(kv.total, stock.total)
+        table.add_row(f"{layer.layer}", f"{layer.retention:.3f}", f"{layer.vision_tokens}", *sizes, share)
+    return table
+
+
+def _table(title: str, *headings: str, space: int = 2) -> Table:
+    look = {"title_justify": "left", "title_style": "bold", "header_style": "dim", "box": None, "pad_edge": False}
+    table = Table(title=title, padding=(0, space, 0, 0), **look)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _pair(unit: _Unit, stock: int, pmod: int) -> list[str]:
+    return [unit.show(stock), unit.show(pmod), _share(pmod, stock)]
+
+
+def _share(part: float, whole: float) -> str:
+    """Percent with one digit. Rounded twice, so that a mean of 0.5375 less a float's last bit is still 53.8 %."""
+    return f"{round(percent(part, whole), 6):.1f} %"

@@ -1,7 +1,7 @@
-"""K/V of routed layers: shorter than the sequence, with the validity of each slot and the true length kept beside them.
+"""K/V of routed layers: shorter than the sequence, with slot validity and the true length kept beside them.
 
-A layer subclass inside the stock `DynamicCache` and `StaticCache`, so that generation, beam search and assisted decoding
-stay stock. Tokens after a prefill (decode, later text) are appended by every layer, at their true positions.
+A layer subclass inside the stock `DynamicCache` and `StaticCache`, so that generation, beam search and assisted
+decoding stay stock. Tokens after a prefill (decode, later text) are appended by every layer, at their true positions.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,7 @@ class Selection:
 
 @dataclass
 class SelectionRecord:
-    """Selections of the last prefill by layer index; plain layers are absent. `vision_mask`: `(B, N)` bool, routed tokens."""
+    """Selections of the last prefill by layer index, and `vision_mask`, `(B, N)` bool: routed tokens."""
 
     layers: dict[int, Selection] = field(default_factory=dict)
     vision_mask: Tensor | None = None

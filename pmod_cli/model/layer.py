@@ -21,7 +21,7 @@ from .settings import PmodSettings
 
 
 class Router(nn.Linear):
-    """One linear map D -> 1 with bias, on the un-normalised residual stream. Starts at zero: all weights are then equal."""
+    """One linear map D -> 1 with bias, on the un-normalised residual stream. Starts at zero: all weights are equal."""
 
     def __init__(self, hidden_size: int, **options):
         super().__init__(hidden_size, 1, **options)

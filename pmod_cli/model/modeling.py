@@ -1,8 +1,8 @@
 """p-MoD over LLaVA-1.5 and LLaVA-NeXT: real subclasses of the stock models, whose forwards stay.
 
 The stock decoder's layers become routed ones in place (their class and a router are all that is added), so every stock
-parameter keeps its name. Vision tokens are known where image features are merged: there one `Routing` is built per prefill and
-passed down to the layers. Steps without images (decode, text) get none and run as in a plain model.
+parameter keeps its name. Vision tokens are known where image features are merged: there one `Routing` is built per
+prefill and passed down to the layers. Steps without images (decode, text) get none and run as in a plain model.
 """
 
 import torch
@@ -22,6 +22,7 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import LlavaNextPreTrainedModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration import PmodLlavaConfig, PmodLlavaNextConfig
 from .layer import PmodLlamaDecoderLayer, PmodMistralDecoderLayer, PmodQwen2DecoderLayer, Router
@@ -44,7 +45,7 @@ class RoutedDecoder:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.training and torch.is_grad_enabled() and kwargs.get("routing") is None:
-            # Text-only step: routers take part with weight zero, or distributed training would wait for their gradients.
+            # Text-only step: routers take part with weight zero, or distributed training would wait for them.
             unused = [p.sum() for layer in self.layers if layer.router is not None for p in layer.router.parameters()]
             inputs_embeds = inputs_embeds + 0.0 * torch.stack(unused).sum() if unused else inputs_embeds
         return super().forward(
@@ -59,19 +60,19 @@ class RoutedDecoder:
 class PmodLlamaModel(RoutedDecoder, LlamaModel):
     """Llama and Vicuna."""
 
-    _no_split_modules = ["PmodLlamaDecoderLayer"]
+    _no_split_modules = ("PmodLlamaDecoderLayer",)
 
 
 class PmodMistralModel(RoutedDecoder, MistralModel):
     """Mistral."""
 
-    _no_split_modules = ["PmodMistralDecoderLayer"]
+    _no_split_modules = ("PmodMistralDecoderLayer",)
 
 
 class PmodQwen2Model(RoutedDecoder, Qwen2Model):
     """Qwen1.5 and Qwen2."""
 
-    _no_split_modules = ["PmodQwen2DecoderLayer"]
+    _no_split_modules = ("PmodQwen2DecoderLayer",)
 
 
 DECODERS = {
@@ -96,6 +97,7 @@ class RoutedLlava:
             raise ValueError(f"{type(decoder).__name__} decoders cannot be routed: known are {known}")
         decoder.__class__, layer_class = DECODERS[type(decoder)]
         decoder._no_split_modules = set(type(decoder)._no_split_modules)
+        _CAN_RECORD_REGISTRY[decoder] = decoder._can_record_outputs  # hidden states are captured by class
         decoder.selection, decoder.selection_seed, decoder.selection_recorder = "router", 0, None
         layers = zip(decoder.layers, config.retention, config.settings.routed(len(decoder.layers)), strict=True)
         for layer, ratio, routed in layers:
@@ -115,7 +117,7 @@ class RoutedLlava:
         """The stock forward, routed if the step has images.
 
         Args:
-            vision_mask: `(B, N)` bool, the vision tokens of `inputs_embeds` into which image features are already merged.
+            vision_mask: `(B, N)` bool, the vision tokens of `inputs_embeds` that already hold image features.
 
         Raises:
             ValueError: Merged embeddings start a sequence without a `vision_mask`, or the attention mask is not 2D.
@@ -162,7 +164,7 @@ class RoutedLlava:
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
     def _high_resolution(self, vision_mask: Tensor, pixel_values, kwargs: dict) -> tuple[Tensor, dict]:
-        """Takes the base image's tokens out of the mask; returns it and `kwargs` with the image features computed for it."""
+        """Takes the base image's tokens out of the mask; returns it and `kwargs` with the image features."""
         outputs = kwargs.get("mm_encoder_outputs") or {
             "image": self.get_image_features(
                 pixel_values,
@@ -186,8 +188,8 @@ class RoutedGeneration:
         """Chooses how the K vision tokens of a layer are found: by the routers, or by a control that they must beat.
 
         Args:
-            selection: `router` (default of every model), `random` (per layer, the same for every row) or `uniform` (evenly
-                spaced). Weights still come from the routers.
+            selection: `router` (default of every model), `random` (per layer, the same for every row) or `uniform`
+                (evenly spaced). Weights still come from the routers.
             seed: Of the random control.
 
         Raises:
@@ -276,7 +278,7 @@ def _has_tokens(cache) -> bool:
 
 
 def _padding_of_step(attention_mask, cache, inputs_embeds: Tensor) -> Tensor | None:
-    """`(B, N)` bool of a later step of several tokens with padding; None in a prefill, in decode and without padding."""
+    """`(B, N)` bool of a later step of several tokens with padding; None in a prefill, in decode, without padding."""
     length = inputs_embeds.shape[1]
     if length == 1 or not _has_tokens(cache) or not _is_2d(attention_mask):
         return None

@@ -1,7 +1,7 @@
 """Which tokens a p-MoD layer processes: token weights, and one routing object per prefill.
 
-Shapes, here and in `layer.py`: B rows, N tokens of the padded batch, V routed vision tokens of a row, K of them kept, M tokens
-that a layer gathers from each row, D hidden size.
+Shapes, here and in `layer.py`: B rows, N tokens of the padded batch, V routed vision tokens of a row, K of them kept,
+M tokens that a layer gathers from each row, D hidden size.
 """
 
 from dataclasses import dataclass, field

@@ -38,7 +38,7 @@ def retention_schedule(
     """Retention ratio r_l of each decoder layer; 1.0 is a layer that keeps every token.
 
     `cosine` is the paper's progressive ratio decay, r_l = cos(pi * l / (L - 1)) / 2 + shift, and `linear` the straight
-    line 1 - l / (L - 1) + (shift - 1/2); both send ratios above `max_ratio` to 1 and lift ratios below `min_ratio` to it.
+    line 1 - l / (L - 1) + (shift - 1/2); both send ratios above `max_ratio` to 1 and lift ratios below `min_ratio`.
     The others follow Table 5 at a given mean: `stepped` (four equal groups falling by equal steps from 1),
     `interleaved` (even layers whole, odd layers at one ratio) and `constant`. `list` takes `values` as they are.
 

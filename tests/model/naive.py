@@ -75,7 +75,7 @@ def _heads(flat, attention):
 def _rotated(heads, position, config):
     dim = heads.shape[-1]
     theta = config.rope_parameters["rope_theta"]
-    # The stock tables are float32 even in a float64 model: the angle is taken alike, so that only the method is compared.
+    # Stock tables are float32 even in a float64 model: the angle is taken alike, so that only the method is compared.
     inverse = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     angle = (inverse * position).repeat(2)
     first, second = heads[..., : dim // 2], heads[..., dim // 2 :]

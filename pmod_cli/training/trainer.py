@@ -69,13 +69,17 @@ class PmodTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss, without a KV cache. Text-only batches add a zero that reaches the parts they do not use.
+        """The model's loss, without KV cache and without attention mask: the collator pads on the right, where a causal
+        decoder never looks, and without a mask its attention kernel skips half of the work.
+
+        Text-only batches add a zero that reaches the parts they do not use.
 
         Without it a process whose batch has no image has no gradient for routers and projector, and the processes of
         a distributed run wait for each other forever.
         """
         self._count_vision(inputs["input_ids"])
-        result = super().compute_loss(model, inputs | {"use_cache": False}, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False, "attention_mask": None}
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "pixel_values" in inputs:
             return result
         unused = [p for n, p in model.named_parameters() if p.requires_grad and part_of(n) != "language_model"]

@@ -221,6 +221,27 @@ def test_the_vision_tokens_counted_are_those_the_layers_keep(routed, tmp_path):
     assert trainer._kept == pytest.approx((kept + vision * (layers - len(record.layers))) / layers)
 
 
+def test_the_padding_changes_neither_loss_nor_gradients(routed, tmp_path):
+    """The trainer gives the model no mask; rows of unequal length, with and without it."""
+    settings = run_settings(routed)
+    settings.data.turns = None
+    documents = SyntheticDocuments(settings.data, 4)
+    model, processor = load_model(routed)
+    for layer in model.model.language_model.layers:
+        if layer.router is not None:  # a zero router ties every token
+            torch.nn.init.normal_(layer.router.weight, generator=torch.Generator().manual_seed(0))
+    trainer = trainer_for(model, settings, tmp_path)
+    batch = Collator(processor)([documents[index] for index in range(4)])
+    assert not batch["attention_mask"].all()
+    gradients = []
+    for loss in (trainer.compute_loss(model, dict(batch)), model(**batch).loss):
+        model.zero_grad()
+        loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-4), name
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(routed, tmp_path):
     plain, saving = run_settings(routed), run_settings(routed)
     saving.model.gradient_checkpointing = True

@@ -77,19 +77,19 @@ def finetune(
     Raises:
         PmodError: ``out`` holds something else, or a run with other settings; the loss is not a number.
     """
+    source = resolve(settings.model.name).path
     if overwrite and (out / SETTINGS).is_file():
         shutil.rmtree(out)
     _check_folder(out, settings, resume)
     if (out / "config.json").is_file():
         return FinetuneReport(out, "already finished", settings.train.max_steps, settings.train.max_steps)
-    (out / STATE).mkdir(parents=True, exist_ok=True)
-    write_text(out / SETTINGS, dump(settings))
-
-    source = resolve(settings.model.name).path
-    checkpoint = get_last_checkpoint(str(out / STATE))
+    checkpoint = get_last_checkpoint(str(out / STATE)) if (out / STATE).is_dir() else None
     model, processor = load_model(
         Path(checkpoint or source), dtype="float32", attn_implementation=settings.model.attention
     )
+    (out / STATE).mkdir(parents=True, exist_ok=True)
+    write_text(out / SETTINGS, dump(settings))
+
     freeze(model, settings.model.freeze)
     if hasattr(model.config, "router_state"):
         model.config.router_state = "trained"

@@ -19,27 +19,26 @@ def call(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-def test_two_steps_after_convert(pmod, stock_model, workdir):
-    assert pmod("convert", stock_model(), "-o", "routed", cwd=workdir).returncode == 0
-    run = pmod("finetune", "--recipe", "tiny", *QUICK, "--json", cwd=workdir)
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout)
-    assert report["status"] == "finished"
-    assert report["step"] == 2
-    assert report["path"].startswith("runs/tiny-")
+def test_two_steps_after_convert(stock_model, workdir, capsys):
+    assert call("convert", stock_model(), "-o", "routed") == 0
+    capsys.readouterr()
+    assert call("finetune", "--recipe", "tiny", *QUICK, "--json") == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    folder = report["path"]
+    assert (report["status"], report["step"]) == ("finished", 2)
+    assert folder.startswith("runs/tiny-")
     assert report["parameters"]["router"]["trained"]
     assert not report["parameters"]["vision_tower"]["trained"]
-    assert "model: routed" in run.stderr
-    assert "step 2/2  loss" in run.stderr
-    assert (workdir / ".pmod" / "current").read_text().strip() == report["path"]
-    assert json.loads((workdir / report["path"] / "config.json").read_text())["router_state"] == "trained"
+    assert "model: routed" in captured.err
+    assert "step 2/2  loss" in captured.err
+    assert (workdir / ".pmod" / "current").read_text().strip() == folder
+    assert json.loads((workdir / folder / "config.json").read_text())["router_state"] == "trained"
 
-    again = pmod(
-        "finetune", "-r", f"{report['path']}/config.yaml", "-o", report["path"], "--device", "cpu", cwd=workdir
-    )
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.strip() == run
-    assert "already finished" in again.stderr
+    assert call("finetune", "-r", f"{folder}/config.yaml", "-o", folder, "--device", "cpu") == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == folder
+    assert "already finished" in captured.err
 
 
 def test_interrupted_run_says_how_to_go_on(stock_model, workdir):
@@ -122,6 +121,7 @@ def test_a_missing_extra_is_a_sentence(stock_model, workdir, capsys, monkeypatch
     assert "pip install -e '.[train]'" in capsys.readouterr().err
 
 
-def test_a_path_is_all_that_quiet_prints(pmod, stock_model, workdir):
-    run = pmod("finetune", "-m", stock_model(), *QUICK, "-o", "run", "-q", cwd=workdir)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "run\n", "")
+def test_a_path_is_all_that_quiet_prints(stock_model, workdir, capsys):
+    assert call("finetune", "-m", stock_model(), *QUICK, "-o", "run", "-q") == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("run\n", "")

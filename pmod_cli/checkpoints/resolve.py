@@ -123,7 +123,7 @@ def _from_hub(
     if offline or constants.HF_HUB_OFFLINE:
         raise unavailable("offline mode is on")
     try:
-        info = _within(HUB_ANSWERS_WITHIN, lambda: HfApi().model_info(repo, revision=revision))
+        info = within(HUB_ANSWERS_WITHIN, lambda: HfApi().model_info(repo, revision=revision))
         place = {"repo_id": repo, "revision": info.sha, "cache_dir": cache_dir}
         hf_hub_download(filename="config.json", **place)  # small, and says early whether this is a model for us
         return Path(snapshot_download(allow_patterns=PATTERNS if weights else ["*.json"], **place)), "hub"
@@ -149,7 +149,7 @@ def _cached(repo: str, revision: str | None, cache_dir: Path | None) -> Path | N
         raise PmodError(f"{repo!r} cannot be a repository: {_first_line(error)}") from error
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
+def within(seconds: float, call: Callable[[], Any]) -> Any:
     """The result of `call`. In a thread of its own, since the look-up of a host name knows no timeout.
 
     Raises:

@@ -197,9 +197,11 @@ def _print_suite(groups: dict[str, tuple[Benchmark, ...]], as_json: bool) -> Non
         return
     from rich.table import Table
 
-    table = Table("name", "paper", "lmms-eval task", "metric", "group", "data")
+    table = Table("name", "lmms-eval task", "metric", "data of lmms-lab-encoder")
     for benchmark in benchmarks.values():
-        data = ", ".join(dict.fromkeys(part.partition(":")[0] for part in benchmark.data)) or "drawn here"
-        table.add_row(benchmark.name, benchmark.title, benchmark.task, benchmark.metric, benchmark.group, data)
+        data = ", ".join(dict.fromkeys(part.partition("/")[2].partition(":")[0] for part in benchmark.data))
+        table.add_row(benchmark.name, benchmark.task, benchmark.metric, data or "drawn here, no download")
     output.stdout.print(table)
-    output.print_line(f"groups: {', '.join(groups)}. Any other lmms-eval task is passed through by its name.")
+    for name, group in groups.items():
+        output.print_line(f"{name}: {', '.join(benchmark.name for benchmark in group)}")
+    output.print_line("any other lmms-eval task: by its name there")

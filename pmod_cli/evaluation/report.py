@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from pmod_cli.evaluation.scoring import Scored
-from pmod_cli.evaluation.statistics import interval
+from pmod_cli.evaluation.statistics import UNKNOWN, interval
 from pmod_cli.evaluation.suite import Benchmark
 
 SCHEMA_VERSION = 1
@@ -66,7 +65,7 @@ def _score(benchmark: Benchmark, scored: Scored, seed: int) -> dict[str, Any]:
     if scored.error is not None:
         return {"score": None, "error": scored.error, "seconds": round(scored.seconds, 2)}
     tally = scored.tally
-    low, high = interval(scored.resampled(benchmark.scale, seed)) if scored.parts else (None, None)
+    low, high = interval(scored.resampled(benchmark.scale, seed)) if scored.parts else UNKNOWN
     return {
         "score": scored.score,
         "low": low,
@@ -88,7 +87,7 @@ def _score(benchmark: Benchmark, scored: Scored, seed: int) -> dict[str, Any]:
 
 def _difference(benchmark: Benchmark, first: Scored, other: Scored, seed: int) -> dict[str, Any]:
     """First minus other over the same questions. Equal seeds resample equal questions, so the draws are paired."""
-    low, high = (None, None)
+    low, high = UNKNOWN
     if first.parts and other.parts:
         low, high = interval(first.resampled(benchmark.scale, seed) - other.resampled(benchmark.scale, seed))
     changed = sum(a["answer"] != b["answer"] for a, b in zip(first.samples, other.samples, strict=True))
@@ -96,47 +95,43 @@ def _difference(benchmark: Benchmark, first: Scored, other: Scored, seed: int) -
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """Rows are tasks, columns are models; beside each other model the paired difference of the first one to it."""
+    """Rows are tasks, columns are models; under the score of each other model the difference of the first one to it."""
     labels = list(results["models"])
-    shown = Table(title=_title(results), title_justify="left", title_style="", caption=_caption(results))
+    shown = Table(
+        title=_title(results), title_justify="left", title_style="", caption=_caption(results), show_lines=True
+    )
     shown.caption_justify, shown.caption_style = "left", "dim"
-    shown.add_column("task", no_wrap=True)
-    shown.add_column("metric")
-    shown.add_column("questions", justify="right")
-    for place, label in enumerate(labels):
+    shown.add_column("task")
+    shown.add_column("questions", justify="right", no_wrap=True)
+    for label in labels:
         shown.add_column(label, justify="right")
-        if place:
-            shown.add_column(f"{labels[0]} − {label}" if len(labels) > 2 else "difference", justify="right")
     for task in results["tasks"]:
-        cells = [task["title"], task["metric"] or "", _questions(task)]
-        for place, label in enumerate(labels):
-            cells.append(_score_cell(task["scores"].get(label)))
-            if place:
-                cells.append(_difference_cell(task["differences"].get(label)))
-        shown.add_row(*cells)
+        cells = [_cell(task["scores"].get(label), task["differences"].get(label)) for label in labels]
+        shown.add_row(f"{task['title']}\n{task['metric'] or ''}".rstrip(), _questions(task), *cells)
     return shown
 
 
 def _title(results: Mapping[str, Any]) -> str | None:
     """What a reader must know before the numbers."""
-    untrained = [label for label, model in results["models"].items() if model["routers"] == "untrained"]
     lines = []
-    if untrained:
-        lines.append(
-            f"{', '.join(untrained)}: untrained routers. Every vision token ties, so what is kept means nothing."
-        )
+    if untrained := [label for label, model in results["models"].items() if model["routers"] == "untrained"]:
+        lines.append(f"{', '.join(untrained)}: untrained routers; every token ties, so what is kept means nothing")
     if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
-        lines.append("Limited run: these are not the scores of the benchmarks.")
+        lines.append("limited run: these are not the scores of the benchmarks")
     return "\n".join(lines) or None
 
 
 def _caption(results: Mapping[str, Any]) -> str:
-    lines = ["± half of the 95 % interval over the questions; differences are paired by question."]
-    for task in results["tasks"]:
-        for label, score in task["scores"].items():
-            counts = [f"{score[f'{kind}_answers']} {kind}" for kind in ("empty", "cut") if score.get(f"{kind}_answers")]
-            if counts:
-                lines.append(f"{label}, {task['title']}: {' and '.join(counts)} answers")
+    labels = list(results["models"])
+    lines = ["±: half of the 95 % interval over the questions"]
+    if len(labels) > 1:
+        lines.append(f"second line: {labels[0]} minus this model, paired by question")
+    for label in labels:
+        scores = [task["scores"][label] for task in results["tasks"] if label in task["scores"]]
+        empty, cut = (sum(score.get(f"{kind}_answers", 0) for score in scores) for kind in ("empty", "cut"))
+        if empty or cut:
+            asked = sum(score.get("questions", 0) for score in scores)
+            lines.append(f"{label}: {empty} empty answers and {cut} cut by length, of {asked}")
     return "\n".join(lines + list(results["failed"]))
 
 
@@ -144,22 +139,19 @@ def _questions(task: Mapping[str, Any]) -> str:
     score = next((score for score in task["scores"].values() if score["score"] is not None), None)
     if score is None:
         return "–"
-    return f"{score['questions']} of {score['questions_available']}" if score["limited"] else str(score["questions"])
+    return f"{score['questions']}\nof {score['questions_available']}" if score["limited"] else str(score["questions"])
 
 
-def _score_cell(score: Mapping[str, Any] | None) -> str:
+def _cell(score: Mapping[str, Any] | None, difference: Mapping[str, Any] | None) -> str:
     if score is None:
         return ""
     if score["score"] is None:
         return "failed"
-    return f"{score['score']:.1f}{_half(score['low'], score['high'])}"
+    lines = [f"{score['score']:.1f}{_half(score)}"]
+    if difference is not None:
+        lines.append(f"({difference['difference']:+.1f}{_half(difference)})")
+    return "\n".join(lines)
 
 
-def _difference_cell(difference: Mapping[str, Any] | None) -> str:
-    if difference is None:
-        return ""
-    return f"{difference['difference']:+.1f}{_half(difference['low'], difference['high'])}"
-
-
-def _half(low: float | None, high: float | None) -> str:
-    return f" ± {np.subtract(high, low) / 2:.1f}" if low is not None and high is not None else ""
+def _half(measured: Mapping[str, Any]) -> str:
+    return "" if measured["low"] is None else f" ± {(measured['high'] - measured['low']) / 2:.1f}"

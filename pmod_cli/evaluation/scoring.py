@@ -103,14 +103,17 @@ def _silence_lmms_eval(file: Any) -> None:
     import lmms_eval.api.task
     import lmms_eval.evaluator
     from loguru import logger
-    from tqdm import tqdm
 
     logger.remove()
     logger.add(file, level="INFO")
     datasets.disable_progress_bars()
-    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = lambda *given, **named: tqdm(
-        *given, **named | {"disable": True}
-    )
+    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = _no_bar
+
+
+def _no_bar(*given: Any, **named: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(*given, **named | {"disable": True})
 
 
 def _read(benchmark: Benchmark, results: dict[str, Any]) -> Scored:

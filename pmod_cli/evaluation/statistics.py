@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 DRAWS = 1000
+UNKNOWN = (None, None)
 CHUNK = 64  # draws resampled together, to bound memory on benchmarks of ten thousand questions and more
 
 
@@ -50,8 +51,10 @@ def sample_of(metric: str, items: Sequence[Any]) -> Sample | None:
     return None
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of resampled scores."""
+def interval(draws: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % percentile interval of resampled scores. Draws that are all equal (no answer right) tell of none."""
+    if np.ptp(draws) == 0:
+        return UNKNOWN
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 

@@ -75,6 +75,7 @@ def draw(record: SelectionRecord, layers: Sequence[int], notes: Sequence[str] = 
         top += 3.3 * LINE
         for part, panel in zip(parts, panels, strict=True):
             _panel(page, panel, record.kept[layer], left, top, panel_w, panel_h)
+            _image_frame(page, record, left, top, panel_w)
             if row_label and column == 0:
                 name = PART_NAMES[part.name].format(*record.layout.tile_grid or ())
                 _text(page, left - 0.06, top + panel_h / 2, name, QUIET, SMALL_PT, rotation=90, ha="right", va="center")
@@ -87,7 +88,7 @@ def draw(record: SelectionRecord, layers: Sequence[int], notes: Sequence[str] = 
     top = MARGIN + blocks * (block_h + GAP)
     for swatch, words in _legend(record):
         page.add_patch(_swatch(MARGIN, top, **swatch))
-        _text(page, MARGIN + 0.16, top, words, QUIET, size=SMALL_PT)
+        _text(page, MARGIN + 0.16, top + LINE / 2, words, QUIET, size=SMALL_PT, va="center_baseline")
         top += LINE
     top += LINE / 2
     for words, colour in caption:
@@ -154,6 +155,16 @@ def _panel(page: Axes, panel: Panel, kept: np.ndarray, x: float, y: float, width
         place(panel.draw_newlines(kept), x + width + STRIP_GAP, STRIP)
 
 
+def _image_frame(page: Axes, record: SelectionRecord, left: float, top: float, width: float) -> None:
+    """Where padding is drawn too: a line around what is image."""
+    layout = record.layout
+    x0, y0, x1, y1 = canvas(layout)
+    if (x0, y0, x1, y1) != (0, 0, layout.width, layout.height):
+        inches = width / (x1 - x0)
+        place = left - x0 * inches, top - y0 * inches, layout.width * inches, layout.height * inches
+        page.add_patch(_frame(*place, colour=INK, linewidth=0.8))
+
+
 def _legend(record: SelectionRecord) -> list[tuple[dict, str]]:
     kept, skipped = (f"#{bytes(colour).hex()}" for colour in (KEPT, SKIPPED))
     legend = [
@@ -162,13 +173,12 @@ def _legend(record: SelectionRecord) -> list[tuple[dict, str]]:
     ]
     if any(part.newlines.size for part in record.layout.parts):
         legend.append(({"facecolor": kept, "edgecolor": kept}, "in the strip: end-of-row token kept"))
-    if record.layout.tile_grid is None:
-        x0, y0, x1, y1 = canvas(record.layout)
-        if (x0, y0, x1, y1) != (0, 0, record.layout.width, record.layout.height):
-            legend.append(({"facecolor": "white", "edgecolor": INK}, "white border: padding"))
-        seen = record.layout.boxes()
-        if np.nanmin(seen[:, :2]) > 0 or np.nanmax(seen[:, 2]) < x1 or np.nanmax(seen[:, 3]) < y1:
-            legend.append(({"facecolor": "white", "edgecolor": skipped, "hatch": "//////"}, "cut off, never seen"))
+    layout, seen = record.layout, record.layout.boxes()
+    if canvas(layout) != (0, 0, layout.width, layout.height):
+        legend.append(({"facecolor": "white", "edgecolor": INK}, "outside the dark frame: padding"))
+    unseen = *np.nanmin(seen[:, :2], axis=0), *(layout.width, layout.height) - np.nanmax(seen[:, 2:], axis=0)
+    if max(unseen) >= 1:
+        legend.append(({"facecolor": "white", "edgecolor": skipped, "hatch": "//////"}, "cut off, never seen"))
     return legend
 
 
@@ -186,16 +196,26 @@ def _caption(record: SelectionRecord, notes: Sequence[str], width: float) -> lis
 
 
 def _wrap(text: str, width: float, colour: str, most: int = 5) -> list[tuple[str, str]]:
-    """Lines no wider than `width` inches, by the measured mean width of the text's own letters."""
+    """At most `most` lines, none wider than `width` inches as the font draws it."""
+    text = " ".join(text.split())
+    letters = int(width / 0.03)  # as many as would fit of the narrowest; fewer until the widest line fits
+    while True:
+        lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
+        excess = max(_measure(line) for line in lines) / width
+        if excess <= 1:
+            return [(line, colour) for line in lines]
+        letters = min(letters - 1, int(letters / excess) + 4)
+
+
+def _measure(line: str) -> float:
+    """Width in inches of a line of the caption."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    text = " ".join(text.split())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        measured, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=TEXT_PT), ismath=False)
-    letters = int(0.9 * width / (measured / 72 / len(text)))
-    return [(line, colour) for line in textwrap.wrap(text, letters, max_lines=most, placeholder=" …")]
+        points, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=TEXT_PT), ismath=False)
+    return points / 72
 
 
 def _text(page: Axes, x: float, y: float, words: str, colour: str = INK, size: float = TEXT_PT, **style) -> None:
@@ -203,13 +223,13 @@ def _text(page: Axes, x: float, y: float, words: str, colour: str = INK, size: f
     page.text(x, y, words, **{"color": colour, "fontsize": size, "va": "top", "parse_math": False, **style})
 
 
-def _frame(x: float, y: float, width: float, height: float):
+def _frame(x: float, y: float, width: float, height: float, colour: str = QUIET, linewidth: float = 0.4):
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x, y), width, height, fill=False, edgecolor=QUIET, linewidth=0.4)
+    return Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=linewidth)
 
 
 def _swatch(x: float, y: float, **style):
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x + 0.01, y + 0.01), 0.09, 0.09, linewidth=0.8, **style)
+    return Rectangle((x + 0.01, y + 0.02), 0.09, 0.09, linewidth=0.8, **style)

@@ -1,0 +1,46 @@
+"""Records with a planted selection, for tests that need no model."""
+
+import numpy as np
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from pmod_cli.visualization.geometry import Layout, image_layout
+from pmod_cli.visualization.record import SelectionRecord
+
+SIDE, PATCH = 84, 7
+SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+PINPOINTS = [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]]
+
+
+def record_of(layout: Layout, kept: np.ndarray | None = None, *, layers: int = 4, **changes) -> SelectionRecord:
+    """The first half of the layers plain; the others keep `kept`, or every third token."""
+    routed = np.arange(layers) >= layers // 2
+    chosen = np.arange(layout.size) % 3 == 0 if kept is None else kept
+    values = {
+        "image": Image.new("RGB", (layout.width, layout.height), "blue"),
+        "layout": layout,
+        "kept": np.where(routed[:, None], chosen, True),
+        "weight": np.where(routed[:, None], 1 + 0.1 * chosen, 1).astype(np.float32),
+        "routed": routed,
+        "retention": np.where(routed, chosen.mean(), 1.0),
+        "question": "What is it?",
+        "answer": "blue",
+        "router_state": "trained",
+        "model": "planted",
+    }
+    return SelectionRecord(**values | changes)
+
+
+def anyres_record(height: int, width: int, **changes) -> SelectionRecord:
+    processor = LlavaNextImageProcessorPil(image_grid_pinpoints=PINPOINTS, **SQUARE)
+    return record_of(image_layout(processor, PATCH, height, width), **changes)
+
+
+def cropped_record(height: int, width: int, **changes) -> SelectionRecord:
+    return record_of(image_layout(CLIPImageProcessorPil(**SQUARE), PATCH, height, width), **changes)
+
+
+def padded_record(height: int, width: int, **changes) -> SelectionRecord:
+    return record_of(image_layout(LlavaImageProcessorPil(do_pad=True, **SQUARE), PATCH, height, width), **changes)

@@ -1,0 +1,111 @@
+"""A planted router: tower and decoder pass each patch's own brightness on, and the routers like bright patches.
+
+A white corner of a black picture must then be kept, by the boxes that the record gives its tokens.
+"""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from pmod_cli import checkpoints
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings, kept_tokens
+from pmod_cli.visualization import select
+
+
+@torch.no_grad()
+def like_brightness(model) -> None:
+    """No token sees another or its own place, and each router points from a black patch's features to a white one's."""
+    tower = model.model.vision_tower
+    for name, parameter in tower.named_parameters():
+        if "out_proj" in name or "fc2" in name or "position_embedding" in name:
+            parameter.zero_()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    side = tower.config.image_size
+    # Black and white as the processor gives them: CLIP's mean and deviation, or the tiny model's, both near these.
+    black, white = (
+        model.model.multi_modal_projector(
+            tower(torch.full((1, 3, side, side), value), output_hidden_states=True).hidden_states[-2][:, 1]
+        )[0]
+        for value in (-1.75, 2.0)
+    )
+    direction = (white - black) / (white - black).norm() ** 2
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.copy_(black)
+    for layer in model.model.language_model.layers:
+        if layer.router is not None:
+            layer.router.weight.copy_(4 * direction[None])
+            layer.router.bias.fill_(-4 * float(direction @ black) - 2)
+
+
+@pytest.fixture(scope="module", params=["llava_next", "llava"])
+def bright_model(request, stock_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bright") / request.param
+    checkpoints.convert(stock_model(request.param), folder, PmodSettings(schedule="list", values=(1.0, 0.7, 0.3, 0.08)))
+    model, processor = checkpoints.load_model(folder)
+    like_brightness(model)
+    return model, processor
+
+
+SIZES = [(128, 128), (64, 192), (192, 64), (32, 96), (96, 32), (100, 260), (260, 100), (61, 83), (300, 300)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_the_bright_patches_are_kept(bright_model, height, width):
+    model, processor = bright_model
+    corner = np.array([0.35 * width, 0.35 * height]).round()  # white from here to the lower right corner
+    image = Image.new("RGB", (width, height))
+    ImageDraw.Draw(image).rectangle((*corner, width, height), fill="white")
+    record = select(model, processor, image, max_new_tokens=0)
+
+    boxes = record.layout.boxes(clip=False)
+    # Bicubic resizing smears an edge over two pixels of the smaller of the two pictures.
+    smear = np.maximum(2, 2 * (boxes[:, 2:] - boxes[:, :2]) / 8)  # (V, 2), in pixels of the original
+    unpadded = (boxes[:, 2:] <= np.array([width, height]) + 0.5).all(axis=1)
+    inside = (boxes[:, :2] >= corner + smear).all(axis=1) & unpadded
+    outside = (boxes[:, 2:] <= corner - smear).any(axis=1) | np.isnan(boxes[:, 0])  # newlines are planted black
+    assert inside.any()
+    assert outside.any()
+
+    assert record.routed.tolist() == [False, True, True, True]
+    assert record.kept[0].all()
+    bright_weight, dark_weight = record.weight[1][inside], record.weight[1][outside]
+    assert bright_weight.min() > 1.1 > 0.9 > dark_weight.max()
+    for layer in (1, 2, 3):
+        kept = record.kept[layer]
+        assert kept.sum() == kept_tokens(record.layout.size, record.retention[layer])
+        if kept.sum() >= (~outside).sum():
+            assert kept[inside].all()
+        if kept.sum() <= inside.sum():
+            assert not kept[outside].any()
+
+
+def test_the_answer_does_not_change_the_selection(bright_model):
+    model, processor = bright_model
+    image = Image.effect_noise((90, 60), 80).convert("RGB")
+    silent = select(model, processor, image, "what is the price of egg?", max_new_tokens=0)
+    spoken = select(model, processor, image, "what is the price of egg?", max_new_tokens=4)
+    assert silent.answer is None
+    assert isinstance(spoken.answer, str)
+    assert (silent.kept == spoken.kept).all()
+    np.testing.assert_allclose(silent.weight, spoken.weight, atol=1e-6)
+    assert spoken.router_state == "untrained"
+
+
+def test_a_processor_that_does_not_fit_is_refused(bright_model):
+    model, processor = bright_model
+    template = processor.chat_template
+    try:
+        processor.chat_template = None
+        with pytest.raises(PmodError, match="no chat template"):
+            select(model, processor, Image.new("RGB", (64, 64)))
+        processor.chat_template = template
+        processor.num_additional_image_tokens = 2
+        with pytest.raises(PmodError, match="vision tokens in the prompt"):
+            select(model, processor, Image.new("RGB", (64, 64)))
+    finally:
+        processor.chat_template = template
+        processor.num_additional_image_tokens = 1

@@ -18,7 +18,7 @@ def test_ratio_one_is_bit_equal_to_stock(kind, decoder, dtype):
     stock = factories.model(kind, decoder).to(dtype)
     routed = pmod_twin(stock, WHOLE)
     assert routed.config.routed_layers == [0, 1, 2, 3]
-    for inputs in (batch(kind, ROWS[:1]), batch(kind, ROWS, "left"), batch(kind, ROWS, "right")):
+    for inputs in (batch(kind, ROWS[:1]), batch(kind, ROWS, "right"), batch(kind, ROWS, "left")):
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         real = inputs["attention_mask"].bool()
         with torch.no_grad():

@@ -1,0 +1,104 @@
+"""`pmod visualize` as a user runs it: stdout, stderr, exit code and what is on the disk."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from pmod_cli import checkpoints, cli
+from pmod_cli.model import PmodSettings
+
+SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.15))
+
+
+def call(*arguments: object) -> int:
+    """The program in this process: the cheap way where the start of the program is not the question."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def ready(workdir, stock_model):
+    """A directory with a p-MoD checkpoint of four layers and a picture."""
+    checkpoints.convert(stock_model(), workdir / "routed", SETTINGS)
+    Image.effect_noise((96, 64), 90).convert("RGB").save(workdir / "img.png")
+    return workdir
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_picture_after_convert(pmod, stock_model, workdir):
+    assert pmod("convert", stock_model(), "-o", "routed", cwd=workdir).returncode == 0
+    Image.new("RGBA", (64, 64), (255, 0, 0, 128)).save(workdir / "img.png")
+    run = pmod("visualize", "img.png", "--layers", "0,2-3", "--question", "what is it?", "--device", "cpu", cwd=workdir)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].split() == ["layer", "kept", "of", "88", "retention"]
+    assert [line.split()[0] for line in lines[1:4]] == ["0", "2", "3"]
+    assert lines[1].split()[1:] == ["all", "(plain)", "1.000"]
+    assert lines[-2].startswith("answer:")
+    assert lines[-1] == "wrote img-pmod.png"
+    assert "model: routed (.pmod/current)" in run.stderr
+    assert "the routers are untrained" in run.stderr
+    assert "Traceback" not in run.stderr
+    with Image.open(workdir / "img-pmod.png") as picture:
+        picture.load()
+        assert picture.width > 900
+    assert names(workdir) == [".pmod", "img-pmod.png", "img.png", "routed"]
+
+
+def test_json_and_quiet(ready, capsys):
+    options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0)
+    assert call("visualize", "img.png", "--layers", "all", "--json", "-o", "a.png", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["image"], report["picture"], report["answer"]) == ("img.png", "a.png", None)
+    assert [layer["layer"] for layer in report["layers"]] == [0, 1, 2, 3]
+    total = report["vision_tokens"]
+    assert len(report["tokens"]) == total
+    kept = [layer["kept_tokens"] for layer in report["layers"]]
+    assert kept == [total, total // 2, int(0.3 * total), int(0.15 * total)]
+    # Untrained routers: every weight ties, the first tokens win.
+    assert report["layers"][3]["kept"] == list(range(kept[3]))
+    assert report["router_state"] == "untrained"
+
+    assert call("visualize", "img.png", "--quiet", "-o", "b.svg", *options) == 0
+    written = capsys.readouterr()
+    assert written.out == "b.svg\n"
+    assert "</svg>" in (ready / "b.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "hint"),
+    [
+        (["img.png", "--layers", "99"], "there is no layer 99; the model's layers are 0..3", "--layers all"),
+        (["img.png", "--layers", "x"], "'x' is neither a layer nor a range", "2,14,26"),
+        (["none.png"], "none.png: no such image file", ""),
+        (["words.png"], "words.png: not an image", ""),
+        (["img.png", "-o", "img.png"], "img.png is the picture to look at", "--out"),
+        (["img.png", "-o", "a.pdf"], "a.pdf: pictures are written as .png or .svg", "a.png"),
+        (["img.png", "-o", "no/a.png"], "there is no folder no", "mkdir -p no"),
+        (["img.png", "-m", "stock"], "stock is a stock LLaVA", "pmod convert stock"),
+        (["img.png", "-m", "./nowhere"], "there is no folder ./nowhere", "pmod convert"),
+    ],
+)
+def test_bad_input_is_a_sentence(ready, stock_model, capsys, arguments, what, hint):
+    (ready / "stock").symlink_to(stock_model())
+    (ready / "words.png").write_text("no picture")
+    before = names(ready)
+    options = [] if "-m" in arguments else ["--model", "routed"]
+    assert call("visualize", *arguments, *options, "--device", "cpu") == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    message = " ".join(written.err.split())
+    assert "error:" in message
+    assert what in message
+    assert hint in message
+    assert names(ready) == before
+
+
+def test_without_a_checkpoint_convert_is_named(workdir, capsys):
+    Image.new("RGB", (8, 8)).save(workdir / "img.png")
+    assert call("visualize", "img.png") == 2
+    assert "pmod convert" in capsys.readouterr().err
+    assert names(workdir) == ["img.png"]

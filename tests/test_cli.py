@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +53,13 @@ def test_help_of_each_verb_ends_in_examples(verb, capsys):
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_examples_are_valid_command_lines(verb):
+def test_examples_are_valid_command_lines(verb, workdir):
     """Parsed against the real options, not run. `&&` joins two commands; the second may be another verb's."""
+    Path("img.png").touch()
     group = typer.main.get_command(cli.build_app(verb))
     module = cli.importlib.import_module(f"pmod_cli.commands.{verb}")
     for line in module.EXAMPLES.strip().splitlines():
-        words = line.split(" && ")[0].split("  #")[0].split()
+        words = shlex.split(line.split(" && ")[0].split(" > ")[0])
         assert words[:2] == ["pmod", verb], line
         with group.make_context("pmod", words[1:], resilient_parsing=False) as context:
             _, command, rest = group.resolve_command(context, words[1:])

@@ -1,0 +1,129 @@
+"""`pmod demo`: the whole way from a stock LLaVA to a trained p-MoD model and its pictures, with the other verbs."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pmod_cli import output
+from pmod_cli.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.extras import require
+
+EXAMPLES = """\
+pmod demo
+pmod demo --out /tmp/demo --max-steps 20 --limit 50
+"""
+STOCK = "tiny-llava-next"
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo; what it prints on stdout is kept in `<name>.txt`."""
+
+    name: str
+    why: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return f"pmod {shlex.join(self.arguments)}"
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of everything.")] = Path("demo"),
+    max_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Optimizer steps of each training.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 200,
+) -> None:
+    """Convert, train, evaluate, profile and draw the bundled model, into one folder.
+
+    Run again, it goes on after the last command that ended.
+    """
+    require("train", "accelerate")
+    require("eval", "lmms_eval", "datasets")
+    out.mkdir(parents=True, exist_ok=True)
+    steps = list(_steps(out, max_steps, limit, question=_draw_image(out / "image.png")))
+    done = _read_done(out)
+    for number, step in enumerate(steps, 1):
+        if step.command in done:
+            output.note(f"[{number}/{len(steps)}] done before: {step.command}")
+            continue
+        output.note(f"\n[{number}/{len(steps)}] {step.why}\n$ {step.command}", style="bold")
+        done[step.command] = _run(step, out)
+        _write_done(out, done)
+    for name in ("eval", "profile"):
+        output.print_line(f"\n$ {next(step.command for step in steps if step.name == name)}")
+        output.print_line((out / f"{name}.txt").read_text(encoding="utf-8").rstrip())
+    output.print_line(f"\nthe kept patches: {out / 'kept.png'}")
+    output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --layers 8-31")
+
+
+def _steps(out: Path, max_steps: int, limit: int, *, question: str) -> Iterator[Step]:
+    converted, trained, stock = str(out / "converted"), str(out / "p-mod"), str(out / "stock")
+    recipe = ("finetune", "--recipe", "tiny", "--max-steps", str(max_steps))
+    yield Step(
+        "convert", "A stock LLaVA-NeXT becomes a p-MoD model.", ("convert", STOCK, "-o", converted, "--overwrite")
+    )
+    yield Step("stock", "The stock model is trained on, for a fair comparison.", (*recipe, "-m", STOCK, "-o", stock))
+    yield Step("finetune", "The p-MoD model is trained as long.", (*recipe, "-m", converted, "-o", trained))
+    columns = f"{stock},{converted},random"
+    yield Step(
+        "eval",
+        "Both are scored; beside them p-MoD before training, and a random selection of as many tokens.",
+        ("eval", "-t", "tiny", "-m", trained, "--against", columns, "--limit", str(limit), "-o", str(out / "eval")),
+    )
+    yield Step("profile", "What it saves, at the size of the paper's model.", ("profile", "--report", "flops"))
+    yield Step(
+        "visualize",
+        "Which patches the trained routers keep.",
+        (
+            *("visualize", str(out / "image.png"), "-m", trained, "--layers", "2,14,26"),
+            *("--question", question, "-o", str(out / "kept.png")),
+        ),
+    )
+
+
+def _draw_image(path: Path) -> str:
+    """Write one test document, unseen in training, and return a question about it."""
+    from pmod_cli.data.documents import draw, seed_of
+
+    document = draw("doc", seed_of("test", 0))
+    document.image.save(path)
+    return document.turns[0].question
+
+
+def _run(step: Step, out: Path) -> float:
+    """Run a verb as its own program, its stderr shown as it comes. Returns the seconds it took."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "pmod_cli", *step.arguments]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    if result.returncode:
+        interrupted = result.returncode == INTERRUPTED
+        raise PmodError(
+            f"{'interrupted in' if interrupted else 'this command failed:'} {step.command}",
+            hint=f"the demo goes on from there: pmod demo --out {out}",
+            code=INTERRUPTED if interrupted else RUN_FAILED,
+        )
+    (out / f"{step.name}.txt").write_text(result.stdout, encoding="utf-8")
+    return round(time.monotonic() - started, 1)
+
+
+def _read_done(out: Path) -> dict[str, float]:
+    """Seconds by command, of the commands that ended well."""
+    from pmod_cli.checkpoints.files import read_json
+
+    return read_json(out / DONE) if (out / DONE).exists() else {}
+
+
+def _write_done(out: Path, done: dict[str, float]) -> None:
+    from pmod_cli.checkpoints.atomic import write_json
+
+    write_json(out / DONE, done)

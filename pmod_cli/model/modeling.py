@@ -200,10 +200,12 @@ class RoutedGeneration:
         decoder = self.model.language_model
         decoder.selection, decoder.selection_seed = selection, seed
 
-    def prepare_inputs_for_generation(self, input_ids, *args, vision_mask=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, vision_mask=None, is_first_iteration=False, **kwargs
+    ):
         """Gives `vision_mask` to the prefill only: later tokens are text."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration and vision_mask is not None:
             inputs["vision_mask"] = vision_mask

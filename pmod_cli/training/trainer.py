@@ -173,6 +173,8 @@ class Watch(TrainerCallback):
             self.on_step(Step(state.global_step, state.max_steps, self.trainer.last_loss, left))
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        if control.should_training_stop:
+            control.should_log = True  # the last loss, whatever the interval
 
     @contextmanager
     def signals(self):

@@ -186,7 +186,11 @@ def _print_results(results: dict[str, Any], out: Path, as_json: bool, quiet: boo
     elif quiet:
         output.print_line(out)
     else:
+        for line in report.warnings(results):
+            output.print_line(line)
         output.stdout.print(report.table(results))
+        for line in report.notes(results):
+            output.print_line(line)
         output.print_line(out / "results.json")
 
 
@@ -197,10 +201,10 @@ def _print_suite(groups: dict[str, tuple[Benchmark, ...]], as_json: bool) -> Non
         return
     from rich.table import Table
 
-    table = Table("name", "lmms-eval task", "metric", "data of lmms-lab-encoder")
+    table = Table("name", "lmms-eval task", "metric", "data set")
     for benchmark in benchmarks.values():
         data = ", ".join(dict.fromkeys(part.partition("/")[2].partition(":")[0] for part in benchmark.data))
-        table.add_row(benchmark.name, benchmark.task, benchmark.metric, data or "drawn here, no download")
+        table.add_row(benchmark.name, benchmark.task, benchmark.metric, data or "drawn here")
     output.stdout.print(table)
     for name, group in groups.items():
         output.print_line(f"{name}: {', '.join(benchmark.name for benchmark in group)}")

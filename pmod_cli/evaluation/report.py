@@ -111,17 +111,18 @@ def table(results: Mapping[str, Any]) -> Table:
     return shown
 
 
-def _title(results: Mapping[str, Any]) -> str | None:
-    """What a reader must know before the numbers."""
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the numbers: lines for above the table."""
     lines = []
     if untrained := [label for label, model in results["models"].items() if model["routers"] == "untrained"]:
         lines.append(f"{', '.join(untrained)}: untrained routers; every token ties, so what is kept means nothing")
     if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
         lines.append("limited run: these are not the scores of the benchmarks")
-    return "\n".join(lines) or None
+    return lines
 
 
-def _caption(results: Mapping[str, Any]) -> str:
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """How to read the table, and what went wrong: lines for below it."""
     labels = list(results["models"])
     lines = ["±: half of the 95 % interval over the questions"]
     if len(labels) > 1:
@@ -132,7 +133,7 @@ def _caption(results: Mapping[str, Any]) -> str:
         if empty or cut:
             asked = sum(score.get("questions", 0) for score in scores)
             lines.append(f"{label}: {empty} empty answers and {cut} cut by length, of {asked}")
-    return "\n".join(lines + list(results["failed"]))
+    return lines + list(results["failed"])
 
 
 def _questions(task: Mapping[str, Any]) -> str:

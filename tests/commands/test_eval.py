@@ -1,0 +1,153 @@
+"""`pmod eval` as a user runs it: what is on stdout, what on stderr, the exit code and the files."""
+
+import json
+
+import pytest
+from datasets import Dataset, Features, Image, Value
+
+from pmod_cli import cli, extras
+from pmod_cli.data import documents
+from pmod_cli.evaluation import adapter
+
+
+@pytest.fixture
+def converted(stock_model, workdir):
+    """A p-MoD checkpoint that is the current one of this directory."""
+    assert cli.main(["convert", str(stock_model()), "-o", "tiny-pmod", "-q"]) == 0
+    return workdir / "tiny-pmod"
+
+
+def test_tiny_stands_beside_stock(pmod, converted):
+    """One real process: nothing but the table on stdout, lmms-eval's talk in its log."""
+    ran = pmod("eval", "--tasks", "tiny_doc,tiny_presence", "--limit", "3", "-o", "run", cwd=converted.parent)
+    assert ran.returncode == 0, ran.stderr
+    assert "untrained routers" in ran.stdout.splitlines()[0]
+    assert "limited run" in ran.stdout.splitlines()[1]
+    assert "INFO" not in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "run/results.json"
+    assert "tiny-pmod · tiny doc: 3 answers" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+    run = converted.parent / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["models"]) == ["tiny-pmod", "stock"]
+    assert [model["routers"] for model in results["models"].values()] == ["untrained", "stock"]
+    assert results["models"]["stock"]["mean_retention"] == 1.0
+    assert results["models"]["tiny-pmod"]["dtype"] == "float32"
+    assert results["versions"]["lmms-eval"] == "0.7.3"
+    assert [task["name"] for task in results["tasks"]] == ["tiny_doc", "tiny_presence"]
+    assert results["tasks"][0]["scores"]["stock"]["limited"]
+    assert results["tasks"][0]["scores"]["stock"]["prompt"].endswith("ASSISTANT:")
+    answers = (run / "answers" / "stock" / "tiny_doc.jsonl").read_text().splitlines()
+    assert [json.loads(line)["doc_id"] for line in answers] == [0, 1, 2]
+    assert not list(run.rglob("*.tmp"))
+
+
+def evaluate(*arguments) -> int:
+    return cli.main(["eval", *map(str, arguments)])
+
+
+def test_json_is_the_results_file(converted, capsys):
+    assert evaluate("--tasks", "tiny_doc", "--limit", 2, "--against", "none", "-o", "run", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("folder") == "run"
+    assert printed == json.loads((converted.parent / "run" / "results.json").read_text())
+    assert list(printed["models"]) == ["tiny-pmod"]
+
+    assert evaluate("--tasks", "tiny_doc", "--limit", 2, "-o", "run") == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert evaluate("--tasks", "tiny_doc", "--limit", 2, "-o", "run", "--overwrite", "-q", "--against", "none") == 0
+    assert capsys.readouterr().out == "run\n"
+
+
+def test_one_failing_task_does_not_stop_the_others(converted, capsys, monkeypatch):
+    """A picture of one task cannot be read: its row says so, the other has its score, the exit code is 3."""
+    prepare = adapter.prompts.prepare
+
+    def broken(processor, index, question, images):
+        if "price" in question:
+            raise OSError("image file is truncated")
+        return prepare(processor, index, question, images)
+
+    monkeypatch.setattr(adapter.prompts, "prepare", broken)
+    code = evaluate("--tasks", "tiny_doc,tiny_presence", "--limit", 2, "-o", "run", "--against", "none")
+    printed = capsys.readouterr()
+    assert code == 3
+    assert "1 of 2 benchmark runs failed" in printed.err
+    assert "image file is truncated" in printed.err
+    assert "failed" in printed.out
+    scores = json.loads((converted.parent / "run" / "results.json").read_text())["tasks"][1]["scores"]
+    assert scores["tiny-pmod"]["score"] is not None
+    assert evaluate("--tasks", "tiny_doc", "--limit", 2, "-o", "run2", "--against", "none") == 1
+
+
+def test_a_benchmark_of_the_paper_runs_from_local_data(stock_model, workdir, capsys):
+    """ChartQA from a folder named as its repository: the data check passes and lmms-eval scores it."""
+    drawn = [documents.draw("chart", documents.seed_of("train", index)) for index in range(3)]
+    columns = {
+        "image": [document.image for document in drawn],
+        "question": [document.turns[0].question for document in drawn],
+        "answer": [document.turns[0].answer for document in drawn],
+        "type": ["human_test", "augmented_test", "augmented_test"],
+    }
+    text = Value("string")
+    data = workdir / "lmms-lab-encoder" / "ChartQA" / "data"
+    data.mkdir(parents=True)
+    features = Features({"image": Image(), "question": text, "answer": text, "type": text})
+    Dataset.from_dict(columns, features=features).to_parquet(data / "test-00000-of-00001.parquet")
+    assert evaluate("--tasks", "chartqa", "-m", stock_model(), "-o", "run", "--json") == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    (score,) = task["scores"].values()
+    assert (task["task"], score["questions"], score["limited"]) == ("chartqa", 3, False)
+    assert set(score["metrics"]["chartqa"]) == {
+        f"relaxed_{part},none" for part in ("overall", "human_split", "augmented_split")
+    }
+
+
+def test_missing_model_missing_data_missing_extra(stock_model, workdir, capsys, monkeypatch):
+    """Three different sentences, exit code 2, and nothing written."""
+    assert evaluate("--tasks", "docvqa,chartqa") == 2
+    model = capsys.readouterr().err
+    assert "no model" in model
+    assert "pmod convert" in model
+
+    assert evaluate("--tasks", "docvqa,chartqa", "-m", stock_model()) == 2
+    data = capsys.readouterr().err
+    assert "the data of DocVQA, ChartQA is not on this machine" in data
+    assert "lmms-lab-encoder/DocVQA, lmms-lab-encoder/ChartQA" in data
+
+    find_spec = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "lmms_eval" else find_spec(name))
+    assert evaluate("--tasks", "docvqa,chartqa", "-m", stock_model()) == 2
+    extra = capsys.readouterr().err
+    assert "pip install -e '.[eval]'" in extra
+    assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tasks", "docvqq"], "near: docvqa"),
+        (["--tasks", "tiny", "--limit", "2.5"], "fraction between 0 and 1"),
+        (["--tasks", "tiny", "--limit", "0"], "fraction between 0 and 1"),
+        (["--tasks", "tiny", "--dtype", "int8"], "is not a dtype"),
+    ],
+)
+def test_bad_input(stock_model, workdir, capsys, arguments, sentence):
+    assert evaluate(*arguments, "-m", stock_model()) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(converted, capsys):
+    before = sorted(converted.parent.rglob("*"))
+    assert evaluate("--tasks", "tiny", "--dry-run") == 0
+    assert "stock" in capsys.readouterr().err
+    assert sorted(converted.parent.rglob("*")) == before
+
+
+def test_list_needs_no_extra(capsys, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert evaluate("--list") == 0
+    assert "ok_vqa_val2014" in capsys.readouterr().out
+    assert evaluate("--list", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 18

@@ -1,0 +1,45 @@
+"""Who stands beside the model, and how the stock model is found again."""
+
+import pytest
+
+from pmod_cli.checkpoints import convert
+from pmod_cli.errors import PmodError
+from pmod_cli.evaluation import subjects
+from pmod_cli.model import PmodSettings
+
+
+@pytest.fixture(scope="module")
+def converted(stock_model, tmp_path_factory):
+    target = tmp_path_factory.mktemp("checkpoints") / "tiny-pmod"
+    convert(stock_model(), target, PmodSettings())
+    return target
+
+
+def test_stock_is_where_the_checkpoint_came_from(stock_model, converted, tmp_path):
+    assert subjects.stock_source(converted) == str(stock_model())
+    run = tmp_path / "run"  # a fine-tuned one names the checkpoint that it started from
+    run.mkdir()
+    (run / "config.json").write_text((converted / "config.json").read_text())
+    assert subjects.stock_source(run) is None
+    (run / "config.yaml").write_text(f"model:\n  name: {converted}\n")
+    assert subjects.stock_source(run) == str(stock_model())
+
+
+def test_columns(stock_model, converted):
+    chosen = subjects.choose(str(converted), ["stock", "random", str(converted)])
+    assert [subject.label for subject in chosen] == ["tiny-pmod", "stock", "random", "tiny-pmod (2)"]
+    assert [subject.routers for subject in chosen] == ["untrained", "stock", "untrained", "untrained"]
+    assert [subject.selection for subject in chosen] == ["router", "router", "random", "router"]
+    assert chosen[1].path == stock_model()
+
+
+def test_what_cannot_be_compared(stock_model, converted, tmp_path):
+    with pytest.raises(PmodError, match="keeps every vision token"):
+        subjects.choose(str(stock_model()), ["random"])
+    with pytest.raises(PmodError, match="no folder"):
+        subjects.choose(str(converted), [str(tmp_path / "gone")])
+
+
+def test_weights_hash_tells_checkpoints_apart(stock_model, converted):
+    assert subjects.weights_sha256(stock_model()) == subjects.weights_sha256(stock_model())
+    assert subjects.weights_sha256(stock_model()) != subjects.weights_sha256(converted)

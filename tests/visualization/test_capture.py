@@ -83,11 +83,13 @@ def test_the_bright_patches_are_kept(bright_model, height, width):
             assert not kept[outside].any()
 
 
-def test_the_answer_does_not_change_the_selection(bright_model):
+def test_neither_answer_nor_question_changes_the_selection(bright_model):
     model, processor = bright_model
     image = Image.effect_noise((90, 60), 80).convert("RGB")
     silent = select(model, processor, image, "what is the price of egg?", max_new_tokens=0)
     spoken = select(model, processor, image, "what is the price of egg?", max_new_tokens=4)
+    asked = select(model, processor, image, "is there a red circle?", max_new_tokens=0)
+    assert (asked.kept == silent.kept).all()  # the image stands before the question, and attention is causal
     assert silent.answer is None
     assert isinstance(spoken.answer, str)
     assert (silent.kept == spoken.kept).all()

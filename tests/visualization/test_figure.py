@@ -114,7 +114,7 @@ def test_a_contact_sheet_of_32_layers_is_drawn_in_a_second(tmp_path):
     save(draw(record, [0]), tmp_path / "fonts.png")  # loads fonts, once a process
     start = time.process_time()
     save(draw(record, range(32)), tmp_path / "sheet.png")
-    assert time.process_time() - start < 1.5  # 1 s, and room for a busy machine
+    assert time.process_time() - start < 2  # 0.8 s where the core is not shared
 
 
 def test_the_selection_of_a_7b_next_is_drawn(tmp_path):

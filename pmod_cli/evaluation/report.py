@@ -97,10 +97,7 @@ def _difference(benchmark: Benchmark, first: Scored, other: Scored, seed: int) -
 def table(results: Mapping[str, Any]) -> Table:
     """Rows are tasks, columns are models; under the score of each other model the difference of the first one to it."""
     labels = list(results["models"])
-    shown = Table(
-        title=_title(results), title_justify="left", title_style="", caption=_caption(results), show_lines=True
-    )
-    shown.caption_justify, shown.caption_style = "left", "dim"
+    shown = Table(show_lines=True)
     shown.add_column("task")
     shown.add_column("questions", justify="right", no_wrap=True)
     for label in labels:

@@ -21,7 +21,7 @@ from pmod_cli.data.documents import TASKS, Document, draw, seed_of
 from pmod_cli.data.rows import question
 
 
-def test_documents(task: str, count: int) -> list[Document]:
+def unseen_documents(task: str, count: int) -> list[Document]:
     """The first ``count`` unseen documents of a task; each is asked its first question."""
     return [draw(task, seed_of("test", index)) for index in range(count)]
 
@@ -90,7 +90,7 @@ def measure(
     """Exact match in percent by kind of question, over ``count`` unseen documents of each task."""
     right = defaultdict(list)
     for task in TASKS:
-        documents = test_documents(task, count)
+        documents = unseen_documents(task, count)
         for start in range(0, count, batch_size):
             some = documents[start : start + batch_size]
             inputs = prompts(processor, some, blank)

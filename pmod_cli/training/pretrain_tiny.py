@@ -77,7 +77,7 @@ def run_stage(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * rate
-        batch = batches(batches.documents(first_step + step))
+        batch = batches(batches.documents(first_step + step, stage["mix"]))
         losses = compute_losses(model, grounding, batch, stage, step)
         sum(losses[name] * weight for name, weight in loss_weights(stage, step).items()).backward()
         nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)

@@ -3,7 +3,7 @@
 The collator gives the same tokens, labels and pixels (tested), but takes twenty times as long.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaNextProcessor
 
 from pmod_cli.data.collator import IGNORED
-from pmod_cli.data.documents import CELL, TASKS, Box, Document, Turn, draw, seed_of
+from pmod_cli.data.documents import CELL, Box, Document, Turn, draw, seed_of
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class TinyBatches:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def documents(self, step: int) -> list[Document]:
-        """The training documents of one step, the tasks in turn."""
+    def documents(self, step: int, mix: Sequence[str]) -> list[Document]:
+        """The training documents of one step, of the tasks of ``mix`` in turn."""
         documents = []
         for index in range(step * self.recipe["batch_size"], (step + 1) * self.recipe["batch_size"]):
             seed = seed_of("train", index)
             wide = Random(seed).random() < self.recipe["wide"]
-            documents.append(draw(TASKS[index % len(TASKS)], seed, (96, 48) if wide else (96, 96)))
+            documents.append(draw(mix[index % len(mix)], seed, (96, 48) if wide else (96, 96)))
         return documents
 
     def __call__(self, documents: list[Document]) -> Batch:

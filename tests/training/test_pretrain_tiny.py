@@ -1,5 +1,6 @@
 """Pre-training of the tiny model: its parts do what they claim, and an interrupted run ends where a whole one does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
 from pmod_cli.data.collator import Collator
-from pmod_cli.data.documents import TASKS, draw
+from pmod_cli.data.documents import TASKS, Turn, draw
 from pmod_cli.data.rows import row
 from pmod_cli.training import pretrain_tiny
 from pmod_cli.training.grounding import Grounding
@@ -26,7 +27,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "tiny-llava-next.yaml"
 def recipe():
     recipe = yaml.safe_load(RECIPE.read_text())
     recipe |= {"batch_size": 4, "turns": 2, "log_every": 1, "save_every": 2}
-    stage = {"steps": 4, "rate": 1.0, "warmup": 1, "decay": 0.5, "end": 0.0}
+    stage = {"mix": TASKS, "steps": 4, "rate": 1.0, "warmup": 1, "decay": 0.5, "end": 0.0}
     grounding = {"layers": [0, 1], "heads": 2, "shows": 0.5, "belongs": 0.5, "looks": 0.5, "fade": 0.5}
     return recipe | {"stages": [{"layers": 2, **stage, "grounding": grounding}, {"layers": 4, **stage}]}
 
@@ -99,8 +100,9 @@ def test_grounding_reaches_what_it_trains_and_leaves_no_hook(recipe, processor, 
 
 def test_a_fully_hidden_image_tells_nothing_and_a_shown_one_does(processor, model):
     def logits(share, seed):
-        inputs = prompts(processor, [draw("doc", seed, (96, 96)), draw("doc", seed, (96, 48))])
-        inputs["input_ids"][:, -12:] = inputs["input_ids"][:1, -12:]  # the same question to every image
+        asked = [Turn("what is the price of tea?", "47", None)]
+        documents = [replace(draw("doc", seed, size), turns=asked) for size in ((96, 96), (96, 48))]
+        inputs = prompts(processor, documents)
         with torch.no_grad(), hidden_vision(model, inputs, 0, share):
             return model(**inputs).logits[:, -1]
 

@@ -1,0 +1,105 @@
+"""The bundled tiny model: a stock LLaVA-NeXT checkpoint, small, 32 layers deep, that reads what it is shown."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
+
+from pmod_cli.checkpoints import bundled_path
+from pmod_cli.data.collator import Collator
+from pmod_cli.data.documents import TASKS, draw, seed_of
+from pmod_cli.data.rows import conversation, row
+from pmod_cli.errors import PmodError
+from pmod_cli.training.measure_tiny import answers, kinds, prompts, unseen_documents
+
+UNSEEN = 12  # questions a task
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(bundled_path())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForImageTextToText.from_pretrained(bundled_path(), dtype=torch.float32).eval()
+
+
+def test_it_is_a_small_stock_checkpoint_of_32_layers(model):
+    config = json.loads((bundled_path() / "config.json").read_text())
+    assert config["model_type"] == "llava_next"
+    assert "pmod" not in config
+    assert config["text_config"]["num_hidden_layers"] == len(model.model.language_model.layers) == 32
+    assert type(model) is LlavaNextForConditionalGeneration
+    assert sum(file.stat().st_size for file in bundled_path().iterdir()) <= 10_000_000
+    assert not [file.name for file in bundled_path().iterdir() if file.suffix in {".bin", ".pt", ".py"}]
+
+
+def test_it_reads_unseen_documents_and_cannot_without_the_image(model, processor):
+    right = {True: [], False: []}
+    for task in TASKS:
+        documents = unseen_documents(task, UNSEEN)
+        for blank in right:
+            said = answers(model, processor, prompts(processor, documents, blank=blank))
+            right[blank] += [answer == d.turns[0].answer for answer, d in zip(said, documents, strict=True)]
+    assert sum(right[False]) >= 0.8 * len(right[False])
+    assert sum(right[True]) <= 0.4 * len(right[True])
+
+
+def test_a_batch_of_mixed_shapes_says_what_single_prompts_say(model, processor):
+    documents = [draw("doc", seed_of("test", 1)), draw("doc", seed_of("test", 2), (96, 48))]
+    together = answers(model, processor, prompts(processor, documents))
+    assert together == [answers(model, processor, prompts(processor, [document]))[0] for document in documents]
+
+
+@pytest.mark.parametrize(("size", "tokens"), [((96, 96), 192), ((96, 48), 114), ((48, 96), 120)])
+def test_anyres_counts_a_base_view_tiles_and_newlines(processor, model, size, tokens):
+    assert tokens == 6 * 6 + (size[1] // 8) * (size[0] // 8 + 1)
+    inputs = processor(text="USER: <image>\nASSISTANT:", images=Image.new("RGB", size), return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_index).sum() == tokens
+    with torch.no_grad():
+        assert model(**inputs).image_hidden_states.shape == (tokens, model.config.text_config.hidden_size)
+
+
+@pytest.mark.parametrize("text", ["hello, world 2048", "what is the price of tea?", "the qr-code: x1 (3.5%)", "A b C"])
+def test_any_lower_case_text_is_spelt_and_read_back(processor, text):
+    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+    assert processor.tokenizer.unk_token_id not in ids
+    assert processor.decode(ids).replace(" ", "") == text.lower().replace(" ", "")
+
+
+def test_the_template_speaks_as_llava_does(processor):
+    document = draw("doc", 1)
+    first, second = document.turns[:2]
+    rendered = processor.apply_chat_template(conversation(document, [first, second]), tokenize=False)
+    assert rendered == (
+        f"USER: <image>\n{first.question} ASSISTANT: {first.answer}</s>"
+        f"USER: {second.question} ASSISTANT: {second.answer}</s>"
+    )
+
+
+def test_the_collator_labels_what_the_assistant_says(processor):
+    documents = [draw(task, seed_of("train", 3)) for task in TASKS]
+    batch = Collator(processor)([row(document) for document in documents])
+    for ids, labels, document in zip(batch["input_ids"], batch["labels"], documents, strict=True):
+        spoken = labels >= 0
+        assert torch.equal(ids[spoken], labels[spoken])
+        said = processor.decode(labels[spoken]).replace(" ", "").split("</s>")
+        assert said == [turn.answer for turn in document.turns] + [""]
+
+
+def test_the_collator_refuses_an_image_too_many_and_a_template_without_marks(processor):
+    document = draw("doc", 1)
+    with pytest.raises(PmodError, match="2 images and 1 places"):
+        Collator(processor)([row(document) | {"images": [document.image] * 2}])
+    unmarked = AutoProcessor.from_pretrained(bundled_path())
+    unmarked.chat_template = "{{ messages[0]['role'] }}"
+    with pytest.raises(PmodError, match="does not mark"):
+        Collator(unmarked)
+
+
+def test_kinds_tell_the_longest_bar_apart():
+    found = {kinds(document) for task in TASKS for document in unseen_documents(task, 8)}
+    assert found == {*TASKS, "chart, longest"}

@@ -6,6 +6,7 @@ is traced by itself: every decoder layer at its own number of tokens, lm_head, t
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.errors import PmodError
-from pmod_cli.model import Routing
+from pmod_cli.model import Routing, kept_tokens
 from pmod_cli.profiling.operators import Count, count
 from pmod_cli.profiling.workload import ImageTokens, tower_tokens
 
@@ -115,24 +116,30 @@ class VisionCost:
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The real model on the meta device: shapes without weights, about 0.1 s for any size."""
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).eval()
+        model = AutoModelForImageTextToText.from_config(
+            copy.deepcopy(config),  # which would keep the dtype and the attention that only the trace uses
+            attn_implementation="sdpa",
+            dtype=torch.bfloat16,
+        )
+    return model.eval()
 
 
 def decoder_cost(
-    model: PreTrainedModel, positions: int, routable: int, retention: list[float], kept: list[int]
+    model: PreTrainedModel, image: ImageTokens, text_tokens: int, routable: int, retention: list[float]
 ) -> DecoderCost:
     """Count the prefill of one prompt, each decoder layer at its own number of tokens, and one decode step.
 
     Args:
         model: A LLaVA on the meta device, stock or p-MoD.
-        positions: Tokens of the prompt, N.
-        routable: Vision tokens among them that routed layers choose from.
+        image: How the image is cut.
+        text_tokens: Text tokens of the prompt.
+        routable: Vision tokens that routed layers choose from: all, or those of the high-resolution tiles.
         retention: Retention ratio of each layer, length L; 1.0 everywhere for a stock model.
-        kept: Vision tokens that each layer keeps, length L.
     """
     decoder = model.model.language_model
-    text = positions - max(kept)
-    routing = _routing(positions, routable)
+    positions = image.tokens + text_tokens
+    kept = [image.tokens - routable + kept_tokens(routable, ratio) for ratio in retention]
+    routing = prompt_routing(positions, routable)
     counts: dict[tuple[int, bool], Count] = {}  # layers of one model differ only in these two
     layers = []
     for index, layer in enumerate(decoder.layers):
@@ -146,7 +153,7 @@ def decoder_cost(
                 layer=index,
                 retention=retention[index],
                 vision_tokens=kept[index],
-                tokens=kept[index] + text,
+                tokens=kept[index] + text_tokens,
                 router_tokens=positions if routed else 0,
                 attention=FLOPS_PER_MAC * (counted.linear - mlp - router),
                 attention_products=FLOPS_PER_MAC * counted.attention_products,
@@ -175,7 +182,7 @@ def _count_layer(decoder: PreTrainedModel, index: int, tokens: int, routing: Rou
     return count(decoder.layers[index], states, **arguments)
 
 
-def _routing(positions: int, routable: int) -> Routing:
+def prompt_routing(positions: int, routable: int) -> Routing:
     """The routing of one unpadded prompt, from its counts alone: a meta tensor has no values to read them from."""
     return Routing(
         target=torch.empty(1, positions, dtype=torch.bool, device="meta"),
@@ -197,18 +204,20 @@ def vision_cost(model: PreTrainedModel, image: ImageTokens) -> VisionCost:
     """
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     config = model.config.vision_config
-    if not hasattr(tower, "encoder"):
+    if not hasattr(tower, "encoder") or getattr(tower, "head", None) is not None:
         raise PmodError(
-            f"vision_config.model_type is {config.model_type}: expected clip_vision_model or siglip_vision_model",
+            f"the vision tower {config.model_type} is unknown: expected clip_vision_model, or siglip_vision_model with "
+            "vision_use_head false",
             hint="profile counts LLaVA models with a CLIP or SigLIP tower",
         )
     embed = tower.embeddings.patch_embedding  # the tracer fails on a meta convolution: fvcore's formula instead
     grid = config.image_size // config.patch_size
     convolution = conv_flop_count([1], list(embed.weight.shape), [1, config.hidden_size, grid, grid])
-    encoder = count(tower.encoder, _meta(1, tower_tokens(model.config), config.hidden_size))
+    layers = tower.encoder.layers  # alike, so one is traced
+    layer = count(layers[0], _meta(1, tower_tokens(model.config), config.hidden_size), attention_mask=None)
     projection = count(projector, _meta(image.tiles, image.patches_per_tile, projector.linear_1.in_features))
-    macs = image.tiles * (convolution + encoder.linear + encoder.attention_products)
-    unknown = Counter(encoder.unknown_operators) + Counter(projection.unknown_operators)
+    macs = image.tiles * (convolution + len(layers) * (layer.linear + layer.attention_products))
+    unknown = Counter(layer.unknown_operators) + Counter(projection.unknown_operators)
     return VisionCost(FLOPS_PER_MAC * macs, FLOPS_PER_MAC * projection.linear, unknown)
 
 

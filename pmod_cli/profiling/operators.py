@@ -67,9 +67,14 @@ def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
     return attention_macs(*(get_shape(tensor) for tensor in inputs[:3]))
 
 
-HANDLES: dict[str, Callable[[list[Any], list[Any]], int] | None] = {
+def _zero_handle(inputs: list[Any], outputs: list[Any]) -> int:
+    """fvcore would take None for "ignore", but not for operators that it has a handle for, such as layer_norm."""
+    return 0
+
+
+HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
     **{f"aten::{name}": _attention_handle for name in FUSED_ATTENTION},
-    **{f"aten::{name}": None for name in (*ELEMENTWISE, *DATA_MOVEMENT)},
+    **{f"aten::{name}": _zero_handle for name in (*ELEMENTWISE, *DATA_MOVEMENT)},
 }
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.errors import PmodError
-from pmod_cli.model import kept_tokens
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.cost import DecoderCost, VisionCost, decoder_cost, meta_model, vision_cost
 from pmod_cli.profiling.kv_cache import DTYPE_BYTES, KvCost, kv_cache
@@ -96,7 +95,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         dtype: Dtype of the KV cache; auto is the checkpoint's own.
 
     Raises:
-        PmodError: the prompt is longer than the model's context, or the model's vision tower is unknown.
+        PmodError: the prompt is longer than the model's context, or the model's decoder or vision tower is unknown.
     """
     stock, pmod = subject.stock, subject.pmod
     image = image_tokens(stock, workload.image_size)
@@ -109,21 +108,25 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
             hint="lower --text-tokens, --new-tokens or --image-size",
         )
     routable = image.high_resolution if pmod.settings.target_tokens == "vision_hr" else image.tokens
-    kept = [image.tokens - routable + kept_tokens(routable, ratio) for ratio in pmod.retention]
-    whole = [image.tokens] * len(kept)
+    try:
+        stock_model, pmod_model = meta_model(stock), meta_model(pmod)
+    except ValueError as error:
+        raise PmodError(f"{subject.name}: {error}", hint="pmod profile --model llava-next-7b") from error
+    plain = [1.0] * len(pmod.retention)
+    stock_cost = decoder_cost(stock_model, image, workload.text_tokens, routable, plain)
+    pmod_cost = decoder_cost(pmod_model, image, workload.text_tokens, routable, pmod.retention)
     dtype = _cache_dtype(stock) if dtype == "auto" else dtype
     text = workload.text_tokens + workload.new_tokens
-    stock_model = meta_model(stock)
     return Profile(
         subject=subject,
         workload=workload,
         image=image,
         dtype=dtype,
-        stock=decoder_cost(stock_model, positions, image.tokens, [1.0] * len(kept), whole),
-        pmod=decoder_cost(meta_model(pmod), positions, routable, pmod.retention, kept),
+        stock=stock_cost,
+        pmod=pmod_cost,
         vision=vision_cost(stock_model, image),
-        stock_kv=kv_cache(stock.text_config, dtype, whole, text),
-        pmod_kv=kv_cache(stock.text_config, dtype, kept, text),
+        stock_kv=kv_cache(stock.text_config, dtype, [layer.vision_tokens for layer in stock_cost.layers], text),
+        pmod_kv=kv_cache(stock.text_config, dtype, [layer.vision_tokens for layer in pmod_cost.layers], text),
         published=published_for(stock.text_config, image.tokens, workload.text_tokens, pmod.retention),
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlavaConfig, LlavaNextConfig
 
 from pmod_cli.checkpoints import resolve
@@ -65,8 +66,8 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
         return Subject(
             name, source, STOCK[kind].from_dict(shared), PMOD[kind].from_dict({**shared, "pmod": settings.to_dict()})
         )
-    except (ValueError, TypeError) as error:
-        raise PmodError(f"{name}: {error}", hint="pmod profile --help") from error
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise PmodError(f"{name}: {str(error).splitlines()[0]}", hint="pmod profile --help") from error
 
 
 def _read(name: str, revision: str | None) -> tuple[dict[str, Any], str]:

@@ -1,0 +1,149 @@
+"""Counts against the paper, against a formula, against torch's counter, and against real forwards and real caches."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
+from pmod_cli.model.modeling import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration
+from pmod_cli.profiling import Subject, Workload, cost, load_subject, profile
+from pmod_cli.profiling.operators import count
+from pmod_cli.profiling.report import to_json
+from pmod_cli.profiling.workload import image_tokens
+from tests import factories
+
+TERA = 1e12
+
+
+@pytest.mark.parametrize(
+    ("alias", "stock", "pmod", "with_attention", "kv_with_text"),
+    [("llava-1.5-7b", 8.38, 4.92, (8.59, 5.01), 57.9), ("llava-next-7b", 39.46, 21.94, (44.13, 23.83), 54.6)],
+)
+def test_the_papers_figures(alias: str, stock: float, pmod: float, with_attention: tuple, kv_with_text: float) -> None:
+    result = profile(load_subject(alias), Workload())
+    assert result.totals("paper") == pytest.approx((stock * TERA, pmod * TERA), rel=0.005)
+    assert (result.stock.total / TERA, result.pmod.total / TERA) == pytest.approx(with_attention, abs=0.006)
+    assert 100 * result.mean_retention == pytest.approx(53.8, abs=0.051)
+    kv = to_json(result)["kv_cache"]
+    assert kv["vision_pmod_of_stock_percent"] == pytest.approx(
+        53.8, abs=0.15
+    )  # K is truncated, the paper's ratio is not
+    assert kv["total_pmod_of_stock_percent"] == pytest.approx(kv_with_text, abs=0.15)
+    assert (result.published.stock_tflops, result.published.pmod_tflops) == (stock, pmod)
+    assert not result.unknown_operators
+
+
+@pytest.mark.parametrize(
+    ("alias", "overrides"),
+    [
+        ("llava-1.5-13b", {"schedule": "constant"}),
+        ("llava-next-7b", {"schedule": "stepped", "target_tokens": "vision_hr"}),
+        ("llava-next-mistral-7b", {"schedule": "interleaved"}),
+    ],
+)
+def test_trace_formula_and_torchs_counter_agree(alias: str, overrides: dict) -> None:
+    subject = load_subject(alias, overrides)
+    result = profile(subject, Workload(image_size=(500, 300), text_tokens=41))
+    assert result.formula(result.stock) == pytest.approx(result.stock.total, rel=1e-3)
+    assert result.formula(result.pmod) == pytest.approx(result.pmod.total, rel=1e-3)
+    routable = result.image.high_resolution if "target_tokens" in overrides else result.image.tokens
+    assert _torch_count(subject, result.image.tokens + 41, routable) == pytest.approx(result.pmod.total, rel=1e-3)
+
+
+def _torch_count(subject: Subject, positions: int, routable: int) -> int:
+    """FLOPs of all p-MoD layers and lm_head by `torch.utils.flop_counter`, which sees fused attention on meta."""
+    model = cost.meta_model(subject.pmod)
+    decoder = model.model.language_model
+    states = torch.empty(1, positions, subject.pmod.text_config.hidden_size, device="meta", dtype=torch.bfloat16)
+    tables = decoder.rotary_emb(states, torch.arange(positions, device="meta")[None])
+    routing = cost.prompt_routing(positions, routable)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for layer in decoder.layers:
+            states = layer(states, position_embeddings=tables, routing=routing)
+        model.lm_head(states)
+    return counter.get_total_flops()
+
+
+def _subject(kind: str, decoder: str, **settings) -> Subject:
+    stock = factories.config(kind, decoder, layers=6)
+    shared = {key: value for key, value in stock.to_dict().items() if key not in ("model_type", "architectures")}
+    routed = {"llava": PmodLlavaConfig, "llava_next": PmodLlavaNextConfig}[kind]
+    return Subject(kind, "test", stock, routed.from_dict({**shared, "pmod": PmodSettings(**settings).to_dict()}))
+
+
+def _prefill(
+    subject: Subject, image_size: tuple[int, int], text: int, tokens: int, tiles: int
+) -> tuple[nn.Module, dict]:
+    """A real random p-MoD model with eager attention, whose products every counter sees, and one real prompt."""
+    config = subject.pmod
+    config._attn_implementation = "eager"
+    next_model = isinstance(config, PmodLlavaNextConfig)
+    model = (PmodLlavaNextForConditionalGeneration if next_model else PmodLlavaForConditionalGeneration)(config).eval()
+    side = config.vision_config.image_size
+    ids = torch.tensor([[1] + [config.image_token_id] * tokens + [2] * (text - 1)])
+    pixels = torch.rand(1, tiles, 3, side, side) if next_model else torch.rand(1, 3, side, side)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if next_model:
+        inputs["image_sizes"] = torch.tensor([image_size[::-1]])
+    return model, inputs
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder", "settings"),
+    [
+        ("llava", "llama", {}),
+        ("llava_next", "mistral", {"schedule": "constant", "mean": 0.4}),
+        ("llava_next", "qwen2", {"target_tokens": "vision_hr"}),
+    ],
+)
+def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, settings: dict) -> None:
+    """Predicted FLOPs and bytes of a prefill and of decoded tokens, against a model that really ran them."""
+    size, text, steps = (50, 37), 9, 16
+    subject = _subject(kind, decoder, **settings)
+    result = profile(subject, Workload(image_size=size, text_tokens=text, new_tokens=steps), dtype="float32")
+    model, inputs = _prefill(subject, size, text, result.image.tokens, result.image.tiles)
+    cache = DynamicCache()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs, past_key_values=cache, use_cache=True)
+    assert counter.get_total_flops() == result.totals("full")[1]
+    mask = inputs["attention_mask"]
+    for step in range(1, steps + 1):
+        mask = torch.cat([mask, mask[:, :1]], dim=1)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.tensor([[2]]), attention_mask=mask, past_key_values=cache, use_cache=True)
+        assert counter.get_total_flops() == result.pmod.decode(step)
+    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    assert held == [layer.total for layer in result.pmod_kv]
+
+
+def test_image_tokens_are_the_processors(stock_model: Callable) -> None:
+    from PIL import Image
+
+    config, processor = factories.config("llava_next"), factories.processor("llava_next")
+    for size in ((64, 64), (50, 37), (300, 20), (1, 90), (31, 33)):
+        batch = processor(images=Image.new("RGB", size), text="<image> a", return_tensors="pt")
+        expected = int((batch["input_ids"] == config.image_token_id).sum())
+        image = image_tokens(config, size)
+        assert (image.tokens, image.tiles) == (expected, batch["pixel_values"].shape[1]), size
+
+
+def test_an_operator_that_nobody_counts_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cdist(x, x)
+
+    assert "cdist" in str(count(Odd(), torch.empty(1, 4, 8, device="meta")).unknown_operators)
+
+
+def test_a_reduced_retention_costs_less_and_full_retention_costs_stock_plus_routers() -> None:
+    whole = profile(_subject("llava_next", "llama", max_ratio=1.1, schedule="list", values=[1.0] * 6), Workload())
+    routers = sum(layer.router for layer in whole.pmod.layers)
+    assert routers > 0
+    assert whole.pmod.total == whole.stock.total + routers
+    half = profile(_subject("llava_next", "llama", schedule="constant", mean=0.5), Workload())
+    assert half.pmod.total < whole.pmod.total
+    assert sum(layer.total for layer in half.pmod_kv) < sum(layer.total for layer in half.stock_kv)

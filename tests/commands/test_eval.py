@@ -19,7 +19,9 @@ def converted(stock_model, workdir):
 
 def test_tiny_stands_beside_stock(pmod, converted):
     """One real process: nothing but the table on stdout, lmms-eval's talk in its log."""
-    ran = pmod("eval", "--tasks", "tiny_doc,tiny_presence", "--limit", "3", "-o", "run", cwd=converted.parent, timeout=600)
+    ran = pmod(
+        "eval", "--tasks", "tiny_doc,tiny_presence", "--limit", "3", "-o", "run", cwd=converted.parent, timeout=600
+    )
     assert ran.returncode == 0, ran.stderr
     assert "untrained routers" in ran.stdout.splitlines()[0]
     assert "limited run" in ran.stdout.splitlines()[1]

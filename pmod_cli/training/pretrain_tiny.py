@@ -173,7 +173,6 @@ def grow(model: LlavaNextForConditionalGeneration, num_layers: int) -> LlavaNext
     decoder.layers = nn.ModuleList(layers)
     for config in (model.config.text_config, decoder.config):
         config.num_hidden_layers = num_layers
-        config.layer_types = None
     return model
 
 
@@ -204,7 +203,10 @@ def load(folder: Path) -> LlavaNextForConditionalGeneration:
 def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, folder: Path) -> None:
     """Write model (bfloat16) and processor as a stock checkpoint folder, under another name until it is whole."""
     temporary = folder.with_name(folder.name + ".tmp")
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(temporary)
+    light = copy.deepcopy(model).to(torch.bfloat16)
+    for config in (light.config.text_config, light.config.vision_config):
+        config.dtype = torch.bfloat16
+    light.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     os.replace(temporary, folder)
 

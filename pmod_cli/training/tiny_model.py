@@ -65,9 +65,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.WordPiece(cleanup=True)
     bos = SPECIAL["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL, extra_special_tokens={"image_token": IMAGE})
-    fast.padding_side = "left"
-    return fast
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **SPECIAL,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+    )
 
 
 def build_processor(image: Mapping) -> LlavaNextProcessor:

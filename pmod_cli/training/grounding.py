@@ -72,7 +72,8 @@ class Grounding(nn.Module):
 
         queries, keys = apply_rotary_pos_emb(project(attention.q_proj), project(attention.k_proj), cos, sin)
         row, position = batch.answers.unbind(1)
-        scores = torch.einsum("qhd,qhnd->qhn", queries[row, :, position], keys[row]) * attention.scaling
+        # index_select, not keys[row]: with several threads the latter's gradient is summed in any order.
+        scores = torch.einsum("qhd,qhnd->qhn", queries[row, :, position], keys.index_select(0, row)) * attention.scaling
         later = torch.arange(N) > position[:, None]
         scores = scores.masked_fill(later[:, None], float("-inf"))
         there = scores.masked_fill(~batch.looked_at[:, None], float("-inf"))

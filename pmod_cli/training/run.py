@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +18,7 @@ from pmod_cli.checkpoints import load_model, resolve
 from pmod_cli.checkpoints.atomic import write_text
 from pmod_cli.data.collator import Collator
 from pmod_cli.errors import PmodError
+from pmod_cli.training.calibration import calibrate_routers
 from pmod_cli.training.dataset import SyntheticDocuments
 from pmod_cli.training.parts import count, freeze
 from pmod_cli.training.recipe import differences, dump, load_settings
@@ -26,6 +27,7 @@ from pmod_cli.training.trainer import PmodTrainer, Step
 
 SETTINGS = "config.yaml"  # the settings that ran: a recipe
 LOG = "training_log.jsonl"  # one line per logged step
+CALIBRATION_BATCH = 8
 STATE = "checkpoints"  # what a run goes on from; removed when it is finished
 
 
@@ -90,6 +92,10 @@ def finetune(
     (out / STATE).mkdir(parents=True, exist_ok=True)
     write_text(out / SETTINGS, dump(settings))
 
+    rows = SyntheticDocuments(settings.data, settings.data.images or settings.images_used * _world_size())
+    if settings.model.router_start == "attention" and getattr(model.config, "router_state", None) == "untrained":
+        model.to(device)
+        calibrate_routers(model, calibration_batches(rows, processor, settings.model.calibration_images, device))
     freeze(model, settings.model.freeze)
     if hasattr(model.config, "router_state"):
         model.config.router_state = "trained"
@@ -98,7 +104,7 @@ def finetune(
         on_step=on_step,
         model=model,
         args=training_arguments(settings, out, device),
-        train_dataset=SyntheticDocuments(settings.data, settings.data.images or settings.images_used * _world_size()),
+        train_dataset=rows,
         data_collator=Collator(processor),
     )
     started = perf_counter()
@@ -119,6 +125,16 @@ def finetune(
         tokens=trainer.state.num_input_tokens_seen,
         parameters=count(model),
     )
+
+
+def calibration_batches(
+    rows: SyntheticDocuments, processor: ProcessorMixin, images: int, device: str
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The first ``images`` rows in small batches of model inputs, since eager attention is large."""
+    collate, count = Collator(processor), min(images, len(rows))
+    for start in range(0, count, CALIBRATION_BATCH):
+        batch = collate([rows[i] for i in range(start, min(start + CALIBRATION_BATCH, count))])
+        yield {name: batch[name].to(device) for name in ("input_ids", "pixel_values", "image_sizes") if name in batch}
 
 
 def training_arguments(settings: Settings, out: Path, device: str) -> TrainingArguments:

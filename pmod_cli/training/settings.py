@@ -23,6 +23,9 @@ class ModelArgs:
         attention: the attention kernel.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         freeze: parts that stay as they are, of language_model, projector, vision_tower, router.
+        router_start: where untrained routers start: zero as in the paper, or attention, calibrated on what the stock
+            weights attend to; for short runs. Trained routers, and a stock model, are left as they are.
+        calibration_images: images of the train split that such a calibration reads.
     """
 
     name: str | None = None
@@ -30,6 +33,8 @@ class ModelArgs:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
     freeze: list[str] = field(default_factory=lambda: ["vision_tower"])
+    router_start: Literal["zero", "attention"] = "zero"
+    calibration_images: int = at_least(1, 96)
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 Zero routers tie all vision tokens. The first steps then choose by chance, and the choice swings from step to step
 however small the learning rate is, since a ranking knows directions only: in a short run the model never gets a stable
-set of tokens to learn from. Here each router starts as a linear regression: which vision tokens are among the K most attended
-to in its layer, while the stock weights, with every token kept, read some training batches.
+set of tokens to learn from. Here each router starts as a linear regression: which vision tokens are among the K most
+attended to in its layer, while the stock weights, with every token kept, read some training batches.
 """
 
 from collections.abc import Iterable, Iterator

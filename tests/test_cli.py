@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 import resource
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import typer
 from pmod_cli import __version__, cli, errors
 from pmod_cli.commands import env as env_command
 from pmod_cli.errors import PmodError, explain
+from tests.conftest import ROOT
 
 HEAVY = ("torch", "transformers", "matplotlib", "lmms_eval", "datasets")
 
@@ -25,6 +28,19 @@ def imported_by(*commands: list[str], cwd: Path) -> set[str]:
     code = f"import sys; from pmod_cli.cli import main; {runs}; print(*sys.modules, file=sys.stderr)"
     run = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True)
     return set(HEAVY) & set(run.stderr.split())
+
+
+def parse(line: str) -> list[str]:
+    """Check a command line against the real options without running it, and return its words.
+
+    `&&` joins two commands, of which the first is checked; a redirection and a comment are the shell's.
+    """
+    words = shlex.split(line.split(" && ")[0].split(" > ")[0], comments=True)
+    group = typer.main.get_command(cli.build_app(words[1]))
+    with group.make_context("pmod", words[1:]) as context:
+        verb, command, rest = group.resolve_command(context, words[1:])
+        command.make_context(verb, rest, parent=context)
+    return words
 
 
 def test_help_imports_nothing_heavy_and_is_quick(tmp_path):
@@ -54,16 +70,20 @@ def test_help_of_each_verb_ends_in_examples(verb, capsys):
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_examples_are_valid_command_lines(verb, workdir):
-    """Parsed against the real options, not run. `&&` joins two commands; the second may be another verb's."""
     Path("img.png").touch()
-    group = typer.main.get_command(cli.build_app(verb))
-    module = cli.importlib.import_module(f"pmod_cli.commands.{verb}")
-    for line in module.EXAMPLES.strip().splitlines():
-        words = shlex.split(line.split(" && ")[0].split(" > ")[0])
-        assert words[:2] == ["pmod", verb], line
-        with group.make_context("pmod", words[1:], resilient_parsing=False) as context:
-            _, command, rest = group.resolve_command(context, words[1:])
-            command.make_context(verb, rest, parent=context)
+    for line in import_module(f"pmod_cli.commands.{verb}").EXAMPLES.strip().splitlines():
+        assert parse(line)[:2] == ["pmod", verb]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.name)
+def test_commands_and_links_of_the_docs(page, workdir):
+    Path("img.png").touch()
+    text = page.read_text()
+    for block in re.findall(r"^```(?:\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        for line in re.findall(r"^pmod .*", block, flags=re.MULTILINE):
+            parse(line)
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_no_arguments_shows_help_and_exits_2(capsys):

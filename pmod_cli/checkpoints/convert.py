@@ -102,8 +102,9 @@ def convert(
         PmodError: the source is no whole stock checkpoint of a known kind, the settings do not fit it, or `target`
             exists.
     """
-    plan, report = _plan(source, target, settings, origin or str(source))
+    source, target = Path(source), Path(target)
     _check_target(source, target, overwrite)
+    plan, report = _plan(source, target, settings, origin or str(source))
     if dry_run:
         names = list(plan.shards.values())
         linked = names if _same_file_system(source, plan.shards, target) else []

@@ -22,6 +22,7 @@ pmod demo
 pmod demo --out /tmp/demo --max-steps 20 --limit 50
 """
 STOCK = "tiny-llava-next"
+PAPER_MODEL = "llava-next-7b"
 DONE = "done.json"
 
 
@@ -40,7 +41,9 @@ class Step:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of everything.")] = Path("demo"),
-    max_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Optimizer steps of each training.")] = 100,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps of the training; default the recipe's.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 200,
 ) -> None:
     """Convert, train, evaluate, profile and draw the bundled model, into one folder.
@@ -66,21 +69,24 @@ def demo(
     output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --layers 8-31")
 
 
-def _steps(out: Path, max_steps: int, limit: int, *, question: str) -> Iterator[Step]:
-    converted, trained, stock = str(out / "converted"), str(out / "p-mod"), str(out / "stock")
-    recipe = ("finetune", "--recipe", "tiny", "--max-steps", str(max_steps))
+def _steps(out: Path, max_steps: int | None, limit: int, *, question: str) -> Iterator[Step]:
+    converted, trained = str(out / "converted"), str(out / "p-mod")
+    shorter = ("--max-steps", str(max_steps)) if max_steps else ()
     yield Step(
         "convert", "A stock LLaVA-NeXT becomes a p-MoD model.", ("convert", STOCK, "-o", converted, "--overwrite")
     )
-    yield Step("stock", "The stock model is trained on, for a fair comparison.", (*recipe, "-m", STOCK, "-o", stock))
-    yield Step("finetune", "The p-MoD model is trained as long.", (*recipe, "-m", converted, "-o", trained))
-    columns = f"{stock},{converted},random"
+    yield Step(
+        "finetune",
+        "The p-MoD model is trained: its routers learn what to keep, the rest to live with it.",
+        ("finetune", "--recipe", "tiny", *shorter, "-m", converted, "-o", trained),
+    )
+    columns = f"{STOCK},{converted},random"
     yield Step(
         "eval",
-        "Both are scored; beside them p-MoD before training, and a random selection of as many tokens.",
+        "It is scored beside the stock model, itself before training, and a random selection of as many tokens.",
         ("eval", "-t", "tiny", "-m", trained, "--against", columns, "--limit", str(limit), "-o", str(out / "eval")),
     )
-    yield Step("profile", "What it saves, at the size of the paper's model.", ("profile", "--report", "flops"))
+    yield Step("profile", "What it saves, at the size of the paper's model.", ("profile", "-m", PAPER_MODEL))
     yield Step(
         "visualize",
         "Which patches the trained routers keep.",

@@ -59,7 +59,7 @@ ModelOpt = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="Folder, alias or hub id. [default: $PMOD_MODEL, else what convert or finetune wrote last here]",
+        help="Folder, alias or hub id. (default: $PMOD_MODEL, else what convert or finetune wrote last here)",
         show_default=False,
     ),
 ]
@@ -71,7 +71,7 @@ OfflineOpt = Annotated[
     typer.Option("--offline", callback=_offline, is_eager=True, help="Never use the network, as HF_HUB_OFFLINE=1."),
 ]
 CacheDirOpt = Annotated[
-    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Hugging Face cache. [default: as set by HF_HOME]")
+    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Hugging Face cache. (default: as set by HF_HOME)")
 ]
 DeviceOpt = Annotated[
     str, typer.Option("--device", callback=_device, metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")

@@ -35,7 +35,7 @@ def convert(
     name: Annotated[str | None, typer.Argument(help="Folder, alias, or hub id as org/name[@revision].")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder to write. [default: checkpoints/NAME-pmod]", show_default=False),
+        typer.Option("--out", "-o", help="Folder to write. (default: checkpoints/NAME-pmod)", show_default=False),
     ] = None,
     schedule: Annotated[
         str,
@@ -43,7 +43,7 @@ def convert(
     ] = "cosine",
     shift: Annotated[
         float | None,
-        typer.Option(help="β of the schedules cosine and linear. [default: 0.5]", rich_help_panel=METHOD),
+        typer.Option(help="β of the schedules cosine and linear. (default: 0.5)", rich_help_panel=METHOD),
     ] = None,
     target_retention: Annotated[
         float | None,

@@ -59,7 +59,7 @@ def eval(
         typer.Option(
             metavar="NAMES",
             help="Compare with: stock, random, uniform, any model, or none; comma-separated. "
-            "[default: stock for a p-MoD model on tiny tasks, else none]",
+            "(default: stock for a p-MoD model on tiny tasks, else none)",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +79,7 @@ def eval(
             "--out",
             "-o",
             metavar="DIR",
-            help="Folder of the run. [default: ./runs/eval-<model>-<time>]",
+            help="Folder of the run. (default: ./runs/eval-<model>-<time>)",
             show_default=False,
         ),
     ] = None,

@@ -40,7 +40,7 @@ def visualize(
     ] = "all",
     question: Annotated[
         str | None,
-        typer.Option(help="What to ask about the picture. [default: What is shown in this image?]", show_default=False),
+        typer.Option(help="What to ask about the picture. (default: What is shown in this image?)", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Length of the answer in the caption; 0 for no answer.")
@@ -48,7 +48,7 @@ def visualize(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Picture to write, .png or .svg. [default: IMAGE-pmod.png]", show_default=False
+            "--out", "-o", help="Picture to write, .png or .svg. (default: IMAGE-pmod.png)", show_default=False
         ),
     ] = None,
     model: ModelOpt = None,

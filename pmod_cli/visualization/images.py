@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pmod_cli.errors import PmodError
 
@@ -39,7 +41,7 @@ def load_image(path: Path | str) -> LoadedImage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as source:
+            with _no_truncated_images(), Image.open(path) as source:
                 frames = getattr(source, "n_frames", 1)
                 source.seek(0)
                 source.load()
@@ -54,6 +56,16 @@ def load_image(path: Path | str) -> LoadedImage:
     if frames > 1:
         notes.append(f"first of {frames} frames")
     return LoadedImage(image, path, tuple(notes))
+
+
+@contextmanager
+def _no_truncated_images() -> Iterator[None]:
+    """Other packages (lmms-eval's tasks) tell Pillow to fill up what a file lacks, for the whole process."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _upright_rgb(source: Image.Image) -> tuple[Image.Image, list[str]]:

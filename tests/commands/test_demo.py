@@ -11,7 +11,7 @@ def test_demo_runs_all_verbs_and_goes_on(pmod, workdir):
     arguments = ("demo", "--out", "all", "--max-steps", 1, "--limit", 4)
     first = pmod(*arguments, cwd=workdir, timeout=600)
     assert first.returncode == 0, first.stderr
-    for said in ("tiny_doc", "tiny_presence", "paper convention", "all/kept.png"):
+    for said in ("tiny doc", "tiny presence", "paper convention", "all/kept.png"):
         assert said in first.stdout
     for written in ("converted/config.json", "p-mod/model.safetensors", "eval/results.json", "kept.png", "image.png"):
         assert (workdir / "all" / written).is_file(), written

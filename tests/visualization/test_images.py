@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pmod_cli.errors import PmodError
 from pmod_cli.visualization.images import load_image
@@ -80,6 +80,7 @@ def test_bad_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(PmodError, match="this is a folder, expected image file"):
         load_image(tmp_path)
 
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval's tasks leave it
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     for name in ("whole.png", "whole.jpg"):
         Image.fromarray(noise).save(tmp_path / name)

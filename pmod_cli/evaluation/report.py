@@ -101,7 +101,7 @@ def table(results: Mapping[str, Any]) -> Table:
     shown.add_column("task")
     shown.add_column("questions", justify="right", no_wrap=True)
     for label in labels:
-        shown.add_column(label, justify="right")
+        shown.add_column(label, justify="right", overflow="fold")
     for task in results["tasks"]:
         cells = [_cell(task["scores"].get(label), task["differences"].get(label)) for label in labels]
         shown.add_row(f"{task['title']}\n{task['metric'] or ''}".rstrip(), _questions(task), *cells)

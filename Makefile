@@ -17,9 +17,9 @@ $(STAMP):
 demo: setup
 	.venv/bin/pmod demo
 
-# The everyday suite.
+# The everyday suite, a process a core.
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(shell nproc)
 
 # The kill, fuzz and scale tests at full count.
 soak: setup

@@ -1,4 +1,4 @@
-"""Every test runs offline, in a home of its own, in a terminal of 100 columns without colour, on two threads."""
+"""Every test runs offline, in a home of its own, in a terminal of 100 columns without colour, on one thread a core."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     MPLCONFIGDIR=_HOME.name,
     MPLBACKEND="Agg",
-    OMP_NUM_THREADS="2",
+    OMP_NUM_THREADS="1" if "PYTEST_XDIST_WORKER" in os.environ else "2",
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="100",
     NO_COLOR="1",

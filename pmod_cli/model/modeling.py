@@ -144,7 +144,9 @@ class RoutedLlava:
                 seed=decoder.selection_seed,
                 recorder=decoder.selection_recorder,
             )
-            if not any(num_vision for num_vision, *_ in routing.counts):
+            if any(num_vision for num_vision, *_ in routing.counts):
+                routing.prepare(layer.ratio for layer in decoder.layers if layer.router is not None)
+            else:
                 routing = None
         return super().forward(
             input_ids=input_ids,

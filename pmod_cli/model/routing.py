@@ -4,7 +4,9 @@ Shapes, here and in `layer.py`: B rows, N tokens of the padded batch, V routed v
 M tokens that a layer gathers from each row, D hidden size.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +46,13 @@ class Gathered:
     valid: Tensor | None
 
 
+class Lengths(NamedTuple):
+    """How many tokens a retention ratio leaves: `longest` row (M), and `rows`, `(B, 1)`, or None if all are as long."""
+
+    longest: int
+    rows: Tensor | None
+
+
 @dataclass
 class Routing:
     """What all layers of one prefill share. Built once, where image features are merged; costs one host sync.
@@ -65,7 +74,7 @@ class Routing:
     selection: str = "router"
     seed: int = 0
     recorder: object | None = None
-    _kept_on_device: dict[float, Tensor] = field(default_factory=dict)
+    _lengths: dict[float, "Lengths"] = field(default_factory=dict)
 
     @classmethod
     def build(cls, vision: Tensor, attention_mask: Tensor | None, **options) -> "Routing":
@@ -107,6 +116,19 @@ class Routing:
         """K of each row at a retention ratio."""
         return [kept_tokens(num_vision, ratio) for num_vision, *_ in self.counts]
 
+    def prepare(self, ratios: Iterable[float]) -> None:
+        """Counts on the host, once, what each ratio keeps: layers then compute with tensors alone, and compile whole.
+
+        Args:
+            ratios: Retention ratios of the routed layers.
+        """
+        for ratio in ratios:
+            if ratio not in self._lengths:
+                rows = [others + kept for (_, others, _), kept in zip(self.counts, self.kept(ratio), strict=True)]
+                ragged = min(rows) < max(rows)
+                on_device = torch.tensor(rows, device=self.target.device)[:, None] if ragged else None
+                self._lengths[ratio] = Lengths(max(rows), on_device)
+
     def gather_plan(self, weights: Tensor, ratio: float, layer: int) -> Gathered:
         """The tokens that a layer processes: all text and, per row, the K routed tokens of largest weight.
 
@@ -118,16 +140,12 @@ class Routing:
             ratio: Retention ratio of the layer.
             layer: Its index; seeds the random control.
         """
-        lengths = [others + kept for (_, others, _), kept in zip(self.counts, self.kept(ratio), strict=True)]
-        longest = max(lengths)
+        self.prepare([ratio])
+        longest, rows = self._lengths[ratio]
         scores = self._scores(weights, ratio, layer) + self.rank_base
         order = scores.argsort(dim=1, descending=True, stable=True)  # (B, N): text, routed by weight, padding
         index, rank = order[:, :longest].sort(dim=1)  # (B, M), positions ascending, and where each stood in `order`
-        if min(lengths) == longest:
-            return Gathered(index, None)
-        if ratio not in self._kept_on_device:
-            self._kept_on_device[ratio] = torch.tensor(lengths, device=index.device)[:, None]
-        return Gathered(index, rank < self._kept_on_device[ratio])
+        return Gathered(index, None if rows is None else rank < rows)
 
     def _scores(self, weights: Tensor, ratio: float, layer: int) -> Tensor:
         """What routed tokens are ranked by: router weights, or a control's score of the routed token's ordinal."""

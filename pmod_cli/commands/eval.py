@@ -195,16 +195,23 @@ def _print_results(results: dict[str, Any], out: Path, as_json: bool, quiet: boo
 
 
 def _print_suite(groups: dict[str, tuple[Benchmark, ...]], as_json: bool) -> None:
-    benchmarks = {benchmark.name: benchmark for group in groups.values() for benchmark in group}
+    from pmod_cli.evaluation import data
+
+    rows = data.listing()
     if as_json:
-        output.print_json({"schema_version": 1, "benchmarks": [vars(benchmark) for benchmark in benchmarks.values()]})
+        output.print_json({"schema_version": 1, "benchmarks": rows})
         return
+    from rich import box
     from rich.table import Table
 
-    table = Table("name", "lmms-eval task", "metric", "data set")
-    for benchmark in benchmarks.values():
-        data = ", ".join(dict.fromkeys(part.partition("/")[2].partition(":")[0] for part in benchmark.data))
-        table.add_row(benchmark.name, benchmark.task, benchmark.metric, data or "drawn here")
+    table = Table(box=box.SIMPLE, padding=0)
+    for title in ("name", "lmms-eval task", "data set and split", "rows", "metric", "here"):
+        table.add_column(title, overflow="fold", justify="right" if title == "rows" else "left")
+    for row in rows:
+        repositories = ", ".join(name.rpartition("/")[2] for name in row["data"])
+        data_set = f"{repositories} {', '.join(row['split'])}" if repositories else "drawn here"
+        here = "yes" if row["here"] else "no"
+        table.add_row(row["name"], row["task"], data_set, f"{row['rows']:,}", row["metric"], here)
     output.stdout.print(table)
     for name, group in groups.items():
         output.print_line(f"{name}: {', '.join(benchmark.name for benchmark in group)}")

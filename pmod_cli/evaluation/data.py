@@ -1,56 +1,175 @@
-"""Are the data sets of the benchmarks here, or can they be fetched? Asked for all before a model is loaded."""
+"""Are the data sets of the benchmarks here? Asked for all before a model is loaded. And: making a mirror of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+from pmod_cli.checkpoints.atomic import write_text
 from pmod_cli.checkpoints.resolve import HUB_ANSWERS_WITHIN, within
-from pmod_cli.errors import PmodError
-from pmod_cli.evaluation.suite import Benchmark
+from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.evaluation import mirror
+from pmod_cli.evaluation.sources import Source
+from pmod_cli.evaluation.suite import KNOWN, Benchmark
+
+CHECKSUMS = "SHA256SUMS"  # in the root of a mirror, as `sha256sum --check` reads it
 
 
-def require_data(benchmarks: Iterable[Benchmark]) -> None:
-    """Check that `datasets` can open what the benchmarks read.
+def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None) -> None:
+    """Check that the data of the paper's benchmarks is here or can be fetched when its turn comes.
 
-    Nothing is downloaded but a data set's description. A task that was passed through is checked when it runs.
+    Nothing is downloaded but lists of files. A task that was passed through is checked when it runs.
+
+    Args:
+        data_root: A mirror. Where it is given, nothing else is looked at, neither the cache nor the hub.
 
     Raises:
-        PmodError: one sentence with all that is missing, and how to get it.
+        PmodError: one sentence with all that is missing, its size, and how to get it.
     """
-    wanted = {data: benchmark for benchmark in benchmarks for data in benchmark.data}
-    if wanted:
-        _go_offline_without_hub()
-    missing = {data: benchmark for data, benchmark in wanted.items() if not _can_open(*data.partition(":")[::2])}
+    benchmarks = list(benchmarks)
+    if data_root is not None and not data_root.is_dir():
+        raise PmodError(f"--data-root {data_root}: no such folder", hint=_fetch_command(benchmarks, data_root))
+    missing = {
+        source: benchmark for benchmark in benchmarks for source in benchmark.data if not mirror.find(source, data_root)
+    }
+    if missing and data_root is None:
+        missing = _not_on_hub(missing)
     if not missing:
         return
-    titles = ", ".join(dict.fromkeys(benchmark.title for benchmark in missing.values()))
-    tasks = ",".join(dict.fromkeys(benchmark.name for benchmark in missing.values()))
-    repositories = ", ".join(dict.fromkeys(data.partition(":")[0] for data in missing))
+    lacking = list(dict.fromkeys(missing.values()))
+    titles = ", ".join(benchmark.title for benchmark in lacking)
+    listed = ", ".join(f"{source} ({_size(source.megabytes or 0)})" for source in missing)
+    total = _size(sum(source.megabytes or 0 for source in missing))
+    place = "on this machine, nor can the hub be reached" if data_root is None else f"whole in {data_root}"
     raise PmodError(
-        f"the data of {titles} is not on this machine, and cannot be had from the Hugging Face hub: {repositories}",
-        hint=f"with a network the same command fetches it; without, run `pmod eval --tasks {tasks} --limit 8` on a "
-        "machine that has one, and copy its HF_HOME folder here; `pmod eval --tasks tiny` needs no data",
+        f"the data of {titles} is not {place}: {listed}; {total} in all",
+        hint=f"where there is a network: {_fetch_command(lacking, data_root)}"
+        + ("; then copy DIR here and add --data-root DIR" if data_root is None else f"; then copy {data_root} here")
+        + ". `pmod eval --tasks tiny` needs no data",
     )
 
 
-def _go_offline_without_hub() -> None:
-    """Where the hub does not answer, read the cache only, as HF_HUB_OFFLINE=1 does: no minutes of retries."""
+def fetch(
+    benchmarks: Iterable[Benchmark], data_root: Path, on_progress: Callable[[str], None] | None = None
+) -> list[str]:
+    """Make or extend a mirror; what is there already is checked and kept, what was interrupted goes on.
+
+    The checksums of all its files are written to `SHA256SUMS` in its root; those of the hub are compared first.
+
+    Args:
+        on_progress: Called with a line about each data set before it is fetched.
+
+    Returns:
+        The files of the mirror that the benchmarks read.
+
+    Raises:
+        PmodError: no network, no space, or a file that arrived damaged.
+    """
+    from huggingface_hub import constants
+
+    benchmarks = list(benchmarks)
+    if others := [benchmark.name for benchmark in benchmarks if not benchmark.data and benchmark.group != "tiny"]:
+        raise PmodError(
+            f"--fetch-data knows the data of the paper's benchmarks, not that of {', '.join(others)}",
+            hint="hf download REPOSITORY --repo-type dataset --local-dir DIR/REPOSITORY",
+        )
+    repositories: dict[str, list[Source]] = {}
+    for source in dict.fromkeys(source for benchmark in benchmarks for source in benchmark.data):
+        repositories.setdefault(source.repository, []).append(source)
+    if constants.HF_HUB_OFFLINE:
+        raise PmodError("--fetch-data needs a network, and --offline or HF_HUB_OFFLINE forbids it")
+    data_root.mkdir(parents=True, exist_ok=True)
+    _require_space([source for sources in repositories.values() for source in sources], data_root)
+    fetched: list[str] = []
+    for repository, sources in repositories.items():
+        if on_progress is not None:
+            on_progress(f"{repository}: {_size(sum(source.megabytes or 0 for source in sources))}")
+        _, digests = mirror.download(sources, data_root / repository)
+        files = sorted({file for source in sources for file in mirror.find(source, data_root)})
+        sums = {file.relative_to(data_root).as_posix(): _sha256(file) for file in files}
+        for name, expected in digests.items():
+            if sums[f"{repository}/{name}"] != expected:
+                raise PmodError(
+                    f"{data_root / repository / name}: its SHA-256 is not the hub's {expected}",
+                    hint="delete the file and repeat the command",
+                    code=RUN_FAILED,
+                )
+        _add_checksums(data_root, sums)
+        fetched += sums
+    return fetched
+
+
+def listing(benchmarks: Iterable[Benchmark] = KNOWN, data_root: Path | None = None) -> list[dict[str, Any]]:
+    """One row per benchmark: what is asked, of which data, scored how, and whether the data is on this machine."""
+    return [
+        {
+            "name": benchmark.name,
+            "title": benchmark.title,
+            "group": benchmark.group,
+            "task": benchmark.task,
+            "data": list(dict.fromkeys(source.repository for source in benchmark.data)),
+            "split": list(dict.fromkeys(source.split for source in benchmark.data)),
+            "rows": benchmark.rows,
+            "megabytes": sum(source.megabytes or 0 for source in benchmark.data),
+            "metric": benchmark.metric,
+            "here": all(mirror.find(source, data_root) for source in benchmark.data),
+        }
+        for benchmark in benchmarks
+    ]
+
+
+def _not_on_hub(missing: dict[Source, Benchmark]) -> dict[Source, Benchmark]:
+    """What the hub has not either. Where it is silent, only the cache counts from now on: no minutes of retries."""
     import datasets
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import HfApi, constants, get_session
+    from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
-        return
+        return missing
     try:
         within(HUB_ANSWERS_WITHIN, lambda: get_session().head(constants.ENDPOINT))
     except Exception:  # whichever way a network can fail
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return missing
+    absent = set()
+    for repository in dict.fromkeys(source.repository for source in missing):
+        try:
+            HfApi().dataset_info(repository)
+        except HfHubHTTPError:
+            absent.add(repository)
+    return {source: benchmark for source, benchmark in missing.items() if source.repository in absent}
 
 
-def _can_open(repository: str, configuration: str) -> bool:
-    from datasets import load_dataset_builder
+def _fetch_command(benchmarks: Iterable[Benchmark], data_root: Path | None) -> str:
+    names = ",".join(benchmark.name for benchmark in benchmarks)
+    return f"pmod eval --fetch-data {names} --data-root {data_root or 'DIR'}"
 
-    try:
-        load_dataset_builder(repository, configuration or None)
-    except (OSError, ValueError):  # no network, no such repository; not in the cache under this name
-        return False
-    return True
+
+def _require_space(sources: Iterable[Source], data_root: Path) -> None:
+    needed = 1e6 * sum(source.megabytes or 0 for source in sources if not mirror.find(source, data_root))
+    free = shutil.disk_usage(data_root).free
+    if needed > free:
+        raise PmodError(
+            f"{data_root} has {_size(free / 1e6)} free, the data takes {_size(needed / 1e6)}",
+            hint="free some space, choose another --data-root, or fetch fewer tasks",
+        )
+
+
+def _add_checksums(data_root: Path, sums: dict[str, str]) -> None:
+    path = data_root / CHECKSUMS
+    known = {}
+    if path.is_file():
+        known = {name: digest for digest, _, name in (line.partition("  ") for line in path.read_text().splitlines())}
+    write_text(path, "".join(f"{digest}  {name}\n" for name, digest in sorted((known | sums).items())))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _size(megabytes: float) -> str:
+    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from pmod_cli.errors import PmodError
+from pmod_cli.evaluation import sources
+from pmod_cli.evaluation.sources import Source
 
 TINY_TASKS = Path(__file__).with_name("tasks")
+TINY_QUESTIONS = 1000  # per tiny task
 LMMS_PREFIX = "lmms:"  # `lmms:docvqa` is lmms-eval's own group of that name
+JUDGED = "mmbench_en_dev"  # MMBench with a judge model for answers that its parser cannot read
+JUDGE_KEYS = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}  # by $API_TYPE, as lmms-eval reads them
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Benchmark:
         task: lmms-eval's name of the task or group.
         metric: Headline metric, as lmms-eval keys it in its results, without the filter. None: the task's first.
         folder: Folder of the task's YAML, inside lmms-eval's tasks; None for our own and for tasks passed through.
-        data: Hub data sets that the task reads, as `repository` or `repository:configuration`.
+        data: The splits that the task reads; none where the questions are drawn here, or the task is passed through.
         group: `general` or `text-rich` as in the paper, or `tiny`.
         filter: lmms-eval's answer filter that the headline is taken after.
         scale: Factor from lmms-eval's number to the one the paper prints.
@@ -37,34 +43,41 @@ class Benchmark:
     task: str
     metric: str | None
     folder: str | None = None
-    data: tuple[str, ...] = ()
+    data: tuple[Source, ...] = ()
     group: str = ""
     filter: str = "none"
     scale: float = 100.0
 
+    @property
+    def rows(self) -> int | None:
+        """Questions of the whole benchmark; None where it is not known."""
+        if self.group == "tiny":
+            return TINY_QUESTIONS
+        asked = [source.rows for source in self.data if "question" in source.columns]
+        return sum(asked) if asked else None
 
-def _paper(group: str, title: str, name: str, task: str, metric: str, data: str, folder: str = "", **more) -> Benchmark:
-    data_sets = tuple(f"lmms-lab-encoder/{part}" for part in data.split(","))
-    return Benchmark(name, title, task, metric, folder or name, data_sets, group, **more)
+
+def _paper(
+    group: str, title: str, name: str, task: str, metric: str, data: tuple[Source, ...], folder: str = "", **more
+) -> Benchmark:
+    return Benchmark(name, title, task, metric, folder or name, data, group, **more)
 
 
 PAPER = (
-    _paper("general", "SEED", "seed", "seedbench", "seed_image", "SEED-Bench", "seedbench"),
-    _paper("general", "RWQA", "rwqa", "realworldqa", "exact_match", "RealWorldQA", "realworldqa"),
-    _paper("general", "MME", "mme", "mme", "mme_perception_score", "MME", scale=1.0),
-    _paper("general", "MMB", "mmb", "mmbench_en_dev_static", "gpt_eval_score", "MMBench:en", "mmbench", scale=1.0),
-    _paper("general", "POPE", "pope", "pope_full", "pope_f1_score", "POPE:Full"),
-    _paper(
-        "general", "GQA", "gqa", "gqa", "exact_match", "GQA:testdev_balanced_instructions,GQA:testdev_balanced_images"
-    ),
-    _paper("general", "AI2D", "ai2d", "ai2d", "exact_match", "ai2d", filter="flexible-extract"),
-    _paper("text-rich", "DocVQA", "docvqa", "docvqa_val", "anls", "DocVQA:DocVQA"),
-    _paper("text-rich", "ChartQA", "chartqa", "chartqa", "relaxed_overall", "ChartQA"),
-    _paper("text-rich", "TextVQA", "textvqa", "textvqa_val", "exact_match", "textvqa"),
-    _paper("text-rich", "InfoVQA", "infovqa", "infovqa_val", "anls", "DocVQA:InfographicVQA"),
-    _paper("text-rich", "OK-VQA", "okvqa", "ok_vqa_val2014", "exact_match", "OK-VQA", "ok_vqa"),
-    _paper("text-rich", "MMMU", "mmmu", "mmmu_val", "mmmu_acc", "MMMU"),
-    _paper("text-rich", "SQA", "sqa", "scienceqa_img", "exact_match", "ScienceQA:ScienceQA-IMG", "scienceqa"),
+    _paper("general", "SEED", "seed", "seedbench", "seed_image", sources.SEED, "seedbench"),
+    _paper("general", "RWQA", "rwqa", "realworldqa", "exact_match", sources.RWQA, "realworldqa"),
+    _paper("general", "MME", "mme", "mme", "mme_perception_score", sources.MME, scale=1.0),
+    _paper("general", "MMB", "mmb", f"{JUDGED}_static", "gpt_eval_score", sources.MMB, "mmbench", scale=1.0),
+    _paper("general", "POPE", "pope", "pope_full", "pope_f1_score", sources.POPE),
+    _paper("general", "GQA", "gqa", "gqa", "exact_match", sources.GQA),
+    _paper("general", "AI2D", "ai2d", "ai2d", "exact_match", sources.AI2D, filter="flexible-extract"),
+    _paper("text-rich", "DocVQA", "docvqa", "docvqa_val", "anls", sources.DOCVQA),
+    _paper("text-rich", "ChartQA", "chartqa", "chartqa", "relaxed_overall", sources.CHARTQA),
+    _paper("text-rich", "TextVQA", "textvqa", "textvqa_val", "exact_match", sources.TEXTVQA),
+    _paper("text-rich", "InfoVQA", "infovqa", "infovqa_val", "anls", sources.INFOVQA),
+    _paper("text-rich", "OK-VQA", "okvqa", "ok_vqa_val2014", "exact_match", sources.OKVQA, "ok_vqa"),
+    _paper("text-rich", "MMMU", "mmmu", "mmmu_val", "mmmu_acc", sources.MMMU),
+    _paper("text-rich", "SQA", "sqa", "scienceqa_img", "exact_match", sources.SQA, "scienceqa"),
 )
 TINY = tuple(
     Benchmark(task, title, task, metric, group="tiny")
@@ -91,10 +104,11 @@ _BY_NAME |= {benchmark.name: benchmark for benchmark in KNOWN}
 def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
     """The benchmarks of names and groups, in the order given, each once.
 
-    A name that is not in the suite is looked up among lmms-eval's own tasks, which takes seconds.
+    A name that is not in the suite is looked up among lmms-eval's own tasks, which takes seconds. MMBench is scored
+    statically, and by lmms-eval's judge model where its key is set.
 
     Raises:
-        PmodError: no name, or unknown names, each with the nearest known ones.
+        PmodError: no name, unknown names, each with the nearest known ones, or a judged task without the judge's key.
     """
     found: dict[str, Benchmark] = {}
     unknown = []
@@ -102,19 +116,42 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
         if not name:
             continue
         if name.lower() in GROUPS:
-            found |= {benchmark.task: benchmark for benchmark in GROUPS[name.lower()]}
+            chosen = [_judged(benchmark) for benchmark in GROUPS[name.lower()]]
         elif name.lower() in _BY_NAME:
             benchmark = _BY_NAME[name.lower()]
-            found[benchmark.task] = benchmark
+            chosen = [benchmark if name.lower() == benchmark.task else _judged(benchmark)]
         elif (task := name.removeprefix(LMMS_PREFIX)) in _tasks_of_lmms_eval():
-            found[task] = Benchmark(name, task, task, metric=None)
+            _require_judge(name, task)
+            chosen = [_judged(_BY_NAME["mmb"]) if name == JUDGED else Benchmark(name, task, task, metric=None)]
         else:
             unknown.append(name)
+            continue
+        found |= {benchmark.task: benchmark for benchmark in chosen}
     if unknown:
         raise PmodError("; ".join(_unknown(name) for name in unknown), hint="pmod eval --list")
     if not found:
         raise PmodError("no task was named", hint="pmod eval --list")
     return tuple(found.values())
+
+
+def _judge_key() -> str:
+    """The variable that holds the judge's key."""
+    return JUDGE_KEYS.get(os.environ.get("API_TYPE", "openai"), JUDGE_KEYS["openai"])
+
+
+def _judged(benchmark: Benchmark) -> Benchmark:
+    """MMBench with its judge where there is a key for it; every other benchmark as it is."""
+    return replace(benchmark, task=JUDGED) if benchmark.name == "mmb" and os.environ.get(_judge_key()) else benchmark
+
+
+def _require_judge(name: str, task: str) -> None:
+    """lmms-eval without a key waits 45 seconds for each answer it cannot read, then draws an option at random."""
+    judged = task.startswith("mmbench") and not task.endswith(("_static", "_test"))
+    if judged and not os.environ.get(_judge_key()):
+        raise PmodError(
+            f"{name} is scored by a judge model, and its key, ${_judge_key()}, is not set",
+            hint="pmod eval --tasks mmb scores MMBench without a judge",
+        )
 
 
 def folders(benchmark: Benchmark) -> list[str] | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from pmod_cli.data import documents, glyphs
 from pmod_cli.errors import PmodError
+from pmod_cli.evaluation.suite import TINY_QUESTIONS as QUESTIONS
 
-QUESTIONS = 1000  # per task
 LAYOUT = 1  # raise it when the columns change
 
 

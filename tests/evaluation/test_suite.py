@@ -50,5 +50,31 @@ def test_task_metric_and_data_are_those_of_lmms_eval(benchmark):
         assert benchmark.metric in [entry["metric"] for entry in leaf["metric_list"]]
         assert benchmark.filter in [entry["name"] for entry in leaf.get("filter_list", [{"name": "none"}])]
         if benchmark.data:
-            wanted = leaf["dataset_path"] + (f":{leaf['dataset_name']}" if "dataset_name" in leaf else "")
-            assert benchmark.data[0] == wanted
+            place = (leaf["dataset_path"], leaf.get("dataset_name", ""), leaf["test_split"].strip())
+            assert place in {(source.repository, source.configuration, source.split) for source in benchmark.data}
+
+
+def test_rows_are_those_of_the_benchmarks():
+    rows = {benchmark.name: benchmark.rows for benchmark in suite.KNOWN}
+    assert rows["pope"] == 3000 + 3000 + 2910
+    assert rows["gqa"] == 12578, "pictures are no questions"
+    assert rows["tiny_doc"] == 1000
+    assert suite.resolve(["lmms:docvqa"])[0].rows is None
+
+
+def test_mmbench_is_static_unless_its_judge_has_a_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("API_TYPE", raising=False)
+    assert tasks_of("mmb", "MMB") == ["mmbench_en_dev_static"]
+    for name in ("mmbench_en_dev", "mmbench_en", "lmms:mmbench", "mmbench_cn_dev"):
+        with pytest.raises(PmodError, match=r"judge model, and its key, \$OPENAI_API_KEY, is not set") as failure:
+            suite.resolve([name])
+        assert failure.value.code == 2
+        assert "--tasks mmb" in failure.value.hint
+    assert tasks_of("mmbench_en_test") == ["mmbench_en_test"], "its answers are submitted, not judged"
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    assert tasks_of("mmb") == tasks_of("mmbench_en_dev") == ["mmbench_en_dev"]
+    assert suite.resolve(["mmbench_en_dev"])[0].metric == "gpt_eval_score"
+    assert tasks_of("mmbench_en_dev_static") == ["mmbench_en_dev_static"]
+    monkeypatch.setenv("API_TYPE", "azure")
+    assert tasks_of("mmb") == ["mmbench_en_dev_static"]

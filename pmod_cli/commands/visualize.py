@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from pmod_cli.commands.common import (
     JsonOpt,
     ModelOpt,
     OfflineOpt,
+    ProgressOpt,
     QuietOpt,
     RevisionOpt,
     model_or_default,
@@ -23,34 +25,105 @@ from pmod_cli.commands.common import (
 from pmod_cli.errors import PmodError
 
 if TYPE_CHECKING:
-    from pmod_cli.visualization import SelectionRecord
+    from pmod_cli.visualization import Drawn
 
 EXAMPLES = """\
 pmod visualize img.png --layers 2,14,26
-pmod visualize img.png --layers 8-31 --question "What does the sign say?"
-pmod visualize img.png --model runs/tiny -o figure.svg
-pmod visualize img.png --json > selection.json
+pmod visualize img.png --layers 8-31 --question "What does the sign say?" --html
+pmod visualize img.png --mode weights --layers 14,20,26 -o weights.svg
+pmod visualize img.png --against tiny-llava-next --layers 14,20,26
+pmod visualize photos/ --mode depth -o drawn/
 """
+SCHEMA_VERSION = 2
+STATISTICS = "statistics.json"
+LOOK, COMPARE, WRITE = "What to draw", "Comparing", "What is written"
 
 
 def visualize(
-    image: Annotated[Path, typer.Argument(help="Picture to show the model.", show_default=False)],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Pictures, folders of them, LLaVA JSON or JSONL files, or .npz selections saved before.",
+            show_default=False,
+        ),
+    ],
     layers: Annotated[
-        str, typer.Option("--layers", metavar="LIST", help="Layers from 0: all, 2,14,26 or 2-8.")
+        str,
+        typer.Option("--layers", metavar="LIST", help="Layers from 0: all, 2,14,26 or 2-8.", rich_help_panel=LOOK),
     ] = "all",
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODE",
+            help="kept, weights, depth, schedule, compare or grid. (default: kept; compare with --against)",
+            show_default=False,
+            rich_help_panel=LOOK,
+        ),
+    ] = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            metavar="PARTS",
+            help="Of LLaVA-NeXT's whole image and tiles: separate panels, merged in one, only base, or only tiles.",
+            rich_help_panel=LOOK,
+        ),
+    ] = "separate",
     question: Annotated[
         str | None,
-        typer.Option(help="What to ask about the picture. (default: What is shown in this image?)", show_default=False),
+        typer.Option(
+            help="What to ask; <image> in it moves the image there. (default: the row's own, else: What is shown in "
+            "this image?)",
+            show_default=False,
+            rich_help_panel=LOOK,
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Length of the answer in the caption; 0 for no answer.")
+        int, typer.Option(min=0, help="Length of the answer; 0 for no answer.", rich_help_panel=LOOK)
     ] = 32,
+    answer_only: Annotated[
+        bool,
+        typer.Option(
+            "--answer-only/--no-answer-only", help="Caption without question, legend and model.", rich_help_panel=LOOK
+        ),
+    ] = False,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the images of JSON rows are. (default: beside the file)",
+            show_default=False,
+            rich_help_panel=LOOK,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another p-MoD checkpoint, a stock LLaVA (its attention is drawn), or an .npz file.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    against_question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The same model on another question.", rich_help_panel=COMPARE)
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Picture to write, .png or .svg. (default: IMAGE-pmod.png)", show_default=False
+            "--out",
+            "-o",
+            help="Picture to write, .png or .svg; of several, a folder. (default: IMAGE-pmod.png)",
+            show_default=False,
+            rich_help_panel=WRITE,
         ),
     ] = None,
+    svg: Annotated[bool, typer.Option("--svg", help="SVG where --out names no file.", rich_help_panel=WRITE)] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also a page with a layer slider, beside the picture.", rich_help_panel=WRITE)
+    ] = False,
+    npz: Annotated[
+        bool, typer.Option("--npz", help="Also the raw selection as NumPy arrays.", rich_help_panel=WRITE)
+    ] = False,
     model: ModelOpt = None,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
@@ -58,82 +131,111 @@ def visualize(
     revision: RevisionOpt = None,
     offline: OfflineOpt = False,
     cache_dir: CacheDirOpt = None,
+    progress: ProgressOpt = True,
     quiet: QuietOpt = False,
 ) -> None:
     """Draw which image patches each layer keeps: kept ones clear, skipped ones grey, one panel a layer."""
-    name = model_or_default(model)
     from pmod_cli import checkpoints, visualization
 
-    # Everything that can be wrong is looked at before the weights are.
-    picture = visualization.load_image(image)
-    target = _target(image, out)
-    found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
-    wanted = visualization.parse_layers(layers, _num_layers(found.path, name))
-
-    loaded, processor = checkpoints.load_model(found.path, dtype=dtype, device=pick_device(device))
-    record = visualization.select(
-        loaded,
-        processor,
-        picture.pixels,
-        question or visualization.DEFAULT_QUESTION,
+    compares = against is not None or against_question is not None
+    settings = visualization.Settings(
+        layers=layers,
+        mode=mode or ("compare" if compares else "kept"),
+        parts=parts,
+        question=question,
+        against_question=against_question,
         max_new_tokens=max_new_tokens,
-        name=found.path.resolve().name if found.origin == "folder" else name,
+        answer_only=answer_only,
     )
-    if record.router_state == "untrained":
-        output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
-    visualization.save(visualization.draw(record, wanted, picture.notes), target)
-    if as_json:
-        output.print_json({"image": str(image), "picture": str(target), **record.to_dict(wanted)})
-    elif quiet:
-        output.print_line(target)
+    _check_comparison(settings.mode, against, against_question)
+
+    # Everything that can be wrong is looked at before the weights are.
+    items = visualization.find_items(images, image_folder)
+    saved_other = Path(against) if against and Path(against).suffix == ".npz" else None
+    ending = "svg" if svg else "png"
+    is_batch = len(items) > 1 or items[0].path != images[0]  # a folder or a list of one picture is a batch too
+    if is_batch:
+        folder = out or Path(f"{images[0].resolve().stem if len(images) == 1 else 'pictures'}-pmod")
+        targets = visualization.folder_targets(items, folder, ending)
     else:
-        _render(record, wanted, target)
+        targets = visualization.one_target(items[0], out, ending)
+    visualization.check_pictures(items)
+    visualization.check_saved(items, saved_other, settings)
+    subject, other = None, saved_other
+    if not all(item.is_saved for item in items):
+        name = model_or_default(model)
+        found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
+        visualization.check_subject(found, name, layers=layers, parts=parts)
+        loading = {"dtype": dtype, "device": pick_device(device)}
+        if against and not saved_other:
+            found_other = checkpoints.resolve(against, offline=offline, cache_dir=cache_dir)
+            visualization.check_pair(found, found_other)
+            other = visualization.load_subject(found_other, against, **loading)
+        subject = visualization.load_subject(found, name, **loading)
+        if "untrained" in (subject.router_state, getattr(other, "router_state", None)):
+            output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
+    elif against and not saved_other:
+        raise PmodError(f"saved selections are compared with saved ones, not with {against}", hint="--against B.npz")
+
+    if is_batch:
+        folder.mkdir(parents=True, exist_ok=True)
+    run = visualization.run(items, settings, targets, subject=subject, against=other, html=html, npz=npz)
+    _report(run, len(items), folder / STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
 
 
-def _target(image: Path, out: Path | None) -> Path:
-    from pmod_cli.visualization import check_format
-
-    target = out or Path(f"{image.stem}-pmod.png")
-    check_format(target)
-    if not target.parent.is_dir():
-        raise PmodError(f"{target}: there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
-    if target.is_dir():
-        raise PmodError(f"{target} is a folder, expected a file to write", hint=f"-o {target / 'picture.png'}")
-    if target.exists() and target.samefile(image):
-        raise PmodError(f"{target} is the picture to look at, and would be replaced", hint="choose another with --out")
-    return target
+def _check_comparison(mode: str, against: str | None, against_question: str | None) -> None:
+    if against is not None and against_question is not None:
+        raise PmodError("--against and --against-question were both given", hint="compare with one of them at a time")
+    compares = against is not None or against_question is not None
+    if compares and mode != "compare":
+        raise PmodError(f"--mode {mode} compares nothing, yet --against was given", hint="--mode compare")
+    if mode == "compare" and not compares:
+        raise PmodError("--mode compare: with what?", hint="--against MODEL or --against-question TEXT")
 
 
-def _num_layers(path: Path, name: str) -> int:
-    """L, from the configuration alone.
+def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_json: bool, quiet: bool) -> None:
+    """Draw, and print what was drawn: paths, JSON, or tables.
 
-    Raises:
-        PmodError: a stock LLaVA, of which there is nothing to draw.
+    Args:
+        statistics: where the numbers of a batch are written; None for a single picture.
     """
-    from pmod_cli.checkpoints import router_state
+    from pmod_cli import visualization
+    from pmod_cli.checkpoints.atomic import write_json
 
-    if router_state(path) == "stock":
-        raise PmodError(
-            f"{name} is a stock LLaVA: each of its layers processes every token, so there is no selection to draw",
-            hint=f"pmod convert {name}",
-        )
-    from transformers import AutoConfig
+    described: list[dict[str, Any]] = []
+    numbers = []
+    with output.progress() as bar:
+        task = bar.add_task("drawing", total=total, visible=statistics is not None)
+        for drawn in run:
+            numbers.append(visualization.image_statistics(drawn.record))
+            if as_json:
+                described.append(visualization.describe(drawn))
+            elif quiet:
+                for file in drawn.files:
+                    output.print_line(file)
+            elif statistics:
+                output.note(f"wrote {', '.join(map(str, drawn.files))}")
+            else:
+                _render(drawn)
+            bar.advance(task)
+    summary = visualization.summarise(numbers)
+    if statistics:
+        write_json(statistics, summary)
+    if as_json:
+        output.print_json({"schema_version": SCHEMA_VERSION, "images": described, "statistics": summary})
+    elif quiet and statistics:
+        output.print_line(statistics)
+    elif statistics:
+        for line in visualization.summary_lines(summary):
+            output.stdout.print(line, markup=False, soft_wrap=True)
+        output.stdout.print(f"wrote {total} pictures and {statistics}", markup=False, soft_wrap=True)
 
-    import pmod_cli.model.configuration  # noqa: F401 - registers the p-MoD configurations
 
-    return AutoConfig.from_pretrained(path, local_files_only=True).text_config.num_hidden_layers
+def _render(drawn: Drawn) -> None:
+    from pmod_cli.visualization import layer_table
 
-
-def _render(record: SelectionRecord, layers: list[int], target: Path) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("layer", f"kept of {record.layout.size}", "retention"):
-        table.add_column(heading, justify="right")
-    for layer in layers:
-        kept = str(record.kept[layer].sum()) if record.routed[layer] else "all (plain)"
-        table.add_row(str(layer), kept, f"{record.retention[layer]:.3f}")
-    output.stdout.print(table)
-    if record.answer is not None:
-        output.stdout.print(f"answer: {record.answer}", markup=False, soft_wrap=True)
-    output.stdout.print(f"wrote {target}", markup=False, soft_wrap=True)
+    output.stdout.print(layer_table(drawn))
+    if drawn.record.answer is not None:
+        output.stdout.print(f"answer: {drawn.record.answer}", markup=False, soft_wrap=True)
+    for file in drawn.files:
+        output.stdout.print(f"wrote {file}", markup=False, soft_wrap=True)

@@ -1,23 +1,59 @@
 """See which image patches each layer keeps: `select` returns arrays, `draw` a figure, `save` writes it."""
 
-from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, select
-from pmod_cli.visualization.figure import check_format, draw, save
+from pmod_cli.visualization.archive import load_npz, save_npz
+from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
+from pmod_cli.visualization.figure import MODES, PARTS, draw
 from pmod_cli.visualization.geometry import Layout, Part, image_layout
+from pmod_cli.visualization.html import html_page, save_html
 from pmod_cli.visualization.images import LoadedImage, load_image
+from pmod_cli.visualization.inputs import Item, check_pictures, find_items
+from pmod_cli.visualization.job import Drawn, Settings, check_saved, run
+from pmod_cli.visualization.page import check_format, save
 from pmod_cli.visualization.record import SelectionRecord, parse_layers
+from pmod_cli.visualization.report import describe, layer_table, summary_lines
+from pmod_cli.visualization.statistics import ImageStatistics, image_statistics, in_common, summarise
+from pmod_cli.visualization.subjects import Subject, check_pair, check_subject, load_subject
+from pmod_cli.visualization.targets import folder_targets, one_target
 
 __all__ = [
     "DEFAULT_QUESTION",
     "MAX_NEW_TOKENS",
+    "MODES",
+    "PARTS",
+    "Drawn",
+    "ImageStatistics",
+    "Item",
     "Layout",
     "LoadedImage",
     "Part",
     "SelectionRecord",
+    "Settings",
+    "Subject",
+    "attend",
     "check_format",
+    "check_pair",
+    "check_pictures",
+    "check_saved",
+    "check_subject",
+    "describe",
     "draw",
+    "find_items",
+    "folder_targets",
+    "html_page",
     "image_layout",
+    "image_statistics",
+    "in_common",
+    "layer_table",
     "load_image",
+    "load_npz",
+    "load_subject",
+    "one_target",
     "parse_layers",
+    "run",
     "save",
+    "save_html",
+    "save_npz",
     "select",
+    "summarise",
+    "summary_lines",
 ]

@@ -1,95 +1,183 @@
-"""Ask a p-MoD model about one image and record what each layer kept."""
+"""Ask a model about one image and record what each layer kept, or what a stock model attends to."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from pmod_cli.errors import PmodError
-from pmod_cli.visualization.geometry import image_layout
+from pmod_cli.visualization.geometry import Layout, image_layout
+from pmod_cli.visualization.images import LoadedImage
 from pmod_cli.visualization.record import SelectionRecord
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from collections.abc import Mapping
+
+    from PIL import Image
+    from torch import Tensor
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 DEFAULT_QUESTION = "What is shown in this image?"
 MAX_NEW_TOKENS = 32
+IMAGE_MARK = "<image>"
 
 
 def select(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    image: Image.Image,
+    picture: LoadedImage,
     question: str = DEFAULT_QUESTION,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     name: str = "p-MoD",
+    regions: tuple[tuple[float, float, float, float], ...] = (),
 ) -> SelectionRecord:
     """Run the prefill of one image and question, then answer greedily.
 
     Args:
         model: a p-MoD LLaVA in eval mode, on any device.
         processor: its processor, with a chat template.
-        image: RGB.
+        picture: from `load_image`.
+        question: stands behind the image, or around it where it holds `<image>`.
         max_new_tokens: length limit of the answer; 0 for no answer, which costs the prefill alone.
         name: what pictures call the model.
+        regions: pixel boxes to keep with the record.
 
     Raises:
         PmodError: the processor has no chat template, or its image tokens do not match the image's layout.
+    """
+    inputs, layout = _prepare(model, processor, picture.pixels, question)
+    kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)
+    return SelectionRecord(
+        image=picture.pixels,
+        layout=layout,
+        kept=kept,
+        weight=weight,
+        routed=routed,
+        retention=np.array(model.config.retention),
+        question=question,
+        answer=processor.decode(new_tokens, skip_special_tokens=True).strip() if max_new_tokens else None,
+        router_state=model.config.router_state,
+        model=name,
+        notes=picture.notes,
+        regions=regions,
+    )
+
+
+def run(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    """The selection of one row's prefill, and the tokens generated after it.
+
+    Args:
+        inputs: of the model, B = 1, image tokens already expanded.
+
+    Returns:
+        kept bool (L, V), weight float32 (L, V), routed bool (L,), and the ids of at most `max_new_tokens` new tokens.
     """
     import torch
 
     from pmod_cli.model import capture_selection
 
-    inputs = _prompt(processor, image, question).to(model.device, model.dtype)
-    is_vision = (inputs["input_ids"][0] == model.config.image_token_id).cpu()  # (N,)
-    layout = image_layout(processor.image_processor, processor.patch_size, image.height, image.width)
-    if layout.size != int(is_vision.sum()):
-        raise PmodError(
-            f"the image has {int(is_vision.sum())} vision tokens in the prompt, and {layout.size} places in the image; "
-            "patch size, vision_feature_select_strategy or grid of the processor are not those of a stock LLaVA",
-            hint="compare processor_config.json with the checkpoint this one was converted from",
-        )
-
+    ids = inputs["input_ids"]  # (1, N)
+    is_vision = (ids[0] == model.config.image_token_id).cpu()  # (N,)
     with torch.inference_mode(), capture_selection(model) as captured:
         if max_new_tokens:
             written = model.generate(
                 **inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None
             )
-            new = written[0, inputs["input_ids"].shape[1] :]
-            answer = processor.decode(new, skip_special_tokens=True).strip()
+            new = written[0, ids.shape[1] :]
         else:
-            model(**inputs, use_cache=False)
-            answer = None
+            model(**inputs, use_cache=False, logits_to_keep=1)
+            new = ids[0, :0]
 
-    retention = np.array(model.config.retention)
-    kept = np.ones((len(retention), layout.size), dtype=bool)
-    weight = np.ones((len(retention), layout.size), dtype=np.float32)
+    num_layers, num_vision = model.config.text_config.num_hidden_layers, int(is_vision.sum())
+    kept = np.ones((num_layers, num_vision), dtype=bool)
+    weight = np.ones((num_layers, num_vision), dtype=np.float32)
     for layer, selection in captured.layers.items():
         kept[layer] = selection.kept[0].cpu()[is_vision].numpy()
         weight[layer] = selection.weight[0].float().cpu()[is_vision].numpy()
+    return kept, weight, np.isin(np.arange(num_layers), list(captured.layers)), new
+
+
+def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: SelectionRecord, *, name: str) -> SelectionRecord:
+    """What a stock model's last prompt token attends to, mean of all heads, cut to as many tokens as `beside` keeps.
+
+    The prefill runs without its last token; that one then attends to the cache, so that no N x N map is ever held
+    for more than one layer.
+
+    Args:
+        model: a stock LLaVA in eval mode, loaded with eager attention.
+        beside: the selection to compare with: its image, question, K of each layer.
+        name: what pictures call the model.
+
+    Raises:
+        PmodError: the model has another number of layers or of vision tokens than `beside`.
+    """
+    import torch
+
+    inputs, layout = _prepare(model, processor, beside.image, beside.question)
+    num_layers = model.config.text_config.num_hidden_layers
+    if (num_layers, layout.size) != beside.kept.shape:
+        raise PmodError(
+            f"{name} has {num_layers} layers and {layout.size} vision tokens for this image, {beside.model} has "
+            f"{beside.num_layers} and {beside.layout.size}: nothing can be compared",
+            hint="compare with the checkpoint that this one was converted from",
+        )
+    ids = inputs["input_ids"]
+    is_vision = (ids[0] == model.config.image_token_id).cpu()
+    with torch.inference_mode():
+        head = {**inputs, "input_ids": ids[:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
+        cache = model(**head, use_cache=True, logits_to_keep=1).past_key_values
+        last = model(input_ids=ids[:, -1:], past_key_values=cache, output_attentions=True)
+    weight = np.stack([layer[0, :, 0].float().mean(0).cpu()[is_vision].numpy() for layer in last.attentions])  # (L, V)
+    order = np.argsort(-weight, axis=1, kind="stable")
+    rank = np.argsort(order, axis=1, kind="stable")
     return SelectionRecord(
-        image=image,
+        image=beside.image,
         layout=layout,
-        kept=kept,
+        kept=rank < beside.kept.sum(axis=1, keepdims=True),
         weight=weight,
-        routed=np.isin(np.arange(len(retention)), list(captured.layers)),
-        retention=retention,
-        question=question,
-        answer=answer,
-        router_state=model.config.router_state,
+        routed=beside.routed,
+        retention=beside.retention,
+        question=beside.question,
+        answer=None,
+        router_state="stock",
         model=name,
+        chosen_by="attention",
+        notes=beside.notes,
+        regions=beside.regions,
     )
 
 
-def _prompt(processor: ProcessorMixin, image: Image.Image, question: str):
+def _prepare(
+    model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, question: str
+) -> tuple[BatchFeature, Layout]:
+    """The model's inputs, and where their vision tokens lie."""
+    inputs = _prompt(processor, image, question).to(model.device, model.dtype)
+    num_vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    layout = image_layout(processor.image_processor, processor.patch_size, image.height, image.width)
+    if layout.size != num_vision:
+        raise PmodError(
+            f"the image has {num_vision} vision tokens in the prompt, and {layout.size} places in the image; "
+            "patch size, vision_feature_select_strategy or grid of the processor are not those of a stock LLaVA",
+            hint="compare processor_config.json with the checkpoint this one was converted from",
+        )
+    return inputs, layout
+
+
+def _prompt(processor: ProcessorMixin, image: Image.Image, question: str) -> BatchFeature:
     if not processor.chat_template:
         raise PmodError(
             "the processor has no chat template, so the prompt's form is not known",
             hint="add chat_template.jinja of the stock checkpoint to the model's folder",
         )
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    if question.count(IMAGE_MARK) > 1:
+        raise PmodError(f"the question holds {IMAGE_MARK} more than once: {question!r}", hint="ask about one image")
+    # Stock templates put images before all text, wherever they stand in the message; text stays where it is.
+    content = [{"type": "text", "text": question.replace(IMAGE_MARK, processor.image_token)}]
+    if IMAGE_MARK not in question:
+        content.insert(0, {"type": "image"})
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(images=image, text=text, return_tensors="pt")

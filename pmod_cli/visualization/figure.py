@@ -1,178 +1,237 @@
-"""The picture: one column a layer, one row a part of the image, a legend and the question and answer below.
-
-Everything is placed in inches on one page, so that text keeps its size and nothing can overlap.
-"""
+"""The pictures: what `draw` shows in each of its modes."""
 
 from __future__ import annotations
 
-import io
-import textwrap
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pmod_cli.errors import PmodError
+from pmod_cli.visualization.charts import schedule_chart
+from pmod_cli.visualization.geometry import Layout, Part
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, prepare
+from pmod_cli.visualization.page import ALERT, INK, QUIET
 from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.sheet import REGION, ColourBar, Notes, Sheet
+from pmod_cli.visualization.statistics import in_common
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "svg")
-DPI, SHEET_DPI = 300, 200  # of one row of panels, as print wants it, and of several
-MAX_COLUMNS = 8
-PANEL_AREA = 0.85  # square inches: three square panels fill a paper column of 3.4 inches
-PANEL_MIN, PANEL_MAX = 0.92, 2.2  # inches; the narrowest panel still carries its heading
-GAP = 0.1
-MARGIN = 0.08
-ROW_LABEL, ROW_MIN = 0.2, 0.55  # inches; a row of panels is at least as high as its label is long
-STRIP, STRIP_GAP = 0.05, 0.025  # the newline tokens beside the tiles
-LINE = 0.125  # inches a line of text
-TITLE_PT, TEXT_PT, SMALL_PT = 8.0, 7.0, 6.0
-INK, QUIET, ALERT = "#1a1a1a", "#595959", "#a03800"
+MODES = ("kept", "weights", "depth", "schedule", "compare", "grid")
+PARTS = ("separate", "merged", "base", "tiles")
 PART_NAMES = {"image": "", "base": "whole image", "tiles": "{}×{} tiles"}
+COLOUR_MAP = "cividis"  # the same order for every eye; light where there is much, so that print stays readable
 
 
-def draw(record: SelectionRecord, layers: Sequence[int], notes: Sequence[str] = ()) -> Figure:
-    """A matplotlib figure of the tokens kept by `layers`, one panel a layer and part of the image.
+def draw(
+    record: SelectionRecord,
+    layers: Sequence[int],
+    mode: str = "kept",
+    *,
+    against: SelectionRecord | None = None,
+    parts: str = "separate",
+    answer_only: bool = False,
+) -> Figure:
+    """A matplotlib figure of one record.
 
     Args:
-        record: from `select`.
-        layers: indices to draw, in this order; at least one.
-        notes: remarks on the image for the caption.
-    """
-    from matplotlib.figure import Figure
-
-    parts = [part for part in record.layout.parts if part.size]
-    panel_w, panel_h = _panel_size(record)
-    pitch = max(panel_w + (STRIP + STRIP_GAP if len(parts) > 1 else 0), PANEL_MIN) + GAP
-    columns = min(len(layers), MAX_COLUMNS)
-    row_label = ROW_LABEL if len(parts) > 1 else 0
-    counts = LINE if len(parts) > 1 else 0  # "12 of 36 tokens" below each panel
-    row_h = max(panel_h, ROW_MIN if row_label else 0) + counts + GAP / 2
-    block_h = 3.3 * LINE + len(parts) * row_h
-    blocks = -(-len(layers) // columns)
-    width = max(2 * MARGIN + row_label + columns * pitch - GAP, 2.6)
-    caption = _caption(record, notes, width - 2 * MARGIN)
-    height = 2 * MARGIN + blocks * (block_h + GAP) + LINE * (len(_legend(record)) + 0.5 + len(caption))
-
-    dpi = DPI if blocks == 1 else SHEET_DPI
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
-    page = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
-    page.axis("off")
-    pixels = max(1, round(panel_w * dpi)), max(1, round(panel_h * dpi))
-    panels = [prepare(record.image, record.layout, part, *pixels) for part in parts]
-
-    for place, layer in enumerate(layers):
-        block, column = divmod(place, columns)
-        left = MARGIN + row_label + column * pitch
-        top = MARGIN + block * (block_h + GAP)
-        _heading(page, record, layer, left + panel_w / 2, top)
-        top += 3.3 * LINE
-        for part, panel in zip(parts, panels, strict=True):
-            _panel(page, panel, record.kept[layer], left, top, panel_w, panel_h)
-            _image_frame(page, record, left, top, panel_w)
-            if row_label and column == 0:
-                name = PART_NAMES[part.name].format(*record.layout.tile_grid or ())
-                _text(page, left - 0.06, top + panel_h / 2, name, QUIET, SMALL_PT, rotation=90, ha="right", va="center")
-            if counts:
-                own = np.concatenate([part.tokens.ravel(), part.newlines])
-                count = f"{record.kept[layer, own].sum()} of {part.size}"
-                _text(page, left + panel_w / 2, top + panel_h + 0.02, count, QUIET, size=SMALL_PT, ha="center")
-            top += row_h
-
-    top = MARGIN + blocks * (block_h + GAP)
-    for swatch, words in _legend(record):
-        page.add_patch(_swatch(MARGIN, top, **swatch))
-        _text(page, MARGIN + 0.16, top + LINE / 2, words, QUIET, size=SMALL_PT, va="center_baseline")
-        top += LINE
-    top += LINE / 2
-    for words, colour in caption:
-        _text(page, MARGIN, top, words, colour)
-        top += LINE
-    return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG or SVG, by the path's ending; an existing file is replaced at once or not at all.
+        record: from `select` or `load_npz`.
+        layers: indices to draw, in this order; at least one. `depth` and `schedule` show all layers.
+        mode: one of MODES: kept patches; router weights; how many layers keep a patch; planned and real retention;
+            this record above another; kept patches of many layers as a contact sheet.
+        against: what `compare` compares with.
+        parts: of LLaVA-NeXT's two parts, each in its own panel, both in one, or one alone.
+        answer_only: the caption is the answer, without question, model and legend.
 
     Raises:
-        PmodError: another ending.
+        PmodError: `compare` without two records of the same tokens, or a part that the image does not have.
     """
-    from pmod_cli.checkpoints.atomic import write_bytes
-
-    kind, buffer = check_format(path), io.BytesIO()
-    with warnings.catch_warnings():
-        # Letters that the font lacks are drawn as boxes; a line of log for each of them helps nobody.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format=kind)
-    write_bytes(path, buffer.getvalue())
-
-
-def check_format(path: Path) -> str:
-    """ "png" or "svg", from the path's ending. Raises PmodError for any other."""
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise PmodError(f"{path}: pictures are written as .png or .svg", hint=f"-o {path.with_suffix('.png')}")
-    return kind
+    if mode == "schedule":
+        return schedule_chart(record, _caption(record, answer_only))
+    groups = part_groups(record.layout, parts)
+    if mode == "depth":
+        return _draw_depth(record, groups, answer_only)
+    if mode == "compare":
+        return _draw_compare(record, against, layers, groups, answer_only)
+    return _draw_layers(record, layers, groups, answer_only, mode)
 
 
-def _panel_size(record: SelectionRecord) -> tuple[float, float]:
-    """Width and height in inches: about the same area for every aspect ratio, within the page's limits."""
-    x0, y0, x1, y1 = canvas(record.layout)
-    aspect = (x1 - x0) / (y1 - y0)
-    width = min((PANEL_AREA * aspect) ** 0.5, PANEL_MAX, PANEL_MAX * aspect)
-    return width, width / aspect
+def part_groups(layout: Layout, parts: str) -> list[list[Part]]:
+    """The parts that each row of panels draws over each other.
+
+    Raises:
+        PmodError: `base` or `tiles` of an image that has no such part.
+    """
+    present = [part for part in layout.parts if part.size]
+    if parts == "merged" or (len(present) == 1 and parts == "separate"):
+        return [present]
+    if parts == "separate":
+        return [[part] for part in present]
+    chosen = [part for part in present if part.name == parts]
+    if not chosen:
+        raise PmodError(
+            f"--parts {parts}: this image has only {' and '.join(part.name for part in present)}",
+            hint="--parts separate",
+        )
+    return [chosen]
 
 
-def _heading(page: Axes, record: SelectionRecord, layer: int, centre: float, top: float) -> None:
-    """Three lines: which layer, how many it keeps, at which ratio."""
-    total = record.layout.size
-    if record.routed[layer]:
-        lines = [f"{record.kept[layer].sum()} of {total} kept", f"retention {record.retention[layer]:.2f}"]
-    else:
-        lines = ["plain layer:", f"all {total} tokens"]
-    _text(page, centre, top, f"Layer {layer}", size=TITLE_PT, ha="center", weight="bold")
-    for number, line in enumerate(lines, start=1):
-        _text(page, centre, top + (number + 0.1) * LINE, line, ha="center")
+def _draw_layers(
+    record: SelectionRecord, layers: Sequence[int], groups: list[list[Part]], answer_only: bool, mode: str
+) -> Figure:
+    """One column a layer: kept patches, or router weights, or the contact sheet of kept patches."""
+    weights, small = mode == "weights", mode == "grid"
+    colours, bar = _weight_colours(record, layers) if weights else ({}, None)
+    notes = Notes(_legend(record, groups, mode, answer_only), _caption(record, answer_only), bar)
+    headings = [_heading(record, layer, short=small) for layer in layers]
+    sheet = Sheet(record.layout, headings, _row_labels(record.layout, groups), notes, strip=_ends(groups), small=small)
+    panels = [prepare(record.image, record.layout, group, *sheet.pixels) for group in groups]
+    for column, layer in enumerate(layers):
+        for row, panel in enumerate(panels):
+            if weights and record.routed[layer]:
+                painted = panel.draw_heat(colours[layer], record.kept[layer])
+                strip = panel.draw_strip(colours[layer]) if panel.newline.size else None
+            else:
+                painted, strip = _paint_kept(panel, record.kept[layer])
+            under = _count(groups[row], record.kept[layer]) if len(groups) > 1 else ""
+            sheet.panel(column, row, painted, strip, under, record.regions)
+    return sheet.figure
 
 
-def _panel(page: Axes, panel: Panel, kept: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-    from matplotlib.image import AxesImage
-
-    def place(pixels: np.ndarray, left: float, wide: float) -> None:
-        image = AxesImage(page, extent=(left, left + wide, y + height, y), interpolation="none")
-        image.set_data(pixels)
-        page.add_artist(image)  # unlike imshow, this leaves the limits of the page alone
-
-    place(panel.draw(kept), x, width)
-    page.add_patch(_frame(x, y, width, height))
-    if panel.newline.size:
-        place(panel.draw_newlines(kept), x + width + STRIP_GAP, STRIP)
-
-
-def _image_frame(page: Axes, record: SelectionRecord, left: float, top: float, width: float) -> None:
-    """Where padding is drawn too: a line around what is image."""
-    layout = record.layout
-    x0, y0, x1, y1 = canvas(layout)
-    if (x0, y0, x1, y1) != (0, 0, layout.width, layout.height):
-        inches = width / (x1 - x0)
-        place = left - x0 * inches, top - y0 * inches, layout.width * inches, layout.height * inches
-        page.add_patch(_frame(*place, colour=INK, linewidth=0.8))
-
-
-def _legend(record: SelectionRecord) -> list[tuple[dict, str]]:
-    kept, skipped = (f"#{bytes(colour).hex()}" for colour in (KEPT, SKIPPED))
-    legend = [
-        ({"facecolor": "white", "edgecolor": kept}, "patch kept by the layer"),
-        ({"facecolor": skipped, "edgecolor": skipped}, "patch skipped"),
+def _draw_depth(record: SelectionRecord, groups: list[list[Part]], answer_only: bool) -> Figure:
+    """The image, and in how many layers each patch is kept."""
+    low, high = int(record.depth.min()), record.num_layers
+    bar = ColourBar(_gradient(), str(low), str(high), f"kept in so many of {high} layers")
+    labels = [" + ".join(_name(record.layout, part) or "kept in" for part in group) for group in groups]
+    means = [record.depth[_tokens(group)].mean() for group in groups]
+    headings = [
+        ("Picture", f"{record.layout.size} tokens"),
+        *((label[0].upper() + label[1:], f"mean {mean:.1f} layers") for label, mean in zip(labels, means, strict=True)),
     ]
-    if any(part.newlines.size for part in record.layout.parts):
-        legend.append(({"facecolor": kept, "edgecolor": kept}, "in the strip: end-of-row token kept"))
+    notes = Notes(_legend(record, groups, "depth", answer_only), _caption(record, answer_only), bar)
+    sheet = Sheet(record.layout, headings, [""], notes, strip=_ends(groups))
+    colours = _colours(record.depth, low, high)
+    sheet.panel(0, 0, prepare(record.image, record.layout, groups[0], *sheet.pixels).clear, regions=record.regions)
+    for column, group in enumerate(groups, start=1):
+        panel = prepare(record.image, record.layout, group, *sheet.pixels)
+        strip = panel.draw_strip(colours) if panel.newline.size else None
+        sheet.panel(column, 0, panel.draw_heat(colours), strip, regions=record.regions)
+    return sheet.figure
+
+
+def _draw_compare(
+    record: SelectionRecord,
+    against: SelectionRecord | None,
+    layers: Sequence[int],
+    groups: list[list[Part]],
+    answer_only: bool,
+) -> Figure:
+    """The rows of one record above those of another, and what they have in common."""
+    if against is None:
+        raise PmodError("compare needs something to compare with", hint="--against MODEL or --against-question TEXT")
+    common, chance = in_common(record, against)
+    total = record.layout.size
+    headings = []
+    for layer in layers:
+        own, other = int(record.kept[layer].sum()), int(against.kept[layer].sum())
+        counts = f"{own} of {total} kept" if own == other else f"{own} and {other} of {total}"
+        headings.append((f"Layer {layer}", counts, f"{common[layer]:.0%} in common", f"by chance {chance[layer]:.0%}"))
+    labels = _row_labels(record.layout, groups)
+    rows = [f"{letter}: {label}" if label else letter for letter in "AB" for label in labels]
+    caption = [] if answer_only else _questions(record, against)
+    for letter, own in (("A", record), ("B", against)):
+        caption += [(f"{letter}: {text}", colour) for text, colour in _about(own, answer_only)]
+    notes = Notes(_legend(record, groups, "compare", answer_only), caption)
+    sheet = Sheet(record.layout, headings, rows, notes, strip=_ends(groups))
+    panels = [prepare(record.image, record.layout, group, *sheet.pixels) for group in groups]
+    for column, layer in enumerate(layers):
+        for half, own in enumerate((record, against)):
+            for row, panel in enumerate(panels):
+                painted, strip = _paint_kept(panel, own.kept[layer])
+                under = _count(groups[row], own.kept[layer])
+                sheet.panel(column, half * len(groups) + row, painted, strip, under, record.regions)
+    return sheet.figure
+
+
+def _heading(record: SelectionRecord, layer: int, *, short: bool) -> list[str]:
+    """Which layer, how many tokens it keeps, at which ratio."""
+    total = record.layout.size
+    if not record.routed[layer]:
+        return [f"Layer {layer}", "plain" if short else "plain layer:", f"all {total}" + ("" if short else " tokens")]
+    counts = f"{record.kept[layer].sum()} of {total}"
+    return [
+        f"Layer {layer}",
+        counts + ("" if short else " kept"),
+        f"{'' if short else 'retention '}{record.retention[layer]:.2f}",
+    ]
+
+
+def _row_labels(layout: Layout, groups: list[list[Part]]) -> list[str]:
+    return [_name(layout, group[0]) for group in groups] if len(groups) > 1 else [""]
+
+
+def _name(layout: Layout, part: Part) -> str:
+    return PART_NAMES[part.name].format(*layout.tile_grid or ())
+
+
+def _tokens(group: list[Part]) -> np.ndarray:
+    return np.concatenate([np.append(part.tokens.ravel(), part.newlines) for part in group])
+
+
+def _count(group: list[Part], kept: np.ndarray) -> str:
+    return f"{kept[_tokens(group)].sum()} of {sum(part.size for part in group)}"
+
+
+def _ends(groups: list[list[Part]]) -> bool:
+    return any(part.newlines.size for group in groups for part in group)
+
+
+def _paint_kept(panel: Panel, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    strip = panel.draw_strip(np.where(kept[:, None], KEPT, SKIPPED)) if panel.newline.size else None
+    return panel.draw_kept(kept), strip
+
+
+def _weight_colours(record: SelectionRecord, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], ColourBar | None]:
+    """Colours of each routed layer's tokens on one scale, and its bar; None where every layer is plain."""
+    routed = [layer for layer in layers if record.routed[layer]]
+    if not routed:
+        return {}, None
+    low, high = float(record.weight[routed].min()), float(record.weight[routed].max())
+    bar = ColourBar(_gradient(), f"{low:.3f}", f"{high:.3f}", "router weight, one scale for all layers")
+    return {layer: _colours(record.weight[layer], low, high) for layer in routed}, bar
+
+
+def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 (V, 3) for values (V,)."""
+    import matplotlib
+
+    return matplotlib.colormaps[COLOUR_MAP]((values - low) / max(high - low, 1e-9), bytes=True)[:, :3]
+
+
+def _gradient() -> np.ndarray:
+    return _colours(np.linspace(0, 1, 256), 0, 1)
+
+
+def _legend(record: SelectionRecord, groups: list[list[Part]], mode: str, answer_only: bool) -> list[tuple[dict, str]]:
+    if answer_only:
+        return []
+    kept, skipped = (f"#{bytes(colour).hex()}" for colour in (KEPT, SKIPPED))
+    legend = []
+    if mode == "weights":
+        legend.append(({"facecolor": "white", "edgecolor": kept}, "patch kept by the layer"))
+    elif mode != "depth":
+        legend.append(({"facecolor": "white", "edgecolor": kept}, "patch kept by the layer"))
+        legend.append(({"facecolor": skipped, "edgecolor": skipped}, "patch skipped"))
+        if len(groups[0]) > 1:
+            legend[0] = (legend[0][0], "kept in the whole image and in the tiles; half clear: in one of them")
+    if _ends(groups):
+        in_strip = ({"facecolor": kept, "edgecolor": kept}, "in the strip: end-of-row token kept")
+        coloured = ({"facecolor": "white", "edgecolor": QUIET}, "strip at the right: end-of-row tokens")
+        legend.append(coloured if mode in ("weights", "depth") else in_strip)
+    if record.regions:
+        legend.append(({"edgecolor": REGION, "linestyle": (0, (2, 1))}, "box given with the picture"))
     layout, seen = record.layout, record.layout.boxes()
     if canvas(layout) != (0, 0, layout.width, layout.height):
         legend.append(({"facecolor": "white", "edgecolor": INK}, "outside the dark frame: padding"))
@@ -182,54 +241,33 @@ def _legend(record: SelectionRecord) -> list[tuple[dict, str]]:
     return legend
 
 
-def _caption(record: SelectionRecord, notes: Sequence[str], width: float) -> list[tuple[str, str]]:
-    """Lines of text and their colours."""
-    lines = _wrap(f"Q: {record.question}", width, INK)
+def _questions(record: SelectionRecord, against: SelectionRecord) -> list[tuple[str, str]]:
+    if record.question == against.question:
+        return [(f"Q: {record.question}", INK)]
+    return [(f"{letter} is asked: {own.question}", INK) for letter, own in (("A", record), ("B", against))]
+
+
+def _caption(record: SelectionRecord, answer_only: bool) -> list[tuple[str, str]]:
+    """Texts and their colours: question, answer, model."""
+    caption = [] if answer_only else [(f"Q: {record.question}", INK)]
     if record.answer is not None:
-        lines += _wrap(f"A: {record.answer or '(nothing)'}", width, INK)
-    if record.router_state == "untrained":
-        lines += _wrap(
-            "Untrained routers: all weights tie and the first tokens win. This is no choice of the model.", width, ALERT
+        caption.append((("" if answer_only else "A: ") + (record.answer or "(nothing)"), INK))
+    return caption + _about(record, answer_only, answer=False)
+
+
+def _about(record: SelectionRecord, answer_only: bool, *, answer: bool = True) -> list[tuple[str, str]]:
+    """One model: its name, what chose the tokens, its answer. That routers are untrained is never left out."""
+    texts = [record.answer or "(nothing)"] if answer and answer_only and record.answer is not None else []
+    if not answer_only:
+        chosen = (
+            f"{record.router_state} routers"
+            if record.chosen_by == "router"
+            else "the tokens that the prompt's last token attends to most, mean of all heads"
         )
-    lines += _wrap("; ".join([f"{record.model}, {record.router_state} routers", *notes]), width, QUIET)
-    return lines
-
-
-def _wrap(text: str, width: float, colour: str, most: int = 5) -> list[tuple[str, str]]:
-    """At most `most` lines, none wider than `width` inches as the font draws it."""
-    text = " ".join(text.split())
-    letters = int(width / 0.03)  # as many as would fit of the narrowest; fewer until the widest line fits
-    while True:
-        lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
-        excess = max(_measure(line) for line in lines) / width
-        if excess <= 1:
-            return [(line, colour) for line in lines]
-        letters = min(letters - 1, int(letters / excess) + 4)
-
-
-def _measure(line: str) -> float:
-    """Width in inches of a line of the caption."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        points, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=TEXT_PT), ismath=False)
-    return points / 72
-
-
-def _text(page: Axes, x: float, y: float, words: str, colour: str = INK, size: float = TEXT_PT, **style) -> None:
-    # parse_math: an answer of "$5 and $6" is no formula
-    page.text(x, y, words, **{"color": colour, "fontsize": size, "va": "top", "parse_math": False, **style})
-
-
-def _frame(x: float, y: float, width: float, height: float, colour: str = QUIET, linewidth: float = 0.4):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=linewidth)
-
-
-def _swatch(x: float, y: float, **style):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x + 0.01, y + 0.02), 0.09, 0.09, linewidth=0.8, **style)
+        answered = [f"answers: {record.answer or '(nothing)'}"] if answer and record.answer is not None else []
+        texts.append("; ".join([f"{record.model}, {chosen}", *answered, *record.notes]))
+    about = [(text, QUIET) for text in texts]
+    if record.router_state == "untrained":
+        words = "Untrained routers: all weights tie and the first tokens win. This is no choice of the model."
+        about.append((words, ALERT))
+    return about

@@ -20,12 +20,10 @@ class LoadedImage:
 
     Attributes:
         pixels: the image.
-        path: the file it came from.
         notes: what was done to it that its owner may not expect, for the caption.
     """
 
     pixels: Image.Image
-    path: Path
     notes: tuple[str, ...] = ()
 
 
@@ -55,7 +53,7 @@ def load_image(path: Path | str) -> LoadedImage:
         raise PmodError(f"{path}: the image cannot be decoded ({error})", hint="the file may be cut off") from error
     if frames > 1:
         notes.append(f"first of {frames} frames")
-    return LoadedImage(image, path, tuple(notes))
+    return LoadedImage(image, tuple(notes))
 
 
 @contextmanager

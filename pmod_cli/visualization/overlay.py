@@ -1,7 +1,8 @@
-"""One panel: the image with the kept patches clear and the skipped ones greyed."""
+"""One panel: the image, and over it what a layer keeps or how much it weighs each patch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,39 +13,61 @@ from pmod_cli.visualization.geometry import Layout, Part
 KEPT = np.array([213, 94, 0], dtype=np.uint8)  # vermillion of the Okabe-Ito palette, told from grey by every eye
 SKIPPED = np.array([205, 205, 205], dtype=np.uint8)
 GHOST = 0.22  # how much of a skipped patch shines through
+INK = 0.3  # how much of the image shines through a heat map
 OUTLINE_PX = 2  # at most a quarter of a cell, else the outlines of small patches cover them
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of the image as it is drawn: the picture, clear and greyed, and each drawn pixel's token.
+    """Parts of the image as they are drawn over each other: the picture, and each drawn pixel's tokens.
 
     Attributes:
         clear, greyed: uint8 (height, width, 3).
-        cell: int64 (height, width), index into the V vision tokens; -1 where no token looks.
+        cells: int64 (P, height, width), for each of P parts the index into the V vision tokens; -1 where none looks.
         newline: int64 (height,), the token that ends each drawn line's row; empty where the part has none.
         outline_px: width of the line around kept patches.
     """
 
     clear: np.ndarray
     greyed: np.ndarray
-    cell: np.ndarray
+    cells: np.ndarray
     newline: np.ndarray
     outline_px: int
 
-    def draw(self, kept: np.ndarray) -> np.ndarray:
-        """uint8 (height, width, 3) for one layer's kept tokens, bool (V,)."""
-        shown = kept[self.cell] & (self.cell >= 0)
-        drawn = np.where(shown[..., None], self.clear, self.greyed)
-        drawn[_grow(shown, self.outline_px) & ~shown] = KEPT
-        return drawn
+    def draw_kept(self, kept: np.ndarray) -> np.ndarray:
+        """uint8 (height, width, 3): kept tokens, bool (V,), clear and framed; of two parts, half clear for one."""
+        share = self._over_parts(kept)
+        drawn = np.where((share == 1)[..., None], self.clear, self.greyed)
+        partly = (share > 0) & (share < 1)
+        drawn[partly] = _blend(self.clear[partly], self.greyed[partly], share[partly][:, None])
+        return self._outlined(drawn, share > 0)
 
-    def draw_newlines(self, kept: np.ndarray) -> np.ndarray:
-        """uint8 (height, 1, 3): the strip of `image_newline` tokens at the rows' ends, coloured where kept."""
-        shown = kept[self.newline] & (self.newline >= 0)
-        strip = np.where(shown[:, None], KEPT, SKIPPED)
+    def draw_heat(self, colours: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (height, width, 3): each token's colour, uint8 (V, 3), over a trace of the image; kept ones framed."""
+        seen = self.cells >= 0  # (P, height, width)
+        heat = (colours[self.cells].astype(np.float32) * seen[..., None]).sum(0) / seen.sum(0).clip(1)[..., None]
+        ink = self.clear.mean(-1, dtype=np.float32, keepdims=True) / 255
+        drawn = (heat * (1 - INK + INK * ink)).round().astype(np.uint8)  # light paper leaves the colour as it is
+        nowhere = ~seen.any(0)
+        drawn[nowhere] = self.greyed[nowhere]
+        return drawn if kept is None else self._outlined(drawn, self._over_parts(kept) > 0)
+
+    def draw_strip(self, colours: np.ndarray) -> np.ndarray:
+        """uint8 (height, 1, 3): the strip of `image_newline` tokens at the rows' ends, in their colours, (V, 3)."""
+        strip = colours[self.newline]
         strip[self.newline < 0] = 255
         return strip[:, None]
+
+    def _over_parts(self, values: np.ndarray) -> np.ndarray:
+        """float32 (height, width): the mean of the values, (V,), of the tokens that look at each pixel; else 0."""
+        seen = self.cells >= 0
+        if len(self.cells) == 1:
+            return (values[self.cells[0]] * seen[0]).astype(np.float32)
+        return (values[self.cells] * seen).sum(0, dtype=np.float32) / seen.sum(0, dtype=np.float32).clip(1)
+
+    def _outlined(self, drawn: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        drawn[_grow(shown, self.outline_px) & ~shown] = KEPT
+        return drawn
 
 
 def canvas(layout: Layout) -> tuple[float, float, float, float]:
@@ -57,11 +80,12 @@ def canvas(layout: Layout) -> tuple[float, float, float, float]:
     return float(x0), float(y0), float(x1), float(y1)
 
 
-def prepare(image: Image.Image, layout: Layout, part: Part, width: int, height: int) -> Panel:
+def prepare(image: Image.Image, layout: Layout, parts: Sequence[Part], width: int, height: int) -> Panel:
     """Draw what is the same for every layer, once.
 
     Args:
         image: RGB, the original picture.
+        parts: of the layout, drawn over each other.
         width, height: of the panel, in drawn pixels.
     """
     x0, y0, x1, y1 = canvas(layout)
@@ -71,17 +95,27 @@ def prepare(image: Image.Image, layout: Layout, part: Part, width: int, height: 
     page = Image.new("RGB", (width, height), "white")
     page.paste(image.resize(size, Image.Resampling.BOX), (round(-x0 * scale_x), round(-y0 * scale_y)))
     clear = np.asarray(page)
-    grey = np.asarray(page.convert("L"), dtype=np.float32)[..., None]
-    greyed = np.broadcast_to(GHOST * grey + (1 - GHOST) * SKIPPED, clear.shape).astype(np.uint8)
+    grey = np.asarray(page.convert("L"))[..., None]
+    greyed = _blend(grey, SKIPPED, GHOST)
 
-    rows = _which(part.row_spans, y0 + (np.arange(height) + 0.5) / scale_y)
-    columns = _which(part.column_spans, x0 + (np.arange(width) + 0.5) / scale_x)
-    tokens = np.pad(part.tokens, ((0, 1), (0, 1)), constant_values=-1)  # index -1, no cell, is the padded one
-    cell = tokens[np.ix_(rows, columns)]
-    greyed[cell < 0] = _stripes(height, width)[cell < 0]
-    newline = np.append(part.newlines, -1)[rows] if part.newlines.size else part.newlines
-    smallest = min(width / max(len(part.column_spans), 1), height / max(len(part.row_spans), 1))
-    return Panel(clear, greyed, cell, newline, max(1, min(OUTLINE_PX, int(smallest / 4))))
+    xs, ys = x0 + (np.arange(width) + 0.5) / scale_x, y0 + (np.arange(height) + 0.5) / scale_y
+    cells, newline, smallest = [], np.array([], dtype=int), np.inf
+    for part in parts:
+        rows, columns = _which(part.row_spans, ys), _which(part.column_spans, xs)
+        tokens = np.pad(part.tokens, ((0, 1), (0, 1)), constant_values=-1)  # index -1, no cell, is the padded one
+        cells.append(tokens[np.ix_(rows, columns)])
+        if part.newlines.size:
+            newline = np.append(part.newlines, -1)[rows]
+        smallest = min(smallest, width / max(len(part.column_spans), 1), height / max(len(part.row_spans), 1))
+    cells = np.stack(cells)
+    nowhere = (cells < 0).all(0)
+    greyed[nowhere] = _stripes(height, width)[nowhere]
+    return Panel(clear, greyed, cells, newline, max(1, min(OUTLINE_PX, int(smallest / 4))))
+
+
+def _blend(front: np.ndarray, back: np.ndarray, share: np.ndarray | float) -> np.ndarray:
+    """uint8: `share` of the front and the rest of the back."""
+    return (share * front.astype(np.float32) + (1 - share) * back.astype(np.float32)).astype(np.uint8)
 
 
 def _which(spans: np.ndarray, positions: np.ndarray) -> np.ndarray:

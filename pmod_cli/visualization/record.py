@@ -1,4 +1,4 @@
-"""What every layer kept of one image, as arrays: the result that pictures, JSON and statistics are made from."""
+"""What every layer kept of one image, as arrays: the result that pictures, files and statistics are made from."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from PIL import Image
 from pmod_cli.errors import PmodError
 from pmod_cli.visualization.geometry import Layout
 
-SCHEMA_VERSION = 1
-
 
 @dataclass(frozen=True)
 class SelectionRecord:
@@ -26,13 +24,16 @@ class SelectionRecord:
         image: RGB, the picture that the model was given.
         layout: where its V vision tokens lie.
         kept: bool (L, V).
-        weight: float32 (L, V), the normalised router weights.
+        weight: float32 (L, V), the normalised router weights; of `attention`, the share of attention, which sums to 1.
         routed: bool (L,), False for a plain layer.
         retention: float64 (L,), the schedule's retention ratio.
         question: the text asked about the image.
         answer: what the model answered, None where it was not asked to.
-        router_state: "untrained", "trained" or "calibrated".
+        router_state: "untrained", "trained" or "calibrated"; "stock" where attention was read from a stock model.
         model: a name for the caption.
+        chosen_by: "router", or "attention": the tokens that the last token of the prompt attends to most.
+        notes: what was done to the picture that its owner may not expect, for the caption.
+        regions: pixel boxes (x0, y0, x1, y1) given with the picture, such as its text.
     """
 
     image: Image.Image
@@ -45,24 +46,41 @@ class SelectionRecord:
     answer: str | None
     router_state: str
     model: str
+    chosen_by: str = "router"
+    notes: tuple[str, ...] = ()
+    regions: tuple[tuple[float, float, float, float], ...] = ()
 
     @property
     def num_layers(self) -> int:
         return len(self.kept)
 
+    @property
+    def depth(self) -> np.ndarray:
+        """int64 (V,), how many layers keep each token."""
+        return self.kept.sum(axis=0)
+
+    def ranks(self, layer: int) -> np.ndarray:
+        """int64 (V,): 0 for the token of largest weight. Ties go to the lowest position, as in the model."""
+        order = np.argsort(-self.weight[layer], kind="stable")
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(len(order))
+        return ranks
+
     def to_dict(self, layers: Sequence[int]) -> dict[str, Any]:
         """The raw selection of `layers`, ready for JSON: each token's part, cell and pixel box, each layer's choice."""
         return {
-            "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "router_state": self.router_state,
+            "chosen_by": self.chosen_by,
             "image_width_px": self.layout.width,
             "image_height_px": self.layout.height,
+            "notes": list(self.notes),
+            "regions_px": [list(region) for region in self.regions],
             "question": self.question,
             "answer": self.answer,
             "vision_tokens": self.layout.size,
             "tile_grid": self.layout.tile_grid,
-            "tokens": _describe_tokens(self.layout),
+            "tokens": describe_tokens(self.layout),
             "layers": [
                 {
                     "layer": layer,
@@ -77,7 +95,7 @@ class SelectionRecord:
         }
 
 
-def _describe_tokens(layout: Layout) -> list[dict[str, Any]]:
+def describe_tokens(layout: Layout) -> list[dict[str, Any]]:
     """One entry a vision token, in the model's order. A box is null for newlines and for patches of padding."""
     boxes = layout.boxes()
     described: list[dict[str, Any]] = [{}] * layout.size

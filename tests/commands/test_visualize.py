@@ -51,8 +51,10 @@ def test_one_picture_after_convert(pmod, stock_model, workdir):
 def test_json_and_quiet(ready, capsys):
     options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0)
     assert call("visualize", "img.png", "--layers", "all", "--json", "-o", "a.png", *options) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["image"], report["picture"], report["answer"]) == ("img.png", "a.png", None)
+    written = json.loads(capsys.readouterr().out)
+    assert set(written) == {"schema_version", "images", "statistics"}
+    (report,) = written["images"]
+    assert (report["image"], report["files"], report["answer"]) == ("img.png", ["a.png"], None)
     assert [layer["layer"] for layer in report["layers"]] == [0, 1, 2, 3]
     total = report["vision_tokens"]
     assert len(report["tokens"]) == total

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from pmod_cli import checkpoints
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings, kept_tokens
-from pmod_cli.visualization import select
+from pmod_cli.visualization import LoadedImage, select
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def test_the_bright_patches_are_kept(bright_model, height, width):
     corner = np.array([0.35 * width, 0.35 * height]).round()  # white from here to the lower right corner
     image = Image.new("RGB", (width, height))
     ImageDraw.Draw(image).rectangle((*corner, width, height), fill="white")
-    record = select(model, processor, image, max_new_tokens=0)
+    record = select(model, processor, LoadedImage(image), max_new_tokens=0)
 
     boxes = record.layout.boxes(clip=False)
     # Bicubic resizing smears an edge over two pixels of the smaller of the two pictures.
@@ -85,7 +85,7 @@ def test_the_bright_patches_are_kept(bright_model, height, width):
 
 def test_neither_answer_nor_question_changes_the_selection(bright_model):
     model, processor = bright_model
-    image = Image.effect_noise((90, 60), 80).convert("RGB")
+    image = LoadedImage(Image.effect_noise((90, 60), 80).convert("RGB"))
     silent = select(model, processor, image, "what is the price of egg?", max_new_tokens=0)
     spoken = select(model, processor, image, "what is the price of egg?", max_new_tokens=4)
     asked = select(model, processor, image, "is there a red circle?", max_new_tokens=0)
@@ -103,11 +103,11 @@ def test_a_processor_that_does_not_fit_is_refused(bright_model):
     try:
         processor.chat_template = None
         with pytest.raises(PmodError, match="no chat template"):
-            select(model, processor, Image.new("RGB", (64, 64)))
+            select(model, processor, LoadedImage(Image.new("RGB", (64, 64))))
         processor.chat_template = template
         processor.num_additional_image_tokens = 2
         with pytest.raises(PmodError, match="vision tokens in the prompt"):
-            select(model, processor, Image.new("RGB", (64, 64)))
+            select(model, processor, LoadedImage(Image.new("RGB", (64, 64))))
     finally:
         processor.chat_template = template
         processor.num_additional_image_tokens = 1

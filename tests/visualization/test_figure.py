@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from pmod_cli.errors import PmodError
-from pmod_cli.visualization.figure import draw, save
-from pmod_cli.visualization.overlay import KEPT, prepare
+from pmod_cli.visualization.figure import draw
+from pmod_cli.visualization.overlay import KEPT, SKIPPED, prepare
+from pmod_cli.visualization.page import save
 from tests.visualization.records import anyres_record, cropped_record, padded_record, record_of
 
 BLUE = [0, 0, 255]
@@ -22,28 +23,29 @@ def test_kept_patches_are_clear_and_skipped_ones_are_not(height, width):
     chosen = np.random.default_rng(0).random(record.layout.size) < 0.4
     boxes = record.layout.boxes()
     for part in record.layout.parts:
-        panel = prepare(record.image, record.layout, part, width=3 * width, height=3 * height)
-        drawn = panel.draw(chosen)
+        panel = prepare(record.image, record.layout, [part], width=3 * width, height=3 * height)
+        drawn = panel.draw_kept(chosen)
+        strip = np.where(chosen[:, None], KEPT, SKIPPED)
         for token in part.tokens.ravel():
             x, y = 3 * (boxes[token, :2] + boxes[token, 2:]) / 2
             is_clear = drawn[int(y), int(x)].tolist() == BLUE
             assert is_clear == chosen[token], token
         for row, token in zip(part.row_spans, part.newlines, strict=False):
             middle = int(3 * np.clip(row, 0, height).mean())
-            assert (panel.draw_newlines(chosen)[middle, 0] == KEPT).all() == chosen[token]
+            assert (panel.draw_strip(strip)[middle, 0] == KEPT).all() == chosen[token]
 
 
 def test_cut_off_and_padded_regions():
     """A centre crop leaves the ends of a wide image unseen; a square pad adds rows that are no image."""
     record = cropped_record(84, 252)
-    panel = prepare(record.image, record.layout, record.layout.parts[0], 252, 84)
-    assert (panel.cell[:, :84] == -1).all()
-    assert (panel.cell[:, 84:168] >= 0).all()
-    assert panel.draw(np.ones(144, dtype=bool))[40, 10].tolist() != BLUE
+    panel = prepare(record.image, record.layout, record.layout.parts, 252, 84)
+    assert (panel.cells[0][:, :84] == -1).all()
+    assert (panel.cells[0][:, 84:168] >= 0).all()
+    assert panel.draw_kept(np.ones(144, dtype=bool))[40, 10].tolist() != BLUE
 
     record = padded_record(84, 252)
-    panel = prepare(record.image, record.layout, record.layout.parts[0], 252, 252)
-    clear = panel.draw(np.ones(144, dtype=bool))
+    panel = prepare(record.image, record.layout, record.layout.parts, 252, 252)
+    clear = panel.draw_kept(np.ones(144, dtype=bool))
     assert clear[20, 100].tolist() == [255, 255, 255]
     assert clear[126, 100].tolist() == BLUE
 
@@ -63,7 +65,7 @@ def test_cut_off_and_padded_regions():
     ids=["square", "wide-long", "tall-untrained", "thin", "thinner", "cropped", "padded", "sheet"],
 )
 def test_no_text_overlaps_or_leaves_the_page(record):
-    figure = draw(record, range(record.num_layers), notes=["first of 3 frames"])
+    figure = draw(record, range(record.num_layers))
     figure.canvas.draw()
     (page,) = figure.axes
     frame = figure.bbox
@@ -82,8 +84,8 @@ def test_no_text_overlaps_or_leaves_the_page(record):
 
 
 def test_headings_and_caption():
-    record = anyres_record(168, 168, router_state="untrained")
-    words = [text.get_text() for text in draw(record, [0, 3], notes=["first of 3 frames"]).axes[0].texts]
+    record = anyres_record(168, 168, router_state="untrained", notes=("first of 3 frames",))
+    words = [text.get_text() for text in draw(record, [0, 3]).axes[0].texts]
     total = record.layout.size
     assert {"Layer 0", "plain layer:", f"all {total} tokens", "Layer 3"} <= set(words)
     assert f"{record.kept[3].sum()} of {total} kept" in words

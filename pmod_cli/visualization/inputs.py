@@ -1,0 +1,153 @@
+"""What the command is given to look at: pictures, folders, LLaVA JSON files, saved selections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pmod_cli.errors import PmodError
+from pmod_cli.visualization.images import load_image
+
+Region = tuple[float, float, float, float]
+ROWS = (".json", ".jsonl")
+SAVED = ".npz"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to draw.
+
+    Attributes:
+        path: an image, or a saved selection (`.npz`).
+        name: what its outputs are called; each name once.
+        question: of the row it came from, None elsewhere.
+        regions: pixel boxes of the row.
+    """
+
+    path: Path
+    name: str
+    question: str | None = None
+    regions: tuple[Region, ...] = ()
+
+    @property
+    def is_saved(self) -> bool:
+        return self.path.suffix.lower() == SAVED
+
+
+def find_items(paths: Sequence[Path], image_folder: Path | None = None) -> list[Item]:
+    """The pictures that `paths` name, in order; a folder's own pictures by name, a JSON file's rows in its order.
+
+    Args:
+        image_folder: where the rows' image files are; by default beside the JSON file.
+
+    Raises:
+        PmodError: a path that is not there, a folder or JSON file without pictures, a row that cannot be read.
+    """
+    items = [item for path in paths for item in _expand(path, image_folder)]
+    return list(_named_apart(items))
+
+
+def check_pictures(items: Iterable[Item]) -> None:
+    """Decode every image once, before anything is started.
+
+    Raises:
+        PmodError: naming up to ten of those that cannot be read.
+    """
+    faults = []
+    for path in dict.fromkeys(item.path for item in items if not item.is_saved):
+        try:
+            load_image(path)
+        except PmodError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        told = "; ".join(fault.what for fault in faults[:10])
+        raise PmodError(f"{len(faults)} pictures cannot be read: {told}", hint="remove them, or name the others")
+
+
+def _expand(path: Path, image_folder: Path | None) -> Iterator[Item]:
+    if path.is_dir():
+        known = set(Image.registered_extensions())
+        pictures = sorted(child for child in path.iterdir() if child.suffix.lower() in known and child.is_file())
+        if not pictures:
+            raise PmodError(f"{path}: no picture in this folder", hint="name a folder of .png or .jpg files")
+        yield from (Item(child, child.stem) for child in pictures)
+    elif path.suffix.lower() in ROWS and path.is_file():
+        yield from _rows(path, image_folder or path.parent)
+    else:
+        yield Item(path, path.stem)
+
+
+def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
+    """Rows with an image: `{"image": FILE, "conversations": [{"from": "human", "value": TEXT}, …], "boxes": [[…]]}`."""
+    found = False
+    for number, row in _read_rows(path):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise PmodError(f"{where}: expected an object, found {type(row).__name__}")
+        image = row.get("image")
+        if image is None:  # a row of text alone
+            continue
+        if not isinstance(image, str):
+            raise PmodError(f"{where}: `image` is expected to be one file name, found {json.dumps(image)[:60]}")
+        found = True
+        file = image_folder / image
+        yield Item(file, file.stem, _question(row, where), _regions(row, where))
+    if not found:
+        raise PmodError(f"{path}: no row has an image", hint='a row is {"image": "a.png", "conversations": [...]}')
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise PmodError(f"{path}: expected a list of rows, found {type(rows).__name__}")
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:  # json's, or a byte that is no UTF-8
+        raise PmodError(f"{path}: not JSON: {error}") from error
+    return enumerate(rows)
+
+
+def _question(row: dict, where: str) -> str | None:
+    """The first human turn. A mark in front of the text is where images stand anyway; elsewhere it is kept."""
+    turns = row.get("conversations") or []
+    try:
+        text = next((turn["value"] for turn in turns if turn["from"] in ("human", "user")), None)
+        return text and text.strip().removeprefix("<image>").strip()
+    except (TypeError, KeyError, AttributeError) as error:
+        raise PmodError(f'{where}: a turn is {{"from": "human" or "gpt", "value": TEXT}}') from error
+
+
+def _regions(row: dict, where: str) -> tuple[Region, ...]:
+    boxes = row.get("boxes") or []
+    try:
+        regions = tuple(tuple(float(edge) for edge in box) for box in boxes)
+        if any(len(box) != 4 or box[0] >= box[2] or box[1] >= box[3] for box in regions):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise PmodError(
+            f"{where}: `boxes` is expected to be a list of [x0, y0, x1, y1] in pixels of the image, x0 < x1 and y0 < y1"
+        ) from error
+    return regions
+
+
+def _named_apart(items: Sequence[Item]) -> Iterator[Item]:
+    """Pictures of the same name, and several questions about one picture, get a number behind their name."""
+    taken: set[str] = {item.name for item in items}
+    used: set[str] = set()
+    for item in items:
+        name, number = item.name, 1
+        while name in used or (number > 1 and name in taken):
+            number += 1
+            name = f"{item.name}-{number}"
+        used.add(name)
+        yield replace(item, name=name)

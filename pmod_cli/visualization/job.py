@@ -1,0 +1,136 @@
+"""From items to files: ask the model about each picture, draw it, write what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pmod_cli.errors import PmodError
+from pmod_cli.visualization.archive import load_npz, save_npz
+from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
+from pmod_cli.visualization.figure import MODES, PARTS, draw
+from pmod_cli.visualization.html import save_html
+from pmod_cli.visualization.images import LoadedImage, load_image
+from pmod_cli.visualization.inputs import Item
+from pmod_cli.visualization.page import save
+from pmod_cli.visualization.record import SelectionRecord, parse_layers
+from pmod_cli.visualization.statistics import in_common
+from pmod_cli.visualization.subjects import Subject
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to ask and what to draw.
+
+    Attributes:
+        layers: as `parse_layers` takes it.
+        mode, parts: one of MODES, one of PARTS.
+        question: for pictures that bring none of their own, or for all.
+        against_question: `compare` the same model on another question.
+        max_new_tokens: length limit of the answer, 0 for none.
+        answer_only: no question, legend and model in the caption.
+    """
+
+    layers: str = "all"
+    mode: str = "kept"
+    parts: str = "separate"
+    question: str | None = None
+    against_question: str | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+    answer_only: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value, known in (("--mode", self.mode, MODES), ("--parts", self.parts, PARTS)):
+            if value not in known:
+                raise PmodError(f"{flag} {value}: there is no such choice", hint=f"one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One finished item: its record, what it was compared with, the layers drawn, the files written."""
+
+    item: Item
+    record: SelectionRecord
+    against: SelectionRecord | None
+    layers: list[int]
+    files: tuple[Path, ...]
+
+
+def check_saved(items: Sequence[Item], against: Path | None, settings: Settings) -> None:
+    """Read saved selections and parse the layers asked of them, before anything is started.
+
+    Raises:
+        PmodError: a file that cannot be read, a layer that is not in it, nothing in common.
+    """
+    other = load_npz(against) if against else None
+    for item in items:
+        if item.is_saved:
+            record = load_npz(item.path)
+            parse_layers(settings.layers, record.num_layers)
+            if settings.against_question:
+                raise PmodError(f"{item.path} is saved: it cannot be asked another question", hint="--against B.npz")
+            if settings.mode == "compare" and other:
+                in_common(record, other)
+
+
+def run(
+    items: Sequence[Item],
+    settings: Settings,
+    targets: Sequence[Path],
+    *,
+    subject: Subject | None,
+    against: Subject | Path | None = None,
+    html: bool = False,
+    npz: bool = False,
+) -> Iterator[Drawn]:
+    """Draw each item into its target, one by one.
+
+    Args:
+        targets: a picture's path for each item; the page and the arrays go beside it.
+        subject: the model; None where every item is saved.
+        against: what `compare` compares with: a model or a saved selection.
+        html, npz: also write the page, and the arrays.
+    """
+    for item, target in zip(items, targets, strict=True):
+        record = load_npz(item.path) if item.is_saved else _ask(subject, item, settings)
+        other = _other(record, item, settings, subject, against) if settings.mode == "compare" else None
+        layers = parse_layers(settings.layers, record.num_layers)
+        figure = draw(
+            record, layers, settings.mode, against=other, parts=settings.parts, answer_only=settings.answer_only
+        )
+        files = [target]
+        save(figure, target)
+        for wanted, suffix, write in ((html, ".html", partial(save_html, layers=layers)), (npz, ".npz", save_npz)):
+            if wanted:
+                files.append(target.with_suffix(suffix))
+                write(record, files[-1])
+        yield Drawn(item, record, other, layers, tuple(files))
+
+
+def _ask(subject: Subject, item: Item, settings: Settings, question: str | None = None) -> SelectionRecord:
+    return select(
+        subject.model,
+        subject.processor,
+        load_image(item.path),
+        question or settings.question or item.question or DEFAULT_QUESTION,
+        max_new_tokens=settings.max_new_tokens,
+        name=subject.name,
+        regions=item.regions,
+    )
+
+
+def _other(
+    record: SelectionRecord, item: Item, settings: Settings, subject: Subject | None, against: Subject | Path | None
+) -> SelectionRecord:
+    """The second record of a comparison: saved, of another question, of another model, or of stock attention."""
+    if isinstance(against, Path):
+        return load_npz(against)
+    if settings.against_question:
+        return _ask(subject, item, settings, settings.against_question)
+    if against.router_state == "stock":
+        return attend(against.model, against.processor, record, name=against.name)
+    picture = LoadedImage(record.image, record.notes)
+    asked = {"max_new_tokens": settings.max_new_tokens, "name": against.name, "regions": record.regions}
+    return select(against.model, against.processor, picture, record.question, **asked)

@@ -1,0 +1,99 @@
+"""A page of matplotlib measured in inches from its top left corner: text keeps its size, and nothing overlaps."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmod_cli.errors import PmodError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg")
+MARGIN = 0.08  # inches
+LINE = 0.125  # inches a line of text
+TITLE_PT, TEXT_PT, SMALL_PT = 8.0, 7.0, 6.0
+INK, QUIET, ALERT = "#1a1a1a", "#595959", "#a03800"
+
+
+class Page:
+    """A figure with one pair of axes over all of it. x to the right and y down, in inches."""
+
+    def __init__(self, width: float, height: float, dpi: int) -> None:
+        from matplotlib.figure import Figure
+
+        self.figure: Figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        self.axes.axis("off")
+
+    def text(self, x: float, y: float, words: str, colour: str = INK, size: float = TEXT_PT, **style) -> None:
+        # parse_math: an answer of "$5 and $6" is no formula
+        self.axes.text(x, y, words, **{"color": colour, "fontsize": size, "va": "top", "parse_math": False, **style})
+
+    def picture(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+        """uint8 (h, w, 3), stretched over the box."""
+        from matplotlib.image import AxesImage
+
+        image = AxesImage(self.axes, extent=(x, x + width, y + height, y), interpolation="none")
+        image.set_data(pixels)
+        self.axes.add_artist(image)  # unlike imshow, this leaves the limits of the page alone
+
+    def frame(self, x: float, y: float, width: float, height: float, **style) -> None:
+        """A rectangle, by default a thin empty one."""
+        from matplotlib.patches import Rectangle
+
+        drawn = {"facecolor": "none", "edgecolor": QUIET, "linewidth": 0.4} | style
+        self.axes.add_patch(Rectangle((x, y), width, height, **drawn))
+
+
+def wrap(text: str, width: float, colour: str, most: int = 5) -> list[tuple[str, str]]:
+    """At most `most` lines and their colour, none wider than `width` inches as the font draws it."""
+    text = " ".join(text.split())
+    letters = int(width / 0.03)  # as many as would fit of the narrowest; fewer until the widest line fits
+    while True:
+        lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
+        excess = max(measure(line) for line in lines) / width
+        if excess <= 1:
+            return [(line, colour) for line in lines]
+        letters = min(letters - 1, int(letters / excess) + 4)
+
+
+def measure(line: str, size: float = TEXT_PT) -> float:
+    """Width in inches of a line of text."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        points, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=size), ismath=False)
+    return points / 72
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG or SVG, by the path's ending; an existing file is replaced at once or not at all.
+
+    Raises:
+        PmodError: another ending.
+    """
+    from pmod_cli.checkpoints.atomic import write_bytes
+
+    kind, buffer = check_format(path), io.BytesIO()
+    with warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes; a line of log for each of them helps nobody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format=kind)
+    write_bytes(path, buffer.getvalue())
+
+
+def check_format(path: Path) -> str:
+    """ "png" or "svg", from the path's ending. Raises PmodError for any other."""
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise PmodError(f"{path}: pictures are written as .png or .svg", hint=f"-o {path.with_suffix('.png')}")
+    return kind

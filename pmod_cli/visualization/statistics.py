@@ -1,0 +1,127 @@
+"""What many selections have in common: overlap of neighbouring layers, and tokens on marked regions, against chance.
+
+Chance is the expected value for as many tokens drawn at random from all V, computed, not sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pmod_cli.errors import PmodError
+from pmod_cli.visualization.record import SelectionRecord
+
+ON_REGION = 0.25  # a patch is on a region when they share this much of the smaller one of the two
+RESAMPLES = 2000  # of images, for the 95 % intervals
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """Of one record; L layers. NaN where there is nothing to tell.
+
+    Attributes:
+        overlap, overlap_chance: float64 (L - 1,), share of the smaller selection that the next layer keeps too; NaN
+            where one of the two layers is plain.
+        on_regions, on_regions_chance: float64 (L,), share of the kept tokens that lie on a region; NaN without regions.
+    """
+
+    overlap: np.ndarray
+    overlap_chance: np.ndarray
+    on_regions: np.ndarray
+    on_regions_chance: np.ndarray
+
+
+def image_statistics(record: SelectionRecord) -> ImageStatistics:
+    kept, total = record.kept, record.layout.size
+    counts = kept.sum(axis=1)
+    both = np.minimum(counts[:-1], counts[1:])
+    compared = record.routed[:-1] & record.routed[1:] & (both > 0)
+    overlap = np.where(compared, (kept[:-1] & kept[1:]).sum(axis=1) / both.clip(1), np.nan)
+    chance = np.where(compared, np.maximum(counts[:-1], counts[1:]) / total, np.nan)
+    marked = tokens_on(record)
+    known = (counts > 0) & marked.any()
+    share = np.where(known, kept[:, marked].sum(axis=1) / counts.clip(1), np.nan)
+    return ImageStatistics(overlap, chance, share, np.where(known, marked.mean(), np.nan))
+
+
+def tokens_on(record: SelectionRecord) -> np.ndarray:
+    """bool (V,): tokens whose patch and one of the record's regions share a quarter of the smaller one."""
+    boxes = record.layout.boxes()
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # NaN, hence never on a region, for newlines
+    on = np.zeros(record.layout.size, dtype=bool)
+    for x0, y0, x1, y1 in record.regions:
+        wide = np.minimum(boxes[:, 2], x1) - np.maximum(boxes[:, 0], x0)
+        high = np.minimum(boxes[:, 3], y1) - np.maximum(boxes[:, 1], y0)
+        on |= wide.clip(0) * high.clip(0) >= ON_REGION * np.minimum(area, (x1 - x0) * (y1 - y0))
+    return on
+
+
+def in_common(first: SelectionRecord, second: SelectionRecord) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (L,) each: share of the smaller selection that the other keeps too, and the same by chance.
+
+    Raises:
+        PmodError: the records are not of the same tokens and layers.
+    """
+    if first.kept.shape != second.kept.shape or not _same_places(first, second):
+        raise PmodError(
+            f"{first.model} and {second.model} cannot be compared: {first.num_layers} layers of {first.layout.size} "
+            f"vision tokens, against {second.num_layers} of {second.layout.size}, or other places in the image",
+            hint="compare checkpoints of the same stock model, on the same image",
+        )
+    counts = np.stack([first.kept.sum(axis=1), second.kept.sum(axis=1)])
+    smaller = counts.min(axis=0).clip(1)
+    return (first.kept & second.kept).sum(axis=1) / smaller, counts.max(axis=0) / first.layout.size
+
+
+def _same_places(first: SelectionRecord, second: SelectionRecord) -> bool:
+    return np.array_equal(first.layout.boxes(clip=False), second.layout.boxes(clip=False), equal_nan=True)
+
+
+def summarise(images: Sequence[ImageStatistics], seed: int = 0) -> dict[str, Any]:
+    """Means over images, with 95 % bootstrap intervals over images, ready for JSON; None where nothing is known.
+
+    Raises:
+        PmodError: the images were given to models of different depth.
+    """
+    if len({len(image.on_regions) for image in images}) > 1:
+        raise PmodError("the selections come from models with different numbers of layers", hint="give one model's")
+    overlap = _stack(images, "overlap"), _stack(images, "overlap_chance")
+    regions = _stack(images, "on_regions"), _stack(images, "on_regions_chance")
+    return {
+        "images": len(images),
+        "neighbour_overlap": _compare(*overlap, seed),
+        "images_with_regions": int(np.isfinite(regions[0]).any(axis=1).sum()),
+        "kept_on_regions": _compare(*regions, seed),
+        "layers": [
+            {
+                "layer": layer,
+                "overlap_with_next": _compare(*(x[:, layer : layer + 1] for x in overlap), seed),
+                "kept_on_regions": _compare(*(x[:, layer : layer + 1] for x in regions), seed),
+            }
+            for layer in range(regions[0].shape[1])
+        ],
+    }
+
+
+def _stack(images: Sequence[ImageStatistics], name: str) -> np.ndarray:
+    return np.stack([getattr(image, name) for image in images])
+
+
+def _compare(values: np.ndarray, chance: np.ndarray, seed: int) -> dict[str, Any] | None:
+    """Mean, chance and lift = mean / chance with its interval, of (images, layers); NaN entries are left out."""
+    known = np.isfinite(values).any(axis=1)
+    if not known.any():
+        return None
+    of_image, by_chance = np.nanmean(values[known], axis=1), np.nanmean(chance[known], axis=1)
+    drawn = np.random.default_rng(seed).integers(0, len(of_image), (RESAMPLES, len(of_image)))
+    lifts = of_image[drawn].mean(axis=1) / by_chance[drawn].mean(axis=1)
+    low, high = np.quantile(lifts, [0.025, 0.975])
+    return {
+        "mean": round(float(of_image.mean()), 4),
+        "by_chance": round(float(by_chance.mean()), 4),
+        "lift": round(float(of_image.mean() / by_chance.mean()), 4),
+        "lift_95": [round(float(low), 4), round(float(high), 4)] if len(of_image) > 1 else None,
+    }

@@ -208,6 +208,7 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
         task = bar.add_task("drawing", total=total, visible=statistics is not None)
         for drawn in run:
             numbers.append(visualization.image_statistics(drawn.record))
+            layers = drawn.layers
             if as_json:
                 described.append(visualization.describe(drawn))
             elif quiet:
@@ -218,7 +219,7 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
             else:
                 _render(drawn)
             bar.advance(task)
-    summary = visualization.summarise(numbers)
+    summary = visualization.summarise(numbers, layers)
     if statistics:
         write_json(statistics, summary)
     if as_json:

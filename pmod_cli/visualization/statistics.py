@@ -25,7 +25,8 @@ class ImageStatistics:
     Attributes:
         overlap, overlap_chance: float64 (L - 1,), share of the smaller selection that the next layer keeps too; NaN
             where one of the two layers is plain.
-        on_regions, on_regions_chance: float64 (L,), share of the kept tokens that lie on a region; NaN without regions.
+        on_regions, on_regions_chance: float64 (L,), share of the kept tokens that lie on a region; NaN without regions
+            and for plain layers.
     """
 
     overlap: np.ndarray
@@ -42,7 +43,7 @@ def image_statistics(record: SelectionRecord) -> ImageStatistics:
     overlap = np.where(compared, (kept[:-1] & kept[1:]).sum(axis=1) / both.clip(1), np.nan)
     chance = np.where(compared, np.maximum(counts[:-1], counts[1:]) / total, np.nan)
     marked = tokens_on(record)
-    known = (counts > 0) & marked.any()
+    known = record.routed & (counts > 0) & marked.any()
     share = np.where(known, kept[:, marked].sum(axis=1) / counts.clip(1), np.nan)
     return ImageStatistics(overlap, chance, share, np.where(known, marked.mean(), np.nan))
 
@@ -80,16 +81,24 @@ def _same_places(first: SelectionRecord, second: SelectionRecord) -> bool:
     return np.array_equal(first.layout.boxes(clip=False), second.layout.boxes(clip=False), equal_nan=True)
 
 
-def summarise(images: Sequence[ImageStatistics], seed: int = 0) -> dict[str, Any]:
-    """Means over images, with 95 % bootstrap intervals over images, ready for JSON; None where nothing is known.
+def summarise(images: Sequence[ImageStatistics], layers: Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """Means over images and routed layers, with 95 % bootstrap intervals over images, ready for JSON.
+
+    Args:
+        layers: which to count; of neighbours, pairs of which both are among them.
+
+    Returns:
+        `neighbour_overlap` and `kept_on_regions` over all these layers, and each layer's own; None where a number has no
+        meaning: plain layers, images without regions.
 
     Raises:
         PmodError: the images were given to models of different depth.
     """
     if len({len(image.on_regions) for image in images}) > 1:
         raise PmodError("the selections come from models with different numbers of layers", hint="give one model's")
-    overlap = _stack(images, "overlap"), _stack(images, "overlap_chance")
-    regions = _stack(images, "on_regions"), _stack(images, "on_regions_chance")
+    pairs = [layer for layer in layers if layer + 1 in layers]
+    overlap = _stack(images, "overlap", pairs), _stack(images, "overlap_chance", pairs)
+    regions = _stack(images, "on_regions", layers), _stack(images, "on_regions_chance", layers)
     return {
         "images": len(images),
         "neighbour_overlap": _compare(*overlap, seed),
@@ -98,16 +107,17 @@ def summarise(images: Sequence[ImageStatistics], seed: int = 0) -> dict[str, Any
         "layers": [
             {
                 "layer": layer,
-                "overlap_with_next": _compare(*(x[:, layer : layer + 1] for x in overlap), seed),
-                "kept_on_regions": _compare(*(x[:, layer : layer + 1] for x in regions), seed),
+                "overlap_with_next": _compare(*(x[:, [p == layer for p in pairs]] for x in overlap), seed),
+                "kept_on_regions": _compare(*(x[:, [other == layer for other in layers]] for x in regions), seed),
             }
-            for layer in range(regions[0].shape[1])
+            for layer in layers
         ],
     }
 
 
-def _stack(images: Sequence[ImageStatistics], name: str) -> np.ndarray:
-    return np.stack([getattr(image, name) for image in images])
+def _stack(images: Sequence[ImageStatistics], name: str, layers: Sequence[int]) -> np.ndarray:
+    """float64 (images, layers)."""
+    return np.stack([getattr(image, name)[list(layers)] for image in images])
 
 
 def _compare(values: np.ndarray, chance: np.ndarray, seed: int) -> dict[str, Any] | None:

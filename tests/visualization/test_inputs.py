@@ -1,0 +1,90 @@
+"""Folders and LLaVA rows become items; what cannot be read is said before anything starts."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from pmod_cli.errors import PmodError
+from pmod_cli.visualization.inputs import check_pictures, find_items
+
+
+def picture(path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def test_a_folder_gives_its_pictures_by_name(tmp_path):
+    for name in ("b.png", "a.jpg", "sub/c.png"):
+        picture(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert [item.path.name for item in find_items([tmp_path])] == ["a.jpg", "b.png"]
+
+
+def test_names_are_given_once(tmp_path):
+    for name in ("one/a.png", "two/a.png", "one/a-2.png"):
+        picture(tmp_path / name)
+    names = [item.name for item in find_items([tmp_path / "one", tmp_path / "two", tmp_path / "one/a.png"])]
+    assert names == ["a-2", "a", "a-3", "a-4"]  # "-" sorts before "."
+
+
+def test_llava_rows(tmp_path):
+    rows = [
+        {
+            "image": "x/a.png",
+            "boxes": [[1, 2, 3, 4]],
+            "conversations": [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "ice"}],
+        },
+        {"conversations": [{"from": "human", "value": "text alone"}]},
+        {"image": "x/a.png", "conversations": [{"from": "human", "value": "look at <image> and tell"}]},
+        {"image": "b.png"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    for name in ("rows.json", "rows.jsonl"):
+        first, second, third = find_items([tmp_path / name], tmp_path / "images")
+        assert first.path == tmp_path / "images" / "x" / "a.png"
+        assert (first.question, first.regions, first.name) == ("what is it?", ((1.0, 2.0, 3.0, 4.0),), "a")
+        assert (second.question, second.name) == ("look at <image> and tell", "a-2")
+        assert (third.question, third.regions) == (None, ())
+    assert find_items([tmp_path / "rows.json"])[2].path == tmp_path / "b.png"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "expected a list of rows, found dict"),
+        ("[]", "no row has an image"),
+        ("[3]", "row 0: expected an object, found int"),
+        ('[{"image": ["a.png", "b.png"]}]', "`image` is expected to be one file name"),
+        ('[{"image": "a.png", "conversations": ["hm"]}]', "row 0: a turn is"),
+        ('[{"image": "a.png", "conversations": 3}]', "row 0: a turn is"),
+        ('[{"image": "a.png", "boxes": [[1, 2, 3]]}]', "row 0: `boxes` is expected"),
+        ('[{"image": "a.png", "boxes": [[5, 2, 3, 4]]}]', "row 0: `boxes` is expected"),
+        ('[{"image": "a.png", "boxes": 7}]', "row 0: `boxes` is expected"),
+    ],
+)
+def test_bad_rows(tmp_path, text, message):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(PmodError, match=message) as caught:
+        find_items([tmp_path / "rows.json"])
+    assert caught.value.code == 2
+
+
+def test_bad_bytes_and_empty_folders(tmp_path):
+    (tmp_path / "rows.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PmodError, match=r"rows\.json: not JSON"):
+        find_items([tmp_path / "rows.json"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PmodError, match="no picture in this folder"):
+        find_items([tmp_path / "empty"])
+
+
+def test_every_bad_picture_is_named_at_once(tmp_path):
+    picture(tmp_path / "good.png")
+    for name in ("bad.png", "worse.png"):
+        (tmp_path / name).write_text("no picture")
+    with pytest.raises(PmodError, match=r"2 pictures cannot be read: .*bad\.png.*worse\.png"):
+        check_pictures(find_items([tmp_path]))
+    check_pictures(find_items([tmp_path / "good.png"]))

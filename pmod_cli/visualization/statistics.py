@@ -88,8 +88,8 @@ def summarise(images: Sequence[ImageStatistics], layers: Sequence[int], seed: in
         layers: which to count; of neighbours, pairs of which both are among them.
 
     Returns:
-        `neighbour_overlap` and `kept_on_regions` over all these layers, and each layer's own; None where a number has no
-        meaning: plain layers, images without regions.
+        `neighbour_overlap` and `kept_on_regions` over all these layers, and each layer's own; None where a number has
+        no meaning: plain layers, images without regions.
 
     Raises:
         PmodError: the images were given to models of different depth.

@@ -3,6 +3,9 @@
 A white corner of a black picture must then be kept, by the boxes that the record gives its tokens.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from PIL import Image, ImageDraw
 from pmod_cli import checkpoints
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings, kept_tokens
-from pmod_cli.visualization import LoadedImage, select
+from pmod_cli.visualization import LoadedImage, attend, select
 
 
 @torch.no_grad()
@@ -111,3 +114,85 @@ def test_a_processor_that_does_not_fit_is_refused(bright_model):
     finally:
         processor.chat_template = template
         processor.num_additional_image_tokens = 1
+
+
+def test_an_image_mark_in_the_question_moves_the_image(bright_model):
+    """Text before the image is seen by it, so weights change; text behind it is not."""
+    model, processor = bright_model
+    image = LoadedImage(Image.effect_noise((90, 60), 80).convert("RGB"))
+    behind = select(model, processor, image, "<image>\nwhat is the price of egg?", max_new_tokens=0)
+    plain = select(model, processor, image, "what is the price of egg?", max_new_tokens=0)
+    before = select(model, processor, image, "what is the price of egg? <image>", max_new_tokens=0)
+    np.testing.assert_allclose(behind.weight, plain.weight, atol=1e-5)
+    assert before.layout.size == plain.layout.size
+    with pytest.raises(PmodError, match="more than once"):
+        select(model, processor, image, "<image> or <image>", max_new_tokens=0)
+
+
+def test_attention_is_that_of_one_eager_pass(stock_model, tmp_path):
+    """The two-step prefill gives the last row of the maps that one pass over the whole prompt gives."""
+    settings = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.1))
+    checkpoints.convert(stock_model("llava_next"), tmp_path / "pmod", settings)
+    routed = checkpoints.load_model(tmp_path / "pmod")
+    stock, processor = checkpoints.load_model(stock_model("llava_next"), attn_implementation="eager")
+    picture = LoadedImage(Image.effect_noise((90, 60), 80).convert("RGB"))
+    record = select(*routed, picture, "what is it?", max_new_tokens=0)
+    beside = attend(stock, processor, record, name="stock")
+
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(images=picture.pixels, text=text, return_tensors="pt")
+    with torch.no_grad():
+        maps = stock(**inputs, output_attentions=True).attentions
+    is_vision = inputs["input_ids"][0] == stock.config.image_token_id
+    for layer in range(4):
+        expected = maps[layer][0, :, -1].mean(0)[is_vision].numpy()
+        np.testing.assert_allclose(beside.weight[layer], expected, atol=1e-6)
+        kept = int(record.kept[layer].sum())
+        assert beside.kept[layer].sum() == kept
+        assert set(np.flatnonzero(beside.kept[layer])) == set(np.argsort(-expected)[:kept])
+    assert (beside.chosen_by, beside.router_state, beside.answer) == ("attention", "stock", None)
+
+    other, its_processor = checkpoints.load_model(stock_model("llava"), attn_implementation="eager")
+    with pytest.raises(PmodError, match="nothing can be compared"):
+        attend(other, its_processor, record, name="llava")
+
+
+def test_one_image_and_32_layers_take_two_seconds():
+    """CPU time beyond the imports: loading, asking, drawing all layers; of that drawing alone 1 s."""
+    run = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    loading, asking, drawing = map(float, run.stdout.split())
+    assert drawing <= 1
+    assert loading + asking + drawing <= 2
+
+
+TIMED = """
+import tempfile, time
+from pathlib import Path
+import matplotlib.backends.backend_agg, matplotlib.figure, torch
+import transformers.models.clip.modeling_clip, transformers.models.llama.modeling_llama
+import transformers.models.llava_next.processing_llava_next
+import pmod_cli.visualization as v
+import pmod_cli.model.modeling
+from pmod_cli import checkpoints
+from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.model import PmodSettings
+from transformers import AutoModelForImageTextToText, AutoProcessor
+torch.set_num_threads(1)
+with tempfile.TemporaryDirectory() as folder:
+    folder = Path(folder)
+    checkpoints.convert(checkpoints.resolve("tiny-llava-next").path, folder / "pmod", PmodSettings())
+    document = draw("doc", seed_of("test", 0))
+    document.image.save(folder / "image.png")
+    start = time.process_time()
+    model, processor = checkpoints.load_model(folder / "pmod")
+    loaded = time.process_time()
+    record = v.select(model, processor, v.load_image(folder / "image.png"), document.turns[0].question)
+    asked = time.process_time()
+    assert record.num_layers == 32
+    v.save(v.draw(record, range(32)), folder / "sheet.png")
+    print(loaded - start, asked - loaded, time.process_time() - asked)
+"""

@@ -1,17 +1,17 @@
 """The picture: planted patches are clear where they lie, nothing overlaps, nothing is cut."""
 
 import itertools
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pmod_cli.errors import PmodError
-from pmod_cli.visualization.figure import draw
+from pmod_cli.visualization.figure import MODES, draw
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, prepare
 from pmod_cli.visualization.page import save
-from tests.visualization.records import anyres_record, cropped_record, padded_record, record_of
+from tests.visualization.records import anyres_record, cropped_record, padded_record
 
 BLUE = [0, 0, 255]
 LONG = "W" * 120 + " costs $5 and $6_7 {x} \\frac " + "and so on " * 60
@@ -50,26 +50,31 @@ def test_cut_off_and_padded_regions():
     assert clear[126, 100].tolist() == BLUE
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        anyres_record(168, 168),
-        anyres_record(84, 252, question=LONG, answer=LONG),
-        anyres_record(252, 84, router_state="untrained", answer=""),
-        anyres_record(12, 250),
-        anyres_record(3, 250),  # so thin that no row of tiles is left
-        cropped_record(100, 300, answer=None, model="long/" * 30),
-        padded_record(300, 100),
-        anyres_record(168, 168, layers=20),
-    ],
-    ids=["square", "wide-long", "tall-untrained", "thin", "thinner", "cropped", "padded", "sheet"],
-)
-def test_no_text_overlaps_or_leaves_the_page(record):
-    figure = draw(record, range(record.num_layers))
-    figure.canvas.draw()
-    (page,) = figure.axes
+RECORDS = {
+    "square": anyres_record(168, 168),
+    "wide-long": anyres_record(84, 252, question=LONG, answer=LONG),
+    "tall-untrained": anyres_record(252, 84, router_state="untrained", answer=""),
+    "thin": anyres_record(12, 250, regions=((3.0, 2.0, 40.0, 9.0),)),
+    "thinner": anyres_record(3, 250),  # so thin that no row of tiles is left
+    "cropped": cropped_record(100, 300, answer=None, model="long/" * 30),
+    "padded": padded_record(300, 100),
+}
+NOTES = ("first of 3 frames",)
+
+
+def assert_nothing_overlaps(figure) -> None:
+    """No text leaves the page, lies over another or over a panel."""
+    figure.draw_without_rendering()
     frame = figure.bbox
-    boxes = {text: text.get_window_extent() for text in page.texts if text.get_text()}
+    page, *charts = figure.axes
+    texts = [text for text in page.texts if text.get_text()]
+    for legend in figure.legends:
+        texts += legend.get_texts()
+    for chart in charts:
+        texts += [chart.xaxis.label, chart.yaxis.label]
+        for axis, (low, high) in ((chart.xaxis, chart.get_xlim()), (chart.yaxis, chart.get_ylim())):
+            texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = {text: text.get_window_extent() for text in texts if text.get_text()}
     for text, box in boxes.items():
         assert frame.x0 <= box.x0 <= box.x1 <= frame.x1, text.get_text()
         assert frame.y0 <= box.y0 <= box.y1 <= frame.y1, text.get_text()
@@ -78,9 +83,99 @@ def test_no_text_overlaps_or_leaves_the_page(record):
         # Neighbouring lines of a text touch by their letters' descent; half a line is a real overlap.
         overlap = min(a.y1, b.y1) - max(a.y0, b.y0)
         assert apart or overlap < 0.35 * min(a.height, b.height), (first.get_text(), second.get_text())
-    images = [image.get_window_extent() for image in page.images]
+    images = [image.get_window_extent() for image in page.images] + [chart.get_window_extent() for chart in charts]
     for text, box in boxes.items():
         assert not any(image.overlaps(box.padded(-2)) for image in images), text.get_text()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", RECORDS)
+def test_no_text_overlaps_or_leaves_the_page(name, mode):
+    record = replace(RECORDS[name], notes=NOTES)
+    other = replace(record, kept=record.kept[::-1], question="And what is that?", model="another")
+    against = other if mode == "compare" else None
+    assert_nothing_overlaps(draw(record, range(record.num_layers), mode, against=against))
+
+
+@pytest.mark.parametrize("mode", ["kept", "grid"])
+def test_a_sheet_of_many_layers(mode):
+    assert_nothing_overlaps(draw(anyres_record(168, 168, layers=20), range(20), mode))
+
+
+@pytest.mark.parametrize("parts", ["merged", "base", "tiles"])
+def test_other_parts(parts):
+    record = anyres_record(84, 168)
+    for mode in ("kept", "weights", "depth"):
+        assert_nothing_overlaps(draw(record, [0, 3], mode, parts=parts))
+    with pytest.raises(PmodError, match="--parts tiles: this image has only image"):
+        draw(cropped_record(84, 84), [3], parts="tiles")
+
+
+def test_merged_parts_are_clear_for_both_and_half_clear_for_one():
+    record = anyres_record(84, 168)
+    base, tiles = record.layout.parts
+    chosen = np.zeros(record.layout.size, dtype=bool)
+    chosen[base.tokens[:, :6]] = True  # the left half of the picture
+    chosen[tiles.tokens[:6]] = True  # the upper half
+    panel = prepare(record.image, record.layout, [base, tiles], 168, 84)
+    drawn = panel.draw_kept(chosen)
+    both, only_base, only_tiles, none = (drawn[y, x].tolist() for y, x in ((20, 40), (60, 40), (20, 130), (60, 130)))
+    assert both == BLUE
+    assert only_base == only_tiles
+    assert none == panel.greyed[60, 130].tolist()
+    assert all(min(a, c) <= b <= max(a, c) for a, b, c in zip(both, only_base, none, strict=True))
+    assert only_base not in (both, none)
+
+
+def test_heat_shows_each_tokens_colour():
+    record = anyres_record(84, 168, image=Image.new("RGB", (168, 84), "white"))
+    colours = np.random.default_rng(0).integers(0, 255, (record.layout.size, 3), dtype=np.uint8)
+    for part in record.layout.parts:
+        panel = prepare(record.image, record.layout, [part], 336, 168)
+        drawn = panel.draw_heat(colours)
+        for token in part.tokens.ravel():
+            x0, y0, x1, y1 = 2 * record.layout.boxes()[token]
+            assert drawn[int((y0 + y1) / 2), int((x0 + x1) / 2)].tolist() == colours[token].tolist()  # no ink on white
+
+
+def test_depth_and_weights_name_their_ends():
+    record = anyres_record(168, 168)
+    words = [text.get_text() for text in draw(record, range(4), "depth").axes[0].texts]
+    assert {"Picture", "Whole image", "2×2 tiles", "kept in so many of 4 layers", "2", "4"} <= set(words)
+    base = record.layout.parts[0].tokens
+    assert f"mean {record.depth[base].mean():.1f} layers" in words
+    words = [text.get_text() for text in draw(record, range(4), "weights").axes[0].texts]
+    assert {"1.000", "1.100", "router weight, one scale for all layers"} <= set(words)
+
+
+def test_schedule_plots_the_plan_and_what_was_kept():
+    record = anyres_record(168, 168, layers=6)
+    _, chart = draw(record, [0], "schedule").axes
+    real, *parts = chart.lines
+    np.testing.assert_allclose(real.get_ydata(), record.kept.mean(axis=1))
+    base, tiles = record.layout.parts
+    for line, tokens in zip(parts, (base.tokens, tiles.tokens, tiles.newlines), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), record.kept[:, tokens.ravel()].mean(axis=1))
+    (plan,) = chart.patches
+    np.testing.assert_allclose(plan.get_data().values, record.retention)
+
+
+def test_compare_says_what_is_in_common():
+    record = anyres_record(168, 168)
+    flipped = replace(record, kept=np.where(record.routed[:, None], ~record.kept, True), model="other")
+    words = [text.get_text() for text in draw(record, [0, 3], "compare", against=flipped).axes[0].texts]
+    assert {"100% in common", "0% in common", "A: whole image", "B: 2×2 tiles", "Q: What is it?"} <= set(words)
+    assert {"A: planted, trained routers; answers: blue", "B: other, trained routers; answers: blue"} <= set(words)
+    with pytest.raises(PmodError, match="something to compare with"):
+        draw(record, [3], "compare")
+
+
+def test_answer_only():
+    words = " ".join(t.get_text() for t in draw(anyres_record(168, 168), [3], answer_only=True).axes[0].texts)
+    assert "blue" in words
+    assert all(other not in words for other in ("What is it?", "planted", "patch kept", "A: "))
+    untrained = draw(anyres_record(168, 168, router_state="untrained"), [3], answer_only=True)
+    assert "Untrained routers" in " ".join(text.get_text() for text in untrained.axes[0].texts)
 
 
 def test_headings_and_caption():
@@ -109,24 +204,3 @@ def test_saved_as_png_or_svg(tmp_path):
     with pytest.raises(PmodError, match=r"a\.gif: pictures are written as \.png or \.svg"):
         save(figure, tmp_path / "a.gif")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
-
-
-def test_a_contact_sheet_of_32_layers_is_drawn_in_a_second(tmp_path):
-    record = anyres_record(168, 168, layers=32)
-    save(draw(record, [0]), tmp_path / "fonts.png")  # loads fonts, once a process
-    start = time.process_time()
-    save(draw(record, range(32)), tmp_path / "sheet.png")
-    assert time.process_time() - start < 2  # 0.8 s where the core is not shared
-
-
-def test_the_selection_of_a_7b_next_is_drawn(tmp_path):
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    from pmod_cli.visualization.geometry import image_layout
-
-    processor = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    record = record_of(image_layout(processor, 14, 1000, 1000), layers=32)
-    assert record.layout.size == 2928
-    start = time.process_time()
-    save(draw(record, range(32)), tmp_path / "sheet.png")
-    assert time.process_time() - start < 3

@@ -1,0 +1,205 @@
+"""The page, as a text and in a real browser: headless Chromium moves the slider, hovers and reads."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pmod_cli.visualization.html import html_page, save_html
+from tests.visualization.records import anyres_record, padded_record, record_of
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+TRICKY = 'what is </script><b id="x">&amp; "$x"? 漢字'
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def weighted(record):
+    """The record with weights that differ, so that ranks are plain to see: the token's own number in thousandths."""
+    weight = np.where(record.routed[:, None], 1 + np.arange(record.layout.size) / 1000, 1)
+    return replace(record, weight=weight.astype(np.float32))
+
+
+def test_nothing_is_fetched_and_nothing_breaks_out():
+    page = html_page(anyres_record(84, 168, question=TRICKY, answer=TRICKY))
+    assert not re.search(r"https?://|@import|url\(|<link|src=", page)
+    assert "default-src 'none'" in page
+    assert page.count("</script>") == 2
+    assert data_of(page)["question"] == TRICKY
+    assert "<b id" not in page
+
+
+def test_the_largest_page_is_at_most_three_megabytes(tmp_path):
+    """Noise of 1,000 x 1,000 pixels, which no picture format makes small; 2,928 tokens, 32 layers."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    from pmod_cli.visualization.geometry import image_layout
+
+    processor = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    random = np.random.default_rng(0)
+    record = record_of(image_layout(processor, 14, 1000, 1000), layers=32)
+    noise = Image.fromarray(random.integers(0, 255, (1000, 1000, 3), dtype=np.uint8))
+    record = replace(record, image=noise, weight=random.normal(1, 0.1, record.weight.shape).astype(np.float32))
+    save_html(record, tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size <= 3_000_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("needs Chromium; none was found (.ci/run installs it where apt-get is there)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """`open_page(record, scheme)`: the record's page from the file system; any error or request fails the test."""
+    troubles, requests, contexts = [], [], []
+
+    def get(record, scheme: str = "light", layers=None):
+        save_html(record, tmp_path / "page.html", layers=layers)
+        context = browser.new_context(color_scheme=scheme, viewport={"width": 1100, "height": 800})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_selector("body[data-ready=yes]")
+        return page
+
+    yield get
+    for context in contexts:
+        context.close()
+    assert troubles == []
+    assert {url[:5] for url in requests} <= {"file:", "data:"}
+
+
+def hover(page, part: str, across: float, down: float) -> str:
+    """Point into a panel, at shares of its width and height; the text about the token."""
+    box = page.locator(f"canvas[data-part={part}]").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * across, box["y"] + box["height"] * down)
+    return page.inner_text("#token")
+
+
+def test_slider_hover_texts_and_screenshot(open_page, tmp_path):
+    record = weighted(anyres_record(84, 168, layers=6, question=TRICKY, answer="ice cream"))
+    page = open_page(record)
+    total = record.layout.size
+    assert page.inner_text("#question") == TRICKY
+    assert page.inner_text("#answer") == "ice cream"
+    assert "planted, trained routers; 168 × 84 pixels" in page.inner_text("#about")
+    assert page.is_hidden("#alert")
+
+    kept = int(record.kept[5].sum())
+    assert page.inner_text("#status") == f"Layer 5: {kept} of {total} kept, retention {record.retention[5]:.3f}"
+    page.locator("#layer").fill("1")
+    assert page.inner_text("#status") == f"Layer 1: plain, all {total} tokens"
+    page.locator("#layer").fill("3")
+    assert page.inner_text("#status").startswith("Layer 3: ")
+    base, tiles = record.layout.parts
+    counts = page.locator("figcaption").all_inner_texts()
+    own = [int(record.kept[3][np.append(part.tokens.ravel(), part.newlines)].sum()) for part in (base, tiles)]
+    for count, part, text in zip(own, (base, tiles), counts, strict=True):
+        assert f"{count} of {part.size} kept" in text
+
+    token = int(base.tokens[6, 3])
+    text = hover(page, "base", 3.5 / 12, 6.5 / 12)
+    x0, y0, x1, y1 = (int(edge) for edge in record.layout.boxes()[token])
+    for line in (
+        f"Token {token}",
+        "Whole image",
+        "6, 3",
+        f"{x0}–{x1}",
+        f"{y0}–{y1}",
+        f"{1 + token / 1000:.4f}",
+        f"{record.ranks(3)[token] + 1} of {total}",
+        "kept" if record.kept[3, token] else "skipped",
+    ):
+        assert line in text.split("\n"), (line, text)
+    layers = "0–5" if record.kept[3, token] else "0–2"
+    assert f"{record.depth[token]} of 6 layers: {layers}" in text.replace("\n", " ")
+
+    end = int(tiles.newlines[0])
+    text = hover(page, "tiles", 0.99, 0.5 / len(tiles.row_spans))
+    assert f"Token {end}: end of row 0" in text
+    page.mouse.move(2, 2)
+    assert "Point at a patch." in page.inner_text("#token")
+
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    with Image.open(tmp_path / "page.png") as shot:
+        assert shot.width == 1100
+        assert len(shot.convert("RGB").getcolors(maxcolors=2**20)) > 20
+    # The blue picture is clear where the token is kept and grey where it is skipped.
+    for row, column in ((0, 0), (0, 1), (5, 4), (7, 9)):
+        token = base.tokens[row, column]
+        pixel = page.evaluate(
+            """([across, down]) => { const c = document.querySelector("canvas[data-part=base]");
+            return [...c.getContext("2d").getImageData(across * c.width, down * c.height, 1, 1).data]; }""",
+            [(column + 0.5) / 12, (row + 0.5) / 12],
+        )
+        assert (pixel[:3] == [0, 0, 255]) == record.kept[3, token], (row, column, pixel)
+
+
+def test_keyboard_and_themes(open_page):
+    record = weighted(anyres_record(84, 168, layers=6))
+    page = open_page(record, scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
+    assert max(map(int, re.findall(r"\d+", dark)[:3])) < 60
+    page.keyboard.press("t")
+    assert page.evaluate(background) == "rgb(255, 255, 255)"
+    page.click("#theme")
+    assert page.evaluate(background) == dark
+    page.locator("#theme").blur()
+
+    page.keyboard.press("Home")
+    assert page.inner_text("#status").startswith("Layer 0: plain")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#status").startswith("Layer 3: ")
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#status").startswith("Layer 2: ")
+    page.keyboard.press("End")
+    assert page.inner_text("#status").startswith("Layer 5: ")
+    page.keyboard.press("s")
+    assert "router weight 1.0000 to" in page.inner_text("#scale")
+    page.keyboard.press("s")
+    assert page.inner_text("#scale") == "Dark to light: kept in 0 to 6 layers."
+
+    page.focus("canvas[data-part=tiles]")
+    page.keyboard.press("ArrowDown")
+    first = int(record.layout.parts[1].tokens[0, 0])
+    assert f"Token {first}" in page.inner_text("#token")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert f"Token {int(record.layout.parts[1].tokens[1, 1])}" in page.inner_text("#token")
+    assert page.inner_text("#status").startswith("Layer 5: ")  # the arrows were the image's
+
+
+def test_untrained_padded_and_chosen_layers(open_page):
+    record = padded_record(84, 252, router_state="untrained", answer=None, notes=("first of 3 frames",))
+    page = open_page(record, layers=[1, 3])
+    assert page.is_visible("#alert")
+    assert page.inner_text("#answer") == "(not asked for)"
+    assert "first of 3 frames" in page.inner_text("#about")
+    assert page.locator("canvas[data-part]").count() == 1
+    page.keyboard.press("Home")
+    assert page.inner_text("#status").startswith("Layer 1: ")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#status").startswith("Layer 3: ")
+    assert "padding" in hover(page, "image", 0.5, 0.05)
+    assert "padding" not in hover(page, "image", 0.5, 0.5)

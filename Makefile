@@ -17,9 +17,10 @@ $(STAMP):
 demo: setup
 	.venv/bin/pmod demo
 
-# The everyday suite, a process a core.
+# The everyday suite, a process a core; then, alone on the machine, the tests that hold a command to a time.
 test: setup
-	.venv/bin/python -m pytest -n $(shell nproc)
+	.venv/bin/python -m pytest -n $(shell nproc) -m "not soak and not timing"
+	.venv/bin/python -m pytest -m "timing and not soak"
 
 # The kill, fuzz and scale tests at full count.
 soak: setup

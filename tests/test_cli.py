@@ -43,6 +43,7 @@ def parse(line: str) -> list[str]:
     return words
 
 
+@pytest.mark.timing
 def test_help_imports_nothing_heavy_and_is_quick(tmp_path):
     assert imported_by(["--help"], cwd=tmp_path) == set()
     times = []

@@ -68,6 +68,7 @@ print(seconds() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2
 """
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("mode", ["kept", "weights"])
 def test_a_7b_selection_is_drawn_in_three_seconds_and_a_gigabyte(tmp_path, mode):
     """32 layers of 2,928 tokens, from a saved file, in a process of its own: reading, drawing and writing."""

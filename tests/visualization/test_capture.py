@@ -160,6 +160,7 @@ def test_attention_is_that_of_one_eager_pass(stock_model, tmp_path):
         attend(other, its_processor, record, name="llava")
 
 
+@pytest.mark.timing
 def test_one_image_and_32_layers_take_two_seconds():
     """CPU time beyond the imports: loading, asking, drawing all layers; of that drawing alone 1 s."""
     run = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=False)

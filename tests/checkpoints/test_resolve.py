@@ -80,6 +80,7 @@ def test_two_revisions_are_refused():
         resolve(f"{REPO}@main", revision="v2")
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("environment", "why"),
     [

@@ -1,16 +1,18 @@
 """The picture: planted patches are clear where they lie, nothing overlaps, nothing is cut."""
 
+import io
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from pmod_cli.errors import PmodError
 from pmod_cli.visualization.figure import MODES, draw
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, prepare
-from pmod_cli.visualization.page import save
+from pmod_cli.visualization.page import Page, save
 from tests.visualization.records import anyres_record, cropped_record, padded_record
 
 BLUE = [0, 0, 255]
@@ -66,8 +68,8 @@ def assert_nothing_overlaps(figure) -> None:
     """No text leaves the page, lies over another or over a panel."""
     figure.draw_without_rendering()
     frame = figure.bbox
-    page, *charts = figure.axes
-    texts = [text for text in page.texts if text.get_text()]
+    charts = figure.axes
+    texts = [text for text in figure.texts if text.get_text()]
     for legend in figure.legends:
         texts += legend.get_texts()
     for chart in charts:
@@ -83,9 +85,12 @@ def assert_nothing_overlaps(figure) -> None:
         # Neighbouring lines of a text touch by their letters' descent; half a line is a real overlap.
         overlap = min(a.y1, b.y1) - max(a.y0, b.y0)
         assert apart or overlap < 0.35 * min(a.height, b.height), (first.get_text(), second.get_text())
-    images = [image.get_window_extent() for image in page.images] + [chart.get_window_extent() for chart in charts]
+    panels = [chart.get_window_extent() for chart in charts]
+    for left, top, right, bottom in (box for artist in figure.artists for box in getattr(artist, "boxes", [])):
+        panels.append(Bbox([[left, frame.y1 - bottom], [right, frame.y1 - top]]))
+    assert panels
     for text, box in boxes.items():
-        assert not any(image.overlaps(box.padded(-2)) for image in images), text.get_text()
+        assert not any(panel.overlaps(box.padded(-2)) for panel in panels), text.get_text()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -140,17 +145,17 @@ def test_heat_shows_each_tokens_colour():
 
 def test_depth_and_weights_name_their_ends():
     record = anyres_record(168, 168)
-    words = [text.get_text() for text in draw(record, range(4), "depth").axes[0].texts]
+    words = [text.get_text() for text in draw(record, range(4), "depth").texts]
     assert {"Picture", "Whole image", "2×2 tiles", "kept in so many of 4 layers", "2", "4"} <= set(words)
     base = record.layout.parts[0].tokens
     assert f"mean {record.depth[base].mean():.1f} layers" in words
-    words = [text.get_text() for text in draw(record, range(4), "weights").axes[0].texts]
+    words = [text.get_text() for text in draw(record, range(4), "weights").texts]
     assert {"1.000", "1.100", "router weight, one scale for all layers"} <= set(words)
 
 
 def test_schedule_plots_the_plan_and_what_was_kept():
     record = anyres_record(168, 168, layers=6)
-    _, chart = draw(record, [0], "schedule").axes
+    (chart,) = draw(record, [0], "schedule").axes
     real, *parts = chart.lines
     np.testing.assert_allclose(real.get_ydata(), record.kept.mean(axis=1))
     base, tiles = record.layout.parts
@@ -163,7 +168,7 @@ def test_schedule_plots_the_plan_and_what_was_kept():
 def test_compare_says_what_is_in_common():
     record = anyres_record(168, 168)
     flipped = replace(record, kept=np.where(record.routed[:, None], ~record.kept, True), model="other")
-    words = [text.get_text() for text in draw(record, [0, 3], "compare", against=flipped).axes[0].texts]
+    words = [text.get_text() for text in draw(record, [0, 3], "compare", against=flipped).texts]
     assert {"100% in common", "0% in common", "A: whole image", "B: 2×2 tiles", "Q: What is it?"} <= set(words)
     assert {"A: planted, trained routers; answers: blue", "B: other, trained routers; answers: blue"} <= set(words)
     with pytest.raises(PmodError, match="something to compare with"):
@@ -171,16 +176,16 @@ def test_compare_says_what_is_in_common():
 
 
 def test_answer_only():
-    words = " ".join(t.get_text() for t in draw(anyres_record(168, 168), [3], answer_only=True).axes[0].texts)
+    words = " ".join(t.get_text() for t in draw(anyres_record(168, 168), [3], answer_only=True).texts)
     assert "blue" in words
     assert all(other not in words for other in ("What is it?", "planted", "patch kept", "A: "))
     untrained = draw(anyres_record(168, 168, router_state="untrained"), [3], answer_only=True)
-    assert "Untrained routers" in " ".join(text.get_text() for text in untrained.axes[0].texts)
+    assert "Untrained routers" in " ".join(text.get_text() for text in untrained.texts)
 
 
 def test_headings_and_caption():
     record = anyres_record(168, 168, router_state="untrained", notes=("first of 3 frames",))
-    words = [text.get_text() for text in draw(record, [0, 3]).axes[0].texts]
+    words = [text.get_text() for text in draw(record, [0, 3]).texts]
     total = record.layout.size
     assert {"Layer 0", "plain layer:", f"all {total} tokens", "Layer 3"} <= set(words)
     assert f"{record.kept[3].sum()} of {total} kept" in words
@@ -189,7 +194,24 @@ def test_headings_and_caption():
     text = " ".join(words)
     assert "Untrained routers" in text
     assert "planted, untrained routers; first of 3 frames" in text
-    assert "Untrained" not in " ".join(t.get_text() for t in draw(anyres_record(168, 168), [0]).axes[0].texts)
+    assert "Untrained" not in " ".join(t.get_text() for t in draw(anyres_record(168, 168), [0]).texts)
+
+
+@pytest.mark.parametrize("options", [{}, {"dpi": 100}, {"bbox_inches": "tight"}, {"bbox_inches": "tight", "dpi": 72}])
+def test_pictures_stay_in_their_frames_however_the_figure_is_saved(options):
+    """At the figure's own resolution, at another, and cut to what is on it."""
+    page = Page(3, 2, dpi=200)
+    page.picture(np.full((5, 5, 3), BLUE, dtype=np.uint8), 0.7, 0.4, 1, 0.6)
+    page.frame(0.7, 0.4, 1, 0.6, edgecolor="red", linewidth=4)
+    buffer = io.BytesIO()
+    page.figure.savefig(buffer, format="png", **options)
+    drawn = np.asarray(Image.open(buffer).convert("RGB"))
+    line, inside = (drawn == [255, 0, 0]).all(-1), (drawn == BLUE).all(-1)
+    for axis in (0, 1):
+        outer, inner = np.flatnonzero(line.any(axis)), np.flatnonzero(inside.any(axis))
+        widths = inner[0] - outer[0], outer[-1] - inner[-1]
+        assert min(widths) >= 3
+        assert abs(widths[0] - widths[1]) <= 2
 
 
 def test_saved_as_png_or_svg(tmp_path):

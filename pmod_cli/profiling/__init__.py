@@ -1,10 +1,30 @@
-"""What a model costs before it runs: FLOPs and KV cache, stock beside p-MoD, without weights.
+"""What a model costs, stock beside p-MoD: counted before it runs, without weights, and measured when it runs.
 
-workload -> subject -> operators -> cost -> kv_cache -> report -> tables. `closed` and `published` are for comparison.
+Without torch: sizes -> anyres -> workload -> closed, the formulas. Traced: subject -> operators -> cost -> kv_cache ->
+report, one profile. Measured: contestants -> phases -> clock and breakdown -> latency. `devices` and `published` hold
+other people's numbers. Shown: tables, schema (JSON), latency_report.
+
+Names resolve on first use, so that formulas cost no import of torch.
 """
 
-from pmod_cli.profiling.report import CONVENTIONS, Profile, profile, to_json
-from pmod_cli.profiling.subject import Subject, load_subject
-from pmod_cli.profiling.workload import Workload
+from importlib import import_module
 
-__all__ = ["CONVENTIONS", "Profile", "Subject", "Workload", "load_subject", "profile", "to_json"]
+_HOMES = {
+    "sizes": ("Sizes",),
+    "workload": ("Row", "Workload"),
+    "closed": ("Prefill", "prefill"),
+    "subject": ("Subject", "load_subject", "scaled"),
+    "report": ("CONVENTIONS", "Profile", "profile"),
+    "latency": ("LatencySettings", "measure"),
+    "schema": ("to_json",),
+    "clock": ("interleaved", "peak_bytes", "threads", "timed"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -1,36 +1,134 @@
-"""The decoder's FLOPs as a formula, written down apart from the trace so that each checks the other.
+"""A prefill's FLOPs as formulas, written down apart from the trace so that each checks the other. Needs no torch.
 
-Same convention as the trace: two FLOPs a multiply-add, matrix products only, attention over the full rectangle.
+Same conventions as the trace: two FLOPs a multiply-add, matrix products and convolutions only, attention over the full
+rectangle of queries and keys. This is also what solves for a schedule, sweeps, and counts whole data sets, where a
+trace of every case would take hours:
+
+    sizes = Sizes.of(json.load(open("config.json")))
+    rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(sizes)
+    prefill(sizes, rows, PmodSettings(shift=0.45).retention(sizes.decoder.layers)).full
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-def layer_flops(text_config: object, tokens: int, router_tokens: int = 0) -> int:
-    """FLOPs of one decoder layer.
+from pmod_cli.profiling.sizes import Decoder, Sizes, Tower
+from pmod_cli.profiling.workload import Row, layer_tokens
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """FLOPs of the prefill of one batch by part, padding included.
 
     Args:
-        text_config: The decoder's configuration: Llama, Mistral or Qwen2.
+        matrix: Decoder layers without attention products, routers included.
+        attention_products: QKᵀ and attention weights times V.
+        lm_head: On every position.
+        tower: The vision tower on all tiles.
+        projector: On all patches of all tiles, before unpadding.
+    """
+
+    matrix: int
+    attention_products: int
+    lm_head: int
+    tower: int
+    projector: int
+
+    @property
+    def paper(self) -> int:
+        """What the paper counted: neither attention products nor vision tower."""
+        return self.matrix + self.lm_head
+
+    @property
+    def decoder(self) -> int:
+        """Decoder layers with their attention products, and lm_head."""
+        return self.paper + self.attention_products
+
+    @property
+    def full(self) -> int:
+        """Everything."""
+        return self.decoder + self.tower + self.projector
+
+
+def prefill(
+    sizes: Sizes,
+    rows: Sequence[Row],
+    retention: Sequence[float] | None = None,
+    target_tokens: str = "vision_all",
+    *,
+    all_routed: bool = False,
+    attention: float = 1.0,
+) -> Prefill:
+    """Count the prefill of one batch.
+
+    Args:
+        sizes: The model.
+        rows: The batch, as `Workload.rows` makes it.
+        retention: Retention ratio of each layer, length L; None is the stock model.
+        target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
+        all_routed: Whether layers that keep everything have a router too (settings with `max_ratio` above 1).
+        attention: Share of the rectangle of queries and keys that is counted: 0.5 is what a causal kernel computes.
+    """
+    decoder, batch = sizes.decoder, len(rows)
+    longest = max(row.tokens for row in rows)
+    anything = any(row.routable(target_tokens) for row in rows)  # a batch without images meets no router
+    ratios = [1.0] * decoder.layers if retention is None else list(retention)
+    matrix = products = 0
+    for ratio, (_, tokens) in zip(ratios, layer_tokens(rows, ratios, target_tokens), strict=True):
+        routed = retention is not None and anything and (ratio < 1 or all_routed)
+        matrix += layer_matrix(decoder, tokens, longest if routed else 0)
+        products += attention_products(decoder, tokens)
+    return Prefill(
+        matrix=batch * matrix,
+        attention_products=round(attention * batch * products),
+        lm_head=batch * lm_head(decoder, longest),
+        tower=sum(row.tiles for row in rows) * tower_tile(sizes.tower),
+        projector=sum(row.patches for row in rows) * projector_token(sizes),
+    )
+
+
+def layer_matrix(decoder: Decoder, tokens: int, router_tokens: int = 0) -> int:
+    """FLOPs of one decoder layer on one row, without attention products.
+
+    Args:
+        decoder: Its sizes.
         tokens: Tokens that pass attention and MLP: the kept vision tokens and all text.
         router_tokens: Tokens that the router scores; 0 in a plain layer.
     """
-    hidden, inner = text_config.hidden_size, text_config.intermediate_size
-    heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
-    head_size = getattr(text_config, "head_dim", None) or hidden // heads
-    projections = 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size  # q, o and k, v
-    products = 2 * tokens * heads * head_size  # QKᵀ and weights times V, for one query
-    mlp = 3 * hidden * inner  # gate, up, down
-    return 2 * (tokens * (projections + products + mlp) + router_tokens * hidden)
+    return 2 * (tokens * decoder.layer_weights + router_tokens * decoder.hidden)
 
 
-def decoder_flops(text_config: object, tokens: list[int], router_tokens: list[int], positions: int) -> int:
-    """FLOPs of all decoder layers and of lm_head.
+def attention_products(decoder: Decoder, queries: int, keys: int | None = None) -> int:
+    """FLOPs of QKᵀ and of the weights times V in one layer on one row; as many keys as queries unless told."""
+    return 2 * 2 * queries * (queries if keys is None else keys) * decoder.heads * decoder.head_size
+
+
+def lm_head(decoder: Decoder, positions: int) -> int:
+    """FLOPs of lm_head on so many positions."""
+    return 2 * positions * decoder.hidden * decoder.vocabulary
+
+
+def decoded_token(decoder: Decoder, held: Sequence[int]) -> int:
+    """FLOPs of one decoded token of one row: each layer attends to what its cache holds and to the token itself.
 
     Args:
-        text_config: The decoder's configuration.
-        tokens: Tokens that pass each layer, length L.
-        router_tokens: Tokens that each layer's router scores, length L; 0 in a plain layer.
-        positions: Positions that lm_head is computed on.
+        decoder: Its sizes.
+        held: Tokens in the cache of each layer before the step, length L.
     """
-    layers = sum(layer_flops(text_config, n, scored) for n, scored in zip(tokens, router_tokens, strict=True))
-    return layers + 2 * positions * text_config.hidden_size * text_config.vocab_size
+    layers = sum(layer_matrix(decoder, 1) + attention_products(decoder, 1, keys + 1) for keys in held)
+    return layers + lm_head(decoder, 1)
+
+
+def tower_tile(tower: Tower) -> int:
+    """FLOPs of the vision tower on one tile: patch embedding, and all encoder layers with attention products."""
+    embedding = 3 * tower.patch**2 * tower.hidden * tower.patches
+    weights = 4 * tower.hidden**2 + 2 * tower.hidden * tower.inner
+    products = 2 * tower.tokens * tower.hidden
+    return 2 * (embedding + tower.layers * tower.tokens * (weights + products))
+
+
+def projector_token(sizes: Sizes) -> int:
+    """FLOPs of the two-layer projector on one patch."""
+    return 2 * (sizes.tower.features * sizes.tower.hidden + sizes.decoder.hidden) * sizes.decoder.hidden

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,23 +17,24 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.errors import PmodError
-from pmod_cli.model import Routing, kept_tokens
+from pmod_cli.model import Routing
 from pmod_cli.profiling.operators import Count, count
-from pmod_cli.profiling.workload import ImageTokens, tower_tokens
+from pmod_cli.profiling.sizes import Sizes
+from pmod_cli.profiling.workload import Row, layer_tokens
 
 FLOPS_PER_MAC = 2
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """FLOPs of one decoder layer on one prompt.
+    """FLOPs of one decoder layer on one batch, padding included.
 
     Args:
         layer: 0-based index.
         retention: Retention ratio r; 1.0 is a plain layer.
-        vision_tokens: Vision tokens that the layer processes, K.
-        tokens: All tokens that the layer processes, K and the text.
-        router_tokens: Tokens that the router scores: all of the prompt, 0 in a plain layer.
+        vision_tokens: Vision tokens that the layer processes, K, in the row where they are most.
+        tokens: All tokens of a row that the layer processes, M: K and the text, after padding to the longest row.
+        router_tokens: Tokens of a row that the router scores: all after padding, 0 in a plain layer.
         attention: Matrix products of attention without the next.
         attention_products: QKᵀ and attention weights times V, over the full rectangle.
         mlp: The MLP.
@@ -61,11 +63,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class DecoderCost:
-    """FLOPs of the decoder's prefill, and what a decode step needs.
+    """FLOPs of the decoder's prefill of one batch, and what a decode step needs.
 
     Args:
         layers: One entry per layer, length L.
-        lm_head: lm_head on every position of the prompt.
+        lm_head: lm_head on every position of the batch.
+        batch: Rows, B.
         step_matrix: Matrix products of one decoded token: all layers, and lm_head on that token.
         step_products: Attention products of one decoded token in one layer, for each key that it attends to.
         unknown_operators: Operators that nobody counted, with how often they were met.
@@ -73,6 +76,7 @@ class DecoderCost:
 
     layers: list[LayerCost]
     lm_head: int
+    batch: int
     step_matrix: int
     step_products: int
     unknown_operators: Counter[str]
@@ -91,10 +95,10 @@ class DecoderCost:
         return self.matrix + self.attention_products + self.lm_head
 
     def decode(self, step: int) -> int:
-        """FLOPs of the `step`-th decoded token (1 is the first): in each layer it attends to that layer's cache and
-        to the tokens decoded so far, itself included."""
+        """FLOPs of the `step`-th decoded token of each row (1 is the first): in each layer it attends to that layer's
+        cache and to the tokens decoded so far, itself included."""
         keys = sum(layer.tokens + step for layer in self.layers)
-        return self.step_matrix + self.step_products * keys
+        return self.batch * (self.step_matrix + self.step_products * keys)
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,54 @@ class VisionCost:
         tower: The vision tower over all tiles, attention products included. The layers above the one whose features
             are taken are computed by the stock model, so they are counted.
         projector: The projector over all tiles, before unpadding.
+        projector_first: The share of it in its first matrix, which has no input gradient behind a frozen tower.
         unknown_operators: As in `DecoderCost`.
     """
 
     tower: int
     projector: int
+    projector_first: int
     unknown_operators: Counter[str]
+
+    @property
+    def total(self) -> int:
+        return self.tower + self.projector
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """FLOPs of one training step on one batch: all but the vision tower is trained, as in the paper.
+
+    The backward pass of a matrix product is two of its size (gradient of the input, gradient of the weight), also for
+    the attention products: what a fused kernel computes a second time is not counted.
+
+    Args:
+        forward: All parts, lm_head on every position.
+        backward: Gradients of decoder, lm_head and projector.
+        recomputed: What gradient checkpointing computes a second time: the decoder layers.
+    """
+
+    forward: int
+    backward: int
+    recomputed: int
+
+    @property
+    def step(self) -> int:
+        """Without gradient checkpointing."""
+        return self.forward + self.backward
+
+    @property
+    def checkpointed_step(self) -> int:
+        return self.step + self.recomputed
+
+
+def training_cost(decoder: DecoderCost, vision: VisionCost) -> TrainingCost:
+    """The training step that belongs to a prefill of the same batch."""
+    return TrainingCost(
+        forward=decoder.total + vision.total,
+        backward=2 * (decoder.total + vision.projector) - vision.projector_first,
+        recomputed=decoder.matrix + decoder.attention_products,
+    )
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -125,56 +171,57 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def decoder_cost(
-    model: PreTrainedModel, image: ImageTokens, text_tokens: int, routable: int, retention: list[float]
+    model: PreTrainedModel, rows: Sequence[Row], retention: Sequence[float], target_tokens: str = "vision_all"
 ) -> DecoderCost:
-    """Count the prefill of one prompt, each decoder layer at its own number of tokens, and one decode step.
+    """Count the prefill of one batch, each decoder layer at its own number of tokens, and one decode step.
 
     Args:
         model: A LLaVA on the meta device, stock or p-MoD.
-        image: How the image is cut.
-        text_tokens: Text tokens of the prompt.
-        routable: Vision tokens that routed layers choose from: all, or those of the high-resolution tiles.
+        rows: The batch.
         retention: Retention ratio of each layer, length L; 1.0 everywhere for a stock model.
+        target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
     """
     decoder = model.model.language_model
-    positions = image.tokens + text_tokens
-    kept = [image.tokens - routable + kept_tokens(routable, ratio) for ratio in retention]
-    routing = prompt_routing(positions, routable)
-    counts: dict[tuple[int, bool], Count] = {}  # layers of one model differ only in these two
+    longest = max(row.tokens for row in rows)
+    counts: dict[tuple[float, bool], Count] = {}  # layers of one model differ only in these two
     layers = []
-    for index, layer in enumerate(decoder.layers):
+    for index, (layer, ratio, (vision, tokens)) in enumerate(
+        zip(decoder.layers, retention, layer_tokens(rows, retention, target_tokens), strict=True)
+    ):
         routed = getattr(layer, "router", None) is not None
-        if (kept[index], routed) not in counts:
-            counts[kept[index], routed] = _count_layer(decoder, index, positions, routing if routed else None)
-        counted = counts[kept[index], routed]
+        if (ratio, routed) not in counts:
+            routing = batch_routing(rows, target_tokens) if routed else None
+            counts[ratio, routed] = _count_layer(decoder, index, len(rows), longest, routing)
+        counted = counts[ratio, routed]
         mlp, router = counted.by_module["mlp"], counted.by_module.get("router", 0)
         layers.append(
             LayerCost(
                 layer=index,
-                retention=retention[index],
-                vision_tokens=kept[index],
-                tokens=kept[index] + text_tokens,
-                router_tokens=positions if routed else 0,
+                retention=ratio,
+                vision_tokens=vision,
+                tokens=tokens,
+                router_tokens=longest if routed else 0,
                 attention=FLOPS_PER_MAC * (counted.linear - mlp - router),
                 attention_products=FLOPS_PER_MAC * counted.attention_products,
                 mlp=FLOPS_PER_MAC * mlp,
                 router=FLOPS_PER_MAC * router,
             )
         )
-    head, step_head = (count(model.lm_head, _meta(1, n, decoder.config.hidden_size)) for n in (positions, 1))
-    step = _count_layer(decoder, 0, 1, None)  # without images every layer is a plain one
+    head = count(model.lm_head, _meta(1, 1, decoder.config.hidden_size))  # of one position
+    step = _count_layer(decoder, 0, 1, 1, None)  # without images every layer is a plain one
     return DecoderCost(
         layers=layers,
-        lm_head=FLOPS_PER_MAC * head.linear,
-        step_matrix=FLOPS_PER_MAC * (len(layers) * step.linear + step_head.linear),
+        lm_head=FLOPS_PER_MAC * len(rows) * longest * head.linear,
+        batch=len(rows),
+        step_matrix=FLOPS_PER_MAC * (len(layers) * step.linear + head.linear),
         step_products=FLOPS_PER_MAC * step.attention_products,
         unknown_operators=sum((Counter(counted.unknown_operators) for counted in counts.values()), Counter()),
     )
 
 
-def _count_layer(decoder: PreTrainedModel, index: int, tokens: int, routing: Routing | None) -> Count:
-    """One decoder layer on `tokens` tokens without cache; routed if `routing` is given."""
-    states = _meta(1, tokens, decoder.config.hidden_size)
+def _count_layer(decoder: PreTrainedModel, index: int, batch: int, tokens: int, routing: Routing | None) -> Count:
+    """One decoder layer on `(batch, tokens)` without cache; routed if `routing` is given."""
+    states = _meta(batch, tokens, decoder.config.hidden_size)
     positions = torch.arange(tokens, device="meta")[None]
     arguments = {"position_embeddings": decoder.rotary_emb(states, positions), "position_ids": positions}
     if routing is not None:
@@ -182,22 +229,24 @@ def _count_layer(decoder: PreTrainedModel, index: int, tokens: int, routing: Rou
     return count(decoder.layers[index], states, **arguments)
 
 
-def prompt_routing(positions: int, routable: int) -> Routing:
-    """The routing of one unpadded prompt, from its counts alone: a meta tensor has no values to read them from."""
+def batch_routing(rows: Sequence[Row], target_tokens: str) -> Routing:
+    """The routing of one batch, from its counts alone: a meta tensor has no values to read them from."""
+    longest = max(row.tokens for row in rows)
+    routable = [row.routable(target_tokens) for row in rows]
     return Routing(
-        target=torch.empty(1, positions, dtype=torch.bool, device="meta"),
-        counts=[(routable, positions - routable, 0)],
-        padded=False,
-        rank_base=torch.empty(1, positions, device="meta"),
+        target=torch.empty(len(rows), longest, dtype=torch.bool, device="meta"),
+        counts=[(some, row.tokens - some, 0) for some, row in zip(routable, rows, strict=True)],
+        padded=any(row.tokens < longest for row in rows),
+        rank_base=torch.empty(len(rows), longest, device="meta"),
     )
 
 
-def vision_cost(model: PreTrainedModel, image: ImageTokens) -> VisionCost:
-    """Count the vision tower and the projector for one image.
+def vision_cost(model: PreTrainedModel, rows: Sequence[Row]) -> VisionCost:
+    """Count the vision tower and the projector for all images of a batch.
 
     Args:
         model: A LLaVA on the meta device.
-        image: How the image is cut.
+        rows: The batch.
 
     Raises:
         PmodError: a vision tower that is no CLIP or SigLIP.
@@ -210,15 +259,21 @@ def vision_cost(model: PreTrainedModel, image: ImageTokens) -> VisionCost:
             "vision_use_head false",
             hint="profile counts LLaVA models with a CLIP or SigLIP tower",
         )
+    tiles = sum(row.tiles for row in rows)
     embed = tower.embeddings.patch_embedding  # the tracer fails on a meta convolution: fvcore's formula instead
     grid = config.image_size // config.patch_size
     convolution = conv_flop_count([1], list(embed.weight.shape), [1, config.hidden_size, grid, grid])
     layers = tower.encoder.layers  # alike, so one is traced
-    layer = count(layers[0], _meta(1, tower_tokens(model.config), config.hidden_size), attention_mask=None)
-    projection = count(projector, _meta(image.tiles, image.patches_per_tile, projector.linear_1.in_features))
-    macs = image.tiles * (convolution + len(layers) * (layer.linear + layer.attention_products))
-    unknown = Counter(layer.unknown_operators) + Counter(projection.unknown_operators)
-    return VisionCost(FLOPS_PER_MAC * macs, FLOPS_PER_MAC * projection.linear, unknown)
+    layer = count(layers[0], _meta(1, Sizes.of(model.config).tower.tokens, config.hidden_size), attention_mask=None)
+    patches = sum(row.patches for row in rows)
+    projection = count(projector, _meta(1, patches, projector.linear_1.in_features))
+    encoded = convolution + len(layers) * (layer.linear + layer.attention_products)
+    return VisionCost(
+        tower=FLOPS_PER_MAC * tiles * encoded,
+        projector=FLOPS_PER_MAC * projection.linear,
+        projector_first=FLOPS_PER_MAC * projection.by_module["linear_1"],
+        unknown_operators=Counter(layer.unknown_operators) + Counter(projection.unknown_operators),
+    )
 
 
 def _meta(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Bytes of the KV cache of one prompt, layer by layer."""
+"""Bytes of the KV cache of one batch, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class KvCost:
-    """Bytes of K and V that one layer keeps.
+    """Bytes of K and V that one layer holds.
 
     Args:
-        vision: Of the vision tokens that the layer kept.
+        vision: Of the vision tokens that the layer kept, and of the padding of rows that kept fewer.
         text: Of the text tokens, generated ones included.
     """
 
@@ -35,14 +35,16 @@ def bytes_per_token(text_config: object, dtype: str) -> int:
     return 2 * text_config.num_key_value_heads * head_size * DTYPE_BYTES[dtype]
 
 
-def kv_cache(text_config: object, dtype: str, vision_tokens: list[int], text_tokens: int) -> list[KvCost]:
+def kv_cache(text_config: object, dtype: str, tokens: list[int], text: int, new: int, batch: int) -> list[KvCost]:
     """KV cache per layer. A skipped token has no K and V in that layer.
 
     Args:
         text_config: The decoder's configuration.
         dtype: Dtype of the cache, one of `DTYPE_BYTES`.
-        vision_tokens: Vision tokens that each layer keeps, length L.
-        text_tokens: Text and generated tokens, kept by every layer.
+        tokens: Tokens of a row that each layer holds after the prefill, M, length L.
+        text: Text tokens of a row among them.
+        new: Tokens decoded after the prefill; every layer keeps them.
+        batch: Rows, B.
     """
-    size = bytes_per_token(text_config, dtype)
-    return [KvCost(kept * size, text_tokens * size) for kept in vision_tokens]
+    size = batch * bytes_per_token(text_config, dtype)
+    return [KvCost((held - text) * size, (text + new) * size) for held in tokens]

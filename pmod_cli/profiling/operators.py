@@ -17,12 +17,14 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 
-ELEMENTWISE = (
-    *(
+ELEMENTWISE = tuple(
+    [
         "add",
         "div",
         "gelu",
         "layer_norm",
+        "le",
+        "lt",
         "mean",
         "mul",
         "neg",
@@ -32,10 +34,12 @@ ELEMENTWISE = (
         "sigmoid",
         "silu",
         "softmax",
-    ),
-    *("sub", "tanh", "where"),
+        "sub",
+        "tanh",
+        "where",
+    ]
 )
-DATA_MOVEMENT = ("argsort", "clone", "gather", "scatter", "scatter_", "sort")
+DATA_MOVEMENT = ("argsort", "clone", "gather", "new_ones", "scatter", "scatter_", "sort")
 FUSED_ATTENTION = (
     "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +15,7 @@ from pmod_cli.checkpoints import resolve
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
+from pmod_cli.profiling.sizes import Sizes
 
 STOCK = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 PMOD = {"llava": PmodLlavaConfig, "llava_next": PmodLlavaNextConfig}
@@ -56,6 +58,12 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
             hint="pmod profile --model llava-next-7b",
         )
     own = config.get("pmod") or {}
+    if not all(isinstance(config.get(part, {}), dict | NoneType) for part in ("text_config", "vision_config")):
+        raise PmodError(f"{source}: text_config and vision_config are JSON objects", hint="name a LLaVA's config.json")
+    try:
+        Sizes.of(config)
+    except PmodError as error:
+        raise PmodError(f"{source}: {error.what}", hint=error.hint) from error
     shared = {
         key: value
         for key, value in config.items()
@@ -68,6 +76,67 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
         )
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise PmodError(f"{name}: {str(error).splitlines()[0]}", hint="pmod profile --help") from error
+
+
+def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | None = None) -> Subject:
+    """The same architecture at another size: what a model of random weights needs to be measured on a small machine.
+
+    Width goes down in the decoder's proportions: MLP, heads and vision tower shrink with the hidden size, and the
+    vocabulary stays. Number and size of the images' tokens stay too.
+
+    Args:
+        subject: The model.
+        hidden_size: D of the decoder, a multiple of 64. None leaves it.
+        layers: L of the decoder. None leaves it.
+
+    Raises:
+        PmodError: a size that cannot be built.
+    """
+    if hidden_size is None and layers is None:
+        return subject
+    for flag, number, least in (("--hidden-size", hidden_size, 64), ("--layers", layers, 2)):
+        if number is not None and number < least:
+            raise PmodError(f"{flag} {number} is too small: expected {least} or more", hint="pmod profile --help")
+    if hidden_size is not None and hidden_size % 64:
+        raise PmodError(
+            f"--hidden-size {hidden_size} is no multiple of 64", hint=f"--hidden-size {hidden_size // 64 * 64 or 64}"
+        )
+    shared = subject.pmod.to_dict()
+    for key in ("model_type", "architectures", "dtype"):
+        shared.pop(key, None)
+    text, vision = shared["text_config"], shared["vision_config"]
+    if layers is not None:
+        text["num_hidden_layers"] = layers
+        text.pop("layer_types", None)
+    if hidden_size is not None:
+        share = hidden_size / text["hidden_size"]
+        group = text["num_attention_heads"] // text["num_key_value_heads"]
+        head = 128 if hidden_size % 128 == 0 and hidden_size // 128 % group == 0 else 64
+        heads = hidden_size // head
+        if heads % group:
+            raise PmodError(
+                f"--hidden-size {hidden_size} makes {heads} heads, which do not share K and V in groups of {group}",
+                hint=f"--hidden-size {64 * group}, or a multiple of it",
+            )
+        text |= {
+            "hidden_size": hidden_size,
+            "intermediate_size": max(64, round(text["intermediate_size"] * share / 64) * 64),
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // group,
+            "head_dim": head,
+        }
+        width = max(64, round(vision["hidden_size"] * share / 64) * 64)
+        vision |= {
+            "intermediate_size": max(64, round(vision["intermediate_size"] * width / vision["hidden_size"])),
+            "hidden_size": width,
+            "num_attention_heads": width // 64,
+        }
+    stock = {key: value for key, value in shared.items() if key not in ("pmod", "router_state")}
+    kind = subject.stock.model_type
+    try:
+        return replace(subject, stock=STOCK[kind].from_dict(stock), pmod=PMOD[kind].from_dict(shared))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise PmodError(f"{subject.name}: {str(error).splitlines()[0]}", hint="pmod profile --help") from error
 
 
 def _read(name: str, revision: str | None) -> tuple[dict[str, Any], str]:

@@ -7,9 +7,10 @@ from itertools import groupby
 
 from rich.table import Table
 
-from pmod_cli.profiling.cost import LayerCost
+from pmod_cli.profiling.cost import FLOPS_PER_MAC, LayerCost
 from pmod_cli.profiling.kv_cache import KvCost
-from pmod_cli.profiling.report import GIGA, MEGA, MIB, TERA, Profile, percent
+from pmod_cli.profiling.report import Profile
+from pmod_cli.profiling.units import GIGA, KIB, MEGA, MIB, TERA, percent
 
 
 @dataclass(frozen=True)
@@ -23,26 +24,50 @@ class _Unit:
         return f"{number / self.size:,.{digits}f}"
 
 
-_FLOPS = (_Unit("TFLOPs", TERA), _Unit("GFLOPs", GIGA), _Unit("MFLOPs", MEGA))
+_SIZES = (("T", TERA), ("G", GIGA), ("M", MEGA))
 
 
-def _units(result: Profile) -> tuple[_Unit, _Unit]:
+def _units(result: Profile, macs: bool) -> tuple[_Unit, _Unit]:
     """Of a whole prefill, and of one layer or one decoded token: the next smaller. A 7B has TFLOPs and GFLOPs."""
     large = 0 if result.stock.total >= TERA else 1
-    return _FLOPS[large], _FLOPS[large + 1]
+    one, flops = ("MACs", FLOPS_PER_MAC) if macs else ("FLOPs", 1)
+    whole, part = (_Unit(prefix + one, size * flops) for prefix, size in _SIZES[large : large + 2])
+    return whole, part
 
 
 def _kv_unit(result: Profile) -> _Unit:
     total = sum(layer.total for layer in result.stock_kv)
-    return _Unit("MiB", MIB) if total >= 10 * MIB else _Unit("KiB", 2**10)
+    return _Unit("MiB", MIB) if total >= 10 * MIB else _Unit("KiB", KIB)
 
 
-def layers_table(result: Profile) -> Table:
+def headline(result: Profile) -> str:
+    """What was profiled, in one line."""
+    kinds = dict.fromkeys(f"{row.images[0].width}x{row.images[0].height}" for row in result.rows)
+    rows, longest = len(result.rows), result.longest
+    number = f"{result.workload.images} images" if result.workload.images > 1 else "one image"
+    tiles = ", ".join(dict.fromkeys(str(row.tiles) for row in result.rows))
+    batch = f"{rows} rows, each " if rows > 1 else ""
+    padded = ", padded to the longest" if any(row.tokens < longest.tokens for row in result.rows) else ""
+    return (
+        f"{result.subject.name}: {batch}{number} of {' or '.join(kinds)} pixels in {tiles} tile(s), "
+        f"{longest.vision_tokens} vision + {result.workload.text_tokens} text tokens{padded}"
+    )
+
+
+def sections(result: Profile, report: str, *, macs: bool = False) -> list[Table]:
+    """The tables of a report: `flops`, `kv` or `all`."""
+    counted = [table(result, macs=macs) for table in (layers_table, flops_table, decode_table, training_table)]
+    if report == "flops":
+        return [*counted, kv_table(result)]
+    return [*(counted if report == "all" else ()), kv_layers_table(result), kv_table(result)]
+
+
+def layers_table(result: Profile, *, macs: bool = False) -> Table:
     """FLOPs and KV cache of every p-MoD layer; neighbours that cost the same share a row, and so does all of stock."""
-    unit, kv_unit = _units(result)[1], _kv_unit(result)
+    unit, kv_unit = _units(result, macs)[1], _kv_unit(result)
     headings = ("ratio", "kept", "tokens", "attention", "products", "MLP", "router", "total", "of stock", "KV")
     title = f"Each decoder layer: {unit.name} of the prefill, KV cache in {kv_unit.name}"
-    table = _table(title, "layers", *headings, space=1)
+    table = plain_table(title, "layers", *headings, space=1)
 
     def cells(layer: LayerCost, kv: KvCost) -> list[str]:
         parts = (layer.attention, layer.attention_products, layer.mlp)
@@ -67,11 +92,12 @@ def layers_table(result: Profile) -> Table:
     return table
 
 
-def flops_table(result: Profile) -> Table:
+def flops_table(result: Profile, *, macs: bool = False) -> Table:
     """FLOPs of the prefill by part and by convention."""
-    unit = _units(result)[0]
+    unit = _units(result, macs)[0]
     stock, pmod, vision = result.stock, result.pmod, result.vision
-    tiles = f"{result.image.tiles} tile{'s' if result.image.tiles > 1 else ''}"
+    number = sum(row.tiles for row in result.rows)
+    tiles = f"{number} tile{'s' if number > 1 else ''}"
     parts = {
         "decoder matrix products": (stock.matrix, pmod.matrix),
         "attention products": (stock.attention_products, pmod.attention_products),
@@ -79,7 +105,7 @@ def flops_table(result: Profile) -> Table:
         f"vision tower, {tiles}": (vision.tower, vision.tower),
         "projector": (vision.projector, vision.projector),
     }
-    table = _table(f"Prefill, {unit.name}", "part", "stock", "p-MoD", "of stock", "published")
+    table = plain_table(f"Prefill, {unit.name}", "part", "stock", "p-MoD", "of stock", "published")
     for name, pair in parts.items():
         table.add_row(name, *_pair(unit, *pair))
     table.add_section()
@@ -91,10 +117,10 @@ def flops_table(result: Profile) -> Table:
     return table
 
 
-def decode_table(result: Profile) -> Table:
+def decode_table(result: Profile, *, macs: bool = False) -> Table:
     """FLOPs of decoding after the prefill."""
-    unit = _units(result)[1]
-    table = _table(f"Decoding, {unit.name}", "tokens", "stock", "p-MoD", "of stock")
+    unit = _units(result, macs)[1]
+    table = plain_table(f"Decoding, {unit.name}", "tokens", "stock", "p-MoD", "of stock")
     table.add_row("the first", *_pair(unit, result.stock.decode(1), result.pmod.decode(1)))
     if new_tokens := result.workload.new_tokens:
         table.add_row(
@@ -103,10 +129,22 @@ def decode_table(result: Profile) -> Table:
     return table
 
 
+def training_table(result: Profile, *, macs: bool = False) -> Table:
+    """FLOPs of one training step on the batch: all parts but the vision tower are trained."""
+    unit = _units(result, macs)[0]
+    stock, pmod = result.training
+    table = plain_table(f"Training step, {unit.name}", "part", "stock", "p-MoD", "of stock")
+    table.add_row("forward", *_pair(unit, stock.forward, pmod.forward))
+    table.add_row("backward", *_pair(unit, stock.backward, pmod.backward))
+    table.add_row("step", *_pair(unit, stock.step, pmod.step), style="bold")
+    table.add_row("with gradient checkpointing", *_pair(unit, stock.checkpointed_step, pmod.checkpointed_step))
+    return table
+
+
 def kv_table(result: Profile) -> Table:
     """KV cache by kind of token."""
     unit = _kv_unit(result)
-    table = _table(f"KV cache, {unit.name} in {result.dtype}", "tokens", "stock", "p-MoD", "of stock", "published")
+    table = plain_table(f"KV cache, {unit.name} in {result.dtype}", "tokens", "stock", "p-MoD", "of stock", "published")
     text = f"{result.workload.text_tokens + result.workload.new_tokens} text"
     for name, kind in (("vision", "vision"), (text, "text"), ("vision + text", "total")):
         sizes = [sum(getattr(layer, kind) for layer in kv) for kv in (result.stock_kv, result.pmod_kv)]
@@ -121,7 +159,7 @@ def kv_layers_table(result: Profile) -> Table:
     """KV cache of every layer, vision and text apart."""
     unit = _kv_unit(result)
     headings = ("retention", "kept K", "vision", "text", "total", "of stock")
-    table = _table(f"KV cache of each layer, {unit.name}", "layer", *headings)
+    table = plain_table(f"KV cache of each layer, {unit.name}", "layer", *headings)
     for layer, stock, kv in zip(result.pmod.layers, result.stock_kv, result.pmod_kv, strict=True):
         sizes = (unit.show(size) for size in (kv.vision, kv.text, kv.total))
         share = _share(kv.total, stock.total)
@@ -129,7 +167,8 @@ def kv_layers_table(result: Profile) -> Table:
     return table
 
 
-def _table(title: str, *headings: str, space: int = 2) -> Table:
+def plain_table(title: str, *headings: str, space: int = 2) -> Table:
+    """A table without lines: the first column to the left, numbers to the right."""
     look = {"title_justify": "left", "title_style": "bold", "header_style": "dim", "box": None, "pad_edge": False}
     table = Table(title=title, padding=(0, space, 0, 0), **look)
     for index, heading in enumerate(headings):

@@ -1,104 +1,121 @@
-"""What is profiled: one prompt, with the image cut and padded as the stock model does it."""
+"""What is profiled: one batch of prompts, its images cut and padded as the stock model does it. Needs no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from transformers import LlavaConfig, LlavaNextConfig
-from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
-
 from pmod_cli.errors import PmodError
+from pmod_cli.model.schedule import kept_tokens
+from pmod_cli.profiling.anyres import ImageTokens, image_tokens
+from pmod_cli.profiling.sizes import Sizes
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One prompt: an image, a text, and what is generated after it.
+    """One batch of prompts: images, a text, and what is generated after it.
 
     Args:
-        image_size: Width and height of the image in pixels. None: a square of two by two tiles, the paper's case
-            (672x672 for a tower of 336 pixels).
-        text_tokens: Text tokens of the prompt (58 in the paper's figures).
+        image_sizes: Width and height of images in pixels. Row i of the batch has images of size i, beginning again when
+            the sizes run out; rows of unlike sizes are padded to the longest. Empty: a square of two by two tiles, the
+            paper's case (672x672 for a tower of 336 pixels).
+        images: Images of one row.
+        text_tokens: Text tokens of one row (58 in the paper's figures).
         new_tokens: Generated tokens that are fed back through the model after the prefill.
+        batch_size: Rows, B. None: a row for each image size.
 
     Raises:
-        PmodError: a size below 1 or a negative count.
+        PmodError: a size or a count below 1, or a negative number of tokens.
     """
 
-    image_size: tuple[int, int] | None = None
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    images: int = 1
     text_tokens: int = 58
     new_tokens: int = 0
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and min(self.image_size) < 1:
-            width, height = self.image_size
+        for width, height in self.image_sizes:
+            if min(width, height) < 1:
+                raise PmodError(
+                    f"--image-size {width}x{height} is empty: width and height are at least 1 pixel",
+                    hint="pmod profile --image-size 672x672",
+                )
+        for flag, number, least in (
+            ("--images", self.images, 1),
+            ("--text-tokens", self.text_tokens, 0),
+            ("--new-tokens", self.new_tokens, 0),
+            ("--batch-size", 1 if self.batch_size is None else self.batch_size, 1),
+        ):
+            if number < least:
+                wrong = "negative" if number < 0 else "no prompt"
+                raise PmodError(f"{flag} {number} is {wrong}: expected {least} or more", hint="pmod profile --help")
+        if self.batch_size is not None and self.batch_size < len(self.image_sizes):
             raise PmodError(
-                f"--image-size {width}x{height} is empty: width and height are at least 1 pixel",
-                hint="pmod profile --image-size 672x672",
+                f"--batch-size {self.batch_size} has no room for {len(self.image_sizes)} image sizes, one a row",
+                hint=f"--batch-size {len(self.image_sizes)}, or fewer sizes in --image-size",
             )
-        for flag, number in (("--text-tokens", self.text_tokens), ("--new-tokens", self.new_tokens)):
-            if number < 0:
-                raise PmodError(f"{flag} {number} is negative: expected 0 or more", hint="pmod profile --help")
+
+    def rows(self, sizes: Sizes) -> list[Row]:
+        """The rows of the batch, length B, as the model of these sizes cuts their images."""
+        kinds = [image_tokens(sizes, size) for size in self.image_sizes or (None,)]
+        count = self.batch_size or len(kinds)
+        return [Row((kinds[index % len(kinds)],) * self.images, self.text_tokens) for index in range(count)]
 
 
 @dataclass(frozen=True)
-class ImageTokens:
-    """One image as the model sees it.
+class Row:
+    """One row of a batch, without padding.
 
     Args:
-        width: Pixels.
-        height: Pixels.
-        tiles: Passes through the vision tower, the downscaled base image included.
-        base: Vision tokens of the base image.
-        high_resolution: Vision tokens of the other tiles after unpadding, one `image_newline` a row included. 0 for
-            LLaVA-1.5.
-        patches_per_tile: Vision tokens that the tower gives for one tile; all of them pass the projector.
+        images: How each of its images is cut.
+        text_tokens: Its text tokens.
     """
 
-    width: int
-    height: int
-    tiles: int
-    base: int
-    high_resolution: int
-    patches_per_tile: int
+    images: tuple[ImageTokens, ...]
+    text_tokens: int
+
+    @property
+    def tiles(self) -> int:
+        return sum(image.tiles for image in self.images)
+
+    @property
+    def patches(self) -> int:
+        """Vision tokens that pass the projector, before unpadding."""
+        return sum(image.tiles * image.patches_per_tile for image in self.images)
+
+    @property
+    def vision_tokens(self) -> int:
+        """V."""
+        return sum(image.tokens for image in self.images)
 
     @property
     def tokens(self) -> int:
-        """Vision tokens of the prompt, V."""
-        return self.base + self.high_resolution
+        """N before padding."""
+        return self.vision_tokens + self.text_tokens
+
+    def routable(self, target_tokens: str) -> int:
+        """Vision tokens that routed layers choose from: all, or for `vision_hr` those of the high-resolution tiles."""
+        if target_tokens == "vision_hr":
+            return sum(image.high_resolution for image in self.images)
+        return self.vision_tokens
+
+    def kept(self, target_tokens: str, ratio: float) -> int:
+        """Vision tokens that a layer of this retention ratio processes: K, and those that are not routed."""
+        routable = self.routable(target_tokens)
+        return self.vision_tokens - routable + kept_tokens(routable, ratio)
 
 
-def image_tokens(config: LlavaConfig | LlavaNextConfig, image_size: tuple[int, int] | None = None) -> ImageTokens:
-    """Cut an image as the stock model does, by running its own packing code on shapes alone.
+def layer_tokens(rows: Sequence[Row], retention: Sequence[float], target_tokens: str) -> list[tuple[int, int]]:
+    """(K, M) of each layer: vision tokens and all tokens, each in the row where it is most; M is what a layer gathers.
 
     Args:
-        config: A stock or p-MoD LLaVA configuration.
-        image_size: Width and height in pixels; None is two by two tiles.
+        rows: The batch.
+        retention: Retention ratio of each layer, length L.
+        target_tokens: `vision_all` or `vision_hr`.
     """
-    vision = config.vision_config
-    patches = tower_tokens(config) - (config.vision_feature_select_strategy == "default")  # "default" drops CLS
-    width, height = image_size or (2 * vision.image_size,) * 2
-    if not isinstance(config, LlavaNextConfig):
-        return ImageTokens(width, height, tiles=1, base=patches, high_resolution=0, patches_per_tile=patches)
-    tiles = image_size_to_num_patches((height, width), config.image_grid_pinpoints, vision.image_size)
-    packed, _ = LlavaNextModel.pack_image_features(
-        _Packer(config),
-        [torch.empty(tiles, patches, 1, device="meta")],
-        [(height, width)],
-        config.vision_feature_select_strategy,
-        image_newline=torch.empty(1, device="meta"),
-    )
-    return ImageTokens(width, height, tiles, patches, packed[0].shape[0] - patches, patches)
-
-
-def tower_tokens(config: LlavaConfig | LlavaNextConfig) -> int:
-    """Tokens of one tile inside the vision tower: its patches, and CLS where the tower is a CLIP."""
-    vision = config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
-
-
-@dataclass(frozen=True)
-class _Packer:
-    """All that the stock packing method reads of a model: its configuration."""
-
-    config: LlavaNextConfig
+    tokens = []
+    for ratio in retention:
+        kept = [row.kept(target_tokens, ratio) for row in rows]
+        tokens.append((max(kept), max(k + row.text_tokens for k, row in zip(kept, rows, strict=True))))
+    return tokens

@@ -59,8 +59,8 @@ def test_json_is_one_object_with_units_in_its_keys(tiny: Path, capsys: pytest.Ca
     code, out, _ = run(capsys, "-m", str(tiny), "--json", "--new-tokens", "4", "--image-size", "50x37")
     report = json.loads(out)
     assert code == 0
-    assert report["schema_version"] == 1
-    assert report["workload"]["vision_tokens"] == 16 + 6 * (8 + 1)  # base; 6 of 8 rows, each with a newline
+    assert report["schema_version"] == 2
+    assert report["workload"]["rows"][0]["vision_tokens"] == 16 + 6 * (8 + 1)  # base; 6 of 8 rows, each with a newline
     assert len(report["layers"]) == 6
     assert report["kv_cache"]["pmod_total_mib"] < report["kv_cache"]["stock_total_mib"]
     full = report["flops"]["conventions"]["full"]
@@ -105,15 +105,15 @@ def test_reports(tiny: Path, capsys: pytest.CaptureFixture, report: str) -> None
         (["--text-tokens", "-1"], "--text-tokens -1 is negative"),
         (["--new-tokens", "-3"], "--new-tokens -3 is negative"),
         (["-m", "llava-1.5-7b", "--text-tokens", "4000"], "the prompt does not fit: 576 vision + 4000 text"),
-        (["--report", "latency"], "'latency' is not a report. Known: flops, kv, all"),
+        (["--report", "speed"], "'speed' is not a report. Known: flops, kv, latency, all"),
         (["--schedule", "sine"], "unknown schedule 'sine'"),
         (["--schedule", "constant", "--shift", "0.4"], "a shift belongs to the schedules cosine and linear"),
         (["-m", "llava-1.5-7b", "--target-tokens", "vision_hr"], "vision_hr"),
         (["-m", "text.json"], "text.json is not JSON"),
         (["-m", "list.json"], "list.json holds no configuration"),
         (["-m", "bert.json"], "is not a LLaVA: model_type is 'bert'"),
-        (["-m", "half.json"], "half.json: Validation error for field 'text_config'"),
-        (["-m", "gemma.json"], "gemma.json: GemmaModel decoders cannot be routed"),
+        (["-m", "half.json"], "half.json: text_config and vision_config are JSON objects"),
+        (["-m", "gemma.json"], "gemma.json: the decoder gemma is unknown: expected one of llama, mistral, qwen2"),
     ],
 )
 def test_bad_input_is_a_sentence(

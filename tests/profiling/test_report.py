@@ -1,6 +1,4 @@
-"""Counts against the paper, against a formula, against torch's counter, and against real forwards and real caches."""
-
-from collections.abc import Callable
+"""Counts against the paper, and against real forwards and real caches."""
 
 import pytest
 import torch
@@ -10,10 +8,9 @@ from transformers import DynamicCache
 
 from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
 from pmod_cli.model.modeling import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration
-from pmod_cli.profiling import Subject, Workload, cost, load_subject, profile
+from pmod_cli.profiling import Subject, Workload, load_subject, profile
 from pmod_cli.profiling.operators import count
-from pmod_cli.profiling.report import to_json
-from pmod_cli.profiling.workload import image_tokens
+from pmod_cli.profiling.schema import to_json
 from tests import factories
 
 TERA = 1e12
@@ -35,37 +32,6 @@ def test_the_papers_figures(alias: str, stock: float, pmod: float, with_attentio
     assert kv["total_pmod_of_stock_percent"] == pytest.approx(kv_with_text, abs=0.15)
     assert (result.published.stock_tflops, result.published.pmod_tflops) == (stock, pmod)
     assert not result.unknown_operators
-
-
-@pytest.mark.parametrize(
-    ("alias", "overrides"),
-    [
-        ("llava-1.5-13b", {"schedule": "constant"}),
-        ("llava-next-7b", {"schedule": "stepped", "target_tokens": "vision_hr"}),
-        ("llava-next-mistral-7b", {"schedule": "interleaved"}),
-    ],
-)
-def test_trace_formula_and_torchs_counter_agree(alias: str, overrides: dict) -> None:
-    subject = load_subject(alias, overrides)
-    result = profile(subject, Workload(image_size=(500, 300), text_tokens=41))
-    assert result.formula(result.stock) == pytest.approx(result.stock.total, rel=1e-3)
-    assert result.formula(result.pmod) == pytest.approx(result.pmod.total, rel=1e-3)
-    routable = result.image.high_resolution if "target_tokens" in overrides else result.image.tokens
-    assert _torch_count(subject, result.image.tokens + 41, routable) == pytest.approx(result.pmod.total, rel=1e-3)
-
-
-def _torch_count(subject: Subject, positions: int, routable: int) -> int:
-    """FLOPs of all p-MoD layers and lm_head by `torch.utils.flop_counter`, which sees fused attention on meta."""
-    model = cost.meta_model(subject.pmod)
-    decoder = model.model.language_model
-    states = torch.empty(1, positions, subject.pmod.text_config.hidden_size, device="meta", dtype=torch.bfloat16)
-    tables = decoder.rotary_emb(states, torch.arange(positions, device="meta")[None])
-    routing = cost.prompt_routing(positions, routable)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for layer in decoder.layers:
-            states = layer(states, position_embeddings=tables, routing=routing)
-        model.lm_head(states)
-    return counter.get_total_flops()
 
 
 def _subject(kind: str, decoder: str, **settings) -> Subject:
@@ -104,8 +70,8 @@ def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, setti
     """Predicted FLOPs and bytes of a prefill and of decoded tokens, against a model that really ran them."""
     size, text, steps = (50, 37), 9, 16
     subject = _subject(kind, decoder, **settings)
-    result = profile(subject, Workload(image_size=size, text_tokens=text, new_tokens=steps), dtype="float32")
-    model, inputs = _prefill(subject, size, text, result.image.tokens, result.image.tiles)
+    result = profile(subject, Workload(image_sizes=(size,), text_tokens=text, new_tokens=steps), dtype="float32")
+    model, inputs = _prefill(subject, size, text, result.longest.vision_tokens, result.longest.tiles)
     cache = DynamicCache()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs, past_key_values=cache, use_cache=True)
@@ -118,17 +84,6 @@ def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, setti
         assert counter.get_total_flops() == result.pmod.decode(step)
     held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     assert held == [layer.total for layer in result.pmod_kv]
-
-
-def test_image_tokens_are_the_processors(stock_model: Callable) -> None:
-    from PIL import Image
-
-    config, processor = factories.config("llava_next"), factories.processor("llava_next")
-    for size in ((64, 64), (50, 37), (300, 20), (1, 90), (31, 33)):
-        batch = processor(images=Image.new("RGB", size), text="<image> a", return_tensors="pt")
-        expected = int((batch["input_ids"] == config.image_token_id).sum())
-        image = image_tokens(config, size)
-        assert (image.tokens, image.tiles) == (expected, batch["pixel_values"].shape[1]), size
 
 
 def test_an_operator_that_nobody_counts_is_named() -> None:

@@ -1,0 +1,214 @@
+"""The sizes of a LLaVA that its costs follow from, read from a configuration or a plain config.json. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pmod_cli.errors import PmodError
+
+# What a config.json leaves out is its class's default. Heads share no K and V unless they say so.
+_TEXT_DEFAULTS = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+}
+_CLIP_L_336 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_TOWER_DEFAULTS = {
+    "clip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "image_size": 224,
+        "patch_size": 32,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+}
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a Llama, Mistral or Qwen2 decoder.
+
+    Args:
+        layers: L.
+        hidden: D.
+        inner: Width of the MLP.
+        heads: Query heads.
+        kv_heads: Key/value heads, fewer than query heads under GQA.
+        head_size: Width of a head.
+        vocabulary: Rows of lm_head.
+        context: Positions, at most.
+        tied: Whether lm_head is the embedding table.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    context: int
+    tied: bool
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of one layer, norms and router left out."""
+        return 2 * self.hidden * self.head_size * (self.heads + self.kv_heads) + 3 * self.hidden * self.inner
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of a CLIP or SigLIP vision tower and of the two-layer projector behind it.
+
+    Args:
+        layers: Encoder layers; all are computed, also those above the one whose features are taken.
+        hidden: Width.
+        inner: Width of the MLP.
+        tile: Side of the square input in pixels.
+        patch: Side of a patch in pixels.
+        class_token: 1 for a CLIP, whose sequence has one CLS token; 0 for a SigLIP.
+        features: Layers whose features are joined for the projector.
+        dropped: Tokens of a tile that the projector does not see: 1 for CLS under the strategy `default`.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    tile: int
+    patch: int
+    class_token: int
+    features: int
+    dropped: int
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile."""
+        return (self.tile // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile inside the tower."""
+        return self.patches + self.class_token
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A whole LLaVA.
+
+    Args:
+        decoder: The language model.
+        tower: Vision tower and projector.
+        pinpoints: LLaVA-NeXT: the (height, width) in pixels that an image may be fitted to. None for LLaVA-1.5.
+    """
+
+    decoder: Decoder
+    tower: Tower
+    pinpoints: tuple[tuple[int, int], ...] | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | object) -> Sizes:
+        """Read a configuration.
+
+        Args:
+            config: A stock or p-MoD LLaVA configuration, or the dict of its config.json.
+
+        Raises:
+            PmodError: A decoder or a vision tower of which nothing is known here.
+        """
+        text = _get(config, "text_config") or {}
+        kind = _get(text, "model_type") or "llama"
+        if kind not in _TEXT_DEFAULTS:
+            raise PmodError(
+                f"the decoder {kind} is unknown: expected one of {', '.join(_TEXT_DEFAULTS)}",
+                hint="pmod profile --model llava-next-7b",
+            )
+
+        def size(key: str) -> int:
+            value = _get(text, key)
+            return int(_TEXT_DEFAULTS[kind][key] if value is None else value)
+
+        heads = size("num_attention_heads")
+        tied = _get(text, "tie_word_embeddings") or False
+        kv_heads = _get(text, "num_key_value_heads") or _TEXT_DEFAULTS[kind].get("num_key_value_heads", heads)
+        decoder = Decoder(
+            layers=size("num_hidden_layers"),
+            hidden=size("hidden_size"),
+            inner=size("intermediate_size"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=_get(text, "head_dim") or size("hidden_size") // heads,
+            vocabulary=size("vocab_size"),
+            context=size("max_position_embeddings"),
+            tied=bool(tied if _get(config, "tie_word_embeddings") is None else _get(config, "tie_word_embeddings")),
+        )
+        anyres = str(_get(config, "model_type")).endswith("llava_next")
+        pinpoints = _get(config, "image_grid_pinpoints") or _PINPOINTS
+        return cls(
+            decoder, _tower(config), tuple((int(height), int(width)) for height, width in pinpoints) if anyres else None
+        )
+
+
+def _tower(config: Mapping[str, Any] | object) -> Tower:
+    vision = _get(config, "vision_config") or _CLIP_L_336
+    kind = _get(vision, "model_type") or "clip_vision_model"
+    if kind not in _TOWER_DEFAULTS:
+        raise PmodError(
+            f"the vision tower {kind} is unknown: expected {' or '.join(_TOWER_DEFAULTS)}",
+            hint="profile counts LLaVA models with a CLIP or SigLIP tower",
+        )
+    default = _TOWER_DEFAULTS[kind]
+    size = {key: int(default[key] if _get(vision, key) is None else _get(vision, key)) for key in default}
+    layer = _get(config, "vision_feature_layer")
+    return Tower(
+        layers=size["num_hidden_layers"],
+        hidden=size["hidden_size"],
+        inner=size["intermediate_size"],
+        tile=size["image_size"],
+        patch=size["patch_size"],
+        class_token=int(kind == "clip_vision_model"),
+        features=len(layer) if isinstance(layer, Sequence) else 1,
+        dropped=int((_get(config, "vision_feature_select_strategy") or "default") == "default"),
+    )
+
+
+def _get(config: Mapping[str, Any] | object, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)

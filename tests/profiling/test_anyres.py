@@ -1,0 +1,61 @@
+"""Vision tokens of an image, against the stock model's own packing code and its processor."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
+
+from pmod_cli.checkpoints import builtin_config
+from pmod_cli.profiling import Sizes
+from pmod_cli.profiling.anyres import image_tokens
+from tests import factories
+
+
+class Packer:
+    """All that the stock packing method reads of a model."""
+
+    def __init__(self, config: object) -> None:
+        self.config = config
+
+
+def stock_tokens(config: object, width: int, height: int) -> tuple[int, int]:
+    """(V, tiles) by the code that runs in the model, on tensors without values."""
+    side = config.vision_config.image_size
+    patches = (side // config.vision_config.patch_size) ** 2
+    tiles = image_size_to_num_patches((height, width), config.image_grid_pinpoints, side)
+    features = [torch.empty(tiles, patches, 1, device="meta")]
+    newline = torch.empty(1, device="meta")
+    packed, _ = LlavaNextModel.pack_image_features(Packer(config), features, [(height, width)], "default", newline)
+    return packed[0].shape[0], tiles
+
+
+def test_any_size_is_cut_as_the_stock_code_cuts_it() -> None:
+    draw = random.Random(0)
+    config = builtin_config("llava-next-7b")
+    sizes = Sizes.of(config)
+    cases = [(1, 1), (1, 4000), (4000, 1), (336, 336), (335, 337), (672, 672), (1008, 336), (672, 671), (1280, 720)]
+    cases += [(draw.randint(1, 2500), draw.randint(1, 2500)) for _ in range(1500)]
+    for width, height in cases:
+        image = image_tokens(sizes, (width, height))
+        assert (image.tokens, image.tiles) == stock_tokens(config, width, height), (width, height)
+
+
+def test_the_papers_image() -> None:
+    image = image_tokens(Sizes.of(builtin_config("llava-next-7b")), (672, 672))
+    assert (image.tokens, image.tiles) == (576 + 48 * 49, 5)
+    assert image_tokens(Sizes.of(builtin_config("llava-1.5-7b")), (1280, 20)).tokens == 576
+
+
+@pytest.mark.parametrize("kind", factories.KINDS)
+def test_image_tokens_are_the_processors(stock_model: Callable, kind: str) -> None:
+    from PIL import Image
+
+    config, processor = factories.config(kind), factories.processor(kind)
+    for size in ((64, 64), (50, 37), (300, 20), (1, 90), (31, 33)):
+        batch = processor(images=Image.new("RGB", size), text="<image> a", return_tensors="pt")
+        expected = int((batch["input_ids"] == config.image_token_id).sum())
+        image = image_tokens(Sizes.of(config), size)
+        tiles = batch["pixel_values"].shape[1] if kind == "llava_next" else 1
+        assert (image.tokens, image.tiles) == (expected, tiles), size

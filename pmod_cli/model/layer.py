@@ -74,6 +74,10 @@ class RoutedLayer:
             return self._routed_forward(
                 hidden_states, routing, position_embeddings, past_key_values, cache_layer, **kwargs
             )
+        if self.router is not None and self.training and torch.is_grad_enabled():
+            # Text-only step: the router takes part with weight zero, or distributed training would wait for it. Here,
+            # since FSDP2 has a layer's weights at hand only while the layer runs.
+            hidden_states = hidden_states + 0.0 * self.router(hidden_states[:, :1])
         if cache_layer is not None and (cache_layer.skipped or cache_layer.valid is not None):
             attention_mask = cache_layer.own_mask(self.self_attn.config, hidden_states, step_valid)
             cache_layer.expect(step_valid)

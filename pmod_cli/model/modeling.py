@@ -44,10 +44,6 @@ class RoutedDecoder:
         """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.training and torch.is_grad_enabled() and kwargs.get("routing") is None:
-            # Text-only step: routers take part with weight zero, or distributed training would wait for them.
-            unused = [p.sum() for layer in self.layers if layer.router is not None for p in layer.router.parameters()]
-            inputs_embeds = inputs_embeds + 0.0 * torch.stack(unused).sum() if unused else inputs_embeds
         return super().forward(
             attention_mask=attention_mask,
             past_key_values=past_key_values,

@@ -107,7 +107,7 @@ def finetune(
         _show_plan(plan(settings, device=device), as_json)
         return
 
-    from pmod_cli.training import run
+    from pmod_cli.training import folder, run
 
     out = out or Path("runs", f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
     output.note(f"run folder: {out}")
@@ -116,7 +116,7 @@ def finetune(
     if report.status == "interrupted":
         raise PmodError(
             f"interrupted after step {report.step} of {report.max_steps}; the run is saved in {out}",
-            hint=f"go on with: pmod finetune --recipe {out / run.SETTINGS} --out {out}",
+            hint=f"go on with: pmod finetune --recipe {out / folder.SETTINGS} --out {out}",
             code=INTERRUPTED,
         )
     state.record_current(out)
@@ -148,7 +148,7 @@ class _Watching:
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[left]} left"),
         )
-        self.task = self.bar.add_task("training", total=settings.train.max_steps, loss="-", left="-")
+        self.task = self.bar.add_task("training", total=None, loss="-", left="-")
 
     def __enter__(self) -> _Watching:
         self.bar.start()
@@ -160,7 +160,7 @@ class _Watching:
     def update(self, step: Step) -> None:
         loss, left = f"{step.loss:.4f}", _minutes(step.seconds_left)
         if output.shows_progress():
-            self.bar.update(self.task, completed=step.step, loss=loss, left=left)
+            self.bar.update(self.task, completed=step.step, total=step.max_steps, loss=loss, left=left)
         elif step.step % self.interval == 0 or step.step == step.max_steps:
             output.note(f"step {step.step}/{step.max_steps}  loss {loss}  {left} left")
 
@@ -172,14 +172,15 @@ def _minutes(seconds: float) -> str:
 def _show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         parameters = {
-            part: {"parameters": number, "trained": trained, "learning_rate": plan.learning_rates.get(part)}
-            for part, (number, trained) in plan.parameters.items()
+            part: {**asdict(numbers), "learning_rate": plan.learning_rates.get(part)}
+            for part, numbers in plan.parameters.items()
         }
         output.print_json({"schema_version": 1, **asdict(plan), "parameters": parameters})
         return
     table = Table("part", "parameters", "learning rate")
-    for part, (number, trained) in plan.parameters.items():
-        table.add_row(part, f"{number:,}", f"{plan.learning_rates[part]:g}" if trained else "frozen")
+    for part, numbers in plan.parameters.items():
+        rate = f"{plan.learning_rates[part]:g}" if numbers.trained else "frozen"
+        table.add_row(part, f"{numbers.parameters:,}", rate)
     output.stdout.print(table)
     table = Table(show_header=False)
     table.add_row("steps", f"{plan.steps:,}")
@@ -192,8 +193,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
 
 def _show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
     if as_json:
-        parameters = {part: {"parameters": n, "trained": trained} for part, (n, trained) in report.parameters.items()}
-        output.print_json({"schema_version": 1, **asdict(report), "parameters": parameters})
+        output.print_json({"schema_version": 1, **asdict(report)})
         return
     if quiet:
         output.print_line(report.path)

@@ -1,12 +1,46 @@
-"""The synthetic documents as a data set of conversation rows."""
+"""What a run is trained on: its rows, the collator that makes batches of them, the order they come in."""
 
+from collections.abc import Callable, Sequence
 from random import Random
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch.utils.data import Dataset
 
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.rows import row
 from pmod_cli.training.settings import DataArgs
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+COUNTS = "counts"  # in a batch: its `Counts`
+
+
+class Counts(NamedTuple):
+    """Of one batch, counted where it is made, so that nobody has to ask the device: tokens without padding, and the
+    vision tokens of each row."""
+
+    tokens: int
+    vision: tuple[int, ...]
+
+
+class Counting:
+    """A collator that also counts.
+
+    Args:
+        collate: makes a batch with ``input_ids`` and ``attention_mask`` of rows.
+        processor: of the model.
+        image_token: id of the image token.
+    """
+
+    def __init__(self, collate: Callable[[Sequence], dict], processor: "ProcessorMixin", image_token: int) -> None:
+        self.collate, self.processor, self.image_token = collate, processor, image_token
+
+    def __call__(self, rows: Sequence) -> dict:
+        """The batch, with ``COUNTS``."""
+        batch = self.collate(rows)
+        vision = (batch["input_ids"] == self.image_token).sum(dim=1).tolist()
+        return {**batch, COUNTS: Counts(int(batch["attention_mask"].sum()), tuple(vision))}
 
 
 class SyntheticDocuments(Dataset):

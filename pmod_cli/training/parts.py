@@ -1,12 +1,25 @@
 """The four parts of a LLaVA that are frozen or trained at a rate of their own."""
 
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pmod_cli.training.settings import PARTS, TrainArgs
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
+
+TOWER_LAYER = re.compile(r"vision_tower\..*layers\.(\d+)\.")
+
+
+@dataclass
+class Part:
+    """Number of parameters of a part, and how many of them are trained."""
+
+    parameters: int = 0
+    trained: int = 0
 
 
 def part_of(name: str) -> str:
@@ -20,19 +33,42 @@ def part_of(name: str) -> str:
     return "language_model"
 
 
-def freeze(model: "nn.Module", parts: Iterable[str]) -> None:
-    """Let gradients reach every parameter outside ``parts``, and none inside."""
-    frozen = set(parts)
+def freeze(model: "PreTrainedModel", parts: Iterable[str]) -> None:
+    """Let gradients reach every parameter outside ``parts``, and none inside.
+
+    What the vision tower has above the layer whose features are taken never gets a gradient: it is frozen in any case,
+    since distributed training waits for each gradient that it expects.
+    """
+    frozen, used = set(parts), _used_tower_layers(model.config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in frozen)
+        parameter.requires_grad_(part_of(name) not in frozen and not _above(name, used))
 
 
-def count(model: "nn.Module") -> dict[str, tuple[int, bool]]:
-    """Number of parameters of each part that the model has, and whether they are trained."""
+def _used_tower_layers(config) -> int:
+    depth = config.vision_config.num_hidden_layers
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    return max(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
+
+
+def _above(name: str, used: int) -> bool:
+    if part_of(name) != "vision_tower":
+        return False
+    layer = TOWER_LAYER.search(name)
+    return int(layer[1]) >= used if layer else "post_layernorm" in name or ".head." in name
+
+
+def count(model: "nn.Module") -> dict[str, Part]:
+    """Parameters of each part that the model has."""
     counted = {}
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        counted[part] = (counted.get(part, (0, False))[0] + parameter.numel(), parameter.requires_grad)
+        part = counted.setdefault(part_of(name), Part())
+        # A 4-bit weight holds two numbers in a byte; DeepSpeed ZeRO-3 leaves an empty one and notes its size.
+        number = getattr(parameter, "ds_numel", parameter.numel())
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        number = shape.numel() if shape is not None else number
+        part.parameters += number
+        part.trained += number if parameter.requires_grad else 0
     return {part: counted[part] for part in PARTS if part in counted}
 
 

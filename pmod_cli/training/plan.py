@@ -9,7 +9,7 @@ import pmod_cli.model.modeling  # noqa: F401 - makes the p-MoD classes known to 
 from pmod_cli.checkpoints import resolve
 from pmod_cli.data.collator import Collator
 from pmod_cli.training.dataset import SyntheticDocuments
-from pmod_cli.training.parts import count, freeze
+from pmod_cli.training.parts import Part, count, freeze
 from pmod_cli.training.settings import Settings
 
 SAMPLE = 16  # rows drawn to estimate the tokens of a row
@@ -20,7 +20,7 @@ class Plan:
     """A run before it starts.
 
     Attributes:
-        parameters: of each part, how many there are and whether they are trained.
+        parameters: of each part, how many there are and how many are trained.
         learning_rates: of each trained part.
         steps: optimizer steps.
         images: images seen.
@@ -30,7 +30,7 @@ class Plan:
         memory_gib: estimate of the peak on the training device.
     """
 
-    parameters: dict[str, tuple[int, bool]]
+    parameters: dict[str, Part]
     learning_rates: dict[str, float]
     steps: int
     images: int
@@ -55,14 +55,16 @@ def plan(settings: Settings, *, device: str = "cpu") -> Plan:
     documents = SyntheticDocuments(settings.data, SAMPLE)
     batch = Collator(AutoProcessor.from_pretrained(source))([documents[index] for index in range(SAMPLE)])
     tokens_per_image = batch["attention_mask"].sum().item() / SAMPLE
+    steps = settings.steps(settings.data.rows or 0)
+    images = steps * settings.rows_per_step()
     retention = getattr(config, "retention", None) or [1.0] * config.text_config.num_hidden_layers
     return Plan(
         parameters=parameters,
-        learning_rates={part: settings.train.rate(part) for part, (_, trained) in parameters.items() if trained},
-        steps=settings.train.max_steps,
-        images=settings.images_used,
+        learning_rates={part: settings.train.rate(part) for part, numbers in parameters.items() if numbers.trained},
+        steps=steps,
+        images=images,
         tokens_per_image=tokens_per_image,
-        tokens=round(tokens_per_image * settings.images_used),
+        tokens=round(tokens_per_image * images),
         mean_retention=sum(retention) / len(retention),
         memory_gib=_memory(settings, config, parameters, retention, batch["input_ids"], device) / 2**30,
     )
@@ -71,7 +73,7 @@ def plan(settings: Settings, *, device: str = "cpu") -> Plan:
 def _memory(
     settings: Settings,
     config: PretrainedConfig,
-    parameters: dict[str, tuple[int, bool]],
+    parameters: dict[str, Part],
     retention: list[float],
     input_ids: torch.Tensor,
     device: str,
@@ -83,8 +85,8 @@ def _memory(
     """
     precision = settings.model.precision
     size = 2 if precision == "bfloat16" or (precision == "auto" and device.startswith("cuda")) else 4
-    every = sum(number for number, _ in parameters.values())
-    trained = sum(number for number, is_trained in parameters.values() if is_trained)
+    every = sum(part.parameters for part in parameters.values())
+    trained = sum(part.trained for part in parameters.values())
     weights = 4 * every + 12 * trained + (2 * every if size == 2 else 0)
 
     text = config.text_config

@@ -10,13 +10,17 @@ from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from pmod_cli import recipes
 from pmod_cli.data.documents import TASKS
 from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
 from pmod_cli.training.settings import PARTS, Settings
+
+BASE = "base"  # a recipe's first key may name the recipe that it changes
 
 
 class Entry(NamedTuple):
@@ -52,8 +56,11 @@ def load_settings(
             faults.append(f"{entry.where}: {fault}")
     faults += _unknown("model.freeze", settings.model.freeze, PARTS)
     faults += _unknown("data.tasks", settings.data.tasks, TASKS)
-    if set(PARTS) <= set(settings.model.freeze):
-        faults.append("model.freeze: every part is frozen, nothing is left to train")
+    faults += settings.conflicts()
+    try:
+        PmodSettings.from_dict(settings.pmod.given)
+    except ValueError as fault:
+        faults.append(f"pmod: {fault}")
     if faults:
         raise PmodError("\n  ".join(faults), hint="all keys with their values: pmod finetune --print-config")
     return settings
@@ -64,10 +71,21 @@ def dump(settings: Settings) -> str:
     return yaml.safe_dump(asdict(settings), sort_keys=False)
 
 
+# What a run may change when it goes on: nothing in it reaches the weights.
+HARMLESS = (
+    *("train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints"),
+    *("data.workers", "lora.merge", "eval"),
+)
+
+
 def differences(one: Settings, other: Settings) -> list[str]:
-    """The dotted keys whose values differ, each as ``key: value -> value``."""
+    """The dotted keys whose values differ and matter, each as ``key: value -> value``."""
     flat_one, flat_other = dict(_flatten(asdict(one))), dict(_flatten(asdict(other)))
-    return [f"{key}: {value!r} -> {flat_other[key]!r}" for key, value in flat_one.items() if value != flat_other[key]]
+    return [
+        f"{key}: {value!r} -> {flat_other[key]!r}"
+        for key, value in flat_one.items()
+        if value != flat_other[key] and key not in HARMLESS
+    ]
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -78,8 +96,10 @@ def _flatten(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _read(path: Path) -> Iterable[Entry]:
-    """The entries of a YAML file. Read as nodes, since only these know their lines."""
+def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterable[Entry]:
+    """The entries of a YAML file, after those of its base. Read as nodes, since only these know their lines."""
+    if path in above:
+        raise PmodError(f"the recipe {path} is its own base: {' -> '.join(map(str, (*above, path)))}")
     try:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     except OSError as error:
@@ -88,7 +108,15 @@ def _read(path: Path) -> Iterable[Entry]:
         raise PmodError(f"the recipe {path} is not YAML: {error}") from None
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise PmodError(f"the recipe {path} holds no mapping of keys to values")
-    return _walk(root, path, "") if root is not None else ()
+    entries = list(_walk(root, path, "")) if root is not None else []
+    base = next((entry for entry in entries if entry.key == BASE), None)
+    if base is None:
+        return entries
+    if not isinstance(base.value, str):
+        raise PmodError(f"{base.where}: {BASE}: expected the name of a recipe, got {base.value!r}")
+    beside = path.parent / base.value
+    below = _read(beside if beside.is_file() else recipes.find(base.value), (*above, path))
+    return [*(entry for entry in below if entry.key != "name"), *(entry for entry in entries if entry is not base)]
 
 
 def _walk(node: yaml.MappingNode, path: Path, prefix: str) -> Iterable[Entry]:
@@ -133,7 +161,7 @@ def _assign(settings: Settings, entry: Entry) -> None:
 
 def _fit(value: Any, kind: Any, key: str) -> Any:
     """The value as the declared type, or ValueError. Takes ``2e-5`` for a number, which YAML 1.1 reads as a string."""
-    if get_origin(kind) is UnionType:  # written "int | None" everywhere here
+    if get_origin(kind) in (UnionType, Union):  # "int | None"; with a Literal, Python makes it a Union
         return None if value is None else _fit(value, get_args(kind)[0], key)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):

@@ -68,11 +68,9 @@ def test_dry_run_counts_and_writes_nothing(stock_model, workdir, capsys):
     assert call("finetune", "-m", stock_model(), "--dry-run", "--json", *QUICK) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["steps"], plan["images"]) == (2, 4)
-    assert plan["parameters"]["vision_tower"] == {
-        "parameters": plan["parameters"]["vision_tower"]["parameters"],
-        "trained": False,
-        "learning_rate": None,
-    }
+    tower = plan["parameters"]["vision_tower"]
+    assert (tower["trained"], tower["learning_rate"]) == (0, None)
+    assert tower["parameters"] > 0
     assert plan["tokens"] > 4 * 16
     assert plan["memory_gib"] > 0
     assert plan["mean_retention"] == 1.0

@@ -14,12 +14,15 @@ from pmod_cli.checkpoints import convert, load_model, router_state
 from pmod_cli.data.collator import Collator
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings, capture_selection
-from pmod_cli.training.dataset import SyntheticDocuments
+from pmod_cli.training.arguments import training_arguments
+from pmod_cli.training.dataset import Counting, SyntheticDocuments
+from pmod_cli.training.folder import LOG, SETTINGS, STATE
 from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of
 from pmod_cli.training.recipe import load_settings
-from pmod_cli.training.run import LOG, SETTINGS, STATE, finetune, training_arguments
+from pmod_cli.training.run import finetune
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.trainer import PmodTrainer
+from pmod_cli.training.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def routed(stock, tmp_path_factory) -> Path:
 
 def run_settings(model: Path, **train) -> Settings:
     """Three constant-rate steps of two images, and what the test changes."""
-    settings = load_settings(None, [f"model.name={model}", "data.turns=1"])
+    settings = load_settings(None, [f"model.name={model}", "data.turns=1", "train.max_steps=3", "train.report_to=none"])
     changes = {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-3, "lr_schedule": "constant_with_warmup"}
     for key, value in {**changes, "warmup_steps": 0.0, "log_steps": 1, **train}.items():
         setattr(settings.train, key, value)
@@ -80,7 +83,7 @@ def test_frozen_parts_keep_every_bit_and_the_others_all_move(routed, tmp_path):
 
 def test_the_loss_falls(routed, tmp_path):
     settings = run_settings(routed, max_steps=20, batch_size=4, learning_rate=1e-2, log_steps=5)
-    settings.data.images = 4
+    settings.data.rows = 4
     finetune(settings, tmp_path / "run")
     losses = [line["loss"] for line in log(tmp_path / "run")]
     assert losses[-1] < 0.6 * losses[0]
@@ -187,14 +190,14 @@ def test_a_folder_that_is_no_run_is_left_alone(routed, tmp_path):
 
 def trainer_for(model, settings: Settings, folder: Path) -> PmodTrainer:
     freeze(model, settings.model.freeze)
-    arguments = training_arguments(settings, folder, "cpu")
-    return PmodTrainer(train=settings.train, model=model, args=arguments)
+    arguments = training_arguments(settings, folder, "cpu", steps=3)
+    return PmodTrainer(train=settings.train, watch=Watch(), model=model, args=arguments)
 
 
 def test_a_text_only_batch_reaches_every_trained_parameter(routed, tmp_path):
     settings = run_settings(routed)
     model, processor = load_model(routed)
-    trainer = trainer_for(model, settings, tmp_path)
+    trainer = trainer_for(model.train(), settings, tmp_path)
     said = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
     said = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in said]
     batch = Collator(processor)([{"images": [], "messages": said}])
@@ -212,14 +215,16 @@ def test_the_vision_tokens_counted_are_those_the_layers_keep(routed, tmp_path):
     settings = run_settings(routed)
     model, processor = load_model(routed)
     trainer = trainer_for(model, settings, tmp_path)
-    batch = Collator(processor)([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
+    collate = Counting(Collator(processor), processor, model.config.image_token_id)
+    batch = collate([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
+    trainer.watch.count(batch.pop("counts"))
     with capture_selection(model) as record:
         trainer.compute_loss(model, dict(batch))
     layers = len(model.model.language_model.layers)
     vision = record.vision_mask.sum().item()
     kept = sum((selection.kept & record.vision_mask).sum().item() for selection in record.layers.values())
-    assert trainer._vision == vision
-    assert trainer._kept == pytest.approx((kept + vision * (layers - len(record.layers))) / layers)
+    assert trainer.watch._local[:2] == [batch["attention_mask"].sum(), vision]
+    assert trainer.watch._local[2] == pytest.approx((kept + vision * (layers - len(record.layers))) / layers)
 
 
 def test_the_padding_changes_neither_loss_nor_gradients(routed, tmp_path):

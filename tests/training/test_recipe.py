@@ -68,6 +68,14 @@ def test_every_fault_is_reported_with_its_place_and_the_nearest_name(tmp_path):
         ("model.precision=fp8", "expected one of auto, float32, bfloat16"),
         ("model.freeze=router", "expected a list"),
         ("model.freeze=[tower]", "unknown tower"),
+        ("model.quantize=nf4", "expected lora.enabled"),
+        ("model.llm=base", "expected model.vision_tower"),
+        ("model.projector=x", "expected model.llm"),
+        ("data.kind=llava", "data.path: expected the file"),
+        ("pmod.schedule=sine", "expected one of cosine, linear"),
+        ("pmod.norm=cosh", "norm must be one of"),
+        ("pmod.values=[1, half]", "expected a number"),
+        ("pmod={schedule: linear}", "is a group of settings"),
         ("model.freeze=[language_model, projector, vision_tower, router]", "nothing is left to train"),
         ("nonsense.at.all=1", "unknown key nonsense.at.all"),
         ("train.max_steps.x=1", "unknown key train.max_steps.x"),
@@ -79,7 +87,7 @@ def test_bad_values_are_refused(override, part):
         load_settings(None, [override])
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [", "train: {max_steps: null}"])
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [", "train: {batch_size: null}"])
 def test_bad_files_are_refused(tmp_path, text):
     with pytest.raises(PmodError, match=r"mine\.yaml"):
         load_settings(write(tmp_path, text))
@@ -100,3 +108,30 @@ def test_what_is_saved_is_a_recipe_for_the_same_settings(tmp_path):
 def test_differences_name_the_keys():
     one, other = load_settings(None, ["train.seed=1"]), load_settings(None, ["train.seed=2"])
     assert differences(one, other) == ["train.seed: 1 -> 2"]
+
+
+def test_a_recipe_changes_its_base(tmp_path):
+    (tmp_path / "stock.yaml").write_text("base: tiny\nname: stock\npmod: {enabled: false}\ntrain: {seed: 4}\n")
+    recipe = write(tmp_path, "base: stock.yaml\ntrain:\n  seed: 5\n")
+    settings, tiny = load_settings(recipe), load_settings(recipes.find("tiny"))
+    assert (settings.name, settings.pmod.enabled, settings.train.seed) == ("mine", False, 5)
+    settings.name, settings.pmod.enabled, settings.train.seed = tiny.name, None, tiny.train.seed
+    assert settings == tiny
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("base: mine.yaml", "its own base"), ("base: tinny", "tiny"), ("base: 3", "name of a recipe")],
+)
+def test_a_base_that_is_none(tmp_path, text, part):
+    with pytest.raises(PmodError, match=part):
+        load_settings(write(tmp_path, text))
+
+
+def test_a_global_batch_is_the_same_on_any_number_of_devices():
+    settings = load_settings(None, ["train.batch_size=4", "train.global_batch_size=32", "train.epochs=2"])
+    assert [settings.accumulation(processes) for processes in (1, 2, 8)] == [8, 4, 1]
+    assert [settings.rows_per_step(processes) for processes in (1, 2, 8)] == [32] * 3
+    assert [settings.steps(330, processes) for processes in (1, 2, 8)] == [22] * 3
+    with pytest.raises(ValueError, match="no multiple of 4 rows x 3 processes"):
+        settings.accumulation(3)

@@ -1,0 +1,108 @@
+"""LoRA through peft: low-rank adapters on the decoder; routers, and other parts that are not frozen, trained whole."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from pmod_cli.checkpoints import load_model
+from pmod_cli.errors import PmodError
+from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
+from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.settings import Settings
+from pmod_cli.training.start import starting_checkpoint
+
+# Modules of a LLaVA that are trained whole beside adapters, by part. `image_newline` is no module and stays as it is.
+WHOLE = {"router": "router", "projector": "multi_modal_projector", "vision_tower": "vision_tower"}
+
+
+def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | None = None) -> PeftModel:
+    """The model with adapters to be trained, its own weights frozen.
+
+    Args:
+        model: a LLaVA, stock or p-MoD.
+        settings: ``lora`` and ``model.freeze``.
+        checkpoint: a folder with adapters to go on with; otherwise they are new and change nothing yet.
+
+    Raises:
+        PmodError: no linear map of the decoder has one of the names of ``lora.targets``.
+    """
+    if checkpoint is not None:
+        adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    else:
+        lora = settings.lora
+        names = {name.rsplit(".", 1)[-1] for name, _ in model.model.language_model.layers[0].named_modules()}
+        if unknown := [target for target in lora.targets if target not in names]:
+            raise PmodError(f"lora.targets: the decoder has no {', '.join(unknown)}", hint="q_proj, v_proj, …")
+        here = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=rf".*\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})",
+                modules_to_save=[
+                    module for part, module in WHOLE.items() if module in here and part not in settings.model.freeze
+                ],
+            ),
+        )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # what is trained is float32, whatever the frozen weights are
+    return adapted
+
+
+def merge(out: Path, *, name: str | None = None) -> str:
+    """Fold the adapters of a LoRA run into the weights they were trained on; the run folder becomes a checkpoint.
+
+    The weights are read in the dtype they are stored in, whatever the run trained with: the result is the same right
+    after the run and any time later.
+
+    Args:
+        out: the run folder: finished, or with a training checkpoint, whose newest adapters are taken.
+        name: where the model that the run started from is now, if not where it was.
+
+    Returns:
+        What was merged: the adapter folder's name.
+
+    Raises:
+        PmodError: ``out`` is no LoRA run, or has no adapter yet.
+    """
+    if not (out / SETTINGS).is_file():
+        raise PmodError(f"{out} is not a run of pmod finetune", hint="name the run folder: pmod finetune --merge DIR")
+    settings = load_settings(out / SETTINGS)
+    if not settings.lora.enabled:
+        raise PmodError(f"{out} is no LoRA run: its weights were trained themselves, there is nothing to merge")
+    settings.model.name = name or settings.model.name
+    adapter = adapter_of(out) or _newest(out)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".merge-") as scratch:
+        model, processor = load_model(starting_checkpoint(settings, Path(scratch) / "start"), dtype="auto")
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(model.dtype)
+        if hasattr(merged.config, "router_state"):
+            merged.config.router_state = "trained"
+        with publishing(out) as staging:
+            merged.save_pretrained(staging)
+            processor.save_pretrained(staging)
+            if adapter != out / ADAPTER:
+                copy_adapter(adapter, staging / ADAPTER)
+    return adapter.name
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy the adapter alone out of a training checkpoint."""
+    target.mkdir()
+    for path in source.glob("adapter_*"):
+        shutil.copyfile(path, target / path.name)
+
+
+def _newest(out: Path) -> Path:
+    found = sorted((out / STATE).glob("checkpoint-*/adapter_config.json"), key=lambda path: int(path.parent.name[11:]))
+    if not found:
+        raise PmodError(
+            f"{out} has no adapter yet: the run has not saved one",
+            hint=f"go on with it: pmod finetune --recipe {out / SETTINGS} --out {out}",
+        )
+    return found[-1].parent

@@ -1,0 +1,185 @@
+"""Looks after the steps of a run: stops it when asked to or when the loss is no number, counts, reports."""
+
+import math
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.model import kept_tokens
+from pmod_cli.training.dataset import Counts
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished optimizer step, as it is reported while a run lasts.
+
+    Attributes:
+        step: its number, from 1.
+        max_steps: the number of the last one.
+        loss: the loss of its batch.
+        seconds_left: estimate for the rest of the run, from the steps since the start of this process.
+    """
+
+    step: int
+    max_steps: int
+    loss: float
+    seconds_left: float
+
+
+class RouterStatistics:
+    """Mean and spread of the router weights of each layer in one forward pass; takes the place of a
+    ``SelectionRecord``. Sums stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, layer: int, routing, gathered, weight: Tensor, logit: Tensor) -> None:
+        """Called by a routed layer while it runs, and again where checkpointing repeats it."""
+        weight, target = weight.detach().double(), routing.target
+        self.sums[layer] = torch.stack([target.sum(), (weight * target).sum(), (weight.square() * target).sum()])
+
+    def read(self) -> dict[str, float]:
+        """Log entries; the spread is a standard deviation over the vision tokens of a batch."""
+        entries = {}
+        for layer, (count, total, squares) in sorted((layer, sums.tolist()) for layer, sums in self.sums.items()):
+            mean = total / max(count, 1)
+            entries[f"router/layer_{layer:02d}_mean"] = mean
+            entries[f"router/layer_{layer:02d}_spread"] = math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))
+        return entries
+
+
+class Watch(TrainerCallback):
+    """Reports each step. On a signal, all processes save and stop after the step under way; where the loss is no
+    number, they stop before the optimizer uses it. That costs one exchange of five numbers a step.
+
+    Args:
+        on_step: is told of each finished step, in the first process.
+    """
+
+    def __init__(self, on_step: Callable[[Step], None] | None = None) -> None:
+        self.on_step = on_step
+        self.asked: float | None = None  # when this process was asked to stop
+        self.interrupted = False  # whether any was
+        self.last_loss = math.nan
+        self.tokens = 0  # trained on by all processes since the start of this one
+        self._loss: Tensor | float = 0.0
+        self._local = [0.0, 0.0, 0.0]  # tokens, vision tokens, kept ones, of this process and step
+        self._interval = [0.0, 0.0, 0.0]  # the same since the last line of the log, of all processes
+
+    def attach(self, trainer: Trainer, llava: PreTrainedModel) -> None:
+        """Called by the trainer before the run."""
+        self.trainer = trainer
+        self.decoder = llava.model.language_model
+        self.retention = getattr(llava.config, "retention", None)  # a stock model has none: it keeps everything
+        self.statistics = RouterStatistics()
+
+    def count(self, counts: Counts) -> None:
+        """Add the tokens of a batch; vision tokens also with the share that the layers keep by their schedule."""
+        rows = counts.vision
+        kept = sum(rows)
+        if self.retention is not None:
+            kept = sum(kept_tokens(row, ratio) for row in rows for ratio in self.retention) / len(self.retention)
+        self._local = [total + more for total, more in zip(self._local, (counts.tokens, sum(rows), kept), strict=True)]
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add the loss of one forward pass, as the Trainer scales it: a step's losses add up to its own."""
+        self._loss = self._loss + loss
+
+    def interval(self) -> dict[str, float]:
+        """Entries for a line of the log; the counts start anew."""
+        now = perf_counter()
+        tokens, vision, kept = self._interval
+        entries = {
+            "tokens_per_second": tokens / max(now - self._since, 1e-9),
+            "vision_tokens": vision,
+            "vision_tokens_kept": kept,
+            "memory_gib": peak_memory() / 2**30,
+            "seconds_left": self._seconds_left(self.trainer.state),
+            **self.statistics.read(),
+        }
+        self._interval, self._since = [0.0, 0.0, 0.0], now
+        return entries
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self.started = self._since = perf_counter()
+        self.first = state.global_step
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        if self.retention is not None and (state.global_step + 1) % args.logging_steps == 0:
+            self.statistics = RouterStatistics()
+            self.decoder.selection_recorder = self.statistics
+
+    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
+        """Tell the other processes, and hear from them.
+
+        Raises:
+            PmodError: the loss is not a number. The optimizer has not stepped: checkpoints on disk are good.
+        """
+        if self.retention is not None:
+            self.decoder.selection_recorder = None
+        loss = torch.as_tensor(self._loss, dtype=torch.float64).reshape(1)
+        shared = torch.cat([loss, torch.tensor([float(self.asked is not None), *self._local]).to(loss)])
+        if args.world_size > 1:
+            shared = self.trainer.accelerator.reduce(shared.to(args.device), reduction="sum")
+        loss, interrupted, *counts = shared.tolist()
+        self.last_loss = loss / args.world_size
+        self.interrupted = interrupted > 0
+        self._loss, self._local = 0.0, [0.0, 0.0, 0.0]
+        self._interval = [total + more for total, more in zip(self._interval, counts, strict=True)]
+        state.num_input_tokens_seen += round(counts[0])
+        self.tokens += round(counts[0])
+        if not math.isfinite(self.last_loss):
+            raise PmodError(
+                f"the loss is {self.last_loss} at step {state.global_step + 1}: training has diverged. "
+                f"The last good training checkpoint is the newest in {args.output_dir}",
+                hint="lower --learning-rate or train.router_learning_rate, or use --dtype float32",
+                code=RUN_FAILED,
+            )
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if self.on_step is not None and state.is_world_process_zero:
+            self.on_step(Step(state.global_step, state.max_steps, self.last_loss, self._seconds_left(state)))
+        self.interrupted = self.interrupted or (args.world_size == 1 and self.asked is not None)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        if control.should_training_stop:
+            control.should_log = True  # the last loss, whatever the interval
+
+    def _seconds_left(self, state) -> float:
+        pace = (perf_counter() - self.started) / max(state.global_step - self.first, 1)
+        return pace * (state.max_steps - state.global_step)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """While this lasts, Ctrl-C and SIGTERM (a cluster wants its machine) ask for a stop; a later one insists.
+
+        A launcher passes on what the terminal has sent already: what comes within two seconds is the same request.
+        """
+
+        def ask(number, frame):
+            if self.asked is not None and perf_counter() - self.asked > 2:
+                raise KeyboardInterrupt
+            self.asked = self.asked or perf_counter()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def peak_memory() -> int:
+    """Bytes: on a GPU the most that was allocated, else the most that this process ever held in memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

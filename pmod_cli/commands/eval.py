@@ -35,8 +35,10 @@ pmod eval --tasks tiny
 pmod eval --tasks docvqa,chartqa --model ./checkpoints/llava-next-7b-pmod
 pmod eval --tasks tiny --against stock,random,uniform --limit 200
 pmod eval --tasks text-rich --batch-size 16 --dtype bf16 --json > scores.json
+pmod eval --compare runs/eval-a runs/eval-b --format markdown
 pmod eval --list
 """
+FORMATS = ("table", "json", "markdown", "csv")
 
 
 def _limit(text: str) -> float:
@@ -49,7 +51,16 @@ def _limit(text: str) -> float:
     return limit if limit < 1 else int(limit)
 
 
+def _format(name: str) -> str:
+    if name not in FORMATS:
+        raise typer.BadParameter(f"{name!r} is not a format. Known: {', '.join(FORMATS)}")
+    return name
+
+
 def eval(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN...]", help="Finished runs, after --compare.")
+    ] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", "-t", metavar="NAMES", help="Benchmarks or groups, comma-separated; see --list.")
     ] = "paper",
@@ -58,7 +69,7 @@ def eval(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Compare with: stock, random, uniform, any model, or none; comma-separated. "
+            help="Compare with: stock, random, uniform, downsample, any model, or none; comma-separated. "
             "(default: stock for a p-MoD model on tiny tasks, else none)",
             show_default=False,
         ),
@@ -83,10 +94,16 @@ def eval(
             show_default=False,
         ),
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Set finished runs side by side; nothing is asked.")
+    ] = False,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the benchmarks and stop.")] = False,
     overwrite: OverwriteOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
+    shown_as: Annotated[
+        str, typer.Option("--format", callback=_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
+    ] = "table",
     revision: RevisionOpt = None,
     offline: OfflineOpt = False,
     quiet: QuietOpt = False,
@@ -98,7 +115,13 @@ def eval(
     if list_tasks:
         _print_suite(suite.GROUPS, as_json)
         return
+    shown_as = "json" if as_json else shown_as
+    if runs and not compare:
+        raise PmodError(f"unexpected: {runs[0]}", hint="pmod eval --compare RUN RUN sets finished runs side by side")
     require("eval", "lmms_eval", "datasets", "accelerate")
+    if compare:
+        _compare(runs or [], seed, shown_as)
+        return
     benchmarks = suite.resolve(tasks.split(","))
     name = model_or_default(model)
 
@@ -119,7 +142,10 @@ def eval(
     settings = EvalSettings(limit, batch_size, device, _pick_dtype(dtype, device), attention, seed)
     with _Bars() as bars:
         results = evaluate(benchmarks, chosen, settings, out, overwrite=overwrite, on_progress=bars.show)
-    _print_results(results, out, as_json, quiet)
+    if quiet:
+        output.print_line(out)
+    else:
+        _print_results({"folder": str(out), **results}, shown_as)
     if results["failed"]:
         scored = any(score["score"] is not None for task in results["tasks"] for score in task["scores"].values())
         failed = results["failed"]
@@ -178,20 +204,31 @@ class _Bars:
             output.note(f"{model} · {task}: {answered} answers")
 
 
-def _print_results(results: dict[str, Any], out: Path, as_json: bool, quiet: bool) -> None:
-    from pmod_cli.evaluation import report
+def _compare(runs: list[Path], seed: int, shown_as: str) -> None:
+    from pmod_cli.evaluation.compare import compare
 
-    if as_json:
-        output.print_json({"folder": str(out), **results})
-    elif quiet:
-        output.print_line(out)
+    results = compare(runs, seed=seed)
+    for sentence in results["unequal"]:
+        output.warn(sentence)
+    _print_results(results, shown_as)
+
+
+def _print_results(results: dict[str, Any], shown_as: str) -> None:
+    from pmod_cli.evaluation import formats, tables
+
+    if shown_as == "json":
+        output.print_json(results)
+    elif shown_as in ("markdown", "csv"):
+        output.print_line({"markdown": formats.to_markdown, "csv": formats.to_csv}[shown_as](results).rstrip())
     else:
-        for line in report.warnings(results):
+        for line in tables.warnings(results):
             output.print_line(line)
-        output.stdout.print(report.table(results))
-        for line in report.notes(results):
+        output.stdout.print(tables.score_table(results))
+        output.stdout.print(tables.answer_table(results))
+        for line in tables.notes(results):
             output.print_line(line)
-        output.print_line(out / "results.json")
+        if "folder" in results:
+            output.print_line(Path(results["folder"], "results.json"))
 
 
 def _print_suite(groups: dict[str, tuple[Benchmark, ...]], as_json: bool) -> None:

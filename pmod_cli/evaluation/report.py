@@ -1,155 +1,147 @@
-"""The report of a run: a plain dictionary for `results.json`, and a table of it."""
+"""What was measured, as one plain dictionary: scores with intervals, paired differences, the paper's averages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
-from rich.table import Table
+import numpy as np
 
-from pmod_cli.evaluation.scoring import Scored
-from pmod_cli.evaluation.statistics import UNKNOWN, interval
-from pmod_cli.evaluation.suite import Benchmark
+from pmod_cli.evaluation.paired import Difference, difference, makes_up
+from pmod_cli.evaluation.published import MME_IN_AVERAGE, beside
+from pmod_cli.evaluation.statistics import UNKNOWN, Record, interval, summands
+from pmod_cli.evaluation.suite import GROUPS, Benchmark
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+AVERAGED = ("general", "text-rich")  # the groups that the paper averages
 
 
-def build(
-    benchmarks: Sequence[Benchmark],
-    models: Mapping[str, Mapping[str, Any]],
-    scores: Mapping[str, Mapping[str, Scored]],
-    *,
-    seed: int,
-) -> dict[str, Any]:
-    """Everything that was measured so far.
+class Report:
+    """Takes one outcome after the other; `results` is what `results.json` holds, at any moment.
 
-    Scores are in the paper's units (points of 100; MME in its own), with 95 % intervals over the questions. A
-    difference is the first model minus the other one, paired by question.
+    Scores are in the paper's units (points of 100; MME in its own). A difference is the first model minus another one.
 
     Args:
-        models: What each model is, by the label of its column; the first is the one that is evaluated.
-        scores: By benchmark name and label.
+        benchmarks: The rows, in the order of the table.
         seed: Of the resampling.
     """
-    first = next(iter(models), None)
-    tasks = []
-    for benchmark in benchmarks:
-        outcomes = scores[benchmark.name]
-        tasks.append(
-            {
-                "name": benchmark.name,
-                "title": benchmark.title,
-                "task": benchmark.task,
-                "metric": benchmark.metric,
-                "scores": {label: _score(benchmark, scored, seed) for label, scored in outcomes.items()},
-                "differences": {
-                    label: _difference(benchmark, outcomes[first], scored, seed)
-                    for label, scored in outcomes.items()
-                    if label != first and scored.error is None and outcomes[first].error is None
-                },
+
+    def __init__(self, benchmarks: Sequence[Benchmark], *, seed: int) -> None:
+        self.benchmarks, self.seed = list(benchmarks), seed
+        self.models: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, dict[str, dict[str, Any]]] = {benchmark.name: {} for benchmark in benchmarks}
+        self.differences: dict[str, dict[str, Difference]] = {benchmark.name: {} for benchmark in benchmarks}
+        self._draws: dict[tuple[str, str], np.ndarray] = {}
+        self._records: dict[str, Sequence[Record]] = {}  # of the first model
+
+    def add_model(self, label: str, description: Mapping[str, Any]) -> None:
+        """A column; the first one is the model that is evaluated."""
+        self.models[label] = dict(description)
+
+    def add(self, benchmark: Benchmark, label: str, entry: Mapping[str, Any], records: Sequence[Record]) -> None:
+        """The outcome of one benchmark for one model.
+
+        Args:
+            entry: What is known of it; `score` is None and `error` says why where it failed.
+            records: One per question: `task`, `doc_id`, `question`, `target`, `answer` and lmms-eval's `item`.
+        """
+        entry = dict(entry) | {"paper": beside(entry["score"], benchmark.name, self.models[label])}
+        self.entries[benchmark.name][label] = entry
+        if entry["score"] is None:
+            return
+        seed = [self.seed, crc32(benchmark.name.encode())]
+        metric = benchmark.metric or entry["metric"]
+        entry["low"], entry["high"] = UNKNOWN
+        part = summands(metric, records)
+        if part is not None and makes_up(benchmark.scale * part.value(), entry["score"], benchmark.scale):
+            draws = benchmark.scale * part.resampled(seed)
+            entry["low"], entry["high"] = interval(draws)
+            entry["units"] = len(part.units)
+            self._draws[benchmark.name, label] = draws
+        first = next(iter(self.models))
+        if label == first:
+            self._records[benchmark.name] = records
+        elif benchmark.name in self._records:
+            self.differences[benchmark.name][label] = difference(
+                self._records[benchmark.name],
+                records,
+                (self.entries[benchmark.name][first]["score"], entry["score"]),
+                metric=metric,
+                scale=benchmark.scale,
+                seed=seed,
+            )
+
+    def results(self) -> dict[str, Any]:
+        """Everything so far."""
+        return {
+            "models": self.models,
+            "tasks": [self._task(benchmark) for benchmark in self.benchmarks],
+            "averages": [average for group in AVERAGED if (average := self._average(group)) is not None],
+            "failed": [
+                f"{label}: {benchmark.title}: {entry['error']}"
+                for benchmark in self.benchmarks
+                for label, entry in self.entries[benchmark.name].items()
+                if entry["score"] is None
+            ],
+        }
+
+    def _task(self, benchmark: Benchmark) -> dict[str, Any]:
+        return {
+            "name": benchmark.name,
+            "title": benchmark.title,
+            "group": benchmark.group,
+            "task": benchmark.task,
+            "metric": benchmark.metric,
+            "filter": benchmark.filter,
+            "scale": benchmark.scale,
+            "scores": self.entries[benchmark.name],
+            "differences": {label: found.as_dict() for label, found in self.differences[benchmark.name].items()},
+        }
+
+    def _average(self, group: str) -> dict[str, Any] | None:
+        """The paper's average of a group, for the models that have all its scores; None where some were not asked."""
+        names = [benchmark.name for benchmark in GROUPS[group]]
+        if not set(names) <= self.entries.keys():
+            return None
+        weights = {name: MME_IN_AVERAGE if name == "mme" else 1.0 for name in names}
+        scores, differences, missing = {}, {}, {}
+        for label, model in self.models.items():
+            entries = {name: self.entries[name].get(label) for name in names}
+            lacking = [name for name, entry in entries.items() if entry is None or entry["score"] is None]
+            if lacking:
+                missing[label] = lacking
+                continue
+            score = _mean(weights[name] * entry["score"] for name, entry in entries.items())
+            low, high = self._interval_of_mean({name: self._draws.get((name, label)) for name in names}, weights)
+            scores[label] = {
+                "score": score,
+                "low": low,
+                "high": high,
+                "limited": any(entry["limited"] for entry in entries.values()),
+                "paper": beside(score, group, model),
             }
-        )
-    return {
-        "models": dict(models),
-        "tasks": tasks,
-        "failed": [
-            f"{label}: {benchmark.title}: {scored.error}"
-            for benchmark in benchmarks
-            for label, scored in scores[benchmark.name].items()
-            if scored.error is not None
-        ],
-    }
+            apart = {name: self.differences[name].get(label) for name in names}
+            if all(found is not None and found.points is not None for found in apart.values()):
+                low, high = self._interval_of_mean({name: found.draws for name, found in apart.items()}, weights)
+                points = _mean(weights[name] * found.points for name, found in apart.items())
+                differences[label] = {"difference": points, "low": low, "high": high}
+        return {
+            "group": group,
+            "tasks": names,
+            "scores": scores,
+            "differences": differences,
+            "missing": missing,
+        }
+
+    def _interval_of_mean(
+        self, draws: Mapping[str, np.ndarray | None], weights: Mapping[str, float]
+    ) -> tuple[float, float] | tuple[None, None]:
+        """Benchmarks are drawn independently of each other; without the draws of one there is no interval."""
+        if any(drawn is None for drawn in draws.values()):
+            return UNKNOWN
+        return interval(np.mean([weights[name] * drawn for name, drawn in draws.items()], axis=0))
 
 
-def _score(benchmark: Benchmark, scored: Scored, seed: int) -> dict[str, Any]:
-    if scored.error is not None:
-        return {"score": None, "error": scored.error, "seconds": round(scored.seconds, 2)}
-    tally = scored.tally
-    low, high = interval(scored.resampled(benchmark.scale, seed)) if scored.parts else UNKNOWN
-    return {
-        "score": scored.score,
-        "low": low,
-        "high": high,
-        "questions": len(scored.samples),
-        "questions_available": scored.available,
-        "limited": scored.limited,
-        "empty_answers": tally.empty,
-        "cut_answers": tally.cut,
-        "seconds": round(scored.seconds, 2),
-        "generate_seconds": round(tally.generate_seconds, 2),
-        "generated_tokens": tally.tokens,
-        "tokens_per_second": round(tally.tokens / tally.generate_seconds, 2) if tally.generate_seconds else None,
-        "prompt": tally.prompt,
-        "metrics": scored.metrics,
-        "task_versions": scored.versions,
-    }
-
-
-def _difference(benchmark: Benchmark, first: Scored, other: Scored, seed: int) -> dict[str, Any]:
-    """First minus other over the same questions. Equal seeds resample equal questions, so the draws are paired."""
-    low, high = UNKNOWN
-    if first.parts and other.parts:
-        low, high = interval(first.resampled(benchmark.scale, seed) - other.resampled(benchmark.scale, seed))
-    changed = sum(a["answer"] != b["answer"] for a, b in zip(first.samples, other.samples, strict=True))
-    return {"difference": first.score - other.score, "low": low, "high": high, "changed_answers": changed}
-
-
-def table(results: Mapping[str, Any]) -> Table:
-    """Rows are tasks, columns are models; under the score of each other model the difference of the first one to it."""
-    labels = list(results["models"])
-    shown = Table(show_lines=True)
-    shown.add_column("task")
-    shown.add_column("questions", justify="right", no_wrap=True)
-    for label in labels:
-        shown.add_column(label, justify="right", overflow="fold")
-    for task in results["tasks"]:
-        cells = [_cell(task["scores"].get(label), task["differences"].get(label)) for label in labels]
-        shown.add_row(f"{task['title']}\n{task['metric'] or ''}".rstrip(), _questions(task), *cells)
-    return shown
-
-
-def warnings(results: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before the numbers: lines for above the table."""
-    lines = []
-    if untrained := [label for label, model in results["models"].items() if model["routers"] == "untrained"]:
-        lines.append(f"{', '.join(untrained)}: untrained routers; every token ties, so what is kept means nothing")
-    if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
-        lines.append("limited run: these are not the scores of the benchmarks")
-    return lines
-
-
-def notes(results: Mapping[str, Any]) -> list[str]:
-    """How to read the table, and what went wrong: lines for below it."""
-    labels = list(results["models"])
-    lines = ["±: half of the 95 % interval over the questions"]
-    if len(labels) > 1:
-        lines.append(f"second line: {labels[0]} minus this model, paired by question")
-    for label in labels:
-        scores = [task["scores"][label] for task in results["tasks"] if label in task["scores"]]
-        empty, cut = (sum(score.get(f"{kind}_answers", 0) for score in scores) for kind in ("empty", "cut"))
-        if empty or cut:
-            asked = sum(score.get("questions", 0) for score in scores)
-            lines.append(f"{label}: {empty} empty answers and {cut} cut by length, of {asked}")
-    return lines + list(results["failed"])
-
-
-def _questions(task: Mapping[str, Any]) -> str:
-    score = next((score for score in task["scores"].values() if score["score"] is not None), None)
-    if score is None:
-        return "–"
-    return f"{score['questions']}\nof {score['questions_available']}" if score["limited"] else str(score["questions"])
-
-
-def _cell(score: Mapping[str, Any] | None, difference: Mapping[str, Any] | None) -> str:
-    if score is None:
-        return ""
-    if score["score"] is None:
-        return "failed"
-    lines = [f"{score['score']:.1f}{_half(score)}"]
-    if difference is not None:
-        lines.append(f"({difference['difference']:+.1f}{_half(difference)})")
-    return "\n".join(lines)
-
-
-def _half(measured: Mapping[str, Any]) -> str:
-    return "" if measured["low"] is None else f" ± {(measured['high'] - measured['low']) / 2:.1f}"
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints import load_model
 from pmod_cli.checkpoints.atomic import write_json, write_text
 from pmod_cli.errors import PmodError
-from pmod_cli.evaluation import report
+from pmod_cli.evaluation import formats, provenance
 from pmod_cli.evaluation.adapter import PmodModel
-from pmod_cli.evaluation.scoring import Scored, score
-from pmod_cli.evaluation.subjects import Subject, describe
+from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.scoring import score
+from pmod_cli.evaluation.subjects import Loaded, Subject, load
 from pmod_cli.evaluation.suite import Benchmark
 
 RESULTS = "results.json"
-PACKAGES = ("pmod-cli", "lmms-eval", "torch", "transformers", "datasets", "tokenizers", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -72,40 +69,43 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     on_progress = on_progress or (lambda model, task, answered, questions: None)
     header = {
-        "schema_version": report.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings),
-        "versions": _versions(),
+        "software": provenance.software(),
+        "machine": provenance.machine(settings.device),
     }
-    models: dict[str, dict[str, Any]] = {}
-    scores: dict[str, dict[str, Scored]] = {benchmark.name: {} for benchmark in benchmarks}
-    loaded: tuple[Path, Any, Any] | None = None
+    report = Report(benchmarks, seed=settings.seed)
+    loaded: Loaded | None = None
     results: dict[str, Any] = {}
     for subject in subjects:
-        if loaded is None or loaded[0] != subject.path:
+        if loaded is None or not loaded.serves(subject):
             loaded = None  # the model before is freed first
             on_progress(subject.label, "loading", 0, 1)
-            options = {"dtype": settings.dtype, "device": settings.device, "attn_implementation": settings.attention}
-            loaded = (subject.path, *load_model(subject.path, **options))
-        _, model, processor = loaded
-        models[subject.label] = describe(subject, model, processor)
+            loaded = load(subject, dtype=settings.dtype, device=settings.device, attention=settings.attention)
+        report.add_model(subject.label, loaded.describe(subject))
         asked = PmodModel(
             str(subject.path),
             settings.batch_size,
             selection=subject.selection,
             seed=settings.seed,
-            model=model,
-            processor=processor,
+            model=loaded.model,
+            processor=loaded.processor,
         )
         for benchmark in benchmarks:
             asked.progress = _named(on_progress, subject.label, benchmark.title)
             on_progress(subject.label, benchmark.title, 0, 1)
             scored = score(asked, benchmark, limit=settings.limit, seed=settings.seed, log=out / "lmms-eval.log")
-            scores[benchmark.name][subject.label] = scored
-            _write_answers(out / "answers" / subject.label / f"{benchmark.name}.jsonl", scored)
-            results = header | report.build(benchmarks, models, scores, seed=settings.seed)
+            report.add(benchmark, subject.label, scored.entry(), scored.samples)
+            _write_lines(out / "answers" / subject.label / f"{benchmark.name}.jsonl", scored.samples)
+            if subject.label in report.differences[benchmark.name]:
+                changed = report.differences[benchmark.name][subject.label].changed
+                _write_lines(out / "changed" / subject.label / f"{benchmark.name}.jsonl", changed)
+            results = header | report.results()
             results["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(out / RESULTS, results)
+            write_text(out / "results.md", formats.to_markdown(results))
+            write_text(out / "results.csv", formats.to_csv(results))
     return results
 
 
@@ -118,17 +118,7 @@ def _named(on_progress: Callable[[str, str, int, int], None], label: str, title:
     return lambda answered, questions: on_progress(label, title, answered, questions)
 
 
-def _write_answers(path: Path, scored: Scored) -> None:
+def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(sample, ensure_ascii=False, default=str) for sample in scored.samples)
+    lines = (json.dumps(record, ensure_ascii=False, default=str) for record in records)
     write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # pmod run from a checkout that is not installed
-            versions[package] = None
-    return versions

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.errors import RUN_FAILED, PmodError, explain
-from pmod_cli.evaluation import statistics
 from pmod_cli.evaluation.adapter import PmodModel, Tally
+from pmod_cli.evaluation.fallbacks import Guesses, counting
+from pmod_cli.evaluation.memory import PeakMemory
 from pmod_cli.evaluation.suite import Benchmark, folders
 
 
@@ -26,30 +27,55 @@ class Scored:
     Attributes:
         score: Headline number, as the paper prints it; None where the run failed.
         error: Why it failed, one line.
+        metric: lmms-eval's name of the headline number.
         metrics: Every number of lmms-eval, `{task: {"metric,filter": value}}`.
         samples: One record per question: task, doc_id, question, target, answer, item (lmms-eval's per-question score).
-        parts: The summands of the score per lmms-eval task; empty where its interval is not known.
         seconds: Wall time of the whole benchmark.
+        peak_mib: Peak memory meanwhile, in MiB; None where it cannot be measured.
+        guesses: Answers that could not be read.
     """
 
     score: float | None = None
     error: str | None = None
+    metric: str | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    parts: list[statistics.Sample] = field(default_factory=list)
     available: int = 0
     seconds: float = 0.0
+    peak_mib: float | None = None
     tally: Tally = field(default_factory=Tally)
+    guesses: Guesses = field(default_factory=Guesses)
 
     @property
     def limited(self) -> bool:
         """Fewer questions were asked than the benchmark has."""
         return len(self.samples) < self.available
 
-    def resampled(self, scale: float, seed: int) -> np.ndarray:
-        """Scores of resampled questions, (draws,): the mean over the parts, each resampled on its own."""
-        return scale * np.mean([part.resampled(seed + place) for place, part in enumerate(self.parts)], axis=0)
+    def entry(self) -> dict[str, Any]:
+        """For the report: everything but the single answers."""
+        if self.error is not None:
+            return {"score": None, "error": self.error, "seconds": round(self.seconds, 2)}
+        tally = self.tally
+        return {
+            "score": self.score,
+            "questions": len(self.samples),
+            "questions_available": self.available,
+            "limited": self.limited,
+            "metric": self.metric,
+            "empty_answers": tally.empty,
+            "cut_answers": tally.cut,
+            "random_answers": self.guesses.drawn,
+            "unread_answers": self.guesses.unread,
+            "seconds": round(self.seconds, 2),
+            "generate_seconds": round(tally.generate_seconds, 2),
+            "generated_tokens": tally.tokens,
+            "tokens_per_second": round(tally.tokens / tally.generate_seconds, 2) if tally.generate_seconds else None,
+            "peak_memory_mib": self.peak_mib and round(self.peak_mib, 1),
+            "prompt": tally.prompt,
+            "metrics": self.metrics,
+            "task_versions": self.versions,
+        }
 
 
 def score(model: PmodModel, benchmark: Benchmark, *, limit: float | None, seed: int, log: Path) -> Scored:
@@ -62,13 +88,17 @@ def score(model: PmodModel, benchmark: Benchmark, *, limit: float | None, seed: 
     """
     started = time.perf_counter()
     model.take_tally()
+    memory = PeakMemory(str(model.device))
     try:
-        scored = _read(benchmark, _run_lmms_eval(model, benchmark, limit, seed, log))
+        with counting() as guesses:
+            scored = _read(benchmark, _run_lmms_eval(model, benchmark, limit, seed, log))
+        scored.guesses = guesses
     except Exception as error:
         scored = Scored(error=_one_line(error))
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exception(error, file=file)
     scored.seconds = time.perf_counter() - started
+    scored.peak_mib = memory.mib()
     scored.tally = model.take_tally()
     return scored
 
@@ -132,19 +162,14 @@ def _read(benchmark: Benchmark, results: dict[str, Any]) -> Scored:
         if not isinstance(value, int | float | np.number) or not math.isfinite(value):
             raise _incomplete(f"{task}: lmms-eval gave no number for {key}, but {value!r}")
         values.append(float(value))
+        scored.metric = metric
         samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        part = statistics.sample_of(metric, [sample[metric] for sample in samples if metric in sample])
-        # Other aggregations exist. The interval is only given where these summands make up lmms-eval's own score.
-        if part is not None and len(part.columns) == len(samples) and math.isclose(part.value(), values[-1]):
-            scored.parts.append(part)
         scored.metrics[task] = _numbers(results["results"][task])
         scored.versions[task] = results["versions"].get(task)
         scored.available += expected["original"]
         scored.samples += [_record(task, sample, metric) for sample in samples]
     if not values:
         raise _incomplete(f"{benchmark.task}: lmms-eval returned no task")
-    if len(scored.parts) != len(values):
-        scored.parts = []
     scored.score = benchmark.scale * sum(values) / len(values)
     return scored
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pmod_cli.checkpoints import resolve, router_state
+from pmod_cli.checkpoints import load_model, resolve, router_state
 from pmod_cli.checkpoints.convert import PROVENANCE
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.errors import PmodError
+from pmod_cli.evaluation import provenance
+from pmod_cli.evaluation.downsample import downsample
 
-CONTROLS = ("random", "uniform")
+SELECTIONS = ("random", "uniform")
+DOWNSAMPLE = "downsample"
+CONTROLS = (*SELECTIONS, DOWNSAMPLE)
 RUN_SETTINGS = "config.yaml"  # what finetune leaves beside a checkpoint, with the model that it started from
 
 
@@ -29,6 +32,7 @@ class Subject:
         routers: `stock`, `untrained`, `trained` or `calibrated`.
         selection: How a p-MoD layer picks its vision tokens: `router`, `random` or `uniform`.
         commit: Commit of the checkpoint on the hub, where it came from there.
+        tokens_left: Share of the vision tokens that the model's pictures are downsampled to; None: as they are.
     """
 
     label: str
@@ -36,6 +40,7 @@ class Subject:
     routers: str
     selection: str = "router"
     commit: str | None = None
+    tokens_left: float | None = None
 
 
 def choose(name: str, against: Iterable[str], *, revision: str | None = None, offline: bool = False) -> list[Subject]:
@@ -43,7 +48,8 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
 
     Args:
         against: `stock` (what the p-MoD model was made from), `random` and `uniform` (the same weights, as many vision
-            tokens kept, other ones), or any model name.
+            tokens kept, other ones), `downsample` (the stock model, its pictures so small that about as many vision
+            tokens are left), or any model name.
 
     Raises:
         PmodError: a model cannot be found, or a control was asked of a model that selects nothing.
@@ -51,23 +57,35 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
     main = _subject(name, revision, offline)
     subjects = [main]
     for other in against:
-        if other in CONTROLS:
-            if main.routers == "stock":
-                raise PmodError(
-                    f"--against {other}: {name} is a plain LLaVA, which keeps every vision token",
-                    hint=f"pmod convert {name}",
-                )
+        if other in CONTROLS and main.routers == "stock":
+            raise PmodError(
+                f"--against {other}: {name} is a plain LLaVA, which keeps every vision token",
+                hint=f"pmod convert {name}",
+            )
+        if other in SELECTIONS:
             subjects.append(Subject(other, main.path, main.routers, other, main.commit))
-        elif other == "stock":
+        elif other in ("stock", DOWNSAMPLE):
             source = stock_source(main.path)
             if source is None:
                 raise PmodError(
-                    f"--against stock: {main.path} does not say what it was made from", hint="--against FOLDER names it"
+                    f"--against {other}: {main.path} does not say what it was made from",
+                    hint="--against FOLDER names a stock model",
                 )
-            subjects.append(_subject(source, None, offline, label="stock"))
+            stock = _subject(source, None, offline, label=other)
+            subjects.append(stock if other == "stock" else replace(stock, tokens_left=_mean_retention(main.path)))
         else:
             subjects.append(_subject(other, None, offline))
     return [_unique(subject, subjects[:place]) for place, subject in enumerate(subjects)]
+
+
+def _mean_retention(path: Path) -> float:
+    """Mean over the decoder layers of the share of vision tokens that a p-MoD checkpoint keeps."""
+    from transformers import AutoConfig
+
+    import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD configurations
+
+    retention = AutoConfig.from_pretrained(path).retention
+    return sum(retention) / len(retention)
 
 
 def stock_source(path: Path) -> str | None:
@@ -89,32 +107,38 @@ def stock_source(path: Path) -> str | None:
     return None
 
 
-def describe(subject: Subject, model: Any, processor: Any) -> dict[str, Any]:
-    """What a score depends on, as far as it lies in the loaded model."""
-    retention = getattr(model.config, "retention", None)
-    return {
-        "path": str(subject.path),
-        "commit": subject.commit,
-        "weights_sha256": weights_sha256(subject.path),
-        "routers": subject.routers,
-        "selection": subject.selection if subject.routers != "stock" else None,
-        "mean_retention": sum(retention) / len(retention) if retention else 1.0,
-        "pmod": getattr(model.config, "pmod", None),
-        "model_type": model.config.model_type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "device": str(model.device),
-        "image_processor": type(processor.image_processor).__name__,
-    }
+@dataclass(frozen=True)
+class Loaded:
+    """A subject's model in eval mode, its processor, and what a score depends on as far as it lies in them."""
+
+    subject: Subject
+    model: Any
+    processor: Any
+    downsampled: dict[str, Any] | None = None
+
+    def serves(self, other: Subject) -> bool:
+        """Is it also the model of another subject?"""
+        return (self.subject.path, self.subject.tokens_left) == (other.path, other.tokens_left)
+
+    def describe(self, subject: Subject) -> dict[str, Any]:
+        """For the result file."""
+        described = {
+            **provenance.checkpoint(subject.path, subject.commit),
+            **provenance.loaded(self.model, self.processor),
+            "routers": subject.routers,
+            "selection": subject.selection if subject.routers != "stock" else None,
+            "downsampled": self.downsampled,
+        }
+        if self.downsampled is not None:
+            described["mean_retention"] = self.downsampled["tokens_left"]
+        return described
 
 
-def weights_sha256(folder: Path) -> str:
-    """One digest over the weight files of a checkpoint, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def load(subject: Subject, *, dtype: str, device: str, attention: str) -> Loaded:
+    """The model of a subject, its pictures downsampled where the subject says so."""
+    model, processor = load_model(subject.path, dtype=dtype, device=device, attn_implementation=attention)
+    done = downsample(model, processor, subject.tokens_left) if subject.tokens_left is not None else None
+    return Loaded(subject, model, processor, done)
 
 
 def _subject(name: str, revision: str | None, offline: bool, label: str | None = None) -> Subject:

@@ -36,7 +36,9 @@ def test_tiny_stands_beside_stock(pmod, converted):
     assert [model["routers"] for model in results["models"].values()] == ["untrained", "stock"]
     assert results["models"]["stock"]["mean_retention"] == 1.0
     assert results["models"]["tiny-pmod"]["dtype"] == "float32"
-    assert results["versions"]["lmms-eval"] == "0.7.3"
+    assert {name.lower().replace("-", "_"): version for name, version in results["software"]["packages"].items()}[
+        "lmms_eval"
+    ] == "0.7.3"
     assert [task["name"] for task in results["tasks"]] == ["tiny_doc", "tiny_presence"]
     assert results["tasks"][0]["scores"]["stock"]["limited"]
     assert results["tasks"][0]["scores"]["stock"]["prompt"].endswith("ASSISTANT:")

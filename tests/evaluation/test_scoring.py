@@ -6,8 +6,9 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 
 from pmod_cli.data import documents
-from pmod_cli.evaluation import report, scoring, suite, tiny_data
+from pmod_cli.evaluation import scoring, suite, tables, tiny_data
 from pmod_cli.evaluation.adapter import Tally
+from pmod_cli.evaluation.report import Report
 
 QUESTIONS = 12
 
@@ -31,6 +32,7 @@ class Answers(lmms):
         raise NotImplementedError
 
     generate_until_multi_round = loglikelihood
+    device = "cpu"
 
     def take_tally(self):
         return Tally()
@@ -119,10 +121,12 @@ def test_a_failure_is_an_outcome(tmp_path, capfd):
     assert "Traceback" in (tmp_path / "log").read_text()
     assert capfd.readouterr().out == ""
 
-    benchmarks = suite.resolve(["tiny_doc"])
-    built = report.build(benchmarks, {"m": {"routers": "trained"}}, {"tiny_doc": {"m": scored}}, seed=0)
-    assert built["failed"] == ["m: tiny doc: ValueError: the image is truncated"]
-    assert "failed" in [*report.table(built).columns[2].cells]
+    (benchmark,) = suite.resolve(["tiny_doc"])
+    report = Report([benchmark], seed=0)
+    report.add_model("m", {"routers": "trained"})
+    report.add(benchmark, "m", scored.entry(), scored.samples)
+    assert report.results()["failed"] == ["m: tiny doc: ValueError: the image is truncated"]
+    assert "failed" in [*tables.score_table(report.results()).columns[2].cells]
 
 
 def test_a_metric_that_is_not_a_number_is_a_failure(tmp_path):

@@ -26,20 +26,18 @@ def test_stock_is_where_the_checkpoint_came_from(stock_model, converted, tmp_pat
 
 
 def test_columns(stock_model, converted):
-    chosen = subjects.choose(str(converted), ["stock", "random", str(converted)])
-    assert [subject.label for subject in chosen] == ["tiny-pmod", "stock", "random", "tiny-pmod (2)"]
-    assert [subject.routers for subject in chosen] == ["untrained", "stock", "untrained", "untrained"]
-    assert [subject.selection for subject in chosen] == ["router", "router", "random", "router"]
-    assert chosen[1].path == stock_model()
+    chosen = subjects.choose(str(converted), ["stock", "random", str(converted), "downsample"])
+    assert [subject.label for subject in chosen] == ["tiny-pmod", "stock", "random", "tiny-pmod (2)", "downsample"]
+    assert [subject.routers for subject in chosen] == ["untrained", "stock", "untrained", "untrained", "stock"]
+    assert [subject.selection for subject in chosen] == ["router", "router", "random", "router", "router"]
+    assert chosen[1].path == chosen[4].path == stock_model()
+    retention = PmodSettings().retention(4)
+    assert chosen[4].tokens_left == pytest.approx(sum(retention) / 4)
 
 
 def test_what_cannot_be_compared(stock_model, converted, tmp_path):
-    with pytest.raises(PmodError, match="keeps every vision token"):
-        subjects.choose(str(stock_model()), ["random"])
+    for control in ("random", "downsample"):
+        with pytest.raises(PmodError, match=f"--against {control}.*keeps every vision token"):
+            subjects.choose(str(stock_model()), [control])
     with pytest.raises(PmodError, match="no folder"):
         subjects.choose(str(converted), [str(tmp_path / "gone")])
-
-
-def test_weights_hash_tells_checkpoints_apart(stock_model, converted):
-    assert subjects.weights_sha256(stock_model()) == subjects.weights_sha256(stock_model())
-    assert subjects.weights_sha256(stock_model()) != subjects.weights_sha256(converted)

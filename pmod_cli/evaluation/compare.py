@@ -1,0 +1,143 @@
+"""Finished runs side by side: their scores, paired differences on common questions, and what else differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.checkpoints.files import read_json
+from pmod_cli.errors import PmodError
+from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.statistics import Record
+from pmod_cli.evaluation.suite import Benchmark
+
+RESULTS = "results.json"
+ANSWERS = "answers"
+OF_MODEL = ("dtype", "attention", "image_processor", "batch_size", "device", "selection")  # each changes answers
+OF_TASK = ("prompt", "task_versions", "questions_sha256", "limited")
+PACKAGES = ("lmms_eval", "torch", "transformers", "tokenizers", "pillow", "numpy", "datasets")
+
+
+def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
+    """The report over the models of all runs; the first model of the first run is the one compared with.
+
+    Args:
+        runs: Folders of finished runs, or their `results.json`.
+        seed: Of the resampling.
+
+    Returns:
+        As `Report.results`, with `runs` (folder by label) and `unequal` (sentences: what else differs).
+
+    Raises:
+        PmodError: a folder holds no run of this version, or there are fewer than two models.
+    """
+    opened = [_open(run) for run in runs]
+    columns = list(_columns(opened))
+    if len(columns) < 2:
+        raise PmodError("one model alone compares with nothing", hint="pmod eval --compare RUN RUN")
+    benchmarks: dict[str, Benchmark] = {}
+    for _, results in opened:
+        for task in results["tasks"]:
+            fields = ("name", "title", "task", "metric", "group", "filter", "scale")
+            benchmarks.setdefault(task["name"], Benchmark(**{field: task[field] for field in fields}))
+    report = Report(list(benchmarks.values()), seed=seed)
+    for label, _, inner, results in columns:
+        report.add_model(label, results["models"][inner])
+    for label, folder, inner, results in columns:
+        for task in results["tasks"]:
+            if inner in task["scores"]:
+                records = _records(folder, inner, task["name"]) if task["scores"][inner]["score"] is not None else []
+                report.add(benchmarks[task["name"]], label, task["scores"][inner], records)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "runs": {label: str(folder) for label, folder, *_ in columns},
+        "unequal": [*_unequal_settings(columns), *_unequal_questions(report)],
+        **report.results(),
+    }
+
+
+def _open(run: Path) -> tuple[Path, dict[str, Any]]:
+    folder = run.parent if run.name == RESULTS else run
+    if not (folder / RESULTS).is_file():
+        raise PmodError(f"{run} is no finished run: there is no {folder / RESULTS}", hint="pmod eval -o DIR makes one")
+    results = read_json(folder / RESULTS)
+    if results.get("schema_version") != SCHEMA_VERSION:
+        raise PmodError(
+            f"{folder / RESULTS} has schema version {results.get('schema_version')!r}, expected {SCHEMA_VERSION}",
+            hint="run the evaluation again; answers that are there are not asked again",
+        )
+    return folder, results
+
+
+def _columns(opened: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
+    """(label, folder, label in its run, results) of every model; the label names the run where it has several."""
+    taken: set[str] = set()
+    for folder, results in opened:
+        name = folder.resolve().name
+        for inner in results["models"]:
+            label = base = name if len(results["models"]) == 1 else f"{name}: {inner}"
+            count = 1
+            while label in taken:
+                count += 1
+                label = f"{base} ({count})"
+            taken.add(label)
+            yield label, folder, inner, results
+
+
+def _records(folder: Path, label: str, benchmark: str) -> list[Record]:
+    path = folder / ANSWERS / label / f"{benchmark}.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise PmodError(f"{path} cannot be read, so this run cannot be compared: {error}") from error
+
+
+def _unequal_settings(columns: Sequence[tuple[str, Path, str, dict[str, Any]]]) -> Iterator[str]:
+    """One sentence for each setting in which the models were not asked alike."""
+    first = {}
+    for label, _, inner, results in columns:
+        model, settings = results["models"][inner], results["settings"]
+        packages = results["software"]["packages"]
+        lowered = {name.lower().replace("-", "_"): version for name, version in packages.items()}
+        first[label] = {
+            **{key: model.get(key, settings.get(key)) for key in OF_MODEL},
+            **{key: settings.get(key) for key in ("seed", "limit")},
+            **{package: lowered.get(package) for package in PACKAGES},
+        }
+    for key in next(iter(first.values())):
+        values = {label: found[key] for label, found in first.items()}
+        if len(set(map(str, values.values()))) > 1:
+            yield f"{key}: {_listed(values)}"
+    for task in {task["name"]: task for *_, results in columns for task in results["tasks"]}.values():
+        for key in OF_TASK:
+            values = {
+                label: found["scores"][inner].get(key)
+                for label, _, inner, results in columns
+                for found in results["tasks"]
+                if found["name"] == task["name"]
+                and inner in found["scores"]
+                and found["scores"][inner]["score"] is not None
+            }
+            if len(set(map(str, values.values()))) > 1:
+                yield f"{task['title']}: {key.replace('_', ' ')} differs: {_listed(values)}"
+
+
+def _unequal_questions(report: Report) -> Iterator[str]:
+    for benchmark in report.benchmarks:
+        entries = report.entries[benchmark.name]
+        for label, found in report.differences[benchmark.name].items():
+            first = next(iter(report.models))
+            asked = {entries[first]["questions"], entries[label]["questions"]}
+            if asked != {found.questions}:
+                yield (
+                    f"{benchmark.title}: {first} answered {entries[first]['questions']} questions, {label} "
+                    f"{entries[label]['questions']}; the difference is over the {found.questions} in common"
+                )
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{value if len(str(value)) <= 60 else str(value)[:57] + '...'} ({label})" for label, value in values.items()
+    )

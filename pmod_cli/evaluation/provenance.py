@@ -1,0 +1,140 @@
+"""Everything that a score depends on, for the result file: software, machine, model and data. No secrets, no argv."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from pmod_cli import __version__
+from pmod_cli.checkpoints import files
+
+BLOB = re.compile(r"[0-9a-f]{64}")  # the Hugging Face cache names a large file by the SHA-256 of its bytes
+PROCESSOR_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+
+
+def software() -> dict[str, Any]:
+    """Versions of Python, of pmod with the commit of its checkout, and of every installed package."""
+    packages = {dist.metadata["Name"]: dist.version for dist in distributions() if dist.metadata["Name"]}
+    return {
+        "pmod": __version__,
+        "pmod_commit": _commit_of_checkout(),
+        "python": platform.python_version(),
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the model ran on: system, device by name, number of threads."""
+    import torch
+
+    found: dict[str, Any] = {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "device": device,
+        "torch_threads": torch.get_num_threads(),
+    }
+    if device.startswith("cuda") and torch.cuda.is_available():
+        found |= {
+            "device_name": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+    return found
+
+
+def loaded(model: Any, processor: Any) -> dict[str, Any]:
+    """What a score depends on, as far as it lies in the loaded model and its processor."""
+    config, text = model.config, model.config.get_text_config()
+    retention = getattr(config, "retention", None)
+    image_processor = processor.image_processor
+    return {
+        "mean_retention": sum(retention) / len(retention) if retention else 1.0,
+        "pmod": getattr(config, "pmod", None),
+        "model_type": config.model_type,
+        "decoder": text.model_type,
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "context": getattr(text, "max_position_embeddings", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": config._attn_implementation,
+        "device": str(model.device),
+        "image_processor": type(image_processor).__name__,
+        "image_backend": "Pillow" if "Pil" in type(image_processor).__name__ else "torchvision",
+    }
+
+
+def checkpoint(folder: Path, commit: str | None) -> dict[str, Any]:
+    """What a score depends on, as far as it lies in the files of a checkpoint."""
+    return {
+        "path": str(folder),
+        "commit": commit,
+        "weights_sha256": weights_sha256(folder),
+        "config_sha256": _sha256(folder / files.CONFIG),
+        "processor_sha256": {name: _sha256(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()},
+    }
+
+
+def weights_sha256(folder: Path) -> str:
+    """One digest of a checkpoint's weights: SHA-256 over the SHA-256 of each weight file, in the order of their names.
+
+    A file of the Hugging Face cache is named by its SHA-256, so nothing is read. Others are read whole, several at a
+    time, once in the life of the process: seconds for a 7B model that is about to be read anyway.
+    """
+    names = files.shard_names(folder)
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
+        digests = pool.map(_digest, [folder / name for name in names])
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    blob = file.resolve()
+    if BLOB.fullmatch(blob.name) and blob.parent.name == "blobs":
+        return blob.name
+    state = blob.stat()
+    return _read_digest(blob, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _read_digest(file: Path, size: int, modified_ns: int) -> str:
+    """Size and time are what makes a changed file another entry."""
+    return _sha256(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _commit_of_checkout() -> str | None:
+    """The commit of the checkout that pmod runs from, `-dirty` where files differ; None for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("-dirty" if changed.strip() else "")

@@ -1,0 +1,242 @@
+"""The report as a reader sees it: rows of one benchmark and one model, and rich tables of them for 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from pmod_cli.evaluation.published import PUBLISHED, is_the_papers
+from pmod_cli.evaluation.statistics import rate_interval
+
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]  # heading -> from a row to its cell
+TRUST = {  # what a reader of a score should know of its answers, and the head of its column
+    "empty_answers": "empty",
+    "cut_answers": "cut",
+    "too_long_prompts": "too long",
+    "random_answers": "random",
+    "unread_answers": "unread",
+}
+AVERAGE = "AVG {group}"
+
+
+def rows(results: Mapping[str, Any]) -> list[Row]:
+    """One row per benchmark and model, then one per average and model; a value that is not known is None.
+
+    The keys are the columns of the CSV file. `difference` is the first model minus this one.
+    """
+    listed = []
+    for task in results["tasks"]:
+        for label, entry in task["scores"].items():
+            found = task["differences"].get(label, {})
+            listed.append(_row(task["title"], label, entry, found, results["models"][label], task=task))
+    for average in results["averages"]:
+        title = AVERAGE.format(group=average["group"])
+        for label, entry in average["scores"].items():
+            found = average["differences"].get(label, {})
+            listed.append(_row(title, label, entry, found, results["models"][label]))
+    return listed
+
+
+def _row(
+    title: str,
+    label: str,
+    entry: Mapping[str, Any],
+    found: Mapping[str, Any],
+    model: Mapping[str, Any],
+    task: Mapping[str, Any] | None = None,
+) -> Row:
+    paper = entry.get("paper") or {}
+    return {
+        "benchmark": title,
+        "task": task and task["task"],
+        "metric": task and (task["metric"] or entry.get("metric")),
+        "model": label,
+        "score": entry["score"],
+        "score_low": entry.get("low"),
+        "score_high": entry.get("high"),
+        "limited": entry.get("limited"),
+        "questions": entry.get("questions"),
+        "questions_available": entry.get("questions_available"),
+        "paper_baseline": paper.get("baseline"),
+        "paper_pmod": paper.get("pmod"),
+        "paper_difference": paper.get("difference"),
+        "difference": found.get("difference"),
+        "difference_low": found.get("low"),
+        "difference_high": found.get("high"),
+        "changed_answers": found.get("changed_answers"),
+        **{kind: entry.get(kind) for kind in TRUST},
+        "seconds": entry.get("seconds"),
+        "tokens_per_second": entry.get("tokens_per_second"),
+        "peak_memory_mib": entry.get("peak_memory_mib"),
+        "mean_retention": model.get("mean_retention"),
+        "error": entry.get("error"),
+    }
+
+
+def score_table(results: Mapping[str, Any]) -> Table:
+    """Scores with intervals, the paper's numbers where it has some, and differences where models are compared."""
+    listed = rows(results)
+    return _table(listed, score_columns(results, listed))
+
+
+def answer_table(results: Mapping[str, Any]) -> Table:
+    """How many questions were asked, which answers need care, and what the answers cost."""
+    listed = [row for row in rows(results) if row["task"] is not None]
+    return _table(listed, answer_columns(listed))
+
+
+def score_columns(results: Mapping[str, Any], listed: list[Row]) -> Columns:
+    """Headings of the first table, each with the function from a row to its cell."""
+    columns = {"benchmark": lambda row: row["benchmark"], "model": lambda row: row["model"], "score": _score}
+    if any(row["paper_baseline"] is not None for row in listed):
+        columns |= {
+            "paper": lambda row: _decimal(row["paper_baseline"]),
+            "p-MoD": lambda row: _decimal(row["paper_pmod"]),
+            "to paper": lambda row: _signed(row["paper_difference"]),
+        }
+    if len(results["models"]) > 1:
+        columns["first − this"] = _difference
+        columns["changed"] = lambda row: _count(row["changed_answers"])
+    return columns
+
+
+def answer_columns(listed: list[Row]) -> Columns:
+    """Headings of the second table, each with the function from a row to its cell."""
+    always = ("empty_answers", "cut_answers")
+    shown = {kind: heading for kind, heading in TRUST.items() if kind in always or any(row[kind] for row in listed)}
+    return {
+        "benchmark": lambda row: row["benchmark"],
+        "model": lambda row: row["model"],
+        "asked": _asked,
+        **{heading: (lambda row, kind=kind: _count(row[kind])) for kind, heading in shown.items()},
+        "seconds": lambda row: _decimal(row["seconds"]),
+        "token/s": lambda row: _decimal(row["tokens_per_second"]),
+        "peak MiB": lambda row: _count(row["peak_memory_mib"]),
+        "kept": lambda row: _decimal(row["mean_retention"], 3),
+    }
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the numbers: lines for above the table."""
+    lines = []
+    untrained = [
+        label
+        for label, model in results["models"].items()
+        if (model.get("routers"), model.get("selection", "router")) == ("untrained", "router")
+    ]
+    if untrained:
+        lines.append(f"{', '.join(untrained)}: untrained routers; every token ties, so what is kept means nothing")
+    if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
+        lines.append("limited run: scores marked * are not the scores of the benchmarks")
+    return lines
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """How to read the tables, and what went wrong: lines for below them."""
+    listed, labels = rows(results), list(results["models"])
+    lines = ["±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown"]
+    if len(labels) > 1:
+        lines.append(
+            f"first − this: {labels[0]} minus the row's model, on the same questions; changed: answers that differ"
+        )
+    if any(row["paper_baseline"] is not None for row in listed):
+        lines += _about_the_paper(results)
+    lines += [f"{label}: {sentence}" for label in labels if (sentence := _flips(results, label))]
+    for average in results["averages"]:
+        for label, lacking in average["missing"].items():
+            lines.append(f"{label}: no average of {average['group']}, which lacks {', '.join(lacking)}")
+    explained = {
+        "random_answers": "random: no option found in the answer, so lmms-eval drew one",
+        "unread_answers": "unread: no option found in the answer, so it counts as wrong",
+        "cut_answers": "cut: the answer reached the task's length limit",
+        "too_long_prompts": "too long: the prompt exceeds the model's context, so the question was not put",
+    }
+    lines += [text for kind, text in explained.items() if any(row[kind] for row in listed)]
+    return lines + list(results["failed"])
+
+
+def _about_the_paper(results: Mapping[str, Any]) -> list[str]:
+    families = {str(model.get("model_type", "")).removeprefix("pmod_") for model in results["models"].values()}
+    names = " and ".join(PUBLISHED[family].name for family in sorted(families) if family in PUBLISHED)
+    lines = [f"paper, p-MoD: published scores of {names} and its p-MoD; to paper: the score minus its kind's"]
+    others = [label for label, model in results["models"].items() if not is_the_papers(model)]
+    if others:
+        lines.append(f"{', '.join(others)}: not of the paper's size and decoder, so the paper's numbers only orient")
+    return lines
+
+
+def _flips(results: Mapping[str, Any], label: str) -> str | None:
+    """Of `--check-batching`: the measured rate over all tasks, and what it can be at most."""
+    entries = [task["scores"].get(label, {}) for task in results["tasks"]]
+    checks = [entry["batching"] for entry in entries if entry.get("batching")]
+    questions, changed = (sum(check[key] for check in checks) for key in ("questions", "changed"))
+    if not questions:
+        return None
+    size = max(check["batch_size"] for check in checks)
+    most = 100 * rate_interval(changed, questions)[1]
+    dtype = results["models"][label].get("dtype")
+    return (
+        f"{changed} of {questions} answers change when asked one at a time instead of up to {size} together, "
+        f"in {dtype} ({100 * changed / questions:.1f} %, at most {most:.1f} %)"
+    )
+
+
+def _table(listed: list[Row], columns: Columns) -> Table:
+    """Rows of one benchmark follow each other and name it once; averages come last, under a line."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for place, heading in enumerate(columns):
+        table.add_column(heading, justify="left" if place < 2 else "right", no_wrap=place != 1, overflow="fold")
+    before = None
+    for row in listed:
+        if row["task"] is None and before is not None and before["task"] is not None:
+            table.add_section()
+        cells = [cell(row) for cell in columns.values()]
+        if before is not None and before["benchmark"] == row["benchmark"]:
+            cells[0] = ""
+        table.add_row(*map(escape, cells))
+        before = row
+    return table
+
+
+def _score(row: Row) -> str:
+    if row["score"] is None:
+        return "failed"
+    mark = "*" if row["limited"] else ""
+    return f"{row['score']:.1f}{mark}{_half(row['score_low'], row['score_high'])}"
+
+
+def _difference(row: Row) -> str:
+    if row["difference"] is None:
+        return ""
+    return f"{_signed(row['difference'])}{_half(row['difference_low'], row['difference_high'])}"
+
+
+def _asked(row: Row) -> str:
+    if row["questions"] is None:
+        return ""
+    asked = f"{row['questions']:,}"
+    return f"{asked} of {row['questions_available']:,}" if row["limited"] else asked
+
+
+def _half(low: float | None, high: float | None) -> str:
+    return "" if low is None else f" ± {(high - low) / 2:.1f}"
+
+
+def _decimal(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.1f}".replace("-", "−")
+
+
+COLUMNS = tuple(_row("", "", {"score": None}, {}, {}))  # of the CSV file, in order

@@ -98,6 +98,18 @@ def eval(
         bool, typer.Option("--compare", help="Set finished runs side by side; nothing is asked.")
     ] = False,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the benchmarks and stop.")] = False,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Mirror of the data sets: DIR/lmms-lab-encoder/<name>/. (default: the Hugging Face cache, else the hub)",
+            show_default=False,
+        ),
+    ] = None,
+    fetch_data: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Copy the data of these benchmarks to --data-root, and stop."),
+    ] = None,
     overwrite: OverwriteOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
@@ -113,7 +125,7 @@ def eval(
     from pmod_cli.evaluation import suite
 
     if list_tasks:
-        _print_suite(suite.GROUPS, as_json)
+        _print_suite(suite.GROUPS, data_root, as_json)
         return
     shown_as = "json" if as_json else shown_as
     if runs and not compare:
@@ -122,13 +134,16 @@ def eval(
     if compare:
         _compare(runs or [], seed, shown_as)
         return
+    if fetch_data is not None:
+        _fetch(suite.resolve(fetch_data.split(",")), data_root, as_json)
+        return
     benchmarks = suite.resolve(tasks.split(","))
     name = model_or_default(model)
 
     from pmod_cli.evaluation import data, subjects
 
     chosen = subjects.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
-    data.require_data(benchmarks)
+    data.require_data(benchmarks, data_root)
 
     from pmod_cli.evaluation.runner import EvalSettings, default_folder, evaluate
 
@@ -139,7 +154,7 @@ def eval(
     if dry_run:
         return
     device = pick_device(device)
-    settings = EvalSettings(limit, batch_size, device, _pick_dtype(dtype, device), attention, seed)
+    settings = EvalSettings(limit, batch_size, device, _pick_dtype(dtype, device), attention, seed, data_root)
     with _Bars() as bars:
         results = evaluate(benchmarks, chosen, settings, out, overwrite=overwrite, on_progress=bars.show)
     if quiet:
@@ -231,10 +246,23 @@ def _print_results(results: dict[str, Any], shown_as: str) -> None:
             output.print_line(Path(results["folder"], "results.json"))
 
 
-def _print_suite(groups: dict[str, tuple[Benchmark, ...]], as_json: bool) -> None:
+def _fetch(benchmarks: tuple[Benchmark, ...], data_root: Path | None, as_json: bool) -> None:
     from pmod_cli.evaluation import data
 
-    rows = data.listing()
+    if data_root is None:
+        raise PmodError("--fetch-data needs a folder to copy to", hint="add --data-root DIR")
+    files = data.fetch(benchmarks, data_root, output.note)
+    if as_json:
+        output.print_json({"schema_version": 1, "data_root": str(data_root), "files": files})
+    else:
+        output.note(f"{len(files)} files; on the other machine: sha256sum --check {data.CHECKSUMS}")
+        output.print_line(data_root)
+
+
+def _print_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None, as_json: bool) -> None:
+    from pmod_cli.evaluation import data
+
+    rows = data.listing(data_root=data_root)
     if as_json:
         output.print_json({"schema_version": 1, "benchmarks": rows})
         return

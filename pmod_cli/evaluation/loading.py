@@ -26,10 +26,10 @@ def load_tasks(benchmark: Benchmark, data_root: Path | None = None) -> dict[str,
     Raises:
         PmodError: a split is not there, is empty or damaged, or its columns are not those that lmms-eval reads.
     """
-    return _leaves(get_task_dict([benchmark.task], _Tasks(folders(benchmark), data_root), "simple"))
+    return _leaves(get_task_dict([benchmark.task], Tasks(folders(benchmark), data_root), "simple"))
 
 
-class _Tasks(TaskManager):
+class Tasks(TaskManager):
     """lmms-eval's tasks, each pointed at the parquet files of the one split that it asks.
 
     Left alone, lmms-eval downloads every split of a data set, asks for a login that these data sets do not need, and

@@ -33,6 +33,7 @@ class EvalSettings:
         dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
         attention: `sdpa`, `eager` or `flash_attention_2`.
         seed: Of the random selection, the resampling, Python, NumPy and torch.
+        data_root: A mirror of the data sets; None: the Hugging Face cache or the hub.
     """
 
     limit: float | None = None
@@ -41,6 +42,7 @@ class EvalSettings:
     dtype: str = "auto"
     attention: str = "sdpa"
     seed: int = 0
+    data_root: Path | None = None
 
 
 def evaluate(
@@ -71,7 +73,7 @@ def evaluate(
     header = {
         "schema_version": SCHEMA_VERSION,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"data_root": settings.data_root and str(settings.data_root)},
         "software": provenance.software(),
         "machine": provenance.machine(settings.device),
     }
@@ -95,7 +97,14 @@ def evaluate(
         for benchmark in benchmarks:
             asked.progress = _named(on_progress, subject.label, benchmark.title)
             on_progress(subject.label, benchmark.title, 0, 1)
-            scored = score(asked, benchmark, limit=settings.limit, seed=settings.seed, log=out / "lmms-eval.log")
+            scored = score(
+                asked,
+                benchmark,
+                limit=settings.limit,
+                seed=settings.seed,
+                log=out / "lmms-eval.log",
+                data_root=settings.data_root,
+            )
             report.add(benchmark, subject.label, scored.entry(), scored.samples)
             _write_lines(out / "answers" / subject.label / f"{benchmark.name}.jsonl", scored.samples)
             if subject.label in report.differences[benchmark.name]:

@@ -78,20 +78,29 @@ class Scored:
         }
 
 
-def score(model: PmodModel, benchmark: Benchmark, *, limit: float | None, seed: int, log: Path) -> Scored:
+def score(
+    model: PmodModel,
+    benchmark: Benchmark,
+    *,
+    limit: float | None,
+    seed: int,
+    log: Path,
+    data_root: Path | None = None,
+) -> Scored:
     """Ask `model` the questions of a benchmark. A failure is returned as `Scored.error`, its traceback logged.
 
     Args:
         limit: Number of questions, or a fraction below 1; the first ones, so that every model gets the same.
         seed: Of Python, NumPy and torch.
         log: File that takes what lmms-eval prints and logs.
+        data_root: A mirror of the data sets; None: the Hugging Face cache or the hub.
     """
     started = time.perf_counter()
     model.take_tally()
     memory = PeakMemory(str(model.device))
     try:
         with counting() as guesses:
-            scored = _read(benchmark, _run_lmms_eval(model, benchmark, limit, seed, log))
+            scored = _read(benchmark, _run_lmms_eval(model, benchmark, limit, seed, log, data_root))
         scored.guesses = guesses
     except Exception as error:
         scored = Scored(error=_one_line(error))
@@ -103,18 +112,20 @@ def score(model: PmodModel, benchmark: Benchmark, *, limit: float | None, seed: 
     return scored
 
 
-def _run_lmms_eval(model: PmodModel, benchmark: Benchmark, limit: float | None, seed: int, log: Path) -> dict[str, Any]:
+def _run_lmms_eval(
+    model: PmodModel, benchmark: Benchmark, limit: float | None, seed: int, log: Path, data_root: Path | None
+) -> dict[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
 
-    paths = folders(benchmark)
+    from pmod_cli.evaluation.loading import Tasks
+
     # lmms-eval and its tasks print and log on stdout, which is ours for the result.
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         _silence_lmms_eval(file)
         return simple_evaluate(
             model,
             tasks=[benchmark.task],
-            task_manager=TaskManager("WARNING", paths, include_defaults=paths is None, model_name="pmod"),
+            task_manager=Tasks(folders(benchmark), data_root),
             limit=limit,
             bootstrap_iters=0,  # the interval is ours, over the questions, for every metric alike
             log_samples=True,

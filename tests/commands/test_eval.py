@@ -86,7 +86,7 @@ def test_one_failing_task_does_not_stop_the_others(converted, capsys, monkeypatc
 
 
 def test_a_benchmark_of_the_paper_runs_from_local_data(stock_model, workdir, capsys):
-    """ChartQA from a folder named as its repository: the data check passes and lmms-eval scores it."""
+    """ChartQA from a mirror: the data check passes and lmms-eval scores it; a folder nobody named is not looked at."""
     drawn = [documents.draw("chart", documents.seed_of("train", index)) for index in range(3)]
     columns = {
         "image": [document.image for document in drawn],
@@ -99,7 +99,9 @@ def test_a_benchmark_of_the_paper_runs_from_local_data(stock_model, workdir, cap
     data.mkdir(parents=True)
     features = Features({"image": Image(), "question": text, "answer": text, "type": text})
     Dataset.from_dict(columns, features=features).to_parquet(data / "test-00000-of-00001.parquet")
-    assert evaluate("--tasks", "chartqa", "-m", stock_model(), "-o", "run", "--json") == 0
+    assert evaluate("--tasks", "chartqa", "-m", stock_model(), "-o", "run") == 2
+    assert "--data-root" in capsys.readouterr().err
+    assert evaluate("--tasks", "chartqa", "-m", stock_model(), "-o", "run", "--json", "--data-root", ".") == 0
     (task,) = json.loads(capsys.readouterr().out)["tasks"]
     (score,) = task["scores"].values()
     assert (task["task"], score["questions"], score["limited"]) == ("chartqa", 3, False)
@@ -118,7 +120,8 @@ def test_missing_model_missing_data_missing_extra(stock_model, workdir, capsys, 
     assert evaluate("--tasks", "docvqa,chartqa", "-m", stock_model()) == 2
     data = capsys.readouterr().err
     assert "the data of DocVQA, ChartQA is not on this machine" in data
-    assert "lmms-lab-encoder/DocVQA, lmms-lab-encoder/ChartQA" in data
+    assert "lmms-lab-encoder/DocVQA DocVQA validation (2.3 GB), lmms-lab-encoder/ChartQA test (73 MB)" in data
+    assert "pmod eval --fetch-data docvqa,chartqa --data-root DIR" in data
 
     find_spec = extras.find_spec
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "lmms_eval" else find_spec(name))

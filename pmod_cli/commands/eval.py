@@ -102,7 +102,7 @@ def eval(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Mirror of the data sets: DIR/lmms-lab-encoder/<name>/. (default: the Hugging Face cache, else the hub)",
+            help="Mirror with the data sets in lmms-lab-encoder/<name>/. (default: the Hugging Face cache or the hub)",
             show_default=False,
         ),
     ] = None,

@@ -16,6 +16,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
+    PreTrainedTokenizerBase,
     Qwen2Config,
 )
 
@@ -27,11 +28,13 @@ TILE, PATCH = 32, 8  # pixels: 16 vision tokens a tile
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]  # (height, width) in pixels
 
 
-def processor(kind: str = "llava_next") -> LlavaProcessor | LlavaNextProcessor:
-    """The stock processor of `kind` over the tokenizer of the bundled tiny model."""
+def processor(
+    kind: str = "llava_next", tokenizer: PreTrainedTokenizerBase | None = None
+) -> LlavaProcessor | LlavaNextProcessor:
+    """The stock processor of `kind`, over the tokenizer of the bundled tiny model unless another is given."""
     pixels = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
     options = {
-        "tokenizer": build_tokenizer(),
+        "tokenizer": tokenizer or build_tokenizer(),
         "patch_size": PATCH,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,

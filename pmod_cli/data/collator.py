@@ -1,66 +1,64 @@
-"""Rows to a training batch: the processor's own chat template, image preprocessing and padding."""
+"""Rows to a training batch: padded on the right, pixels joined along the images."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pmod_cli.errors import PmodError
+import torch
+
+from pmod_cli.data.conversation import from_messages
+from pmod_cli.data.dataset import RowEncoder
+from pmod_cli.data.templates import IGNORED
 
 if TYPE_CHECKING:
-    import torch
     from transformers import ProcessorMixin
 
-IGNORED = -100  # the label cross-entropy skips
+__all__ = ["IGNORED", "Collator"]
 
 
 class Collator:
-    """Makes a batch of rows ``{"images": [PIL image, ...], "messages": [...]}`` (see ``pmod_cli.data.rows``).
+    """Makes a batch of rows: encoded ones (``pmod_cli.data.dataset``), or ``{"images": …, "messages": …}``.
 
-    Labels lie on what the assistant says, up to and including its end-of-turn token, and are -100 elsewhere. Which
-    tokens those are comes from the ``{% generation %}`` block of the processor's chat template.
+    The latter (``pmod_cli.data.rows``) are encoded here by the processor's own chat template, whose
+    ``{% generation %}`` blocks mark what the assistant says, end-of-turn token included: the labels lie there.
     """
 
-    def __init__(self, processor: "ProcessorMixin"):
-        """Raises PmodError when the chat template does not mark what the assistant says."""
-        if "{% generation %}" not in (processor.chat_template or "").replace("{%-", "{%"):
-            raise PmodError(
-                "the chat template of this processor does not mark the assistant's words",
-                hint="put {% generation %} … {% endgeneration %} around them in chat_template.jinja",
-            )
+    def __init__(self, processor: "ProcessorMixin") -> None:
         self.processor = processor
+        self._encoder: RowEncoder | None = None
 
-    def __call__(self, rows: Sequence[dict]) -> "dict[str, torch.Tensor]":
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Batch of B rows, N tokens: ``input_ids``, ``attention_mask``, ``labels`` int64 (B, N), and the pixels.
 
+        Images of LLaVA-NeXT have different numbers of tiles; missing ones are zeros, which the model drops.
+
         Raises:
-            PmodError: a row whose ``<image>`` places and images do not match in number.
+            BadRow: a row whose ``<image>`` places and images do not match in number.
+            PmodError: rows have to be encoded here, and the chat template does not mark the answers.
         """
-        batch = self.processor.apply_chat_template(
-            [_with_images(row) for row in rows],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": True, "padding_side": "right"},
-        )
-        batch = batch.convert_to_tensors("pt")  # only now: the mask is found token by token, 8 times slower in tensors
-        spoken = batch.pop("assistant_masks")
-        batch["labels"] = batch["input_ids"].masked_fill(spoken == 0, IGNORED)
-        return dict(batch)
+        rows = [row if "input_ids" in row else self._encode(row) for row in rows]
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), longest), self.processor.tokenizer.pad_token_id or 0, dtype=torch.int64)
+        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[place, :length], labels[place, :length], mask[place, :length] = row["input_ids"], row["labels"], 1
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        for name in ("pixel_values", "image_sizes"):
+            found = [row[name] for row in rows if name in row]
+            if found:
+                batch[name] = _joined(found)
+        return batch
+
+    def _encode(self, row: dict) -> dict[str, torch.Tensor]:
+        if self._encoder is None:
+            self._encoder = RowEncoder(self.processor)
+        return self._encoder(from_messages(row))
 
 
-def _with_images(row: dict) -> list[dict]:
-    """The messages of a row, each image place holding its image."""
-    images = iter(row.get("images", ()))
-    messages = [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(images, None)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in row["messages"]
-    ]
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places != len(row.get("images", ())):
-        raise PmodError(f"a row has {len(row.get('images', ()))} images and {places} places for them in its messages")
-    return messages
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenation along the images, the second axis (tiles) filled up with zeros where it differs."""
+    most = max(tensor.shape[1] for tensor in tensors)
+    if all(tensor.shape[1] == most for tensor in tensors):
+        return torch.cat(tensors)
+    filled = [torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
+    return torch.cat(filled)

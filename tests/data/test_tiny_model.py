@@ -92,12 +92,12 @@ def test_the_collator_labels_what_the_assistant_says(processor):
 
 def test_the_collator_refuses_an_image_too_many_and_a_template_without_marks(processor):
     document = draw("doc", 1)
-    with pytest.raises(PmodError, match="2 images and 1 places"):
+    with pytest.raises(PmodError, match="2 images, and 1 <image> place"):
         Collator(processor)([row(document) | {"images": [document.image] * 2}])
     unmarked = AutoProcessor.from_pretrained(bundled_path())
     unmarked.chat_template = "{{ messages[0]['role'] }}"
     with pytest.raises(PmodError, match="does not mark"):
-        Collator(unmarked)
+        Collator(unmarked)([row(document)])
 
 
 def test_kinds_tell_the_longest_bar_apart():

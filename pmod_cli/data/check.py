@@ -1,0 +1,121 @@
+"""A look at the data before the first step: a sample, or every row."""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from pmod_cli.data.conversation import BadRow
+from pmod_cli.data.dataset import Rows
+from pmod_cli.errors import PmodError
+
+SAMPLE = 64  # rows looked at before every run
+SHOWN = 20  # bad rows that a report names
+
+
+@dataclass
+class DataReport:
+    """What was found.
+
+    Attributes:
+        rows: of the data set.
+        checked: rows looked at, from the first to the last at equal distances.
+        with_images: of those, rows with images.
+        cut: rows longer than ``max_length``.
+        without_labels: rows that teach nothing, since they do not come out even in the template or were cut.
+        tokens: sum over the good rows, after cutting.
+        longest: tokens of the longest row before cutting.
+        bad: (row, reason) of the bad rows, the first ``SHOWN`` of them.
+        num_bad: all bad rows.
+    """
+
+    rows: int
+    checked: int = 0
+    with_images: int = 0
+    cut: int = 0
+    without_labels: int = 0
+    tokens: int = 0
+    longest: int = 0
+    num_bad: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def tokens_per_row(self) -> float:
+        return self.tokens / max(self.checked - self.num_bad, 1)
+
+    def add(self, other: "DataReport") -> None:
+        """Take in what was found in later rows."""
+        for name in ("checked", "with_images", "cut", "without_labels", "tokens", "num_bad"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        self.bad = (self.bad + other.bad)[:SHOWN]
+
+
+def check_rows(
+    rows: Rows,
+    sample: int | None = SAMPLE,
+    *,
+    workers: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DataReport:
+    """Read rows, decode their images and tokenize them; nothing is raised for a bad row.
+
+    Args:
+        rows: the data set.
+        sample: number of rows to look at; None looks at all.
+        workers: processes beside this one.
+        on_progress: is told of rows done, and of how many.
+    """
+    count = len(rows) if sample is None else min(sample, len(rows))
+    chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(np.int64))
+    parts = np.array_split(chosen, max(1, len(chosen) // 256))
+    report = DataReport(len(rows))
+    look = partial(_look, rows)
+    if workers:
+        with ProcessPoolExecutor(workers) as pool:
+            for part in pool.map(look, parts):
+                _take(report, part, len(chosen), on_progress)
+    else:
+        for part in map(look, parts):
+            _take(report, part, len(chosen), on_progress)
+    return report
+
+
+def refuse_bad(report: DataReport, name: str) -> None:
+    """Raises PmodError, naming the bad rows of a report, where there are any."""
+    if not report.num_bad:
+        return
+    lines = [f"row {row}: {reason}" for row, reason in report.bad[:5]]
+    if report.num_bad > len(lines):
+        lines.append(f"and {report.num_bad - len(lines)} more")
+    raise PmodError(
+        f"{report.num_bad} of {report.checked} rows looked at in {name} cannot be used:\n  " + "\n  ".join(lines),
+        hint="look at all rows with --check-data; leave bad ones out with --on-bad-row skip",
+    )
+
+
+def _take(report: DataReport, part: DataReport, total: int, on_progress: Callable[[int, int], None] | None) -> None:
+    report.add(part)
+    if on_progress is not None:
+        on_progress(report.checked, total)
+
+
+def _look(rows: Rows, chosen: np.ndarray) -> DataReport:
+    found = DataReport(len(rows))
+    for row in chosen.tolist():
+        found.checked += 1
+        try:
+            conversation = rows.source[row]
+            tokens = rows.encoder.check(conversation, rows.source.images)
+        except BadRow as fault:
+            found.num_bad += 1
+            found.bad.append((row, fault.what))
+            continue
+        found.with_images += bool(conversation.images)
+        found.cut += tokens.is_cut
+        found.without_labels += not tokens.teaches
+        found.tokens += len(tokens.ids)
+        found.longest = max(found.longest, tokens.whole)
+    return found

@@ -1,0 +1,201 @@
+"""Conversation rows as tokens, labels and pixels: ``build_dataset`` is what the trainer calls.
+
+A row is a dictionary of ``input_ids`` and ``labels`` int64 (N,), and where it has images ``pixel_values`` float32
+(images, [tiles,] 3, side, side), and for LLaVA-NeXT ``image_sizes`` int64 (images, 2), height before width.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from pmod_cli.data.conversation import BadRow, Conversation
+from pmod_cli.data.images import is_anyres, open_image, padding_processor, reduced
+from pmod_cli.data.sources import Source, open_source
+from pmod_cli.data.templates import IGNORED, encode, renderer
+from pmod_cli.errors import PmodError
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+GIVE_UP = 100  # bad rows one after the other
+SLOTS = 64  # DataLoader workers that count for themselves
+
+
+class DataSettings(Protocol):
+    """The keys of a recipe's ``data`` section that are read here."""
+
+    kind: Literal["llava", "hub"]
+    path: str
+    images: str | None
+    template: str
+    max_length: int | None
+    on_bad_row: Literal["error", "skip"]
+
+
+def build_dataset(data: DataSettings, processor: "ProcessorMixin", *, skipped: Path | None = None) -> "Rows":
+    """The rows of a recipe with ``data.kind`` llava or hub.
+
+    Give it to a Trainer together with ``Collator(rows.encoder.processor)`` (``pmod_cli.data.collator``), and for
+    ``data.group_by_modality`` with ``ModalityBatches(rows.lengths, …)`` (``pmod_cli.data.grouping``) as its sampler.
+    Save ``rows.encoder.processor``, not ``processor``: for LLaVA-1.5 it pads images to a square.
+    Before the first step call ``check_rows(rows)`` (``pmod_cli.data.check``); it looks at a sample, or at all rows.
+
+    Args:
+        data: the settings.
+        processor: that of the model.
+        skipped: with ``on_bad_row: skip``, the JSONL file that left-out rows are written to.
+
+    Raises:
+        PmodError: missing file, folder or columns, not JSON, or a template that does not fit the tokenizer.
+    """
+    source = open_source(data.kind, data.path, data.images)
+    encoder = RowEncoder(processor, data.template, data.max_length)
+    return Rows(source, encoder, skip_bad=data.on_bad_row == "skip", skipped=skipped)
+
+
+class RowEncoder:
+    """Turns a conversation into tokens, labels and pixels.
+
+    Args:
+        processor: of LLaVA-1.5 (which then pads images to a square) or LLaVA-NeXT (which tiles them).
+        template: one of ``pmod_cli.data.templates.TEMPLATES``.
+        max_length: tokens of a row, vision tokens included; longer rows are cut.
+
+    Raises:
+        PmodError: a template that does not fit the tokenizer.
+    """
+
+    def __init__(self, processor: "ProcessorMixin", template: str = "auto", max_length: int | None = None) -> None:
+        self.processor = padding_processor(processor)
+        self.render = renderer(template, processor)
+        self.max_length = max_length
+        self.image_token = processor.image_token_id
+
+    def __call__(self, conversation: Conversation, folder: Path | None = None) -> dict[str, torch.Tensor]:
+        """One row, as described at the top of this file.
+
+        Raises:
+            BadRow: an image that cannot be used, turns that the template cannot hold, or images that end behind
+                ``max_length``.
+        """
+        images = [self._open(image, folder) for image in conversation.images]
+        row = self.tokens(conversation, [image.size[::-1] for image in images])
+        tensors = {"input_ids": torch.from_numpy(row.ids), "labels": torch.from_numpy(row.labels)}
+        if images:
+            pixels = self.processor.image_processor(images=images, return_tensors="pt")
+            tensors |= {name: pixels[name] for name in ("pixel_values", "image_sizes") if name in pixels}
+        return tensors
+
+    def check(self, conversation: Conversation, folder: Path | None = None) -> "Tokens":
+        """As calling it, every image decoded, without making pixels of them."""
+        return self.tokens(conversation, [self._open(image, folder).size[::-1] for image in conversation.images])
+
+    def tokens(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> "Tokens":
+        """Tokens and labels of a row whose images have ``sizes``, height before width."""
+        text = encode(self.render(conversation.turns), self.processor.tokenizer, self.max_length)
+        vision = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+        if len(text.images) != len(sizes):
+            raise BadRow(f"the template has places for {len(text.images)} of its {len(sizes)} images")
+        repeats = np.ones(len(text.ids), dtype=np.int64)
+        repeats[text.images] = vision
+        ids = text.ids.copy()
+        ids[text.images] = self.image_token
+        ids, labels = ids.repeat(repeats), text.labels.repeat(repeats)
+        if self.max_length is None or len(ids) <= self.max_length:
+            return Tokens(ids, labels, len(ids))
+        last = int(repeats[: text.images[-1] + 1].sum()) if sizes else 0
+        if last > self.max_length:
+            raise BadRow(f"its images end at token {last}, behind data.max_length {self.max_length}")
+        return Tokens(ids[: self.max_length], labels[: self.max_length], len(ids))
+
+    def _open(self, image: Any, folder: Path | None) -> Any:
+        return reduced(open_image(image, folder), padded=not is_anyres(self.processor))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """``ids`` and ``labels`` int64 (N,), and how many tokens the row had before it was cut."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    whole: int
+
+    @property
+    def is_cut(self) -> bool:
+        return self.whole > len(self.ids)
+
+    @property
+    def teaches(self) -> bool:
+        return bool((self.labels != IGNORED).any())
+
+
+class Rows(Dataset):
+    """A data set of rows; a bad one is an error, or replaced by the next good one of the same kind.
+
+    Attributes:
+        source: where the rows come from.
+        encoder: what makes tensors of them.
+        lengths: int32, words of each row, negative where it has no image.
+    """
+
+    def __init__(self, source: Source, encoder: RowEncoder, *, skip_bad: bool, skipped: Path | None = None) -> None:
+        self.source, self.encoder = source, encoder
+        self.skip_bad, self.skipped = skip_bad, skipped
+        self.lengths = source.lengths
+        self._noted: set[int] = set()
+        # Shared memory, since rows are read in DataLoader workers: one line of (skipped, cut, without labels) each.
+        self._counts = torch.zeros(SLOTS, 3, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """The row, or with ``skip_bad`` the next good one that has an image, or has none, as this one.
+
+        Raises:
+            BadRow: naming file and row, if bad rows are not skipped.
+            PmodError: too many bad rows one after the other.
+        """
+        with_image = self.lengths[index] > 0
+        for tried, candidate in enumerate((index + step) % len(self) for step in range(len(self))):
+            if candidate != index and (self.lengths[candidate] > 0) != with_image:
+                continue
+            try:
+                row = self.encoder(self.source[candidate], self.source.images)
+            except BadRow as fault:
+                if not self.skip_bad:
+                    raise BadRow(f"row {candidate} of {self.source.name}: {fault.what}") from None
+                self._note(candidate, fault)
+            else:
+                self._count(1, self.encoder.max_length is not None and len(row["input_ids"]) >= self.encoder.max_length)
+                self._count(2, not (row["labels"] != IGNORED).any())
+                return row
+            if tried >= GIVE_UP:
+                break
+        raise PmodError(
+            f"{GIVE_UP} rows around row {index} of {self.source.name} are bad, one after the other",
+            hint="look at them with --check-data",
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Since the run began, over all workers of this process: rows left out, rows cut, rows that teach nothing."""
+        return dict(zip(("skipped", "cut", "without_labels"), self._counts.sum(dim=0).tolist(), strict=True))
+
+    def _note(self, row: int, fault: BadRow) -> None:
+        if row in self._noted:
+            return
+        self._noted.add(row)
+        self._count(0, True)
+        if self.skipped is not None:
+            with open(self.skipped, "a", encoding="utf-8") as file:  # one short write: lines of workers do not mix
+                file.write(json.dumps({"row": row, "file": self.source.name, "reason": fault.what}) + "\n")
+
+    def _count(self, column: int, happened: bool) -> None:
+        if happened:
+            worker = get_worker_info()
+            self._counts[(worker.id + 1) % SLOTS if worker else 0, column] += 1

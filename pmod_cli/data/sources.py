@@ -1,0 +1,163 @@
+"""Where rows come from: LLaVA's own JSON or JSONL with a folder of images, or a Hugging Face data set."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_messages, length_of
+from pmod_cli.data.index import open_index
+from pmod_cli.errors import PmodError
+
+
+class Source(Protocol):
+    """Rows that are read one by one.
+
+    Attributes:
+        name: the file or data set, for messages.
+        images: the folder that image names start from, if they are names.
+        lengths: int32, words of each row, negative where it has no image.
+    """
+
+    name: str
+    images: Path | None
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def __getitem__(self, row: int) -> Conversation:
+        """One row; BadRow where it cannot be understood."""
+
+
+class LlavaFile:
+    """Rows of a JSON array or a JSONL file in LLaVA's layout; see ``pmod_cli.data.conversation.from_llava``.
+
+    Raises:
+        PmodError: no such file or folder, or not JSON.
+    """
+
+    def __init__(self, path: Path, images: Path | None) -> None:
+        if images is not None and not images.is_dir():
+            raise PmodError(f"no such image folder: {images}", hint="set data.images to the folder of the images")
+        self.name, self.path = str(path), path
+        self.images = images or path.parent
+        self._index = open_index(path, _llava_length)
+        self._file: tuple[int, int] | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._index["length"]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, row: int) -> Conversation:
+        start, size, _ = self._index[row].tolist()
+        try:
+            return from_llava(json.loads(os.pread(self._descriptor(), size, start)))
+        except ValueError as error:
+            raise BadRow(f"not JSON: {error}") from None
+
+    def _descriptor(self) -> int:
+        """Each process opens the file for itself."""
+        if self._file is None or self._file[0] != os.getpid():
+            self._file = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        return self._file[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}
+
+
+class HubRows:
+    """Rows of a Hugging Face data set with the columns ``messages`` and ``images``, mapped from disk by ``datasets``.
+
+    Args:
+        path: name of the data set on the hub, a folder of one, or one written by ``save_to_disk``; ``name:split``
+            takes another split than ``train``.
+
+    Raises:
+        PmodError: no such data set, or without these columns.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name, self.images = path, None
+        rows = _load(path)
+        if "messages" not in rows.column_names:
+            raise PmodError(
+                f"the data set {path} has the columns {', '.join(rows.column_names)}; expected messages and images",
+                hint="rename the columns, or use data.kind llava",
+            )
+        self._has_images = "images" in rows.column_names
+        self._rows = _undecoded(rows)
+        # ``map`` keeps its result in the cache of ``datasets``.
+        columns = [name for name in ("messages", "images") if name in rows.column_names]
+        counted = self._rows.select_columns(columns).map(_hub_length, remove_columns=columns, desc="row lengths")
+        self.lengths = np.asarray(counted.with_format("numpy")["length"], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Conversation:
+        found = self._rows[row]
+        images = [_payload(image) for image in found.get("images") or ()]
+        return from_messages({"messages": found["messages"], "images": images})
+
+
+def _llava_length(row: Any) -> int:
+    return length_of(row, "conversations", "value", isinstance(row, Mapping) and bool(row.get("image")))
+
+
+def _hub_length(row: Mapping) -> dict[str, int]:
+    return {"length": length_of(row, "messages", "content", bool(row.get("images")))}
+
+
+def _load(path: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetNotFoundError
+
+    folder, _, split = path.partition(":")
+    try:
+        if Path(folder, "dataset_info.json").is_file():
+            return load_from_disk(folder)
+        return load_dataset(folder, split=split or "train")
+    except DatasetNotFoundError as error:
+        raise PmodError(f"no such data set: {path} ({error})", hint="set data.path to its name on the hub") from None
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PmodError(f"the data set {path} cannot be read: {first}", hint="see data.path") from None
+
+
+def _undecoded(rows: Any) -> Any:
+    """Images as encoded bytes: they are decoded with our own care, and not at all where only lengths are wanted."""
+    from datasets import Image, List
+
+    feature = rows.features.get("images")
+    if isinstance(feature, Image):
+        return rows.cast_column("images", Image(decode=False))
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return rows.cast_column("images", List(Image(decode=False)))
+    return rows
+
+
+def _payload(image: Any) -> Any:
+    if isinstance(image, Mapping):
+        return image["bytes"] if image.get("bytes") is not None else _read(image.get("path"))
+    return image
+
+
+def _read(path: str | None) -> bytes:
+    try:
+        return Path(path or "").read_bytes()
+    except OSError as error:
+        raise BadRow(f"cannot read the image {path}: {error.strerror}") from None
+
+
+def open_source(kind: str, path: str, images: str | None) -> Source:
+    """The rows of ``data.kind`` llava or hub."""
+    if kind == "hub":
+        return HubRows(path)
+    return LlavaFile(Path(path).expanduser(), None if images is None else Path(images).expanduser())

@@ -96,8 +96,8 @@ def score_columns(results: Mapping[str, Any], listed: list[Row]) -> Columns:
     if any(row["paper_baseline"] is not None for row in listed):
         columns |= {
             "paper": lambda row: _decimal(row["paper_baseline"]),
-            "p-MoD": lambda row: _decimal(row["paper_pmod"]),
-            "to paper": lambda row: _signed(row["paper_difference"]),
+            "paper p-MoD": lambda row: _decimal(row["paper_pmod"]),
+            "to paper": _to_paper,
         }
     if len(results["models"]) > 1:
         columns["first − this"] = _difference
@@ -117,7 +117,7 @@ def answer_columns(listed: list[Row]) -> Columns:
         "seconds": lambda row: _decimal(row["seconds"]),
         "token/s": lambda row: _decimal(row["tokens_per_second"]),
         "peak MiB": lambda row: _count(row["peak_memory_mib"]),
-        "kept": lambda row: _decimal(row["mean_retention"], 3),
+        "kept": _kept,
     }
 
 
@@ -141,9 +141,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     listed, labels = rows(results), list(results["models"])
     lines = ["±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown"]
     if len(labels) > 1:
-        lines.append(
-            f"first − this: {labels[0]} minus the row's model, on the same questions; changed: answers that differ"
-        )
+        lines.append(f"first − this: {labels[0]} minus the row's model, same questions; changed: answers that differ")
     if any(row["paper_baseline"] is not None for row in listed):
         lines += _about_the_paper(results)
     lines += [f"{label}: {sentence}" for label in labels if (sentence := _flips(results, label))]
@@ -163,7 +161,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 def _about_the_paper(results: Mapping[str, Any]) -> list[str]:
     families = {str(model.get("model_type", "")).removeprefix("pmod_") for model in results["models"].values()}
     names = " and ".join(PUBLISHED[family].name for family in sorted(families) if family in PUBLISHED)
-    lines = [f"paper, p-MoD: published scores of {names} and its p-MoD; to paper: the score minus its kind's"]
+    lines = [f"paper, paper p-MoD: published scores of {names} and its p-MoD; to paper: the score minus its kind's"]
     others = [label for label, model in results["models"].items() if not is_the_papers(model)]
     if others:
         lines.append(f"{', '.join(others)}: not of the paper's size and decoder, so the paper's numbers only orient")
@@ -210,6 +208,15 @@ def _score(row: Row) -> str:
     return f"{row['score']:.1f}{mark}{_half(row['score_low'], row['score_high'])}"
 
 
+def _to_paper(row: Row) -> str:
+    return _signed(row["paper_difference"]) + ("*" if row["limited"] and row["paper_difference"] is not None else "")
+
+
+def _kept(row: Row) -> str:
+    """Mean retention in percent. Rounded twice, so that a mean of 0.5375 less a float's last bit is still 53.8 %."""
+    return "" if row["mean_retention"] is None else f"{round(100 * row['mean_retention'], 6):.1f} %"
+
+
 def _difference(row: Row) -> str:
     if row["difference"] is None:
         return ""
@@ -227,8 +234,8 @@ def _half(low: float | None, high: float | None) -> str:
     return "" if low is None else f" ± {(high - low) / 2:.1f}"
 
 
-def _decimal(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _count(value: float | None) -> str:

@@ -1,0 +1,211 @@
+"""The report's numbers against hand computation, and the table as a user reads it at 100 columns."""
+
+import csv
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from pmod_cli.evaluation import formats, published, suite, tables
+from pmod_cli.evaluation.report import Report
+from tests.evaluation import reports
+
+SCORES = """\
+
+ benchmark  model         score  paper  paper p-MoD  to paper  first − this  changed
+ ───────────────────────────────────────────────────────────────────────────────────
+ DocVQA     p-mod   75.0 ± 37.5   70.1         70.0      +5.0
+            stock         100.0   70.1         70.0     +29.9  −25.0 ± 37.5        1
+ ChartQA    p-mod  50.0* ± 50.0   61.6         61.8    −11.8*
+            stock        failed   61.6         61.8
+"""
+ANSWERS = """\
+
+ benchmark  model       asked  empty  cut  seconds  token/s  peak MiB     kept
+ ─────────────────────────────────────────────────────────────────────────────
+ DocVQA     p-mod           4      0    1     12.3    101.2    14,336   53.8 %
+            stock           4      0    0     12.3    101.2    14,336  100.0 %
+ ChartQA    p-mod  4 of 2,500      2    0     12.3    101.2    14,336   53.8 %
+            stock                              0.5                     100.0 %
+"""
+NOTES = """\
+±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown
+first − this: p-mod minus the row's model, same questions; changed: answers that differ
+paper, paper p-MoD: published scores of LLaVA-NeXT 7B and its p-MoD; to paper: the score minus its kind's
+cut: the answer reached the task's length limit
+stock: ChartQA: a picture [17] cannot be read"""
+
+
+def printed(table) -> str:
+    console = Console(width=100, file=io.StringIO(), highlight=False)
+    console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines()).rstrip() + "\n"
+
+
+def test_the_tables_as_a_user_reads_them():
+    results = reports.small().results()
+    assert printed(tables.score_table(results)) == SCORES
+    assert printed(tables.answer_table(results)) == ANSWERS
+    assert "\n".join(tables.notes(results)) == NOTES
+    assert tables.warnings(results) == ["limited run: scores marked * are not the scores of the benchmarks"]
+
+
+def test_scores_and_differences():
+    docvqa, chartqa = reports.small().results()["tasks"]
+    assert (docvqa["scores"]["p-mod"]["low"], docvqa["scores"]["p-mod"]["high"]) == (25.0, 100.0)
+    assert docvqa["scores"]["stock"]["low"] is None, "every question scores alike"
+    assert docvqa["differences"] == {
+        "stock": {"difference": -25.0, "low": -75.0, "high": 0.0, "questions": 4, "changed_answers": 1}
+    }
+    assert docvqa["scores"]["p-mod"]["paper"] == {"baseline": 70.1, "pmod": 70.0, "difference": 5.0}
+    assert docvqa["scores"]["stock"]["paper"]["difference"] == pytest.approx(29.9)
+    assert chartqa["differences"] == {}
+    assert reports.small().results()["failed"] == ["stock: ChartQA: a picture [17] cannot be read"]
+
+
+def test_changed_answers_are_listed():
+    found = reports.small().differences["docvqa"]["stock"]
+    assert found.changed == [
+        {
+            "task": "t",
+            "doc_id": 3,
+            "question": "q3?",
+            "target": "x",
+            "answer": "",
+            "other_answer": "x",
+            "item": 0.0,
+            "other_item": 1.0,
+        }
+    ]
+
+
+def test_no_interval_where_the_summands_are_not_the_score():
+    """Another aggregation than the one known here must not get the interval of a mean."""
+    (benchmark,) = suite.resolve(["docvqa"])
+    report = Report([benchmark], seed=0)
+    for label in ("a", "b"):
+        report.add_model(label, reports.PMOD)
+        report.add(benchmark, label, reports.entry(60.0), reports.records(["x"] * 4, [1.0, 1.0, 1.0, 0.0]))
+    task = report.results()["tasks"][0]
+    assert task["scores"]["a"]["low"] is None
+    assert task["differences"]["b"] == {
+        "difference": 0.0,
+        "low": None,
+        "high": None,
+        "questions": 4,
+        "changed_answers": 0,
+    }
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("group", ["general", "text-rich"])
+def test_averages_of_the_papers_rows_are_the_papers(family, group):
+    """Its rows, MME divided by 20, average to the numbers that it prints."""
+    row = published.PUBLISHED[family]
+    for scores, expected in zip((row.baseline, row.pmod), row.averages[group], strict=True):
+        points = [scores[benchmark.name] / (20 if benchmark.name == "mme" else 1) for benchmark in suite.GROUPS[group]]
+        assert sum(points) / 7 == pytest.approx(expected, abs=0.1), "rounded scores, rounded average"
+
+
+def test_average_of_measured_scores():
+    scores = published.PUBLISHED["llava_next"].pmod
+    (average,) = reports.group(scores).results()["averages"]
+    assert average["group"] == "general"
+    assert average["scores"]["p-mod"]["score"] == pytest.approx(69.125, abs=1e-9)
+    assert average["scores"]["p-mod"]["paper"] == {"baseline": 69.2, "pmod": 69.1, "difference": pytest.approx(0.025)}
+    assert average["missing"] == {}
+    (average,) = reports.group(scores, limited="pope").results()["averages"]
+    assert average["scores"]["p-mod"]["limited"]
+
+
+def test_no_average_over_missing_tasks():
+    results = reports.group(published.PUBLISHED["llava_next"].pmod, missing="pope").results()
+    (average,) = results["averages"]
+    assert average["scores"] == {}
+    assert average["missing"] == {"p-mod": ["pope"]}
+    assert "p-mod: no average of general, which lacks pope" in tables.notes(results)
+    assert "AVG" not in printed(tables.score_table(results))
+    assert reports.small().results()["averages"] == [], "nobody asked for the group"
+
+
+def test_average_row_is_last():
+    text = printed(tables.score_table(reports.group(published.PUBLISHED["llava_next"].pmod).results()))
+    assert text.rstrip().splitlines()[-1].split() == ["AVG", "general", "p-mod", "69.1", "69.2", "69.1", "+0.0"]
+    assert "1495.5" in text
+
+
+def test_average_interval_is_that_of_independent_benchmarks():
+    """Seven benchmarks with a half width of h each: the average has h / √7."""
+    report = Report(suite.GROUPS["text-rich"], seed=0)
+    for label, right in (("a", 0.6), ("b", 0.5)):
+        report.add_model(label, reports.PMOD)
+        for benchmark in report.benchmarks:
+            items = [1.0] * int(400 * right) + [0.0] * int(400 * (1 - right))
+            if benchmark.name == "mmmu":
+                kind = {"subdomain": "Art", "question_type": "multiple-choice", "answer": "B"}
+                items = [
+                    {**kind, "id": f"validation_Art_{n}", "parsed_pred": ["AB"[int(item)]]}
+                    for n, item in enumerate(items)
+                ]
+            report.add(benchmark, label, reports.entry(100 * right, 400), reports.records(["x"] * 400, items))
+    results = report.results()
+    (average,) = results["averages"]
+    halves = [(task["scores"]["a"]["high"] - task["scores"]["a"]["low"]) / 2 for task in results["tasks"]]
+    half = (average["scores"]["a"]["high"] - average["scores"]["a"]["low"]) / 2
+    assert half == pytest.approx(sum(halves) / 7 / 7**0.5, rel=0.12)
+    assert average["differences"]["b"]["difference"] == pytest.approx(10.0)
+    assert average["differences"]["b"]["low"] > 0
+
+
+def test_csv_and_markdown_agree_with_the_results():
+    results = reports.small().results()
+    read = list(csv.DictReader(io.StringIO(formats.to_csv(results))))
+    expected = tables.rows(results)
+    assert len(read) == len(expected) == 4
+    for line, row in zip(read, expected, strict=True):
+        assert line == {key: "" if value is None else str(value) for key, value in row.items()}
+    assert float(read[0]["score"]) == results["tasks"][0]["scores"]["p-mod"]["score"]
+    assert float(read[1]["difference_low"]) == results["tasks"][0]["differences"]["stock"]["low"]
+
+    text = formats.to_markdown(results)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert cells[0] == ["benchmark", "model", "score", "paper", "paper p-MoD", "to paper", "first − this", "changed"]
+    assert cells[2][:3] == ["DocVQA", "p-mod", "75.0 ± 37.5"]
+    assert cells[4][2] == r"50.0\* ± 50.0"
+    assert re.search(r"^\*\*limited run", text)
+    assert "| ChartQA | stock | failed |" in text
+
+
+def test_results_are_plain_json():
+    """Nothing that JSON cannot hold, numbers of known units, and the same object after a round trip."""
+    results = reports.small().results()
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert {*results} == {"models", "tasks", "averages", "failed"}
+    task = results["tasks"][0]
+    assert {*task} == {"name", "title", "group", "task", "metric", "filter", "scale", "scores", "differences"}
+
+
+def test_markup_in_names_is_text():
+    report = reports.small()
+    results = json.loads(json.dumps(report.results()).replace('"stock"', '"[red]st|ock[/red]"'))
+    assert "[red]st|ock[/red]" in printed(tables.score_table(results))
+    assert r"[red]st\|ock[/red]" in formats.to_markdown(results)
+
+
+def test_untrained_routers_are_named_but_not_for_controls():
+    results = reports.small().results()
+    results["models"] |= {
+        "new": {**reports.PMOD, "routers": "untrained"},
+        "random": {**reports.PMOD, "routers": "untrained", "selection": "random"},
+    }
+    first = tables.warnings(results)[0]
+    assert first.startswith("new: untrained routers; every token ties")
+
+
+def test_other_sizes_are_told_from_the_papers():
+    results = reports.small().results()
+    results["models"]["stock"]["layers"] = 40
+    assert any(line.startswith("stock: not of the paper's size") for line in tables.notes(results))

@@ -25,6 +25,7 @@ from pmod_cli.commands.common import (
     model_or_default,
     pick_device,
 )
+from pmod_cli.commands.sweep import run_sweep
 from pmod_cli.errors import INTERRUPTED, PmodError
 from pmod_cli.extras import require
 
@@ -39,6 +40,7 @@ pmod finetune --recipe tiny
 pmod finetune --recipe tiny --model tiny-llava-next -o runs/stock
 pmod finetune --recipe tiny --set train.router_learning_rate=1e-2 --max-steps 100
 pmod finetune --recipe tiny --dry-run
+pmod finetune --sweep ablations --seeds 3
 pmod finetune --recipe runs/stock/config.yaml -o runs/stock
 """
 
@@ -62,6 +64,11 @@ def finetune(
         float | None, typer.Option("--learning-rate", metavar="RATE", help="Peak learning rate.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything random.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="GROUP", help="Run all recipes of a group, e.g. `ablations`; one table."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of each recipe of --sweep.")] = 3,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run in --out.")] = True,
@@ -82,18 +89,33 @@ def finetune(
     """
     from pmod_cli.training.recipe import dump, load_settings
 
-    settings = load_settings(
-        recipes.find(recipe),
-        overrides or (),
-        {
-            "model.name": ("--model", model),
-            "model.precision": ("--dtype", None if dtype == "auto" else dtype),
-            "train.max_steps": ("--max-steps", max_steps),
-            "train.batch_size": ("--batch-size", batch_size),
-            "train.learning_rate": ("--learning-rate", learning_rate),
-            "train.seed": ("--seed", seed),
-        },
-    )
+    flags = {
+        "model.name": ("--model", model),
+        "model.precision": ("--dtype", None if dtype == "auto" else dtype),
+        "train.max_steps": ("--max-steps", max_steps),
+        "train.batch_size": ("--batch-size", batch_size),
+        "train.learning_rate": ("--learning-rate", learning_rate),
+        "train.seed": ("--seed", seed),
+    }
+    if sweep:
+        if seed is not None:
+            raise PmodError("--seed: a sweep runs several seeds", hint="say how many with --seeds")
+        require("train", "accelerate")
+        _silence_transformers()
+        run_sweep(
+            sweep,
+            out or Path("runs", sweep),
+            seeds=seeds,
+            overrides=[
+                *(overrides or ()),
+                *(f"{key}={value}" for key, (_, value) in flags.items() if value is not None),
+            ],
+            device=pick_device(device),
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+        return
+    settings = load_settings(recipes.find(recipe), overrides or (), flags)
     if print_config:
         output.stdout.file.write(dump(settings))
         return

@@ -1,0 +1,48 @@
+"""`pmod finetune --sweep GROUP`: all recipes of a group with several seeds, and one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pmod_cli import output
+from pmod_cli.checkpoints.atomic import write_json, write_text
+from pmod_cli.errors import PARTIAL, PmodError
+
+
+def run_sweep(
+    group: str, out: Path, *, seeds: int, overrides: list[str], device: str, dry_run: bool, as_json: bool
+) -> None:
+    """Run what is missing of a sweep, then write `table.json` and `table.md` in its folder, and print one of them.
+
+    With `dry_run`, only print what is known so far.
+    """
+    from pmod_cli.training import sweep
+
+    cells = sweep.cells_of(group, range(seeds))
+    if dry_run:
+        _show(sweep.table(cells, out), as_json)
+        return
+    output.note(f"{len(cells)} cells in {out}; run the same command again to go on, or beside this one to share them")
+    number = {cell: place for place, cell in enumerate(cells, 1)}
+
+    def tell(cell: sweep.Cell, what: str) -> None:
+        output.note(f"cell {number[cell]}/{len(cells)}  {cell.name}  {what}")
+
+    found = sweep.sweep(cells, out, overrides=overrides, device=device, on_cell=tell)
+    write_json(out / "table.json", found)
+    write_text(out / "table.md", sweep.markdown(found))
+    _show(found, as_json)
+    missing = [row["recipe"] for row in found["rows"] if row["status"] != "run"]
+    if missing:
+        raise PmodError(
+            f"not finished here: {', '.join(missing)}", hint="another process may be at them; repeat", code=PARTIAL
+        )
+
+
+def _show(found: dict, as_json: bool) -> None:
+    from pmod_cli.training.sweep import markdown
+
+    if as_json:
+        output.print_json(found)
+    else:
+        output.print_line(markdown(found).rstrip())

@@ -1,0 +1,265 @@
+"""The ablation sweep: each recipe of a group with each seed, a cell at a time, and one table of what came out.
+
+A cell is an ordinary run of ``finetune`` that is scored and then removed; its result stays as ``cells/NAME.json``. A
+sweep that was stopped goes on with the cells that are missing, and started several times at once, the processes
+share the cells among themselves.
+"""
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import mean, stdev
+from time import perf_counter, process_time
+
+from pmod_cli import recipes
+from pmod_cli.checkpoints.atomic import write_json
+from pmod_cli.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.settings import Settings
+
+CELLS = "cells"
+REFERENCE = "p-mod"  # the recipe that the others of a group change in one thing
+SEED_STRIDE = 1_000_000  # images
+IMAGES = 100  # unseen documents of each task that a cell is scored on
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe with one seed."""
+
+    recipe: str  # as it is listed: "ablations/norm-none"
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.rpartition('/')[2]}-seed{self.seed}"
+
+
+def cells_of(group: str, seeds: Sequence[int]) -> list[Cell]:
+    """All cells of a group of shipped recipes: the reference first, and one seed of everything before the next.
+
+    Raises:
+        PmodError: there is no recipe in such a group.
+    """
+    found = [name for name in recipes.names() if name.startswith(f"{group.strip('/')}/")]
+    if not found:
+        groups = sorted({name.partition("/")[0] for name in recipes.names() if "/" in name})
+        raise PmodError(
+            f"no recipes are called {group}/…; there are groups {', '.join(groups) or 'none'}", hint="pmod recipes ls"
+        )
+    found.sort(key=lambda name: (name != f"{group.strip('/')}/{REFERENCE}", _by_number(name)))
+    return [Cell(recipe, seed) for seed in seeds for recipe in found]
+
+
+def _by_number(name: str) -> list:
+    """So that layers-8-15 comes before layers-16-23."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
+
+
+def sweep(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    images: int = IMAGES,
+    device: str = "cpu",
+    on_cell: Callable[[Cell, str], None] | None = None,
+) -> dict:
+    """Run the cells that have no result yet, and return the table as ``table`` builds it.
+
+    Args:
+        cells: what to run, in this order.
+        out: the folder of the sweep.
+        overrides: ``key.path=value``, the same for all cells.
+        images: unseen documents of each task that a cell is scored on.
+        device: where to run.
+        on_cell: is told of each cell what becomes of it: running, done before, done, failed, taken.
+
+    Raises:
+        PmodError: a recipe is wrong, a finished cell has other settings, or the sweep was interrupted.
+    """
+    tell = on_cell or (lambda cell, what: None)
+    wanted = {cell: _settings(cell, overrides) for cell in cells}  # a wrong recipe ends it here
+    (out / CELLS).mkdir(parents=True, exist_ok=True)
+    for cell, settings in wanted.items():
+        if _result(out, cell, settings, images) is not None:
+            tell(cell, "done before")
+            continue
+        with _claimed(out, cell) as mine:
+            if not mine:
+                tell(cell, "taken by another process")
+                continue
+            if _result(out, cell, settings, images) is None:
+                tell(cell, "running")
+                result = _run(cell, settings, out, images, device)
+                write_json(out / CELLS / f"{cell.name}.json", result)
+                shutil.rmtree(out / "runs" / cell.name, ignore_errors=True)
+                tell(cell, f"failed: {result['failed']}" if "failed" in result else "done")
+    return table(cells, out)
+
+
+def table(cells: Sequence[Cell], out: Path) -> dict:
+    """What is known of each recipe so far: mean and spread (sample standard deviation) over its seeds, in percent.
+
+    A recipe without a result has status "not run".
+    """
+    rows = []
+    for recipe in dict.fromkeys(cell.recipe for cell in cells):
+        mine = [cell for cell in cells if cell.recipe == recipe]
+        results = [result for cell in mine if (result := _read(out, cell)) is not None]
+        good = [result for result in results if "failed" not in result]
+        row = {
+            "recipe": recipe.rpartition("/")[2],
+            "status": "not run" if not results else "run" if len(results) == len(mine) else "partly run",
+            "seeds": [result["seed"] for result in good],
+            "failed": {str(result["seed"]): result["failed"] for result in results if "failed" in result},
+            "mean_retention": results[0]["mean_retention"] if results else None,
+        }
+        if good:
+            scores = [{task: 100 * right / asked for task, (right, asked) in r["answered"].items()} for r in good]
+            row["questions"] = {task: asked for task, (_, asked) in good[0]["answered"].items()}
+            row["score_percent"] = {task: _spread([score[task] for score in scores]) for task in scores[0]}
+            row["mean_score_percent"] = _spread([mean(score.values()) for score in scores])
+            row["cpu_seconds"] = round(mean(result["cpu_seconds"] for result in good), 1)
+        rows.append(row)
+    return {"schema_version": 1, "rows": rows}
+
+
+def markdown(found: dict) -> str:
+    """The table as Markdown, rows grouped by what they change, the reference at the head of each group."""
+    rows = {row["recipe"]: row for row in found["rows"]}
+    tasks = next((list(row["score_percent"]) for row in rows.values() if "score_percent" in row), [])
+    head = ["recipe", "retention", *tasks, "mean", "seeds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    reference = rows.get(REFERENCE)
+    group = None
+    for name, row in rows.items():
+        if "-" in name and name != REFERENCE and name.partition("-")[0] != group and reference:
+            group = name.partition("-")[0]
+            lines.append(f"| **{group}** " + "| " * (len(head) - 1) + "|")
+        lines.append("| " + " | ".join(_cells_of_row(name, row, tasks)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells_of_row(name: str, row: dict, tasks: list[str]) -> list[str]:
+    retention = "" if row["mean_retention"] is None else f"{row['mean_retention']:.3f}"
+    if "score_percent" not in row:
+        why = "; ".join(sorted(set(row["failed"].values()))) or "not run"
+        return [name, retention, *[""] * len(tasks), why, "0"]
+    scores = [_shown(row["score_percent"][task]) for task in tasks]
+    failed = f" ({len(row['failed'])} failed)" if row["failed"] else ""
+    return [name, retention, *scores, _shown(row["mean_score_percent"]), f"{len(row['seeds'])}{failed}"]
+
+
+def _shown(value: dict) -> str:
+    return f"{value['mean']:.1f}" + ("" if value["spread"] is None else f" ± {value['spread']:.1f}")
+
+
+def _spread(values: list[float]) -> dict:
+    return {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else None}
+
+
+def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) -> dict:
+    """Train and score; the result, or with ``failed`` why there is none."""
+    from pmod_cli.checkpoints import load_model
+    from pmod_cli.data.documents import TASKS
+    from pmod_cli.training.run import finetune
+    from pmod_cli.training.teacher_forced import answered
+
+    wall, cpu, folder = perf_counter(), process_time(), out / "runs" / cell.name
+    result = {
+        "schema_version": 1,
+        "recipe": cell.recipe,
+        "seed": cell.seed,
+        "date": f"{datetime.now():%Y-%m-%d}",
+        "device": device,
+        "mean_retention": _mean_retention(settings),
+        "settings": asdict(settings),
+        "images": images,
+    }
+    try:
+        report = finetune(settings, folder, device=device)
+    except PmodError as error:
+        if error.code != RUN_FAILED:
+            raise
+        return result | {"failed": error.what.partition(":")[0]}
+    if report.status == "interrupted":
+        raise PmodError(
+            f"interrupted in cell {cell.name}, after step {report.step} of {report.max_steps}",
+            hint="run the same command again: it goes on from here",
+            code=INTERRUPTED,
+        )
+    model, processor = load_model(folder, dtype="float32")
+    model.to(device)
+    if hasattr(model, "set_selection"):
+        model.set_selection(settings.pmod.selection, seed=settings.train.seed)
+    scores = answered(model, processor, TASKS, images)
+    spent = {"wall_seconds": round(perf_counter() - wall, 1), "cpu_seconds": round(process_time() - cpu, 1)}
+    return result | {"loss": report.loss, "answered": {task: list(score) for task, score in scores.items()}} | spent
+
+
+def _mean_retention(settings: Settings) -> float:
+    from pmod_cli.checkpoints import resolve
+    from pmod_cli.model import PmodSettings
+
+    if settings.pmod.enabled is False:
+        return 1.0
+    config = json.loads((resolve(settings.model.name).path / "config.json").read_text(encoding="utf-8"))
+    ratios = PmodSettings.from_dict(settings.pmod.given).retention(config["text_config"]["num_hidden_layers"])
+    return sum(ratios) / len(ratios)
+
+
+def _settings(cell: Cell, overrides: Sequence[str]) -> Settings:
+    """A seed means another order and other images, the same ones for every recipe."""
+    settings = load_settings(recipes.find(cell.recipe), [*overrides, f"train.seed={cell.seed}"])
+    settings.data.first += cell.seed * SEED_STRIDE
+    return settings
+
+
+def _read(out: Path, cell: Cell) -> dict | None:
+    try:
+        return json.loads((out / CELLS / f"{cell.name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | None:
+    """The result of a cell, if there is one; PmodError where it belongs to other settings."""
+    found = _read(out, cell)
+    if found is None:
+        return None
+    changed = list(_changes(found["settings"], asdict(settings)))
+    if found["images"] != images:
+        changed.append(f"images: {found['images']} -> {images}")
+    if changed:
+        raise PmodError(
+            f"{out} holds cell {cell.name} with other settings:\n  " + "\n  ".join(changed),
+            hint=f"choose another --out, or remove {out / CELLS / cell.name}.json",
+        )
+    return found
+
+
+def _changes(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
+    for key in old.keys() & new.keys():
+        if isinstance(old[key], dict):
+            yield from _changes(old[key], new[key], f"{prefix}{key}.")
+        elif old[key] != new[key]:
+            yield f"{prefix}{key}: {old[key]!r} -> {new[key]!r}"
+
+
+@contextmanager
+def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
+    """Whether this process has the cell for itself; the system drops the claim of a process that dies."""
+    with open(out / CELLS / f".{cell.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

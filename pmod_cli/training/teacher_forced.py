@@ -1,0 +1,71 @@
+"""How many answers a model gets right when it is shown the question and, token by token, the right answer so far.
+
+An answer counts if every token of it, its end included, is the likeliest one. That takes one forward pass for all
+questions about an image, where generation takes one pass a token for each; it is a little easier than generation,
+since a question may be answered with the earlier ones, and their right answers, in view.
+"""
+
+from collections.abc import Sequence
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from pmod_cli.data.collator import Collator
+from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.data.rows import row
+from pmod_cli.data.templates import IGNORED
+
+TURNS = 3  # questions asked about each image
+
+
+@torch.inference_mode()
+def answered(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    tasks: Sequence[str],
+    images: int,
+    *,
+    batch_size: int = 16,
+) -> dict[str, tuple[int, int]]:
+    """By task, answers that are right and questions asked, over the first ``images`` unseen documents of each.
+
+    The documents and their questions are the same at every call.
+    """
+    collate, found = Collator(processor), {}
+    model.eval()
+    for task in tasks:
+        right = asked = 0
+        for start in range(0, images, batch_size):
+            indices = range(start, min(start + batch_size, images))
+            batch = collate([_question_row(task, seed_of("test", index)) for index in indices])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            # Padded on the right, where a causal decoder never looks: as in training, no mask.
+            logits = model(**{**batch, "labels": None, "attention_mask": None, "use_cache": False}).logits
+            hits = right_answers(logits, batch["labels"])
+            right, asked = right + int(hits.sum()), asked + len(hits)
+        found[task] = (right, asked)
+    return found
+
+
+def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """For each stretch of labels, row after row, whether all of its tokens are foretold: bool (answers,).
+
+    Args:
+        logits: (B, N, vocabulary).
+        labels: int64 (B, N), -100 outside the answers.
+    """
+    target = labels[:, 1:]
+    spoken = target != IGNORED
+    begins = spoken & ~torch.nn.functional.pad(spoken, (1, 0))[:, :-1]
+    number = begins.flatten().cumsum(0)[spoken.flatten()] - 1
+    missed = (logits[:, :-1].argmax(-1) != target)[spoken]
+    misses = torch.zeros(int(begins.sum()), dtype=torch.int64, device=labels.device)
+    return misses.index_add_(0, number, missed.long()) == 0
+
+
+def _question_row(task: str, seed: int) -> dict:
+    document = draw(task, seed)
+    turns = document.turns
+    return row(document, Random(seed).sample(turns, min(TURNS, len(turns))))

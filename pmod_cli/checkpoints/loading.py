@@ -10,6 +10,7 @@ from pmod_cli.errors import PmodError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 def router_state(path: Path) -> str:
@@ -22,7 +23,12 @@ def router_state(path: Path) -> str:
 
 
 def load_model(
-    path: Path, *, dtype: str = "auto", device: str = "cpu", attn_implementation: str = "sdpa"
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attn_implementation: str = "sdpa",
+    quantization: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model in eval mode and its processor.
 
@@ -31,6 +37,7 @@ def load_model(
         dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
         device: A torch device.
         attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
+        quantization: How weights are held in fewer bits; transformers then places the model itself.
 
     Raises:
         PmodError: files or tensors are missing, or tensors have another shape than the config says.
@@ -51,12 +58,13 @@ def load_model(
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            quantization_config=quantization,
         )
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except (ValueError, ImportError) as error:
         raise PmodError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     _refuse_differences(path, info)
-    return model.to(device).eval(), processor
+    return (model if quantization else model.to(device)).eval(), processor
 
 
 def _refuse_differences(path: Path, info: dict) -> None:

@@ -17,14 +17,15 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def training_arguments(settings: Settings, out: Path, device: str, steps: int) -> TrainingArguments:
-    """Everything the Trainer is told. Made before the model: FSDP and DeepSpeed have a say in how it is loaded.
+def training_arguments(settings: Settings, out: Path, device: str) -> TrainingArguments:
+    """Everything the Trainer is told, but ``max_steps``, which the data decide.
+
+    Made before the model is loaded: FSDP and DeepSpeed have a say in that. It also joins the processes of the run.
 
     Args:
         settings: the whole run.
         out: the run folder.
         device: cpu, cuda, cuda:N or mps.
-        steps: optimizer steps of the run.
     """
     train, on_gpu = settings.train, device.startswith("cuda")
     distributed = "LOCAL_RANK" in os.environ
@@ -32,7 +33,7 @@ def training_arguments(settings: Settings, out: Path, device: str, steps: int) -
         os.environ["ACCELERATE_TORCH_DEVICE"] = device if ":" in device else "cuda:0"
     arguments = TrainingArguments(
         output_dir=str(out / STATE),
-        max_steps=steps,
+        max_steps=1,
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=settings.accumulation(processes()),
         learning_rate=train.learning_rate,

@@ -1,14 +1,19 @@
 """What a run is trained on: its rows, the collator that makes batches of them, the order they come in."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
+from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.rows import row
-from pmod_cli.training.settings import DataArgs
+from pmod_cli.errors import PmodError
+from pmod_cli.training.arguments import processes
+from pmod_cli.training.settings import DataArgs, Settings
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -41,6 +46,50 @@ class Counting:
         batch = self.collate(rows)
         vision = (batch["input_ids"] == self.image_token).sum(dim=1).tolist()
         return {**batch, COUNTS: Counts(int(batch["attention_mask"].sum()), tuple(vision))}
+
+
+@dataclass
+class Data:
+    """What a run reads.
+
+    Attributes:
+        rows: the data set.
+        collate: makes a batch of its rows.
+        processor: of the model, to be saved with it.
+        sampler: the order of the rows; None is a shuffle.
+    """
+
+    rows: Dataset
+    collate: Callable[[Sequence], dict]
+    processor: "ProcessorMixin"
+    sampler: Sampler | None = None
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.rows if self.sampler is None else self.sampler)
+
+
+def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Data:
+    """The data of a run.
+
+    Args:
+        settings: ``data`` says which.
+        processor: of the model.
+        out: the run folder, where rows that are left out are listed.
+
+    Raises:
+        PmodError: the data cannot be found or read; synthetic documents without a number.
+    """
+    if settings.data.kind == "synthetic":
+        return Data(SyntheticDocuments(settings.data, _images(settings)), Collator(processor), processor)
+    raise PmodError(f"data.kind {settings.data.kind} is not there yet")
+
+
+def _images(settings: Settings) -> int:
+    """Different images of the run: as many as it was told, else as it uses."""
+    if settings.data.rows is None and settings.train.max_steps is None:
+        raise PmodError("synthetic documents have no end: expected train.max_steps or data.rows", hint="--max-steps 9")
+    return settings.data.rows or settings.train.max_steps * settings.rows_per_step(processes())
 
 
 class SyntheticDocuments(Dataset):

@@ -27,11 +27,17 @@ ADAPTER = "adapter"
 LOG = "training_log.jsonl"  # one line per logged step
 SUMMARY = "training_summary.json"
 CURVES = "training_curves.png"
+TENSORBOARD = "tensorboard"
 
 
 def is_checkpoint(out: Path) -> bool:
     """Whether the run in ``out`` has left a model."""
     return (out / "config.json").is_file()
+
+
+def is_finished(out: Path, settings: Settings) -> bool:
+    """Whether nothing is left to do for the run in ``out``."""
+    return is_checkpoint(out) or (settings.lora.enabled and not settings.lora.merge and adapter_of(out) is not None)
 
 
 def adapter_of(out: Path) -> Path | None:

@@ -1,27 +1,27 @@
 """One fine-tuning run, from settings to a checkpoint. What it leaves where: see ``folder``."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Literal
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainerState
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from pmod_cli.checkpoints import load_model
-from pmod_cli.data.collator import Collator
-from pmod_cli.errors import PmodError
+from pmod_cli.errors import RUN_FAILED, PmodError
 from pmod_cli.training import folder
-from pmod_cli.training.arguments import processes, training_arguments
+from pmod_cli.training.adapters import add_adapters, copy_adapter, merge
+from pmod_cli.training.arguments import precision, processes, training_arguments
 from pmod_cli.training.calibration import calibrate_routers
-from pmod_cli.training.dataset import Counting, SyntheticDocuments
+from pmod_cli.training.dataset import Counting, Data, open_data
 from pmod_cli.training.parts import Part, count, freeze
+from pmod_cli.training.requirements import check_requirements
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import source_of, starting_checkpoint
+from pmod_cli.training.summary import Summary, write_reports
 from pmod_cli.training.trainer import PmodTrainer
 from pmod_cli.training.watch import Step, Watch
 
@@ -37,9 +37,10 @@ class FinetuneReport:
         status: finished; interrupted, and can go on; or already finished, nothing was done.
         step: optimizer steps done, of ``max_steps``, in this and earlier processes.
         loss: mean training loss of the last logged steps.
-        seconds: wall time of this process' training.
+        seconds: wall time of the training, in this and earlier processes.
         tokens: text and vision tokens trained on, without padding.
         parameters: of each part, how many there are and how many were trained.
+        summary: what the run took.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class FinetuneReport:
     seconds: float = 0.0
     tokens: int = 0
     parameters: dict[str, Part] = field(default_factory=dict)
+    summary: Summary | None = None
 
 
 def finetune(
@@ -63,7 +65,8 @@ def finetune(
 ) -> FinetuneReport:
     """Train a p-MoD model, or a stock LLaVA, and leave a checkpoint in ``out``.
 
-    An unfinished run in ``out`` goes on where it stopped. Ctrl-C or SIGTERM saves after the step under way.
+    An unfinished run in ``out`` goes on where it stopped. Ctrl-C or SIGTERM saves after the step under way. In a run of
+    several processes each of them calls this.
 
     Args:
         settings: the whole run; ``model.name`` must be given.
@@ -74,85 +77,151 @@ def finetune(
         on_step: is told of each finished step.
 
     Raises:
-        PmodError: ``out`` holds something else, or a run with other settings; the loss is not a number.
+        PmodError: ``out`` holds something else, or a run with other settings; something is missing that the settings
+            need; the loss is not a number; memory or disk is full.
     """
+    check_requirements(settings, device)
     source_of(settings)
-    rows = SyntheticDocuments(settings.data, synthetic_rows(settings))
-    steps = settings.steps(len(rows), processes())
-    arguments = training_arguments(settings, out, device, steps)
+    arguments = training_arguments(settings, out, device)
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             folder.open_run(out, settings, processes(), resume=resume, overwrite=overwrite)
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
-    if folder.is_checkpoint(out) or folder.adapter_of(out):
+        data = open_data(settings, AutoProcessor.from_pretrained(source, local_files_only=True), out)
+    arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
+    if folder.is_finished(out, settings):
         return FinetuneReport(out, "already finished", steps, steps)
 
     checkpoint = get_last_checkpoint(str(out / folder.STATE))
-    model, processor = load_model(
-        Path(checkpoint or source), dtype="float32", attn_implementation=settings.model.attention
-    )
-    if settings.model.router_start == "attention" and getattr(model.config, "router_state", None) == "untrained":
-        model.to(device)
-        calibrate_routers(model, calibration_batches(rows, processor, settings.model.calibration_images, device))
-    freeze(model, settings.model.freeze)
-    if hasattr(model, "set_selection"):
-        model.set_selection(settings.pmod.selection, seed=settings.train.seed)
-    if hasattr(model.config, "router_state"):
-        model.config.router_state = "trained"
+    set_seed(settings.train.seed)  # of new adapters
+    model = _model(settings, source, checkpoint and Path(checkpoint), data, device)
     watch = Watch(on_step)
     trainer = PmodTrainer(
         train=settings.train,
         watch=watch,
+        sampler=data.sampler,
+        logs_to=out / folder.TENSORBOARD if settings.train.report_to == "tensorboard" else None,
         model=model,
         args=arguments,
-        train_dataset=rows,
-        data_collator=Counting(Collator(processor), processor, model.config.image_token_id),
+        train_dataset=data.rows,
+        data_collator=Counting(data.collate, data.processor, model.config.image_token_id),
     )
-    started = perf_counter()
-    with watch.signals():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finished = trainer.state.global_step >= steps
-    if finished and trainer.is_world_process_zero():
-        publish(model.to(_dtype_of(source)), processor, trainer.state.log_history, out)
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return FinetuneReport(
+    parameters = count(model)
+    try:
+        with watch.signals():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        raise _out_of_memory(error, settings) or error from None
+    state = trainer.state
+    finished = state.global_step >= steps
+    losses = [line["loss"] for line in state.log_history if "loss" in line]
+    report = FinetuneReport(
         path=out,
         status="finished" if finished else "interrupted",
-        step=trainer.state.global_step,
+        step=state.global_step,
         max_steps=steps,
         loss=losses[-1] if losses else None,
-        seconds=perf_counter() - started,
-        tokens=trainer.state.num_input_tokens_seen,
-        parameters=count(model),
+        seconds=watch.elapsed(),
+        tokens=state.num_input_tokens_seen,
+        parameters=parameters,
+        summary=Summary.of(state, watch.elapsed(), processes(), device),
+    )
+    if finished and trainer.is_world_process_zero():
+        del trainer, model
+        publish(settings, source, data, report, state)
+    PartialState().wait_for_everyone()
+    return report
+
+
+def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data, device: str) -> PreTrainedModel:
+    """The model as it goes into the Trainer: loaded, its routers started, frozen where it is to be."""
+    lora, quantized = settings.lora.enabled, settings.model.quantize != "none"
+    # Frozen weights of a LoRA run are held as they are computed with; weights that are trained are float32.
+    dtype = precision(settings, device) if lora else "float32"
+    options = {"quantization": _four_bits()} if quantized else {}
+    model, _ = load_model(
+        source if lora or checkpoint is None else checkpoint,
+        dtype=dtype,
+        attn_implementation=settings.model.attention,
+        **options,
+    )
+    untrained = getattr(model.config, "router_state", None) == "untrained" and checkpoint is None
+    if settings.model.router_start == "attention" and untrained:
+        if not quantized:
+            model.to(device)
+        calibrate_routers(model, calibration_batches(data, settings.model.calibration_images, device))
+    if hasattr(model, "set_selection"):
+        model.set_selection(settings.pmod.selection, seed=settings.train.seed)
+    if hasattr(model.config, "router_state"):
+        model.config.router_state = "trained"
+    if lora:
+        return add_adapters(model, settings, checkpoint)
+    freeze(model, settings.model.freeze)
+    return model
+
+
+def _four_bits():
+    """QLoRA's 4-bit numbers for the decoder's matrices. The rest is small, or read by the router: it stays as it is."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "router", "multi_modal_projector", "vision_tower"],
     )
 
 
-def synthetic_rows(settings: Settings) -> int:
-    """Different images of the run: as many as it was told, else as it uses."""
-    if settings.data.rows is None and settings.train.max_steps is None:
-        raise PmodError("synthetic documents have no end: expected train.max_steps or data.rows", hint="--max-steps 9")
-    return settings.data.rows or settings.train.max_steps * settings.rows_per_step(processes())
-
-
-def calibration_batches(
-    rows: SyntheticDocuments, processor: ProcessorMixin, images: int, device: str
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The first ``images`` rows in small batches of model inputs, since eager attention is large."""
-    collate, total = Collator(processor), min(images, len(rows))
+def calibration_batches(data: Data, images: int, device: str) -> Iterator[dict[str, torch.Tensor]]:
+    """The first rows with ``images`` images in all, in small batches of model inputs: eager attention is large."""
+    total = min(images, len(data.rows))
     for start in range(0, total, CALIBRATION_BATCH):
-        batch = collate([rows[i] for i in range(start, min(start + CALIBRATION_BATCH, total))])
-        yield {name: batch[name].to(device) for name in ("input_ids", "pixel_values", "image_sizes") if name in batch}
+        batch = data.collate([data.rows[i] for i in range(start, min(start + CALIBRATION_BATCH, total))])
+        if "pixel_values" in batch:
+            names = [name for name in ("input_ids", "pixel_values", "image_sizes") if name in batch]
+            yield {name: batch[name].to(device) for name in names}
 
 
-def publish(model: PreTrainedModel, processor: ProcessorMixin, log: list[dict], out: Path) -> None:
-    """Put the checkpoint into the run folder."""
+def publish(settings: Settings, source: Path, data: Data, report: FinetuneReport, state: TrainerState) -> None:
+    """Make the run folder the checkpoint that the run was for, from its last training checkpoint.
+
+    All engines leave that one in the same form, and a process that dies here is repeated from it.
+    """
+    out = report.path
+    last = Path(get_last_checkpoint(str(out / folder.STATE)))
     with folder.publishing(out) as staging:
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        (staging / folder.LOG).write_text("".join(json.dumps(line) + "\n" for line in log))
+        write_reports(staging, settings, report, state)
+        if settings.lora.enabled:
+            copy_adapter(last, staging / folder.ADAPTER)
+        else:
+            # Stored in the dtype that the source is stored in.
+            dtype = str(AutoConfig.from_pretrained(source).dtype or torch.float32).removeprefix("torch.")
+            model, _ = load_model(last, dtype=dtype)
+            model.save_pretrained(staging)
+            data.processor.save_pretrained(staging)
+    if settings.lora.enabled and settings.lora.merge:
+        merge(out)
     folder.close_run(out)
 
 
-def _dtype_of(source: Path) -> torch.dtype:
-    """The dtype the source is stored in: the run is stored in the same."""
-    return AutoConfig.from_pretrained(source).dtype or torch.float32
+def _out_of_memory(error: BaseException, settings: Settings) -> PmodError | None:
+    """What to lower, if this is what happened."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
+        return None
+    train, model, lower = settings.train, settings.model, []
+    if train.batch_size > 1:
+        lower.append(f"--batch-size {train.batch_size // 2} (and twice the train.gradient_accumulation)")
+    if not model.gradient_checkpointing:
+        lower.append("--set model.gradient_checkpointing=true")
+    if not settings.lora.enabled:
+        lower.append("--set lora.enabled=true")
+    if settings.data.max_length is None or settings.data.max_length > 1024:
+        lower.append("a lower data.max_length")
+    said = (text.splitlines() or ["the allocation failed"])[0]
+    return PmodError(
+        f"out of memory with train.batch_size {train.batch_size}: {said}",
+        hint="any of: " + "; ".join(lower) + ". --dry-run estimates what fits" if lower else "a larger device",
+        code=RUN_FAILED,
+    )

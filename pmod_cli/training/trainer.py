@@ -1,13 +1,17 @@
 """transformers' Trainer with what p-MoD adds: a rate for each part, images for text-only batches, counts in the log."""
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from pmod_cli.errors import RUN_FAILED, PmodError
 from pmod_cli.training.dataset import COUNTS, Counting
 from pmod_cli.training.parts import parameter_groups
 from pmod_cli.training.settings import TrainArgs
@@ -22,11 +26,18 @@ class PmodTrainer(Trainer):
         train: the settings of the optimizer.
         watch: looks after each step; see ``Watch``.
         sampler: gives the order of the rows; without it they are shuffled.
+        logs_to: folder for TensorBoard.
         others: what ``Trainer`` takes; ``data_collator`` is a ``Counting`` one.
     """
 
     def __init__(
-        self, *, train: TrainArgs, watch: Watch, sampler: torch.utils.data.Sampler | None = None, **others: Any
+        self,
+        *,
+        train: TrainArgs,
+        watch: Watch,
+        sampler: torch.utils.data.Sampler | None = None,
+        logs_to: Path | None = None,
+        **others: Any,
     ) -> None:
         super().__init__(**others)
         self.train_args, self.watch, self.sampler = train, watch, sampler
@@ -34,6 +45,10 @@ class PmodTrainer(Trainer):
         self.blank_image = BlankImage(llava)
         llava.config.__dict__.pop("use_cache", None)  # Trainer's mark; a LLaVA reads its decoder's, so see compute_loss
         self.remove_callback(PrinterCallback)  # it prints to stdout
+        if logs_to is not None:
+            board = TensorBoardCallback()
+            board.logging_dir = str(logs_to)
+            self.add_callback(board)
         watch.attach(self, llava)
         self.add_callback(watch)
 
@@ -93,14 +108,35 @@ class PmodTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._staging = staging
-        super()._save_checkpoint(model, trial)
-        del self._staging
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._full_disk(error, staging) or error from None
+        finally:
+            del self._staging
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(target, ignore_errors=True)
             (staging / target.name).rename(target)
             rotate_checkpoints(str(target.parent), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()  # no process ends, and has the others ended, before the rename
+
+    def _full_disk(self, error: Exception, staging: Path) -> PmodError | None:
+        """The sentence, if this is what happened; what was written so far is removed, and the last checkpoint stays.
+
+        torch says only that writing failed, so that the disk itself is asked.
+        """
+        said = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not said and shutil.disk_usage(staging.parent).free > 1 << 20:
+            return None
+        shutil.rmtree(staging, ignore_errors=True)
+        before = get_last_checkpoint(self.args.output_dir)
+        kept = f"{before} stays" if before else "there is no earlier one"
+        return PmodError(
+            f"the disk is full: the training checkpoint of step {self.state.global_step} could not be saved; {kept}",
+            hint="free some space, then repeat the same command with the same --out",
+            code=RUN_FAILED,
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(getattr(self, "_staging", self.args.output_dir))

@@ -103,15 +103,22 @@ class Watch(TrainerCallback):
             "vision_tokens": vision,
             "vision_tokens_kept": kept,
             "memory_gib": peak_memory() / 2**30,
+            "elapsed_seconds": self.elapsed(),
             "seconds_left": self._seconds_left(self.trainer.state),
             **self.statistics.read(),
         }
         self._interval, self._since = [0.0, 0.0, 0.0], now
         return entries
 
+    def elapsed(self) -> float:
+        """Seconds of training, in this and earlier processes."""
+        return self._before + perf_counter() - self.started
+
     def on_train_begin(self, args, state, control, **_) -> None:
         self.started = self._since = perf_counter()
         self.first = state.global_step
+        # Of earlier processes, up to the checkpoint that this one goes on from.
+        self._before = max((line.get("elapsed_seconds", 0.0) for line in state.log_history), default=0.0)
 
     def on_step_begin(self, args, state, control, **_) -> None:
         if self.retention is not None and (state.global_step + 1) % args.logging_steps == 0:

@@ -156,9 +156,10 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(routed, tm
     settings = run_settings(routed, save_steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(PmodTrainer, "_save_rng_state", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(PmodError, match=r"disk is full.*step 2 could not be saved.*checkpoint-1 stays"):
             finetune(settings, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / STATE).glob("checkpoint-*")) == ["checkpoint-1"]
+    assert not list((tmp_path / "run" / STATE).glob("incomplete*"))
     seen = []
     finetune(settings, tmp_path / "run", on_step=lambda step: seen.append(step.step))
     assert seen == [2, 3]
@@ -190,7 +191,7 @@ def test_a_folder_that_is_no_run_is_left_alone(routed, tmp_path):
 
 def trainer_for(model, settings: Settings, folder: Path) -> PmodTrainer:
     freeze(model, settings.model.freeze)
-    arguments = training_arguments(settings, folder, "cpu", steps=3)
+    arguments = training_arguments(settings, folder, "cpu")
     return PmodTrainer(train=settings.train, watch=Watch(), model=model, args=arguments)
 
 

@@ -1,0 +1,57 @@
+"""What a run needs beside the base installation: checked before anything is loaded or written."""
+
+from importlib.util import find_spec
+
+from pmod_cli.errors import PmodError
+from pmod_cli.training.settings import Settings
+
+PACKAGES = {"peft": "peft", "bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "liger_kernel": "liger-kernel"}
+PACKAGES |= {"tensorboard": "tensorboard", "wandb": "wandb", "flash_attn": "flash-attn"}
+
+
+def check_requirements(settings: Settings, device: str) -> None:
+    """Refuse settings that this machine or installation cannot follow.
+
+    Raises:
+        PmodError: names the setting, what it needs, and what to do instead.
+    """
+    model, train, cuda = settings.model, settings.train, device.startswith("cuda")
+    if settings.lora.enabled:
+        _need("peft", "lora.enabled", "train all weights with --set lora.enabled=false")
+    if model.quantize != "none":
+        if not cuda:
+            raise PmodError(
+                f"model.quantize: {model.quantize} needs a CUDA GPU, and the device is {device}",
+                hint="LoRA without it: --set model.quantize=none",
+            )
+        _need("bitsandbytes", "model.quantize", "LoRA without it: --set model.quantize=none")
+    if model.liger_kernel:
+        if not cuda:
+            raise PmodError(
+                f"model.liger_kernel needs a GPU, and the device is {device}", hint="--set model.liger_kernel=false"
+            )
+        _need("liger_kernel", "model.liger_kernel", "--set model.liger_kernel=false")
+    if model.attention == "flash_attention_2":
+        if not cuda:
+            raise PmodError(
+                f"model.attention: flash_attention_2 needs a CUDA GPU, and the device is {device}",
+                hint="--set model.attention=sdpa",
+            )
+        _need("flash_attn", "model.attention: flash_attention_2", "--set model.attention=sdpa")
+    if train.engine.startswith("zero"):
+        if not cuda:
+            raise PmodError(
+                f"train.engine: DeepSpeed ({train.engine}) needs CUDA GPUs, and the device is {device}",
+                hint="--engine ddp or --engine fsdp2",
+            )
+        _need("deepspeed", f"train.engine: {train.engine}", "--engine fsdp2")
+    if train.report_to != "none":
+        _need(train.report_to, f"train.report_to: {train.report_to}", "--report-to none")
+
+
+def _need(module: str, setting: str, instead: str) -> None:
+    if find_spec(module) is None:
+        package = PACKAGES[module]
+        raise PmodError(
+            f"{setting} needs {package}, which is not installed", hint=f"pip install {package}; or {instead}"
+        )

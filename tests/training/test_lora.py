@@ -1,0 +1,137 @@
+"""LoRA: what is adapted, what is trained whole, what is saved, and that merging changes nothing but the form."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from pmod_cli.checkpoints import convert, load_model, router_state
+from pmod_cli.data.collator import Collator
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+from pmod_cli.training import folder
+from pmod_cli.training.adapters import add_adapters, merge
+from pmod_cli.training.dataset import SyntheticDocuments
+from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.run import finetune
+
+
+@pytest.fixture(scope="module")
+def routed(stock_model, tmp_path_factory):
+    target = tmp_path_factory.mktemp("routed") / "model"
+    convert(stock_model("llava_next", "llama"), target, PmodSettings())
+    return target
+
+
+def lora_settings(model, *overrides):
+    common = ["data.turns=1", "train.max_steps=3", "train.batch_size=2", "train.learning_rate=1e-2", "train.seed=1"]
+    common += ["train.warmup_steps=0", "train.report_to=none", "train.log_steps=1", "lora.enabled=true", "lora.rank=4"]
+    return load_settings(None, [f"model.name={model}", *common, *overrides])
+
+
+def weights(path):
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_adapters_lie_on_the_decoder_alone_and_routers_and_projector_are_whole(routed):
+    model, _ = load_model(routed)
+    adapted = add_adapters(model, lora_settings(routed))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert not any("vision_tower" in name for name in trained)
+    adapters = {name for name in trained if "lora_" in name}
+    assert len(adapters) == 4 * 7 * 2
+    assert all("language_model.layers" in name for name in adapters)
+    whole = trained - adapters
+    assert sum(".router." in name for name in whole) == 2 * 3
+    assert sum("multi_modal_projector" in name for name in whole) == 4
+    assert len(whole) == 10
+
+
+def test_a_lora_run_ends_in_a_checkpoint_whose_base_changed_by_low_rank_only(routed, tmp_path):
+    report = finetune(lora_settings(routed), tmp_path / "run")
+    assert (report.status, router_state(report.path)) == ("finished", "trained")
+    assert 0 < report.parameters["language_model"].trained < 0.2 * report.parameters["language_model"].parameters
+    before, after = weights(routed), weights(report.path)
+    assert before.keys() == after.keys()
+    for name in before:
+        change = after[name] - before[name]
+        if "layers.1.self_attn.q_proj" in name and "vision" not in name:
+            assert 0 < torch.linalg.matrix_rank(change) <= 4
+        if "vision_tower" in name or "embed_tokens" in name or "norm" in name:
+            assert not change.any(), name
+        if ".layers.1.router." in name or "multi_modal_projector" in name:
+            assert change.any(), name
+    assert not (report.path / folder.STATE).exists()
+    assert json.loads((report.path / folder.ADAPTER / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_the_merged_model_answers_as_the_adapted_one(routed, tmp_path):
+    settings = lora_settings(routed, "lora.merge=false", "lora.dropout=0")
+    report = finetune(settings, tmp_path / "run")
+    assert folder.adapter_of(report.path)
+    assert not folder.is_checkpoint(report.path)
+    assert finetune(settings, tmp_path / "run").status == "already finished"
+    base, processor = load_model(routed)
+    adapted = PeftModel.from_pretrained(base, report.path / folder.ADAPTER)
+    batch = Collator(processor)([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+    merge(report.path)
+    merged, _ = load_model(report.path)
+    with torch.no_grad():
+        assert torch.allclose(merged(**batch).logits, expected, atol=1e-4)
+    whole = finetune(lora_settings(routed, "lora.dropout=0"), tmp_path / "whole")
+    one, other = weights(report.path), weights(whole.path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_interrupted_lora_run_ends_where_an_unbroken_one_does(stock_model, tmp_path):
+    """Started from a stock model, which the run converts."""
+    settings = lora_settings(
+        stock_model("llava_next", "llama"), "pmod.enabled=true", "model.gradient_checkpointing=true"
+    )
+    finetune(settings, tmp_path / "whole")
+
+    def interrupt(step):
+        if step.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert finetune(settings, tmp_path / "broken", on_step=interrupt).status == "interrupted"
+    state = tmp_path / "broken" / folder.STATE / "checkpoint-2"
+    assert (state / "adapter_model.safetensors").is_file()
+    assert not (state / "model.safetensors").exists()
+    assert finetune(settings, tmp_path / "broken").status == "finished"
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert any(".router." in name for name in whole)
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_merging_what_is_no_lora_run(routed, tmp_path):
+    with pytest.raises(PmodError, match="is not a run"):
+        merge(tmp_path)
+    finetune(lora_settings(routed, "lora.enabled=false", "train.max_steps=1"), tmp_path / "full")
+    with pytest.raises(PmodError, match="no LoRA run"):
+        merge(tmp_path / "full")
+
+
+def test_targets_that_the_decoder_has_not(routed):
+    model, _ = load_model(routed)
+    with pytest.raises(PmodError, match="has no k_projection"):
+        add_adapters(model, lora_settings(routed, "lora.targets=[q_proj, k_projection]"))
+
+
+def test_four_bits_need_a_gpu(routed, tmp_path):
+    with pytest.raises(PmodError, match="needs a CUDA GPU, and the device is cpu"):
+        finetune(lora_settings(routed, "model.quantize=nf4"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_four_bits_train_and_merge(routed, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes; it is not installed")
+    report = finetune(lora_settings(routed, "model.quantize=nf4"), tmp_path / "run", device="cuda")
+    assert (report.status, router_state(report.path)) == ("finished", "trained")

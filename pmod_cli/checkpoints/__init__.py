@@ -1,18 +1,24 @@
 """A name to files, and files to a model: resolving, converting and loading checkpoints. Imports no torch."""
 
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config, bundled_path
-from pmod_cli.checkpoints.convert import ConversionReport, convert
+from pmod_cli.checkpoints.convert import check_target, convert
+from pmod_cli.checkpoints.layouts import Source, read_source
 from pmod_cli.checkpoints.loading import load_model, router_state
+from pmod_cli.checkpoints.options import ConversionReport, Options
 from pmod_cli.checkpoints.resolve import Resolved, resolve
 
 __all__ = [
     "ALIASES",
     "ConversionReport",
+    "Options",
     "Resolved",
+    "Source",
     "builtin_config",
     "bundled_path",
+    "check_target",
     "convert",
     "load_model",
+    "read_source",
     "resolve",
     "router_state",
 ]

@@ -5,7 +5,9 @@ The sizes let `pmod profile` count a model of which not a byte is on this machin
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ class Alias:
     Attributes:
         repo: Repository on the hub, or None for the model that is part of this package.
         kind: `llava` or `llava_next`.
-        decoder: `llama` or `mistral`.
+        decoder: `llama`, `mistral` or `qwen2`.
         text: Sizes of the decoder, as its config names them, where they differ from those of a 7B Vicuna.
         image_token: Id of the image token.
     """
@@ -34,6 +36,23 @@ class Alias:
     decoder: str = "llama"
     text: dict = field(default_factory=dict)
     image_token: int = 32000
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, L."""
+        return 32 if self.repo is None else (_VICUNA_7B | self.text)["num_hidden_layers"]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights of the stock model."""
+        from pmod_cli.checkpoints.layouts.shapes import expected_shapes
+
+        if self.repo is None:
+            config = json.loads((bundled_path() / "config.json").read_text(encoding="utf-8"))
+        else:
+            text = _VICUNA_7B | self.text | {"model_type": self.decoder}
+            config = {"model_type": self.kind, "text_config": text, "vision_config": CLIP_L_336}
+        return sum(prod(shape) for shape in expected_shapes(config, "the alias").values())
 
 
 _VICUNA_7B = {
@@ -76,7 +95,7 @@ _YI_34B = {
     "num_key_value_heads": 8,
     "rope_theta": 5_000_000.0,
 }
-_CLIP_L_336 = {
+CLIP_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -85,6 +104,17 @@ _CLIP_L_336 = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+_QWEN_72B = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1_000_000.0,
+}
+_QWEN_110B = _QWEN_72B | {"intermediate_size": 49152, "num_key_value_heads": 8}
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (height, width) in pixels
 
 ALIASES = {
@@ -96,6 +126,10 @@ ALIASES = {
     "llava-next-mistral-7b": Alias("llava-hf/llava-v1.6-mistral-7b-hf", "llava_next", "mistral", _MISTRAL_7B),
     "llava-next-llama3-8b": Alias("llava-hf/llama3-llava-next-8b-hf", "llava_next", "llama", _LLAMA3_8B, 128256),
     "llava-next-34b": Alias("llava-hf/llava-v1.6-34b-hf", "llava_next", "llama", _YI_34B, 64000),
+    "llava-next-72b": Alias("llava-hf/llava-next-72b-hf", "llava_next", "qwen2", _QWEN_72B, 151646),
+    "llava-next-110b": Alias("llava-hf/llava-next-110b-hf", "llava_next", "qwen2", _QWEN_110B, 151646),
+    "p-mod-llava-1.5-7b": Alias("MCG-NJU/p-MoD-LLaVA-v1.5-7B", "llava"),
+    "p-mod-llava-next-7b": Alias("MCG-NJU/p-MoD-LLaVA-NeXT-7B", "llava_next"),
 }
 
 
@@ -114,20 +148,30 @@ def bundled_path(name: str = "tiny-llava-next") -> Path:
 def builtin_config(name: str) -> LlavaConfig | LlavaNextConfig:
     """The stock configuration behind an alias at its real sizes, without network or weights.
 
+    For the published p-MoD checkpoints it is that of the stock model that they were made from.
+
     Raises:
         PmodError: `name` is no alias.
     """
-    from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
+    from transformers import (
+        AutoConfig,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaNextConfig,
+        MistralConfig,
+        Qwen2Config,
+    )
 
     if name not in ALIASES:
         raise PmodError(f"no built-in configuration is called {name!r}; there is: {', '.join(ALIASES)}")
     alias = ALIASES[name]
     if alias.repo is None:
         return AutoConfig.from_pretrained(bundled_path(name))
-    decoder = MistralConfig if alias.decoder == "mistral" else LlamaConfig
+    decoder = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[alias.decoder]
     common = {
         "text_config": decoder(**_VICUNA_7B | alias.text),
-        "vision_config": CLIPVisionConfig(**_CLIP_L_336),
+        "vision_config": CLIPVisionConfig(**CLIP_L_336),
         "image_token_index": alias.image_token,
         "image_seq_length": 576,
         "tie_word_embeddings": False,

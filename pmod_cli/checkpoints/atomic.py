@@ -1,8 +1,8 @@
 """Writing that can be killed at any moment: what is there afterwards is the old state or the new one, never a part.
 
 A file is written under a temporary name beside its target, synced and renamed. A folder is filled in a staging folder
-beside its target. The writer holds a lock on the staging folder, which the system drops when the writer dies: so the
-leftovers of a dead run are told from the work of a live one, and removed.
+beside its target. The writer holds a lock on the staging folder, which the system drops when the writer dies: so a
+second writer is refused, while the leftovers of a dead run are told from the work of a live one, and removed.
 """
 
 from __future__ import annotations
@@ -53,22 +53,20 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
             half-way is finished or undone by the next call for the same target.
 
     Raises:
-        PmodError: `target` exists and `overwrite` is false.
+        PmodError: `target` exists and `overwrite` is false, or another run is writing it.
     """
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
-    refuse_existing(target, overwrite)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.staging")
-    staging.mkdir()
-    lock = _lock(staging)
+    staging, lock = _claim(target)
     try:
+        _recover(target)
+        refuse_existing(target, overwrite)
         yield staging
         _sync_tree(staging)
-        _swap(staging, target, overwrite)
+        _swap(staging, target)
     finally:
-        os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
@@ -77,9 +75,37 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise PmodError(f"{target} exists", hint="replace it with --overwrite, or choose another folder with --out")
 
 
-def _swap(staging: Path, target: Path, overwrite: bool) -> None:
-    old = target.with_name(f".{target.name}.{os.getpid()}.replaced")
-    refuse_existing(target, overwrite)  # another run may have finished meanwhile
+def _claim(target: Path) -> tuple[Path, int]:
+    """The staging folder of `target`, empty and locked: a target has one, so it has one writer."""
+    staging = target.with_name(f".{target.name}.staging")
+    while True:
+        staging.mkdir(exist_ok=True)
+        try:
+            lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # its writer has just finished
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise PmodError(f"another run is writing {target}", hint="wait for it, or choose another folder") from None
+        if staging.exists() and staging.stat().st_ino == os.fstat(lock).st_ino:  # not renamed or removed meanwhile
+            _empty(staging)
+            return staging, lock
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a dead run left."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _swap(staging: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.replaced")
     if target.exists():
         target.rename(old)
     staging.rename(target)
@@ -88,33 +114,12 @@ def _swap(staging: Path, target: Path, overwrite: bool) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Undo or finish a killed swap, then remove what dead runs left."""
-    for old in target.parent.glob(f".{_escaped(target.name)}.*.replaced"):
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(target)
-    for staging in target.parent.glob(f".{_escaped(target.name)}.*.staging"):
-        try:
-            lock = _lock(staging)
-        except (BlockingIOError, FileNotFoundError):  # a live run's, or already gone
-            continue
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(lock)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    """Undo or finish a swap that was killed."""
+    old = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
 
 
 def _sync_tree(folder: Path) -> None:

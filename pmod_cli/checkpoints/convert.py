@@ -1,16 +1,17 @@
-"""A stock LLaVA checkpoint to a p-MoD checkpoint, without copying its weights.
+"""A LLaVA checkpoint of any layout to one of any other: read, plan, write.
 
-A MoD layer only adds `router.weight` and `router.bias` to stock names. So the stock shards are hard-linked, and one
-small shard of zero routers, the index and the config are written. Everything is checked first, from config and headers.
+A MoD layer only adds `router.weight` and `router.bias` to stock names. So from the Hugging Face layout the stock shards
+are hard-linked, and one small shard of new routers, the index and the config are written. Where names or dtypes differ,
+shards are written anew, one by one. Everything is checked first, from config and headers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
+import json
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,287 +19,207 @@ from pathlib import Path
 from pmod_cli import __version__
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.atomic import refuse_existing, staged_directory, write_json
+from pmod_cli.checkpoints.layouts import Source, read_source
+from pmod_cli.checkpoints.layouts.to_published import tower_folder
+from pmod_cli.checkpoints.options import ConversionReport, Options
+from pmod_cli.checkpoints.plan import ROUTERS, Plan, make_plan
+from pmod_cli.checkpoints.routers import write_routers
+from pmod_cli.checkpoints.writing import place, stream
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
 
-KINDS = {
-    "llava": ("pmod_llava", "PmodLlavaForConditionalGeneration"),
-    "llava_next": ("pmod_llava_next", "PmodLlavaNextForConditionalGeneration"),
-}
-DECODERS = ("llama", "mistral", "qwen2")
-PARTS = ("language_model", "vision_tower", "multi_modal_projector")
-ROUTERS = "model-routers.safetensors"
 PROVENANCE = "pmod_provenance.json"
-COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-LAYER = re.compile(r"(?P<layer>.*\blanguage_model\.(?:model\.)?layers\.(?P<number>\d+)\.)input_layernorm\.weight")
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion wrote, or would write.
-
-    Attributes:
-        target: Folder of the p-MoD checkpoint.
-        source: What it was made from: a folder, or `repository@commit`.
-        model_type: `pmod_llava` or `pmod_llava_next`.
-        decoder: `llama`, `mistral` or `qwen2`.
-        retention: Retention ratio per decoder layer, length L.
-        routed_layers: Layers that have a router.
-        router_parameters: Parameters of all routers.
-        linked: Weight files that share their bytes with the source.
-        copied: Weight files that had to be copied: the source is on another file system.
-        written: Files made new or copied because they are small.
-        settings: The p-MoD settings, as `config.json` holds them.
-    """
-
-    target: Path
-    source: str
-    model_type: str
-    decoder: str
-    retention: list[float]
-    routed_layers: list[int]
-    router_parameters: int
-    settings: dict
-    linked: list[str] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
-    written: list[str] = field(default_factory=list)
-
-    @property
-    def mean_retention(self) -> float:
-        """Mean of the retention ratios: the share of the vision KV cache that is left."""
-        return sum(self.retention) / len(self.retention)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    source: Path
-    config: dict
-    tensors: dict[str, files.Tensor]
-    shards: dict[str, str]  # name in the source -> name in the target
-    routers: dict[str, tuple[int, ...]]  # tensor name -> shape
-    dtype: str
 
 
 def convert(
-    source: Path,
+    source: Path | Source,
     target: Path,
-    settings: PmodSettings,
+    settings: PmodSettings | None = None,
+    options: Options | None = None,
     *,
     overwrite: bool = False,
     dry_run: bool = False,
     origin: str | None = None,
+    progress: Callable[[int], None] = lambda written: None,
 ) -> ConversionReport:
-    """Write the p-MoD checkpoint of a stock LLaVA; its routers are zero and untrained.
+    """Write a checkpoint in another layout; by default the p-MoD checkpoint of a stock LLaVA, its routers untrained.
 
     Args:
-        source: Folder in the Hugging Face layout: llava or llava_next over a Llama, Mistral or Qwen2 decoder.
+        source: Folder of a LLaVA over a Llama, Mistral or Qwen2 decoder, in any of the layouts that are read; or what
+            `read_source` made of it.
         target: Folder to write. It appears whole or not at all.
-        settings: Schedule, weight norm and the rest.
+        settings: Schedule, weight norm and the rest; None keeps those of a p-MoD checkpoint.
+        options: Layout, dtype and the rest.
         overwrite: Replace an existing target.
         dry_run: Check everything and write nothing.
         origin: What to name as the source instead of the folder, such as `repository@commit`.
+        progress: Told the bytes of each piece of weights that is written.
 
     Raises:
-        PmodError: the source is no whole stock checkpoint of a known kind, the settings do not fit it, or `target`
-            exists.
+        PmodError: the source is no whole checkpoint of a known kind, the settings do not fit it, the disk is too
+            small, or `target` exists.
     """
-    source, target = Path(source), Path(target)
-    _check_target(source, target, overwrite)
-    plan, report = _plan(source, target, settings, origin or str(source))
+    target, options = Path(target), options or Options()
+    folder = source.folder if isinstance(source, Source) else Path(source)
+    check_target(folder, target, overwrite)
+    read = source if isinstance(source, Source) else read_source(folder, options)
+    _refuse_same_again(read, options)
+    plan = make_plan(read, settings, options)
+    report = _report(plan, target, origin or str(folder))
+    _check_space(report, target)
     if dry_run:
-        names = list(plan.shards.values())
-        linked = names if _same_file_system(source, plan.shards, target) else []
-        return _with_files(report, linked, [name for name in names if name not in linked], _small_files(source))
+        return report
     with staged_directory(target, overwrite=overwrite) as staging:
-        linked, copied = _place_shards(plan, staging)
-        for name in _small_files(source):
-            shutil.copyfile(source / name, staging / name)
-        files.write_zeros(staging / ROUTERS, plan.routers, plan.dtype)
-        write_json(staging / files.INDEX, _index(plan))
+        if read.build_companions:
+            read.build_companions(staging)
+        for path in read.companions:
+            _copy_companion(path, staging / path.name)
+        ways = {name: place(path, staging / name, options.link) for name, path in plan.layout.unchanged.items()}
+        stream(plan.layout, staging, progress)
+        if plan.routers:
+            write_routers(staging / ROUTERS, plan.routers, plan.router_dtype, options.router_std, options.seed)
+        _write_index(plan, staging)
+        if options.to == "published" and (tower := tower_folder(read, plan.config)):
+            (staging / tower).mkdir()
+            write_json(staging / tower / files.CONFIG, read.config["vision_config"])
         write_json(staging / files.CONFIG, plan.config)
-        write_json(staging / PROVENANCE, _provenance(report, source, plan))
-    written = [*_small_files(source), files.CONFIG, files.INDEX, ROUTERS, PROVENANCE]
-    return _with_files(report, linked, copied, written)
+        report = _with_files(report, ways, staging)
+        write_json(staging / PROVENANCE, _provenance(report, plan))
+    return report
 
 
-def _plan(source: Path, target: Path, settings: PmodSettings, origin: str) -> tuple[_Plan, ConversionReport]:
-    config = files.read_json(source / files.CONFIG)
-    kind, decoder = _check_architecture(config, source)
-    tensors = files.read_tensors(source)
-    layers = _decoder_layers(tensors, config, source)
-    hidden, dtype = _width(tensors, layers)
-    try:
-        retention, routed = settings.retention(len(layers)), settings.routed(len(layers))
-    except ValueError as error:
-        raise PmodError(f"the settings do not fit {len(layers)} decoder layers: {error}") from error
-    if settings.target_tokens == "vision_hr" and kind != "llava_next":
-        raise PmodError("--target-tokens vision_hr needs anyres images, that is, a LLaVA-NeXT model", hint="vision_all")
-    routers: dict[str, tuple[int, ...]] = {}
-    for number, prefix in enumerate(layers):
-        if routed[number]:
-            routers |= {f"{prefix}router.weight": (1, hidden), f"{prefix}router.bias": (1,)}
-    model_type, architecture = KINDS[kind]
-    config |= {
-        "model_type": model_type,
-        "architectures": [architecture],
-        "pmod": settings.to_dict(),
-        "router_state": "untrained",
-    }
-    names = files.shard_names(source)
-    shards = {name: name for name in names}
-    if names == [files.SINGLE]:  # beside an index, a file of this name would be loaded alone, without the routers
-        shards = {files.SINGLE: "model-00001-of-00001.safetensors"}
-    report = ConversionReport(
-        target=target,
-        source=origin,
-        model_type=model_type,
-        decoder=decoder,
-        retention=retention,
-        routed_layers=[number for number, is_routed in enumerate(routed) if is_routed],
-        router_parameters=sum(routed) * (hidden + 1),
-        settings=settings.to_dict(),
-    )
-    return _Plan(source, config, tensors, shards, routers, dtype), report
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Overwriting removes a folder: only one that a conversion wrote, and never the source.
 
-
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Overwriting removes a folder: only one that a conversion wrote, and never the source."""
+    Raises:
+        PmodError: `target` exists and may not be replaced.
+    """
+    if target.exists() and not target.is_dir():
+        raise PmodError(f"{target} is a file", hint="choose a folder with --out")
     refuse_existing(target, overwrite)
     if not target.exists():
         return
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise PmodError(f"{target} is the source or holds it", hint="choose another folder with --out")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / PROVENANCE).is_file()):
+    if any(target.iterdir()) and not (target / PROVENANCE).is_file():
         raise PmodError(
             f"{target} was not written by pmod convert: it lacks {PROVENANCE}",
             hint="choose another folder with --out, or remove it yourself",
         )
 
 
-def _check_architecture(config: dict, source: Path) -> tuple[str, str]:
-    """(kind, decoder) of a stock checkpoint that can be converted."""
-    kind = config.get("model_type")
-    if kind in [pmod for pmod, _ in KINDS.values()]:
-        raise PmodError(f"{source} is a p-MoD checkpoint already", hint=f"pmod finetune --model {source}")
-    if kind in ("llava_llama", "llava_mistral", "llava_qwen", "pmod_llava_llama"):
+def _refuse_same_again(source: Source, options: Options) -> None:
+    ours = source.layout == "huggingface" and source.settings is not None
+    if ours and options.to == "pmod" and not (options.dtype or options.max_shard_bytes):
         raise PmodError(
-            f"{source} is in the layout of the original code (model_type {kind!r}), expected the Hugging Face layout",
-            hint="pmod convert --list names the stock models in that layout",
+            f"{source.folder} is a p-MoD checkpoint already, in this layout",
+            hint=f"pmod finetune --model {source.folder}, or convert it --to stock, published or remote-code",
         )
-    if kind not in KINDS:
-        raise PmodError(f"{source / files.CONFIG}: model_type is {kind!r}, expected one of {', '.join(KINDS)}")
-    text = config.get("text_config") or {}
-    decoder = text.get("model_type", "llama")
-    if decoder not in DECODERS:
-        raise PmodError(
-            f"{source / files.CONFIG}: the decoder, text_config.model_type, is {decoder!r}; "
-            f"expected one of {', '.join(DECODERS)}"
-        )
-    # Mistral's default where the config is silent is a window; Qwen2 has one only where it says so.
-    window = text.get("sliding_window", 4096 if decoder == "mistral" else None)
-    if window and (decoder == "mistral" or text.get("use_sliding_window")):
-        raise PmodError(
-            f"{source / files.CONFIG}: sliding-window attention ({window} tokens) is not supported: "
-            "a window counts tokens that routing drops"
-        )
-    if config.get("quantization_config") or text.get("quantization_config"):
-        raise PmodError(f"{source} is quantised; expected float32, bfloat16 or float16 weights")
-    return kind, decoder
 
 
-def _decoder_layers(tensors: dict[str, files.Tensor], config: dict, source: Path) -> list[str]:
-    """Name prefix of each decoder layer in order, such as `language_model.model.layers.0.`."""
-    absent = [part for part in PARTS if not any(part in name for name in tensors)]
-    if absent:
-        raise PmodError(f"{source} holds no tensor of its {', '.join(absent)}: not a whole LLaVA checkpoint")
-    if any(".router." in name for name in tensors):
-        raise PmodError(f"{source} holds routers already, though its config says that it is a stock model")
-    matches = filter(None, map(LAYER.fullmatch, tensors))
-    prefixes = {int(match["number"]): match["layer"] for match in matches}
-    expected = (config.get("text_config") or {}).get("num_hidden_layers") or len(prefixes)
-    if sorted(prefixes) != list(range(expected)) or not prefixes:
-        raise PmodError(f"{source} holds decoder layers {_ranges(sorted(prefixes))}, expected 0-{expected - 1}")
-    return [prefixes[number] for number in range(expected)]
-
-
-def _width(tensors: dict[str, files.Tensor], layers: list[str]) -> tuple[int, str]:
-    """(hidden size D, dtype) that the routers take, which all layers have to share."""
-    norms = {tensors[f"{layer}input_layernorm.weight"] for layer in layers}
-    kinds = {(norm.shape, norm.dtype) for norm in norms}
-    if len(kinds) != 1:
-        raise PmodError(f"the decoder layers differ in width or dtype: {sorted(kinds)}")
-    shape, dtype = kinds.pop()
-    if len(shape) != 1 or dtype not in ("F32", "BF16", "F16"):
-        raise PmodError(f"decoder norms of shape {shape} and dtype {dtype}; expected (D,) in F32, BF16 or F16")
-    return shape[0], dtype
-
-
-def _small_files(source: Path) -> list[str]:
-    """Tokenizer, processor and generation files: copied, so that editing one never reaches the source."""
-    made_new = (files.CONFIG, files.INDEX, PROVENANCE)
-    return sorted(
-        path.name
-        for path in source.iterdir()
-        if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in made_new
+def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
+    same = options_link_possible(plan, target)
+    unchanged = list(plan.layout.unchanged)
+    sizes = {name: path.stat().st_size for name, path in plan.layout.unchanged.items()}
+    routed = plan.routed_layers
+    hidden = next((shape[-1] for name, shape in plan.routers.items() if name.endswith("weight")), None)
+    hidden = hidden or plan.source.config["text_config"].get("hidden_size", 4096)
+    link = plan.options.link
+    return ConversionReport(
+        target=target,
+        source=origin,
+        layout=plan.source.layout,
+        to=plan.options.to,
+        model_type=plan.config["model_type"],
+        decoder=plan.source.decoder,
+        retention=plan.retention,
+        routed_layers=routed,
+        router_parameters=len(routed) * (hidden + 1),
+        settings=plan.settings.to_dict() if plan.settings else {},
+        router_state=plan.router_state,
+        num_layers=plan.num_layers,
+        read_bytes=sum(path.stat().st_size for path in plan.source.files),
+        streamed_bytes=plan.layout.streamed_bytes,
+        copied_bytes=0 if link == "symlink" or same else sum(sizes.values()),
+        free_bytes=shutil.disk_usage(_existing(target)).free,
+        linked=unchanged if same else [],
+        symlinked=unchanged if link == "symlink" else [],
+        copied=[] if link == "symlink" or same else unchanged,
+        streamed=list(plan.layout.streamed),
+        written=sorted({path.name for path in plan.source.companions} | {files.CONFIG, PROVENANCE}),
+        notes=plan.source.notes,
     )
 
 
-def _place_shards(plan: _Plan, staging: Path) -> tuple[list[str], list[str]]:
-    """Hard-link each shard, or copy it where the file system does not allow that: (linked, copied)."""
-    linked, copied = [], []
-    for name, new_name in plan.shards.items():
-        blob = (plan.source / name).resolve()  # the Hugging Face cache holds symbolic links to its blobs
-        try:
-            os.link(blob, staging / new_name)
-            linked.append(new_name)
-        except OSError:
-            shutil.copyfile(blob, staging / new_name)
-            copied.append(new_name)
-    return linked, copied
+def options_link_possible(plan: Plan, target: Path) -> bool:
+    """Whether unchanged files are hard-linked: asked for, and on the file system of the target."""
+    device = _existing(target).stat().st_dev
+    return plan.options.link == "hard" and all(path.stat().st_dev == device for path in plan.layout.unchanged.values())
 
 
-def _same_file_system(source: Path, shards: dict[str, str], target: Path) -> bool:
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
-    return all((source / name).stat().st_dev == existing.stat().st_dev for name in shards)
+def _existing(target: Path) -> Path:
+    return next(parent for parent in target.absolute().parents if parent.exists())
 
 
-def _index(plan: _Plan) -> dict:
-    weight_map = {name: plan.shards[tensor.file] for name, tensor in plan.tensors.items()}
-    weight_map |= dict.fromkeys(plan.routers, ROUTERS)
-    routers = [files.Tensor(ROUTERS, plan.dtype, shape) for shape in plan.routers.values()]
-    total_bytes = sum(tensor.nbytes for tensor in [*plan.tensors.values(), *routers])
-    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+def _check_space(report: ConversionReport, target: Path) -> None:
+    needed = report.streamed_bytes + report.copied_bytes
+    if needed > report.free_bytes:
+        raise PmodError(
+            f"{_existing(target)} has {report.free_bytes / 1e9:.1f} GB free, and this needs {needed / 1e9:.1f} GB",
+            hint="choose another disk with --out",
+        )
 
 
-def _provenance(report: ConversionReport, source: Path, plan: _Plan) -> dict:
+def _copy_companion(path: Path, target: Path) -> None:
+    if path.name != "generation_config.json":
+        shutil.copyfile(path, target)
+        return
+    values = files.read_json(path)
+    if not values.get("do_sample"):  # sampling values without sampling are an error to today's transformers
+        values = {key: value for key, value in values.items() if key not in ("temperature", "top_p", "top_k", "min_p")}
+    write_json(target, values)
+
+
+def _write_index(plan: Plan, staging: Path) -> None:
+    names = [*plan.layout.names, *([ROUTERS] if plan.routers else [])]
+    if names != [files.SINGLE]:
+        index = {"metadata": {"total_size": plan.total_bytes()}, "weight_map": plan.weight_map()}
+        (staging / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _provenance(report: ConversionReport, plan: Plan) -> dict:
     """Enough to say later what this was made of: digests of what is small, header digests of the shards."""
-    small = [files.CONFIG, *_small_files(source)]
-    return {
-        "schema_version": 1,
+    folder = plan.source.folder
+    small = [path for path in [folder / files.CONFIG, *plan.source.companions] if path.is_file()]
+    made = {
+        "schema_version": 2,
         "made_by": f"pmod {__version__}",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": report.source,
+        "source_layout": report.layout,
+        "to": report.to,
         "settings": report.settings,
         "retention": report.retention,
+        "router_init": plan.options.router_init,
+        "dtype": plan.options.dtype,
         "versions": {name: version(name) for name in ("safetensors", "transformers")},
-        "source_files_sha256": {name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in small},
+        "source_files_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
         "source_shards": {
-            name: {"bytes": (source / name).stat().st_size, "header_sha256": files.header_digest(source / name)}
-            for name in plan.shards
+            path.name: {"bytes": path.stat().st_size, "header_sha256": _digest(path)} for path in plan.source.files
         },
+        "unchanged_shards": {name: path.name for name, path in plan.layout.unchanged.items()},
     }
+    return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
 
 
-def _with_files(report: ConversionReport, linked: list[str], copied: list[str], written: list[str]) -> ConversionReport:
-    return ConversionReport(**{**vars(report), "linked": linked, "copied": copied, "written": written})
+def _digest(path: Path) -> str | None:
+    return files.header_digest(path) if path.suffix == ".safetensors" else None
 
 
-def _ranges(numbers: list[int]) -> str:
-    """`0-3, 5` for [0, 1, 2, 3, 5]."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
+def _with_files(report: ConversionReport, ways: dict[str, str], staging: Path) -> ConversionReport:
+    """The report with what became of each file."""
+    of_way = {way: [name for name in ways if ways[name] == way] for way in ("linked", "symlinked", "copied")}
+    weights = {*ways, *report.streamed}
+    small = [path.name for path in staging.iterdir() if path.name not in weights]
+    copied = sum((staging / name).stat().st_size for name in of_way["copied"])
+    return replace(report, **of_way, copied_bytes=copied, written=sorted({*small, PROVENANCE}))

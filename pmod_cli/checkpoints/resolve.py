@@ -17,6 +17,7 @@ from pmod_cli.checkpoints.files import missing_files
 from pmod_cli.errors import PmodError
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+PICKLED_PATTERNS = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]  # of repositories without safetensors
 HUB_ANSWERS_WITHIN = 2.0  # seconds; a repeat is cheap, a user who waits for a dead network is not
 
 
@@ -86,7 +87,7 @@ def _require_complete(folder: Path, name: str, weights: bool) -> None:
         found = sorted(path.name for path in folder.iterdir())[:8]
         raise PmodError(
             f"the folder {name} lacks {', '.join(missing)}; it holds {', '.join(found) or 'nothing'}",
-            hint="name a folder in the Hugging Face layout: config.json and *.safetensors",
+            hint="name a folder that holds a checkpoint: config.json and its weights",
         )
 
 
@@ -126,7 +127,9 @@ def _from_hub(
         info = within(HUB_ANSWERS_WITHIN, lambda: HfApi().model_info(repo, revision=revision))
         place = {"repo_id": repo, "revision": info.sha, "cache_dir": cache_dir}
         hf_hub_download(filename="config.json", **place)  # small, and says early whether this is a model for us
-        return Path(snapshot_download(allow_patterns=PATTERNS if weights else ["*.json"], **place)), "hub"
+        safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings or ())
+        patterns = (PATTERNS if safe else PICKLED_PATTERNS) if weights else ["*.json"]
+        return Path(snapshot_download(allow_patterns=patterns, **place)), "hub"
     except HfHubHTTPError:
         raise  # the hub answered: gated, unknown, not allowed
     except (OSError, RuntimeError, TimeoutError) as error:

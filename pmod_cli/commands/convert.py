@@ -1,15 +1,16 @@
-"""`pmod convert`: a stock LLaVA to a p-MoD checkpoint."""
+"""`pmod convert`: a LLaVA of any layout to a p-MoD checkpoint, or to another layout."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from pmod_cli import output, state
 from pmod_cli.commands.common import (
+    DTYPES,
     CacheDirOpt,
     DryRunOpt,
     JsonOpt,
@@ -18,6 +19,7 @@ from pmod_cli.commands.common import (
     ProgressOpt,
     QuietOpt,
     RevisionOpt,
+    SeedOpt,
 )
 from pmod_cli.errors import PmodError
 
@@ -25,10 +27,13 @@ EXAMPLES = """\
 pmod convert llava-next-7b
 pmod convert tiny-llava-next -o tiny-pmod
 pmod convert ./my-llava --schedule linear --target-retention 0.5
-pmod convert llava-1.5-7b --dry-run
+pmod convert llava-1.5-7b --target-flops 0.55 --dry-run
+pmod convert liuhaotian/llava-v1.5-7b --dtype bfloat16
+pmod convert MCG-NJU/p-MoD-LLaVA-NeXT-7B
+pmod convert ./my-pmod --to published -o my-pmod-for-the-authors-code
 pmod convert --list
 """
-METHOD = "What to keep"
+METHOD, RESULT, PARTS = "What to keep", "What to write", "What to read"
 
 
 def convert(
@@ -38,40 +43,104 @@ def convert(
         typer.Option("--out", "-o", help="Folder to write. (default: checkpoints/NAME-pmod)", show_default=False),
     ] = None,
     schedule: Annotated[
-        str,
-        typer.Option(help="cosine, linear, stepped, interleaved, constant or list.", rich_help_panel=METHOD),
-    ] = "cosine",
+        str | None,
+        typer.Option(
+            help="cosine, linear, stepped, interleaved, constant or list. (default: cosine)", rich_help_panel=METHOD
+        ),
+    ] = None,
     shift: Annotated[
         float | None,
         typer.Option(help="β of the schedules cosine and linear. (default: 0.5)", rich_help_panel=METHOD),
     ] = None,
     target_retention: Annotated[
         float | None,
-        typer.Option(help="Mean retention ratio over all layers, instead of a shift.", rich_help_panel=METHOD),
+        typer.Option(help="Mean retention ratio over all layers; solved for the shift.", rich_help_panel=METHOD),
+    ] = None,
+    target_flops: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the stock decoder's prefill FLOPs (image of 672x672, 58 text tokens, attention counted); "
+            "solved for the shift.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     max_ratio: Annotated[
-        float, typer.Option(help="Layers above this ratio stay plain; above 1 none does.", rich_help_panel=METHOD)
-    ] = 0.85,
-    min_ratio: Annotated[float, typer.Option(help="Floor of the decaying schedules.", rich_help_panel=METHOD)] = 0.15,
+        float | None,
+        typer.Option(
+            help="Layers above this ratio stay plain; above 1 none does. (default: 0.85)", rich_help_panel=METHOD
+        ),
+    ] = None,
+    min_ratio: Annotated[
+        float | None, typer.Option(help="Floor of the decaying schedules. (default: 0.15)", rich_help_panel=METHOD)
+    ] = None,
     ratios: Annotated[
         str | None,
         typer.Option(metavar="R,R,...", help="For --schedule list: one ratio a layer.", rich_help_panel=METHOD),
     ] = None,
     norm: Annotated[
-        str,
-        typer.Option(help="tanh, softmax, shifted_softmax, sigmoid, none, or as tanh_0.2_1.", rich_help_panel=METHOD),
-    ] = "tanh",
-    alpha: Annotated[float, typer.Option(help="Range of the tanh norm.", rich_help_panel=METHOD)] = 0.2,
+        str | None,
+        typer.Option(
+            help="tanh, softmax, shifted_softmax, sigmoid, none, or as tanh_0.2_1. (default: tanh)",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Range of the tanh norm. (default: 0.2)", rich_help_panel=METHOD)
+    ] = None,
     string: Annotated[
-        bool,
-        typer.Option("--string/--no-string", help="Scale skipped tokens by their weight.", rich_help_panel=METHOD),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--string/--no-string",
+            help="Scale skipped tokens by their weight. (default: string)",
+            show_default=False,
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     target_tokens: Annotated[
-        str, typer.Option(help="vision_all, or vision_hr: the high-resolution part only.", rich_help_panel=METHOD)
-    ] = "vision_all",
+        str | None,
+        typer.Option(
+            help="vision_all, or vision_hr: the high-resolution part only. (default: vision_all)",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    router_init: Annotated[
+        str, typer.Option(help="zero, or normal:STD such as normal:0.02.", rich_help_panel=METHOD)
+    ] = "zero",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="pmod; stock: plain LLaVA; published: for the authors' code; remote-code: for plain transformers.",
+            rich_help_panel=RESULT,
+        ),
+    ] = "pmod",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32. (default: as it is)", rich_help_panel=RESULT),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Such as 5GB. (default: the files of the source)", rich_help_panel=RESULT),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy unchanged weight files, not hard-link.", rich_help_panel=RESULT)
+    ] = False,
+    symlink: Annotated[
+        bool, typer.Option("--symlink", help="Point to unchanged weight files instead.", rich_help_panel=RESULT)
+    ] = False,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Original layout: folder or hub id of the CLIP tower.", rich_help_panel=PARTS
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Original layout: folder of the tokenizer.", rich_help_panel=PARTS),
+    ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List the aliases and stop.")] = False,
     overwrite: OverwriteOpt = False,
     dry_run: DryRunOpt = False,
+    seed: SeedOpt = 0,
     as_json: JsonOpt = False,
     revision: RevisionOpt = None,
     offline: OfflineOpt = False,
@@ -79,55 +148,86 @@ def convert(
     quiet: QuietOpt = False,
     progress: ProgressOpt = True,
 ) -> None:
-    """Turn a stock LLaVA checkpoint into a p-MoD checkpoint, without copying its weights."""
+    """Turn a LLaVA checkpoint of any layout into a p-MoD checkpoint, where possible without copying its weights."""
     from pmod_cli import checkpoints
+    from pmod_cli.commands import convert_report as view
+    from pmod_cli.commands.convert_settings import choose_settings
 
     if list_names:
-        _print_aliases(checkpoints.ALIASES, as_json)
+        view.print_aliases(checkpoints.ALIASES, as_json)
         return
     if name is None:
         raise PmodError("no model named", hint="pmod convert --list, or pmod convert --help")
-    settings = _settings(
-        schedule=schedule,
-        shift=shift,
-        mean=target_retention,
-        max_ratio=max_ratio,
-        min_ratio=min_ratio,
-        values=_numbers(ratios),
-        norm=norm,
-        alpha=alpha,
-        string=string,
-        target_tokens=target_tokens,
+    if copy and symlink:
+        raise PmodError("--copy and --symlink exclude each other")
+    options = checkpoints.Options(
+        to=to,
+        dtype=_dtype(dtype),
+        max_shard_bytes=_bytes(max_shard_size),
+        link="copy" if copy else "symlink" if symlink else "hard",
+        router_init=router_init,
+        seed=seed,
+        vision_tower=vision_tower,
+        tokenizer=tokenizer,
+        offline=offline,
     )
+    wanted = {
+        "schedule": schedule,
+        "shift": shift,
+        "mean": target_retention,
+        "max_ratio": max_ratio,
+        "min_ratio": min_ratio,
+        "values": _numbers(ratios),
+        "norm": norm,
+        "alpha": alpha,
+        "string": string,
+        "target_tokens": target_tokens,
+    }
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    choose_settings(wanted, target_flops, None)  # what is wrong whatever the model is, before anything is fetched
     found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
     origin = f"{found.repo}@{found.commit}" if found.repo else found.alias or str(found.path)
     output.note(f"source: {origin} ({found.origin})")
     target = out or Path(
-        "checkpoints", f"{found.alias or (found.repo or str(found.path.resolve())).split('/')[-1]}-pmod"
+        "checkpoints",
+        f"{found.alias or (found.repo or str(found.path.resolve())).split('/')[-1]}-{to}",
     )
-    report = checkpoints.convert(found.path, target, settings, overwrite=overwrite, dry_run=dry_run, origin=origin)
-    if not dry_run:
+    checkpoints.check_target(found.path, target, overwrite)
+    source = checkpoints.read_source(found.path, options)
+    settings = choose_settings(wanted, target_flops, source)
+    with view.written_bytes() as written:
+        report = checkpoints.convert(
+            source, target, settings, options, overwrite=overwrite, dry_run=dry_run, origin=origin, progress=written
+        )
+    if not dry_run and to in ("pmod", "stock"):
         state.record_current(target)
     if as_json:
-        output.print_json(
-            {"schema_version": 1, "dry_run": dry_run, "mean_retention": report.mean_retention, **vars(report)}
-        )
+        output.print_json(view.as_json(report, dry_run))
     elif quiet:
         output.print_line(target)
     else:
-        _print_report(report, dry_run)
+        view.print_report(report, dry_run)
     if not dry_run:
-        output.note("next: pmod finetune --recipe tiny" if found.alias == "tiny-llava-next" else "next: pmod finetune")
-        output.note("  the routers are untrained: every token ties, so what is kept now means nothing yet")
+        view.print_next(report, tiny=found.alias == "tiny-llava-next")
 
 
-def _settings(**values):
-    from pmod_cli.model import PmodSettings
+def _dtype(name: str | None) -> str | None:
+    if name is None or DTYPES.get(name) == "auto":
+        return None
+    if name not in DTYPES:
+        raise PmodError(f"--dtype {name!r}: expected bfloat16, float16 or float32", hint="pmod convert --help")
+    return DTYPES[name]
 
-    try:
-        return PmodSettings(**values)
-    except ValueError as error:
-        raise PmodError(str(error), hint="pmod convert --help") from None
+
+def _bytes(text: str | None) -> int | None:
+    """`5GB` and the like, decimal."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]) if match else 0
+    if size < 1:
+        raise PmodError(f"--max-shard-size {text!r}: expected a size such as 5GB or 500MB")
+    return size
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
@@ -135,33 +235,3 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(",")) if text is not None else None
     except ValueError:
         raise PmodError(f"--ratios {text!r}: expected numbers separated by commas, one a layer") from None
-
-
-def _print_aliases(aliases: dict, as_json: bool) -> None:
-    rows = {name: alias.repo or "bundled" for name, alias in aliases.items()}
-    if as_json:
-        output.print_json({"schema_version": 1, "aliases": rows})
-        return
-    for name, repo in rows.items():
-        output.print_line(f"{name:24}{repo}")
-
-
-def _print_report(report, dry_run: bool) -> None:
-    total, routed = len(report.retention), len(report.routed_layers)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("would write" if dry_run else "wrote", str(report.target))
-    table.add_row("model", f"{report.model_type} over {report.decoder}, {total} layers, {routed} of them with a router")
-    table.add_row("linked", f"{len(report.linked)} weight files: the same bytes as the source")
-    if report.copied:
-        table.add_row("copied", f"{len(report.copied)} weight files: the source is on another file system")
-    table.add_row("written", f"{report.router_parameters:,} router parameters and {len(report.written)} small files")
-    ratios = f"{report.retention[0]:.2f} → {report.retention[-1]:.2f}, mean {report.mean_retention:.4f}"
-    table.add_row("retention", f"{_chart(report.retention)}  {ratios}")
-    output.stdout.print(table, markup=False)
-
-
-def _chart(retention: list[float]) -> str:
-    """One letter a layer, its height the ratio; tenths where the terminal has no block letters."""
-    encoding = (getattr(output.stdout.file, "encoding", None) or "ascii").lower()
-    letters = "▁▂▃▄▅▆▇█" if encoding.startswith("utf") else "0123456789"
-    return "".join(letters[min(int(ratio * len(letters)), len(letters) - 1)] for ratio in retention)

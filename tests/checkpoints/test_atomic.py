@@ -62,21 +62,20 @@ with staged_directory(Path(sys.argv[1])) as staging:
     assert names(tmp_path) == ["tar[get"]
 
 
-def test_the_staging_folder_of_a_live_run_is_left_alone(tmp_path):
+def test_a_target_has_one_writer(tmp_path):
     with staged_directory(tmp_path / "target") as first:
-        live = first.rename(first.with_name(".target.1.staging"))  # as another process would name it
-        with staged_directory(tmp_path / "target") as second:
-            (second / "b").touch()
-        assert live.exists()
-        live.rename(first)
-        (tmp_path / "target" / "b").unlink()
-        (tmp_path / "target").rmdir()
-    assert (tmp_path / "target").exists()
+        (first / "a").touch()
+        with pytest.raises(PmodError, match="another run is writing"), staged_directory(tmp_path / "target"):
+            pass
+        with staged_directory(tmp_path / "other"):
+            pass
+    assert names(tmp_path / "target") == ["a"]
+    assert names(tmp_path) == ["other", "target"]
 
 
 def test_a_swap_killed_half_way_is_undone(tmp_path):
-    (tmp_path / ".target.7.replaced").mkdir()
-    (tmp_path / ".target.7.replaced" / "old").touch()
+    (tmp_path / ".target.replaced").mkdir()
+    (tmp_path / ".target.replaced" / "old").touch()
     with pytest.raises(PmodError, match="exists"), staged_directory(tmp_path / "target"):
         pass
     assert names(tmp_path / "target") == ["old"]

@@ -147,7 +147,8 @@ def weight_map(folder: Path, **files) -> None:
 
 DAMAGE = {
     "unknown model": (lambda f: edit(f / CONFIG, model_type="idefics"), "model_type is 'idefics', expected one of"),
-    "original layout": (lambda f: edit(f / CONFIG, model_type="llava_llama"), "layout of the original code"),
+    "no vision part": (lambda f: edit(f / CONFIG, vision_config=None), "vision_config is absent"),
+    "no tower named": (lambda f: edit(f / CONFIG, model_type="llava_llama"), "mm_vision_tower is absent"),
     "unknown decoder": (lambda f: edit(f / CONFIG, text_config={"model_type": "gemma"}), "is 'gemma'"),
     "sliding window": (
         lambda f: edit(f / CONFIG, text_config={"model_type": "mistral", "sliding_window": 64}),
@@ -166,7 +167,7 @@ DAMAGE = {
     "shard is noise": (lambda f: next(f.glob("model-00002*")).write_bytes(b"\xff" * 64), "not a whole"),
     "pickled": (
         lambda f: [(f / INDEX).rename(f / "pytorch_model.bin"), *(p.unlink() for p in f.glob("*.safetensors"))],
-        "loading a pickle can run any code",
+        "loading such a pickle can run any code",
     ),
     "no weights": (lambda f: (f / INDEX).unlink(), "has no weights"),
 }

@@ -22,7 +22,7 @@ def test_default_folder_json_and_quiet(stock_model, workdir, capsys):
     source = stock_model()
     assert main(["convert", str(source), "--json", "--schedule", "constant"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["target"] == f"checkpoints/{source.name}-pmod"
     assert report["retention"] == [0.5375] * 4
     assert main(["convert", str(source), "--quiet", "--overwrite"]) == 0
@@ -71,6 +71,6 @@ def test_list_and_no_name(workdir, capsys):
     assert main(["convert", "--list"]) == 0
     assert "llava-hf/llava-v1.6-vicuna-7b-hf" in capsys.readouterr().out
     assert main(["convert", "--list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["aliases"]["tiny-llava-next"] == "bundled"
+    assert json.loads(capsys.readouterr().out)["aliases"]["tiny-llava-next"]["repo"] == "bundled"
     assert main(["convert"]) == 2
     assert "--list" in capsys.readouterr().err

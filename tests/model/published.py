@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pmod_cli.checkpoints.layouts.names import canonical, from_original
 from pmod_cli.model import (
     PmodLlavaConfig,
     PmodLlavaForConditionalGeneration,
@@ -76,16 +77,10 @@ def our_model(case: str, *, attention: str = "sdpa", pmod: dict | None = None):
 
 def our_name(name: str) -> str:
     """A parameter's name in our model, from its name in the published checkpoint."""
-    for old, new in (
-        ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
-        ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
-        ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
-        ("model.image_newline", "model.image_newline"),
-        ("model.", "model.language_model."),
-    ):
-        if name.startswith(old):
-            return (new + name.removeprefix(old)).replace(".decoder_layer.", ".").replace(".router.router.", ".router.")
-    return name
+    on_disk = canonical(from_original(name))
+    if on_disk.startswith("language_model.lm_head."):
+        return on_disk.removeprefix("language_model.")
+    return "model." + on_disk.replace("language_model.model.", "language_model.", 1)
 
 
 @cache

@@ -1,0 +1,152 @@
+"""Tokenizer, processor and chat template of a checkpoint whose layout has none that transformers could use."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pmod_cli.checkpoints.files import read_json
+from pmod_cli.errors import PmodError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE = "<image>"
+TEMPLATES = Path(__file__).parent / "chat_templates"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer with its image token.
+
+    Attributes:
+        tokenizer: None where the source has none; then nobody can say which ids mean what.
+        image_token: Id of `<image>`.
+        rows: Rows that embedding and lm_head need.
+        pad_token: Id of the padding token, if known.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    image_token: int
+    rows: int
+    pad_token: int | None = None
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """Read the tokenizer of a folder and give it an image token, as the Hugging Face layout needs.
+
+    New tokens stand behind the old ones. Where they need rows that the embedding lacks, it grows to a multiple of 64.
+
+    Args:
+        folder: Holds the tokenizer's files, or none of them.
+        rows: Rows of the embedding.
+
+    Raises:
+        PmodError: the files cannot be read.
+    """
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        return Vocabulary(None, rows, _grown(rows, rows))
+    tokenizer = load_tokenizer(folder)
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": tokenizer.unk_token or "<pad>"})
+    image, pad = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.pad_token_id
+    return Vocabulary(tokenizer, image, _grown(rows, max(image, pad)), pad)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files a folder holds; its config.json, whose model type may be unknown, is not looked at.
+
+    Raises:
+        PmodError: the files cannot be read.
+    """
+    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as aside:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(aside, name))
+        config = read_json(folder / "tokenizer_config.json") if Path(aside, "tokenizer_config.json").is_file() else {}
+        known = isinstance(config.get("tokenizer_class"), str)
+        plain = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else LlamaTokenizer
+        try:
+            return (AutoTokenizer if known else plain).from_pretrained(aside, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise PmodError(
+                f"the tokenizer in {folder} cannot be read: {first}", hint="give one that can with --tokenizer FOLDER"
+            ) from error
+
+
+def write_companions(
+    folder: Path, vocabulary: Vocabulary, config: Mapping[str, Any], pixels: Mapping[str, Any], *, pad_to_square: bool
+) -> None:
+    """Write tokenizer, processor and chat template.
+
+    Args:
+        folder: Where to.
+        vocabulary: Of the model; nothing is written without a tokenizer.
+        config: Stock config in the Hugging Face layout.
+        pixels: preprocessor_config.json of the tower.
+        pad_to_square: LLaVA-1.5: fill the image up to a square, instead of cropping it.
+    """
+    if vocabulary.tokenizer is None:
+        return
+    from transformers import (
+        CLIPImageProcessorPil,
+        LlavaImageProcessorPil,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+        LlavaProcessor,
+    )
+
+    side = config["vision_config"]["image_size"]
+    options = {key: pixels[key] for key in ("image_mean", "image_std") if key in pixels}
+    options |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if config["model_type"] == "llava_next":
+        images = LlavaNextImageProcessorPil(image_grid_pinpoints=config["image_grid_pinpoints"], **options)
+    elif pad_to_square:
+        images = LlavaImageProcessorPil(do_pad=True, **options)
+    else:
+        images = CLIPImageProcessorPil(**options)
+    processor = LlavaNextProcessor if config["model_type"] == "llava_next" else LlavaProcessor
+    vocabulary.tokenizer.padding_side = "left"  # what batched generation needs
+    processor(
+        image_processor=images,
+        tokenizer=vocabulary.tokenizer,
+        patch_size=config["vision_config"]["patch_size"],
+        vision_feature_select_strategy=config["vision_feature_select_strategy"],
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=(TEMPLATES / f"{_template(vocabulary.tokenizer, config)}.jinja").read_text(encoding="utf-8"),
+    ).save_pretrained(folder)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> str:
+    """The conversation form that the family was trained with, told by its special tokens."""
+    if config["text_config"]["model_type"] == "mistral":
+        return "mistral"
+    known = tokenizer.get_vocab()
+    if "<|start_header_id|>" in known:
+        return "llama3"
+    return "chatml" if "<|im_start|>" in known else "vicuna"
+
+
+def _grown(rows: int, highest: int) -> int:
+    return rows if highest < rows else -(-(highest + 1) // 64) * 64

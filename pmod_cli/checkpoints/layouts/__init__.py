@@ -1,0 +1,38 @@
+"""The layouts that are read, each into a `Source`: Hugging Face (stock and ours), original, published, parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.layouts.huggingface import KINDS, read_huggingface
+from pmod_cli.checkpoints.layouts.normal import LowRank, Part, Source
+from pmod_cli.checkpoints.layouts.original import DECODERS, is_original, read_original
+from pmod_cli.checkpoints.options import Options
+from pmod_cli.errors import PmodError
+
+__all__ = ["KINDS", "LowRank", "Part", "Source", "read_source"]
+
+
+def read_source(folder: Path, options: Options | None = None) -> Source:
+    """A checkpoint of any layout, checked as far as config and headers go.
+
+    Args:
+        folder: Where it is.
+        options: For the original layout: its tower and tokenizer, where the checkpoint has none.
+
+    Raises:
+        PmodError: it is of no known layout, damaged, or not whole.
+    """
+    options = options or Options()
+    where = folder / CONFIG
+    config = read_json(where)
+    if is_original(config):
+        return read_original(folder, config, options)
+    model_type = config.get("model_type")
+    if model_type in KINDS or model_type in [ours for ours, _ in KINDS.values()]:
+        return read_huggingface(folder, config)
+    if model_type in DECODERS:
+        raise PmodError(f"{where}: mm_vision_tower is absent, so this is a language model without its vision part")
+    known = [*KINDS, *(ours for ours, _ in KINDS.values()), *(name for name in DECODERS if name not in KINDS)]
+    raise PmodError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(known)}")

@@ -1,0 +1,137 @@
+"""The Hugging Face layout: stock LLaVA as transformers reads it, and our own, which adds routers and settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layouts.names import canonical
+from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
+from pmod_cli.checkpoints.layouts.shapes import check_shapes, section
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+
+KINDS = {
+    "llava": ("pmod_llava", "PmodLlavaForConditionalGeneration"),
+    "llava_next": ("pmod_llava_next", "PmodLlavaNextForConditionalGeneration"),
+}
+STOCK_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+DECODERS = ("llama", "mistral", "qwen2")
+PARTS = ("language_model", "vision_tower", "multi_modal_projector")
+OURS = ("pmod", "router_state", "auto_map")  # what our layout adds to a stock config
+COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+MADE_NEW = (files.CONFIG, files.INDEX, files.PICKLED_INDEX, "pmod_provenance.json", "adapter_config.json")
+_LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(?P<number>\d+)\.input_layernorm\.weight")
+
+
+def read_huggingface(folder: Path, config: dict) -> Source:
+    """A stock or p-MoD checkpoint in the Hugging Face layout.
+
+    Raises:
+        PmodError: it is of no known architecture, quantised, damaged, or not whole.
+    """
+    where = folder / files.CONFIG
+    kind = config["model_type"].removeprefix("pmod_")
+    settings, state = _settings(config, where)
+    check_decoder(config, where)
+    tensors = files.read_tensors(folder)
+    _check_parts(tensors, config, folder)
+    if settings is None and any(".router." in name for name in tensors):
+        raise PmodError(
+            f"{folder} holds routers already, though its config says that it is a stock model",
+            hint="give the p-MoD checkpoint with its own config.json",
+        )
+    check_shapes(tensors, config, where)
+    stock = {key: value for key, value in config.items() if key not in OURS}
+    stock |= {"model_type": kind, "architectures": [STOCK_CLASSES[kind]]}
+    return Source(
+        folder=folder,
+        layout="huggingface",
+        config=stock,
+        parts={name: Part(tensor) for name, tensor in tensors.items()},
+        files=files_of(tensors),
+        companions=small_files(folder),
+        settings=settings,
+        router_state=state,
+        original_config=_original_config(folder) if settings else None,
+    )
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Tokenizer, processor and generation files: copied, so that editing one never reaches the source."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in MADE_NEW
+    )
+
+
+def check_decoder(config: dict, where: Path) -> None:
+    """Refuse what routing cannot be added to.
+
+    Raises:
+        PmodError: another decoder, sliding-window attention, or quantised weights.
+    """
+    text = section(config, "text_config", where)
+    decoder = text.get("model_type", "llama")
+    if decoder not in DECODERS:
+        raise PmodError(
+            f"{where}: the decoder, text_config.model_type, is {decoder!r}; expected one of {', '.join(DECODERS)}"
+        )
+    # Mistral's default where the config is silent is a window; Qwen2 has one only where it says so.
+    window = text.get("sliding_window", 4096 if decoder == "mistral" else None)
+    if window and (decoder == "mistral" or text.get("use_sliding_window")):
+        raise PmodError(
+            f"{where}: sliding-window attention ({window} tokens) is not supported: "
+            "a window counts tokens that routing drops"
+        )
+    quantised = config.get("quantization_config") or text.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise PmodError(
+            f"{where}: the checkpoint is quantised{f' ({method})' if method else ''}; "
+            "expected float32, bfloat16 or float16 weights",
+            hint="convert the model as it was before, then train it with a QLoRA recipe",
+        )
+
+
+def _settings(config: dict, where: Path) -> tuple[PmodSettings | None, str]:
+    if not config["model_type"].startswith("pmod_"):
+        return None, "stock"
+    try:
+        return PmodSettings.from_dict(config.get("pmod") or {}), config.get("router_state", "untrained")
+    except (ValueError, TypeError) as error:
+        raise PmodError(f"{where}: {error}") from error
+
+
+def _original_config(folder: Path) -> dict | None:
+    """config.json of the layout that a p-MoD checkpoint came from, so that it can go back as it came."""
+    provenance = folder / "pmod_provenance.json"
+    return files.read_json(provenance).get("original_config") if provenance.is_file() else None
+
+
+def _check_parts(tensors: dict[str, files.Tensor], config: dict, folder: Path) -> None:
+    """All parts and all layers: said before names and shapes, since these say what kind of thing is wrong."""
+    absent = [part for part in PARTS if not any(part in name for name in tensors)]
+    if absent:
+        raise PmodError(f"{folder} holds no tensor of its {', '.join(absent)}: not a whole LLaVA checkpoint")
+    found = sorted(int(match["number"]) for match in map(_LAYER.fullmatch, map(canonical, tensors)) if match)
+    expected = config["text_config"].get("num_hidden_layers", len(found))
+    if found != list(range(len(found))) or len(found) != expected:
+        raise PmodError(f"{folder} holds decoder layers {_ranges(found)}, expected {_expected(expected)}")
+
+
+def _expected(layers: object) -> str:
+    return f"0-{layers - 1}" if isinstance(layers, int) and layers > 0 else f"num_hidden_layers {layers!r}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3, 5` for [0, 1, 2, 3, 5]."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"

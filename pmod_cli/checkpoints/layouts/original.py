@@ -1,0 +1,202 @@
+"""The layout of the original LLaVA code (liuhaotian, lmms-lab), and of the published p-MoD code, which extends it."""
+
+from __future__ import annotations
+
+import ast
+from functools import partial
+from pathlib import Path
+
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.companions import read_vocabulary, write_companions
+from pmod_cli.checkpoints.layouts import published, towers
+from pmod_cli.checkpoints.layouts.huggingface import STOCK_CLASSES, check_decoder
+from pmod_cli.checkpoints.layouts.names import OBSOLETE, from_original
+from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
+from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
+from pmod_cli.checkpoints.options import Options
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+
+DECODERS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    published.MODEL_TYPE: "llama",
+}
+_TEXT = (
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "max_window_layers",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "vocab_size",
+)
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+
+
+def is_original(config: dict) -> bool:
+    """Whether a config.json is of this layout: `llava` is both layouts' name, and only one of them has sections."""
+    return config.get("model_type") in DECODERS and "text_config" not in config and "mm_vision_tower" in config
+
+
+def read_original(folder: Path, config: dict, options: Options) -> Source:
+    """A checkpoint of the original or the published layout.
+
+    Args:
+        folder: Where it is.
+        config: Its config.json.
+        options: Tower and tokenizer, where the checkpoint's own are not to be used; and whether there is a network.
+
+    Raises:
+        PmodError: it is damaged, not whole, or has what the Hugging Face layout cannot hold.
+    """
+    where = folder / files.CONFIG
+    stock = {"text_config": _text_config(config, where), **_image_config(config, where)}
+    check_decoder(stock | {"quantization_config": config.get("quantization_config")}, where)
+    tensors = files.read_tensors(folder)
+    found = {from_original(name): tensor for name, tensor in tensors.items()}
+    tower_name = options.vision_tower or config.get("mm_vision_tower")
+    inside = any(name.startswith("vision_tower.") for name in found)
+    place = towers.find_tower(tower_name, folder, weights=not inside, offline=options.offline)
+    stock["vision_config"] = towers.tower_config(tower_name, place)
+    tower = {} if inside else files.read_tensors(place)
+    parts = {name: Part(tensor) for name, tensor in found.items()}
+    if tower:  # stored wider as a rule; the original code casts it when it loads it
+        dtype = next((tensor.dtype for name, tensor in found.items() if name.endswith("norm.weight")), None)
+        parts |= {name: Part(tensor, dtype=dtype) for name, tensor in towers.tower_names(tower).items()}
+    parts = {name: part for name, part in parts.items() if not OBSOLETE.fullmatch(name)}
+
+    settings = None
+    if config["model_type"] == published.MODEL_TYPE and config.get("mod_target_layers") is not None:
+        settings = published.read_settings(config, size(config, "num_hidden_layers", where), where)
+    elif any(".router." in name for name in parts):
+        raise PmodError(f"{where}: mod_target_layers is absent, though the weights hold routers")
+    read, pixels = files_of(tensors, tower), towers.preprocessor(place)
+    return whole(folder, stock, parts, read, config, settings=settings, tokenizer=options.tokenizer, pixels=pixels)
+
+
+def whole(
+    folder: Path,
+    stock: dict,
+    parts: dict[str, Part],
+    read: dict[Path, set[str]],
+    config: dict,
+    *,
+    settings: PmodSettings | None,
+    tokenizer: Path | None,
+    pixels: dict,
+) -> Source:
+    """The parts of an original layout as one `Source`: vocabulary, feature sizes and checks."""
+    where = folder / files.CONFIG
+    rows = size(config, "vocab_size", where)
+    # Hold the tensors to the source's own config first: a damaged embedding must not be mended by the new rows.
+    check_shapes({name: part.source for name, part in parts.items()}, stock, where)
+    vocabulary = read_vocabulary(tokenizer or folder, rows)
+    if vocabulary.rows != rows:
+        parts = {n: Part(part.source, rows=vocabulary.rows) if n in EMBEDDINGS else part for n, part in parts.items()}
+    vision = stock["vision_config"]
+    stock["text_config"] |= {"vocab_size": vocabulary.rows, "pad_token_id": vocabulary.pad_token}
+    if vocabulary.pad_token is None:
+        stock["text_config"]["pad_token_id"] = config.get("pad_token_id")
+    stock |= {
+        "architectures": [STOCK_CLASSES[stock["model_type"]]],
+        "image_token_index": vocabulary.image_token,
+        "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+        "dtype": DTYPES[next(part for name, part in parts.items() if name.endswith("norm.weight")).source.dtype],
+    }
+    notes = []
+    if vocabulary.tokenizer is None:
+        notes.append(
+            f"{folder} holds no tokenizer, so none is written: add one, or convert again with --tokenizer FOLDER"
+        )
+    square = config.get("image_aspect_ratio") == "pad"
+    return Source(
+        folder=folder,
+        layout="published" if settings else "original",
+        config=stock,
+        parts=parts,
+        files=read,
+        companions=[path for path in [folder / "generation_config.json"] if path.is_file()],
+        build_companions=partial(
+            write_companions, vocabulary=vocabulary, config=stock, pixels=pixels, pad_to_square=square
+        ),
+        settings=settings,
+        router_state="trained" if settings else "stock",
+        original_config=config,
+        notes=notes,
+    )
+
+
+def _text_config(config: dict, where: Path) -> dict:
+    text = {key: config[key] for key in _TEXT if key in config}
+    decoder = DECODERS[config["model_type"]]
+    if decoder == "mistral":
+        text.setdefault("sliding_window", None)  # the original code attends to everything
+    if decoder == "llama":
+        text.pop("sliding_window", None)
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        size(config, key, where)
+    return {"model_type": decoder, **text}
+
+
+def _image_config(config: dict, where: Path) -> dict:
+    """What the config says about images, in the words of the Hugging Face layout."""
+    projector = config.get("mm_projector_type", "linear")
+    if projector != "mlp2x_gelu":
+        raise PmodError(
+            f"{where}: mm_projector_type is {projector!r}, expected 'mlp2x_gelu', the one of LLaVA-1.5 and NeXT"
+        )
+    if config.get("mm_use_im_start_end"):
+        raise PmodError(f"{where}: mm_use_im_start_end is true; start and end tokens of images are not supported")
+    strategies = {"patch": "default", "cls_patch": "full"}
+    feature = config.get("mm_vision_select_feature", "patch")
+    if feature not in strategies:
+        raise PmodError(f"{where}: mm_vision_select_feature is {feature!r}, expected 'patch' or 'cls_patch'")
+    layer = config.get("mm_vision_select_layer", -2)
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise PmodError(f"{where}: mm_vision_select_layer is {layer!r}, expected a whole number such as -2")
+    common = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategies[feature]}
+    merge, ratio = config.get("mm_patch_merge_type") or "flat", config.get("image_aspect_ratio") or "square"
+    if merge == "spatial_unpad" and ratio == "anyres":
+        points = _pinpoints(config.get("image_grid_pinpoints"), where)
+        return {"model_type": "llava_next", "image_grid_pinpoints": points, **common}
+    if merge == "flat" and ratio in ("pad", "square"):
+        return {"model_type": "llava", **common}
+    raise PmodError(
+        f"{where}: image_aspect_ratio {ratio!r} with mm_patch_merge_type {merge!r}; expected 'pad' with 'flat' "
+        "(LLaVA-1.5) or 'anyres' with 'spatial_unpad' (LLaVA-NeXT)"
+    )
+
+
+def _pinpoints(value: object, where: Path) -> list[list[int]]:
+    """(height, width) in pixels; the original code writes (width, height), at times as a string."""
+    try:
+        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        points = [[int(height), int(width)] for width, height in pairs]
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        points = []
+    if not points or min(map(min, points)) < 1:
+        raise PmodError(
+            f"{where}: image_grid_pinpoints is {str(value)[:80]!r}, expected pairs of width and height in pixels"
+        )
+    return points

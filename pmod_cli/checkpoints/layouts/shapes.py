@@ -1,0 +1,171 @@
+"""The tensors that a stock config calls for, by name and shape: what a checkpoint is held to before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
+from pmod_cli.errors import PmodError
+
+# What a config.json leaves out is its class's default.
+_DECODER_DEFAULTS = {
+    "llama": {"vocab_size": 32000, "intermediate_size": 11008},
+    "mistral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8},
+    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016},
+}
+_CLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+}
+_AT_MOST = 10**7
+
+
+def size(config: Mapping[str, Any], key: str, where: object, default: int | None = None) -> int:
+    """A positive whole number of a config.
+
+    Raises:
+        PmodError: it is absent without a default, or something else.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _AT_MOST:
+        raise PmodError(f"{where}: {key} is {value!r}, expected a whole number above 0")
+    return value
+
+
+def section(config: Mapping[str, Any], key: str, where: object) -> dict:
+    """A part of a config that has to be there and be an object."""
+    value = config.get(key)
+    if not isinstance(value, dict):
+        found = "absent" if value is None else f"a {type(value).__name__}"
+        raise PmodError(f"{where}: {key} is {found}, expected the configuration of that part of a LLaVA")
+    return value
+
+
+def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
+    """Names (canonical) and shapes of a Llama, Mistral or Qwen2 decoder with its lm_head."""
+    kind = text.get("model_type") or "llama"
+    text = _DECODER_DEFAULTS[kind] | {key: value for key, value in text.items() if value is not None}
+    hidden, inner = size(text, "hidden_size", where, 4096), size(text, "intermediate_size", where)
+    vocabulary, heads = size(text, "vocab_size", where), size(text, "num_attention_heads", where, 32)
+    kv_heads = size(text, "num_key_value_heads", where, 32 if kind == "qwen2" else heads)
+    head = size(text, "head_dim", where, max(hidden // heads, 1))
+    if hidden % heads and "head_dim" not in text:
+        raise PmodError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    if heads % kv_heads:
+        raise PmodError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (heads * head, hidden),
+        "self_attn.k_proj.weight": (kv_heads * head, hidden),
+        "self_attn.v_proj.weight": (kv_heads * head, hidden),
+        "self_attn.o_proj.weight": (hidden, heads * head),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if kind == "qwen2" or text.get("attention_bias"):
+        layer |= {f"self_attn.{name}_proj.bias": layer[f"self_attn.{name}_proj.weight"][:1] for name in "qkv"}
+    if kind == "llama" and text.get("attention_bias"):
+        layer["self_attn.o_proj.bias"] = (hidden,)
+    if kind == "llama" and text.get("mlp_bias"):
+        layer |= {f"mlp.{name}_proj.bias": layer[f"mlp.{name}_proj.weight"][:1] for name in ("gate", "up", "down")}
+    shapes = {
+        "language_model.model.embed_tokens.weight": (vocabulary, hidden),
+        "language_model.model.norm.weight": (hidden,),
+    }
+    if not text.get("tie_word_embeddings"):
+        shapes["language_model.lm_head.weight"] = (vocabulary, hidden)
+    for number in range(size(text, "num_hidden_layers", where, 32)):
+        shapes |= {f"language_model.model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def clip_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
+    """Names (canonical) and shapes of a CLIP vision tower."""
+    vision = _CLIP_DEFAULTS | {key: value for key, value in vision.items() if value is not None}
+    hidden, inner, channels, side, patch = (
+        size(vision, key, where)
+        for key in ("hidden_size", "intermediate_size", "num_channels", "image_size", "patch_size")
+    )
+    layer = {f"self_attn.{name}.weight": (hidden, hidden) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    layer |= {"layer_norm1.weight": (hidden,), "layer_norm2.weight": (hidden,)}
+    layer |= {"mlp.fc1.weight": (inner, hidden), "mlp.fc2.weight": (hidden, inner)}
+    layer |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in layer.items()}
+    shapes = {
+        "embeddings.class_embedding": (hidden,),
+        "embeddings.patch_embedding.weight": (hidden, channels, patch, patch),
+        "embeddings.position_embedding.weight": ((side // patch) ** 2 + 1, hidden),
+    }
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
+    for number in range(size(vision, "num_hidden_layers", where)):
+        shapes |= {f"encoder.layers.{number}.{name}": shape for name, shape in layer.items()}
+    return {f"vision_tower.{name}": shape for name, shape in shapes.items()}
+
+
+def expected_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
+    """Names (canonical) and shapes of a whole stock LLaVA. A tower that is no CLIP is left out."""
+    text, vision = section(config, "text_config", where), section(config, "vision_config", where)
+    shapes = decoder_shapes(text, f"{where}: text_config")
+    hidden = shapes["language_model.model.norm.weight"][0]
+    features = config.get("vision_feature_layer")
+    joined = len(features) if isinstance(features, list) else 1
+    width = joined * size(vision, "hidden_size", f"{where}: vision_config", _CLIP_DEFAULTS["hidden_size"])
+    shapes |= {
+        "multi_modal_projector.linear_1.weight": (hidden, width),
+        "multi_modal_projector.linear_2.weight": (hidden, hidden),
+    }
+    if config.get("multimodal_projector_bias", True):
+        shapes |= {f"multi_modal_projector.linear_{n}.bias": (hidden,) for n in (1, 2)}
+    if config.get("model_type") == "llava_next":
+        shapes["image_newline"] = (hidden,)
+    if vision.get("model_type", "clip_vision_model") == "clip_vision_model":
+        shapes |= clip_shapes(vision, f"{where}: vision_config")
+    return shapes
+
+
+def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: object) -> None:
+    """Hold tensors to a stock config; routers are none of its business.
+
+    Args:
+        found: What has `file`, `dtype` and `shape`, by name in the Hugging Face layout.
+        config: Stock config in that layout.
+        where: Its file, for messages.
+
+    Raises:
+        PmodError: a tensor is absent, has another shape, is no floating-point number, or belongs to no such model.
+    """
+    by_name = {canonical(name): tensor for name, tensor in found.items()}
+    expected = expected_shapes(config, where)
+    for name, shape in expected.items():
+        if name not in by_name:
+            continue
+        tensor = by_name[name]
+        if tuple(tensor.shape) != shape:
+            raise PmodError(f"{tensor.file}: {name} has shape {list(tensor.shape)}, expected {list(shape)} by {where}")
+        if tensor.dtype not in ("F32", "BF16", "F16"):
+            raise PmodError(
+                f"{tensor.file}: {name} is {tensor.dtype}, expected F32, BF16 or F16",
+                hint="quantised weights cannot be converted: take the model as it was before",
+            )
+    if missing := [name for name in expected if name not in by_name]:
+        raise PmodError(f"{where} calls for {len(missing)} tensors that are absent: {', '.join(missing[:5])}")
+    ours = ("language_model.", "multi_modal_projector.")
+    extra = [
+        name
+        for name in by_name
+        if name not in expected
+        and name.startswith(ours)
+        and ".router." not in name
+        and name != "language_model.lm_head.weight"  # of a tied model
+        and not OBSOLETE.fullmatch(name)
+    ]
+    if extra:
+        raise PmodError(f"{where} knows nothing of {len(extra)} tensors that are there: {', '.join(sorted(extra)[:5])}")

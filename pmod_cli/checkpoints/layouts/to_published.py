@@ -1,0 +1,103 @@
+"""config.json of the published p-MoD code, which is flat: decoder, `mm_*` and `mod_*` fields side by side."""
+
+from __future__ import annotations
+
+from pmod_cli.checkpoints.aliases import CLIP_L_336
+from pmod_cli.checkpoints.layouts import published
+from pmod_cli.checkpoints.layouts.normal import Source
+from pmod_cli.checkpoints.layouts.towers import KNOWN
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+
+TOWER = "openai/clip-vit-large-patch14-336"
+_TEXT_DEFAULTS = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+
+
+def published_config(
+    source: Source, settings: PmodSettings, config: dict, routed: list[int]
+) -> tuple[int | None, dict]:
+    """(rows of the embedding, or None to keep them; config.json).
+
+    A checkpoint that came from this layout gets back the config and the rows that it came with.
+
+    Raises:
+        PmodError: the published code cannot run this model.
+    """
+    text = config["text_config"]
+    if source.decoder != "llama":
+        raise PmodError(f"--to published: the published code has Llama decoders only, this one is {source.decoder}")
+    if config["vision_config"].get("model_type", "clip_vision_model") != "clip_vision_model":
+        raise PmodError("--to published: the published code has CLIP towers only")
+    layers = text.get("num_hidden_layers", _TEXT_DEFAULTS["num_hidden_layers"])
+    fields = published.write_settings(settings, layers)
+    if source.original_config is not None:
+        kept = {key: value for key, value in source.original_config.items() if not key.startswith("mod_")}
+        named = {"model_type": published.MODEL_TYPE, "architectures": [published.ARCHITECTURE]}
+        dtype = {"torch_dtype": config["dtype"]} if "torch_dtype" in kept else {}
+        return kept["vocab_size"], dict(sorted((kept | fields | dtype | named).items()))
+    rows = _rows_before_images(config)
+    flat = {key: text.get(key, default) for key, default in _TEXT_DEFAULTS.items()}
+    rope = text.get("rope_parameters") or {}
+    scaling = text.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        flat["rope_scaling"] = scaling
+    next_model = source.kind == "llava_next"
+    flat |= {
+        "architectures": [published.ARCHITECTURE],
+        "model_type": published.MODEL_TYPE,
+        "vocab_size": rows or text["vocab_size"],
+        "num_key_value_heads": text.get("num_key_value_heads") or flat["num_attention_heads"],
+        "rope_theta": text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+        "pad_token_id": 0,
+        "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        "image_aspect_ratio": "anyres" if next_model else "pad",
+        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_patch_merge_type": "spatial_unpad" if next_model else "flat",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "cls_patch" if config.get("vision_feature_select_strategy") == "full" else "patch",
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_tower": TOWER,
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,
+        "use_mm_proj": True,
+        **fields,
+    }
+    if next_model:
+        flat["image_grid_pinpoints"] = [[width, height] for height, width in config["image_grid_pinpoints"]]
+    return rows, dict(sorted(flat.items()))
+
+
+def _rows_before_images(config: dict) -> int | None:
+    """Rows without the image token and the padding behind it, which the published code has not; None: all of them."""
+    rows, image = config["text_config"]["vocab_size"], config.get("image_token_index")
+    return image if isinstance(image, int) and 0 < rows - image <= 64 and image > rows // 2 else None
+
+
+def tower_folder(source: Source, config: dict) -> str | None:
+    """Name of a folder with the tower's configuration to write beside the published config, which only names it.
+
+    None where the name is a hub id: then the published code fetches that configuration itself.
+    """
+    name = config["mm_vision_tower"]
+    sizes = {key: source.config["vision_config"].get(key) for key in CLIP_L_336}
+    if name in KNOWN and sizes != KNOWN[name]:
+        config["mm_vision_tower"] = name = "vision_tower"
+    return None if "/" in name else name

@@ -1,0 +1,207 @@
+"""A source and options to a plan: the tensors, config and files of the result. Nothing is written here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layouts import KINDS, Part, Source
+from pmod_cli.checkpoints.layouts.names import canonical, to_original
+from pmod_cli.checkpoints.layouts.to_published import published_config
+from pmod_cli.checkpoints.options import DTYPES, Options
+from pmod_cli.checkpoints.writing import Layout, lay_out
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+
+ROUTERS = "model-routers.safetensors"
+LAYER = "input_layernorm.weight"  # every decoder layer has one, and nothing else has
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written.
+
+    Attributes:
+        source: Where everything comes from.
+        options: What was asked for.
+        config: config.json of the result.
+        settings: p-MoD settings; None for a stock model.
+        layout: Weight files, without the new routers.
+        routers: New routers by name; they start as the options say.
+        router_dtype: Their dtype.
+        router_state: Of the result.
+        routed_layers: Layers with a router.
+    """
+
+    source: Source
+    options: Options
+    config: dict
+    settings: PmodSettings | None
+    layout: Layout
+    routers: dict[str, tuple[int, ...]]
+    router_dtype: str
+    router_state: str
+    routed_layers: list[int]
+
+    @property
+    def num_layers(self) -> int:
+        return num_layers(self.source)
+
+    @property
+    def retention(self) -> list[float]:
+        return self.settings.retention(self.num_layers) if self.settings else []
+
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name to file name, sorted."""
+        of_file = {path: name for name, path in self.layout.unchanged.items()}
+        found = {
+            tensor: of_file[path]
+            for path, tensors in self.source.files.items()
+            if path in of_file
+            for tensor in tensors
+        }
+        found |= {tensor: name for name, parts in self.layout.streamed.items() for tensor in parts}
+        found |= dict.fromkeys(self.routers, ROUTERS)
+        return dict(sorted(found.items()))
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        kept = set(self.layout.unchanged.values())
+        old = sum(part.source.nbytes for part in self.source.parts.values() if part.source.path in kept)
+        new = sum(files.Tensor(Path(), self.router_dtype, shape).nbytes for shape in self.routers.values())
+        return old + self.layout.streamed_bytes + new
+
+
+def make_plan(source: Source, settings: PmodSettings | None, options: Options) -> Plan:
+    """Decide everything that does not need a weight.
+
+    Args:
+        source: From `read_source`.
+        settings: p-MoD settings; None keeps those of a p-MoD checkpoint, and is the paper's for a stock one.
+        options: What is asked for.
+
+    Raises:
+        PmodError: the settings do not fit the model, or the layout asked for cannot hold it.
+    """
+    if source.settings is not None and settings is not None and options.to != "stock":
+        raise PmodError(
+            f"{source.folder} is a p-MoD checkpoint already, with settings that its weights were trained with",
+            hint="leave out schedule and norm; for other settings start from the stock model",
+        )
+    settings = None if options.to == "stock" else source.settings or settings or PmodSettings()
+    routed = _routed_layers(source, settings)
+    dtype = DTYPES.get(options.dtype) or _norm_dtype(source)
+    parts = {name: part for name, part in source.parts.items() if settings is not None or ".router." not in name}
+    if options.dtype:
+        parts = {name: replace(part, dtype=_cast(part, dtype)) for name, part in parts.items()}
+    routers = _new_routers(source, routed)
+    config = _config(source, settings, options)
+    if options.to == "published":
+        rows, config = published_config(source, settings, config, routed)
+        parts = {to_original(name, routed): _resized(name, part, rows) for name, part in parts.items()}
+        routers = {to_original(name, routed): shape for name, shape in routers.items()}
+    layout = lay_out(parts, source, max_shard_bytes=options.max_shard_bytes, routers=ROUTERS if routers else None)
+    trained = source.settings is not None and settings is not None
+    return Plan(
+        source=source,
+        options=options,
+        config=config,
+        settings=settings,
+        layout=layout,
+        routers=routers,
+        router_dtype=dtype,
+        router_state="stock" if settings is None else source.router_state if trained else "untrained",
+        routed_layers=routed,
+    )
+
+
+def num_layers(source: Source) -> int:
+    """L, from the names of the tensors: the config was held to them."""
+    return sum(name.endswith(LAYER) for name in source.parts)
+
+
+def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
+    if settings is None:
+        return []
+    layers = num_layers(source)
+    try:
+        routed = settings.routed(layers)
+    except ValueError as error:
+        raise PmodError(f"the settings do not fit {layers} decoder layers: {error}") from error
+    if settings.target_tokens == "vision_hr" and source.kind != "llava_next":
+        raise PmodError("--target-tokens vision_hr needs anyres images, that is, a LLaVA-NeXT model", hint="vision_all")
+    return [layer for layer, is_routed in enumerate(routed) if is_routed]
+
+
+def _new_routers(source: Source, routed: list[int]) -> dict[str, tuple[int, ...]]:
+    """Routers, or biases of routers, that the source has not. Those it has must be whole and in the right layers."""
+    present = {canonical(name): part.source for name, part in source.parts.items() if ".router." in name}
+    prefixes = {
+        canonical(name).removesuffix(LAYER): name.removesuffix(LAYER) for name in source.parts if name.endswith(LAYER)
+    }
+    hidden = next(
+        part.result.shape[0] for name, part in source.parts.items() if name.endswith("input_layernorm.weight")
+    )
+    wanted = {}
+    for prefix, spelled in prefixes.items():
+        if int(prefix.split(".")[-2]) in routed:
+            wanted |= {f"{prefix}router.weight": (spelled, (1, hidden)), f"{prefix}router.bias": (spelled, (1,))}
+    if source.settings is not None:
+        lacking = [name for name in wanted if name.endswith(".weight") and name not in present]
+        extra = [name for name in present if name not in wanted]
+        for names, meaning in (
+            (lacking, "lacks"),
+            (extra if routed else [], "has, on layers that its config calls plain,"),
+        ):
+            if names:
+                raise PmodError(f"{source.folder} {meaning} {len(names)} routers: {', '.join(sorted(names)[:5])}")
+        for name, (_, shape) in wanted.items():
+            if name in present and present[name].shape != shape:
+                raise PmodError(
+                    f"{present[name].file}: {name} has shape {list(present[name].shape)}, expected {list(shape)}"
+                )
+    return {
+        spelled + name.removeprefix(canonical(spelled)): shape
+        for name, (spelled, shape) in wanted.items()
+        if name not in present
+    }
+
+
+def _config(source: Source, settings: PmodSettings | None, options: Options) -> dict:
+    config = dict(source.config)
+    if options.dtype:
+        config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+        config["text_config"] = {k: v for k, v in config["text_config"].items() if k not in ("dtype", "torch_dtype")}
+        config["dtype"] = options.dtype
+    if settings is None:
+        return config
+    model_type, architecture = KINDS[source.kind]
+    state = source.router_state if source.settings is not None else "untrained"
+    return config | {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "pmod": settings.to_dict(),
+        "router_state": state,
+    }
+
+
+def _norm_dtype(source: Source) -> str:
+    """The dtype that new routers take, which all layers have to share."""
+    dtypes = {part.source.dtype for name, part in source.parts.items() if name.endswith(LAYER)}
+    if len(dtypes) != 1:
+        raise PmodError(
+            f"the decoder layers differ in dtype: {', '.join(sorted(dtypes))}", hint="--dtype makes them one"
+        )
+    return dtypes.pop()
+
+
+def _cast(part: Part, dtype: str) -> str | None:
+    return dtype if part.source.dtype in ("F32", "BF16", "F16", "F64") else None
+
+
+def _resized(name: str, part: Part, rows: int | None) -> Part:
+    is_embedding = canonical(name) in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    if rows is None or not is_embedding:
+        return part
+    return replace(part, rows=None if part.source.shape[0] == rows else rows)

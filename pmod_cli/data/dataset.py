@@ -40,10 +40,9 @@ class DataSettings(Protocol):
 def build_dataset(data: DataSettings, processor: "ProcessorMixin", *, skipped: Path | None = None) -> "Rows":
     """The rows of a recipe with ``data.kind`` llava or hub.
 
-    Give it to a Trainer together with ``Collator(rows.encoder.processor)`` (``pmod_cli.data.collator``), and for
-    ``data.group_by_modality`` with ``ModalityBatches(rows.lengths, …)`` (``pmod_cli.data.grouping``) as its sampler.
-    Save ``rows.encoder.processor``, not ``processor``: for LLaVA-1.5 it pads images to a square.
-    Before the first step call ``check_rows(rows)`` (``pmod_cli.data.check``); it looks at a sample, or at all rows.
+    ``Collator`` makes batches of them, and ``ModalityBatches(rows.lengths, …)`` is a sampler for
+    ``data.group_by_modality``. Save ``rows.encoder.processor`` with the model, not ``processor``: for LLaVA-1.5 it pads
+    images to a square.
 
     Args:
         data: the settings.
@@ -137,6 +136,8 @@ class Tokens:
 class Rows(Dataset):
     """A data set of rows; a bad one is an error, or replaced by the next good one of the same kind.
 
+    So is always a row that teaches nothing (see ``pmod_cli.data.templates``): a batch of such rows alone has no loss.
+
     Attributes:
         source: where the rows come from.
         encoder: what makes tensors of them.
@@ -155,7 +156,7 @@ class Rows(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The row, or with ``skip_bad`` the next good one that has an image, or has none, as this one.
+        """The row, or in its place the next good one that has an image, or has none, as this one.
 
         Raises:
             BadRow: naming file and row, if bad rows are not skipped.
@@ -173,12 +174,13 @@ class Rows(Dataset):
                 self._note(candidate, fault)
             else:
                 self._count(1, self.encoder.max_length is not None and len(row["input_ids"]) >= self.encoder.max_length)
-                self._count(2, not (row["labels"] != IGNORED).any())
-                return row
+                if (row["labels"] != IGNORED).any():
+                    return row
+                self._count(2, True)
             if tried >= GIVE_UP:
                 break
         raise PmodError(
-            f"{GIVE_UP} rows around row {index} of {self.source.name} are bad, one after the other",
+            f"{GIVE_UP} rows from row {index} on of {self.source.name} cannot be used, one after the other",
             hint="look at them with --check-data",
         )
 

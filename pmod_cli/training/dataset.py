@@ -6,10 +6,14 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
+from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
 
+from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
+from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.data.grouping import ModalityBatches
 from pmod_cli.data.rows import row
 from pmod_cli.errors import PmodError
 from pmod_cli.training.arguments import processes
@@ -18,6 +22,7 @@ from pmod_cli.training.settings import DataArgs, Settings
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+SKIPPED = "skipped_rows.jsonl"  # in the run folder
 COUNTS = "counts"  # in a batch: its `Counts`
 
 
@@ -78,11 +83,18 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
         out: the run folder, where rows that are left out are listed.
 
     Raises:
-        PmodError: the data cannot be found or read; synthetic documents without a number.
+        PmodError: the data cannot be found or read, bad rows in a sample of it, synthetic documents without a number.
     """
     if settings.data.kind == "synthetic":
         return Data(SyntheticDocuments(settings.data, _images(settings)), Collator(processor), processor)
-    raise PmodError(f"data.kind {settings.data.kind} is not there yet")
+    rows = build_dataset(settings.data, processor, skipped=out / SKIPPED)
+    if PartialState().is_main_process and settings.data.on_bad_row == "error":
+        refuse_bad(check_rows(rows), rows.source.name)
+    sampler = None
+    if settings.data.group_by_modality:
+        train, batches = settings.train, settings.accumulation(processes()) * processes()
+        sampler = ModalityBatches(rows.lengths, train.batch_size, batches, train.seed)
+    return Data(rows, Collator(rows.encoder.processor), rows.encoder.processor, sampler)
 
 
 def _images(settings: Settings) -> int:

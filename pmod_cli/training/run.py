@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainerStat
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from pmod_cli.checkpoints import load_model
+from pmod_cli.data.dataset import Rows
 from pmod_cli.errors import RUN_FAILED, PmodError
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, copy_adapter, merge
@@ -41,6 +42,7 @@ class FinetuneReport:
         tokens: text and vision tokens trained on, without padding.
         parameters: of each part, how many there are and how many were trained.
         summary: what the run took.
+        rows: what became of the rows that this process read: left out, cut, passed over since they teach nothing.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class FinetuneReport:
     tokens: int = 0
     parameters: dict[str, Part] = field(default_factory=dict)
     summary: Summary | None = None
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 def finetune(
@@ -125,6 +128,7 @@ def finetune(
         tokens=state.num_input_tokens_seen,
         parameters=parameters,
         summary=Summary.of(state, watch.elapsed(), processes(), device),
+        rows=data.rows.counts() if isinstance(data.rows, Rows) else {},
     )
     if finished and trainer.is_world_process_zero():
         del trainer, model

@@ -169,8 +169,8 @@ def test_long_rows_are_cut_behind_the_image_and_counted(tmp_path, pictures):
     limit = 150
     data = build_dataset(settings(path, pictures, max_length=limit), processor)
     for row in range(2):
-        for name in ("input_ids", "labels"):
-            assert torch.equal(data[row][name], whole[row][name][:limit])
+        one, other = data[row], whole[row]
+        assert all(torch.equal(one[name], other[name][:limit]) for name in ("input_ids", "labels"))
     assert torch.equal(data[2]["input_ids"], whole[2]["input_ids"])
     report = check_rows(data, None)
     assert (report.checked, report.cut, report.num_bad) == (3, 2, 0)
@@ -178,7 +178,7 @@ def test_long_rows_are_cut_behind_the_image_and_counted(tmp_path, pictures):
     short = build_dataset(settings(path, pictures, max_length=30), processor)
     with pytest.raises(BadRow, match=r"row 1 of .*: its images end at token \d+, behind data.max_length 30"):
         short[1]
-    data.counts()
+    assert data.counts() == {"skipped": 0, "cut": 2, "without_labels": 0}
 
 
 def save(folder, name, image, **options):
@@ -315,7 +315,7 @@ def test_an_error_in_a_worker_is_one_sentence(tmp_path, pictures):
 def test_nothing_but_bad_rows_ends(tmp_path, pictures):
     path = write(tmp_path / "rows.json", [said(image="none.png")] * 300)
     data = build_dataset(settings(path, pictures, on_bad_row="skip"), processor_of("vicuna_v1"))
-    with pytest.raises(PmodError, match=r"100 rows around row 5 of .* are bad"):
+    with pytest.raises(PmodError, match=r"100 rows from row 5 on of .* cannot be used"):
         data[5]
 
 
@@ -333,11 +333,11 @@ def test_the_check_looks_at_a_sample_or_at_all(tmp_path, pictures):
     refuse_bad(sample, "rows.json")
 
 
-def test_rows_that_teach_nothing_are_counted(tmp_path, pictures):
+def test_rows_that_teach_nothing_are_passed_over_and_counted(tmp_path, pictures):
     rows = [said(), said(answer="it reads ASSISTANT: yes")]
     data = build_dataset(settings(write(tmp_path / "rows.json", rows), pictures), processor_of("vicuna_v1"))
     assert check_rows(data, None).without_labels == 1
-    data[1], data[0]
+    assert torch.equal(data[1]["input_ids"], data[0]["input_ids"])  # passed over
     assert data.counts() == {"skipped": 0, "cut": 0, "without_labels": 1}
 
 

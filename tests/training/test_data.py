@@ -1,0 +1,98 @@
+"""Fine-tuning on rows of a file: what the run reads, leaves out and saves, and going on where it stopped."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+from pmod_cli.checkpoints import convert
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+from pmod_cli.training.dataset import SKIPPED
+from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.run import finetune
+
+COLOURS = ("red", "green", "blue", "black", "yellow", "purple")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """24 rows: three of four with an image."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    made = []
+    for number in range(24):
+        colour = COLOURS[number % 6]
+        row = {
+            "conversations": [
+                {"from": "human", "value": "what colour?" + " is it" * (number % 5)},
+                {"from": "gpt", "value": colour},
+            ]
+        }
+        if number % 4:
+            Image.new("RGB", (32 + 8 * (number % 3), 32), colour).save(folder / f"{number}.png")
+            row["image"] = f"{number}.png"
+            row["conversations"][0]["value"] += "\n<image>"
+        made.append(row)
+    (tmp_path / "rows.json").write_text(json.dumps(made))
+    return tmp_path / "rows.json"
+
+
+@pytest.fixture(scope="module", params=["llava", "llava_next"])
+def routed(request, stock_model, tmp_path_factory):
+    target = tmp_path_factory.mktemp("routed") / "model"
+    convert(stock_model(request.param, "llama"), target, PmodSettings())
+    return target
+
+
+def settings_of(model, rows, *more):
+    own = [f"model.name={model}", "data.kind=llava", f"data.path={rows}", f"data.images={rows.parent / 'images'}"]
+    own += ["data.template=vicuna_v1", "train.batch_size=2", "train.learning_rate=1e-3", "train.log_steps=1"]
+    return load_settings(None, [*own, "train.report_to=none", "data.group_by_modality=true", *more])
+
+
+def weights(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_an_epoch_of_rows_with_and_without_images(routed, rows, tmp_path):
+    report = finetune(settings_of(routed, rows), tmp_path / "run")
+    assert report.status == "finished"
+    assert report.step == 12  # 18 rows with image and 6 without, two a step, never mixed
+    log = [json.loads(line) for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
+    assert sum(line.get("vision_tokens", 0) == 0 for line in log if "loss" in line) == 3
+    images = AutoProcessor.from_pretrained(tmp_path / "run").image_processor
+    assert hasattr(images, "image_grid_pinpoints") or images.do_pad  # LLaVA-1.5 is used as it was trained
+
+
+def test_a_stopped_run_goes_on_with_the_rows_it_has_not_seen(routed, rows, tmp_path):
+    """Stopped within the second epoch, whose order is another one."""
+    import os
+    import signal
+
+    settings = settings_of(routed, rows, "train.epochs=2", "train.save_steps=1000")
+    finetune(settings, tmp_path / "whole")
+
+    def stop(step):
+        if step.step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert finetune(settings, tmp_path / "parts", on_step=stop).status == "interrupted"
+    assert finetune(settings, tmp_path / "parts").status == "finished"
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_bad_rows_end_the_run_before_it_starts_or_are_left_out(routed, rows, tmp_path):
+    (rows.parent / "images" / "5.png").unlink()
+    with pytest.raises(
+        PmodError, match=r"1 of 24 rows looked at in .*rows.json cannot be used:\n  row 5: no such image"
+    ):
+        finetune(settings_of(routed, rows), tmp_path / "strict")
+    report = finetune(settings_of(routed, rows, "data.on_bad_row=skip"), tmp_path / "run")
+    assert report.status == "finished"
+    skipped = [json.loads(line) for line in (tmp_path / "run" / SKIPPED).read_text().splitlines()]
+    assert [line["row"] for line in skipped] == [5]

@@ -153,12 +153,13 @@ def visualize(
     items = visualization.find_items(images, image_folder)
     saved_other = Path(against) if against and Path(against).suffix == ".npz" else None
     ending = "svg" if svg else "png"
+    beside = [suffix for suffix, wanted in ((".html", html), (".npz", npz)) if wanted]
     is_batch = len(items) > 1 or items[0].path != images[0]  # a folder or a list of one picture is a batch too
     if is_batch:
         folder = out or Path(f"{images[0].resolve().stem if len(images) == 1 else 'pictures'}-pmod")
-        targets = visualization.folder_targets(items, folder, ending)
+        targets = visualization.folder_targets(items, folder, ending, beside)
     else:
-        targets = visualization.one_target(items[0], out, ending)
+        targets = visualization.one_target(items[0], out, ending, beside)
     visualization.check_pictures(items)
     visualization.check_saved(items, saved_other, settings)
     subject, other = None, saved_other
@@ -177,19 +178,17 @@ def visualize(
     elif against and not saved_other:
         raise PmodError(f"saved selections are compared with saved ones, not with {against}", hint="--against B.npz")
 
-    if is_batch:
-        folder.mkdir(parents=True, exist_ok=True)
-    run = visualization.run(items, settings, targets, subject=subject, against=other, html=html, npz=npz)
+    run = visualization.run(items, settings, targets, subject=subject, against=other, beside=beside)
     _report(run, len(items), folder / STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
 
 
 def _check_comparison(mode: str, against: str | None, against_question: str | None) -> None:
     if against is not None and against_question is not None:
         raise PmodError("--against and --against-question were both given", hint="compare with one of them at a time")
-    compares = against is not None or against_question is not None
-    if compares and mode != "compare":
-        raise PmodError(f"--mode {mode} compares nothing, yet --against was given", hint="--mode compare")
-    if mode == "compare" and not compares:
+    given = "--against" if against is not None else "--against-question" if against_question is not None else None
+    if given and mode != "compare":
+        raise PmodError(f"--mode {mode} compares nothing, yet {given} was given", hint="--mode compare")
+    if mode == "compare" and not given:
         raise PmodError("--mode compare: with what?", hint="--against MODEL or --against-question TEXT")
 
 

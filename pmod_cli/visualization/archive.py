@@ -30,6 +30,11 @@ def save_npz(record: SelectionRecord, path: Path) -> None:
     """Write the record; an existing file is replaced at once or not at all."""
     from pmod_cli.checkpoints.atomic import write_bytes
 
+    write_bytes(path, npz_bytes(record))
+
+
+def npz_bytes(record: SelectionRecord) -> bytes:
+    """The file's content."""
     about = {word: getattr(record, word) for word in WORDS}
     about |= {"format": FORMAT, "tile_grid": record.layout.tile_grid, "parts": [p.name for p in record.layout.parts]}
     arrays = {name: getattr(record, name) for name in PER_TOKEN + PER_LAYER}
@@ -41,7 +46,7 @@ def save_npz(record: SelectionRecord, path: Path) -> None:
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_npz(path: Path) -> SelectionRecord:

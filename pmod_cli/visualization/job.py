@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+from pmod_cli.checkpoints.atomic import write_files
 from pmod_cli.errors import PmodError
-from pmod_cli.visualization.archive import load_npz, save_npz
+from pmod_cli.visualization.archive import load_npz, npz_bytes
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
 from pmod_cli.visualization.figure import MODES, PARTS, draw
-from pmod_cli.visualization.html import save_html
+from pmod_cli.visualization.html import html_page
 from pmod_cli.visualization.images import LoadedImage, load_image
 from pmod_cli.visualization.inputs import Item
-from pmod_cli.visualization.page import save
+from pmod_cli.visualization.page import check_format, encode
 from pmod_cli.visualization.record import SelectionRecord, parse_layers
 from pmod_cli.visualization.statistics import in_common
 from pmod_cli.visualization.subjects import Subject
@@ -82,16 +82,15 @@ def run(
     *,
     subject: Subject | None,
     against: Subject | Path | None = None,
-    html: bool = False,
-    npz: bool = False,
+    beside: Sequence[str] = (),
 ) -> Iterator[Drawn]:
-    """Draw each item into its target, one by one.
+    """Draw each item into its target, one by one; the files of an item are written when all of them are made.
 
     Args:
-        targets: a picture's path for each item; the page and the arrays go beside it.
+        targets: a picture's path for each item. Its folder is made.
         subject: the model; None where every item is saved.
         against: what `compare` compares with: a model or a saved selection.
-        html, npz: also write the page, and the arrays.
+        beside: endings of files to write beside each picture: `.html` for the page, `.npz` for the arrays.
     """
     for item, target in zip(items, targets, strict=True):
         record = load_npz(item.path) if item.is_saved else _ask(subject, item, settings)
@@ -100,12 +99,12 @@ def run(
         figure = draw(
             record, layers, settings.mode, against=other, parts=settings.parts, answer_only=settings.answer_only
         )
-        files = [target]
-        save(figure, target)
-        for wanted, suffix, write in ((html, ".html", partial(save_html, layers=layers)), (npz, ".npz", save_npz)):
-            if wanted:
-                files.append(target.with_suffix(suffix))
-                write(record, files[-1])
+        files = {target: encode(figure, check_format(target))}
+        for ending in beside:
+            page = ending == ".html"
+            files[target.with_suffix(ending)] = html_page(record, layers=layers).encode() if page else npz_bytes(record)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_files(files)
         yield Drawn(item, record, other, layers, tuple(files))
 
 

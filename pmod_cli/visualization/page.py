@@ -90,12 +90,17 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         PmodError: another ending.
     """
+    from pmod_cli.checkpoints.atomic import write_bytes
+
+    write_bytes(path, encode(figure, check_format(path)))
+
+
+def encode(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of one of FORMATS."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from pmod_cli.checkpoints.atomic import write_bytes
-
-    kind, buffer = check_format(path), io.BytesIO()
+    buffer = io.BytesIO()
     # Hinting fits letters to the pixels of a screen; at the resolution of print it only takes time.
     with warnings.catch_warnings(), rc_context({"text.hinting": "no_hinting"}):
         # Letters that the font lacks are drawn as boxes; a line of log for each of them helps nobody.
@@ -107,7 +112,7 @@ def save(figure: Figure, path: Path) -> None:
             canvas.draw()
             drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
             drawn.save(buffer, "PNG", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi))
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def check_format(path: Path) -> str:

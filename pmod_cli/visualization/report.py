@@ -33,12 +33,13 @@ def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     for words, numbers in (
         ("kept tokens that the next layer keeps too", summary["neighbour_overlap"]),
         ("kept tokens that lie on the boxes", summary["kept_on_regions"]),
+        ("the same, against as many tokens of each part", summary["kept_on_regions_in_parts"]),
     ):
         if numbers:
             interval = ""
             if numbers["lift_95"]:
                 low, high = numbers["lift_95"]
-                interval = f" (95 % of {summary['images']} pictures: {low:.2f} … {high:.2f})"
+                interval = f" (95 % interval: {low:.2f} … {high:.2f})"
             yield (
                 f"{words}: {numbers['mean']:.1%}, by chance {numbers['by_chance']:.1%}, "
                 f"lift {numbers['lift']:.2f}{interval}"

@@ -1,6 +1,8 @@
 """What many selections have in common: overlap of neighbouring layers, and tokens on marked regions, against chance.
 
-Chance is the expected value for as many tokens drawn at random from all V, computed, not sampled.
+Chance is the expected value for as many tokens drawn at random from all V, computed, not sampled. LLaVA-NeXT's patches
+of the whole image are larger than those of the tiles and touch a region more often; so there is a second chance for
+regions: as many tokens drawn from each part as the layer keeps of it.
 """
 
 from __future__ import annotations
@@ -25,14 +27,15 @@ class ImageStatistics:
     Attributes:
         overlap, overlap_chance: float64 (L - 1,), share of the smaller selection that the next layer keeps too; NaN
             where one of the two layers is plain.
-        on_regions, on_regions_chance: float64 (L,), share of the kept tokens that lie on a region; NaN without regions
-            and for plain layers.
+        on_regions, on_regions_chance, on_regions_in_parts: float64 (L,), share of the kept tokens that lie on a region,
+            its two chances; NaN without regions and for plain layers, the last also where there is one part.
     """
 
     overlap: np.ndarray
     overlap_chance: np.ndarray
     on_regions: np.ndarray
     on_regions_chance: np.ndarray
+    on_regions_in_parts: np.ndarray
 
 
 def image_statistics(record: SelectionRecord) -> ImageStatistics:
@@ -45,7 +48,10 @@ def image_statistics(record: SelectionRecord) -> ImageStatistics:
     marked = tokens_on(record)
     known = record.routed & (counts > 0) & marked.any()
     share = np.where(known, kept[:, marked].sum(axis=1) / counts.clip(1), np.nan)
-    return ImageStatistics(overlap, chance, share, np.where(known, marked.mean(), np.nan))
+    groups = [tokens.ravel() for part in record.layout.parts for tokens in (part.tokens, part.newlines) if tokens.size]
+    drawn = sum(kept[:, tokens].sum(axis=1) * marked[tokens].mean() for tokens in groups)
+    in_parts = np.where(known & (len(groups) > 1), drawn / counts.clip(1), np.nan)
+    return ImageStatistics(overlap, chance, share, np.where(known, marked.mean(), np.nan), in_parts)
 
 
 def tokens_on(record: SelectionRecord) -> np.ndarray:
@@ -88,8 +94,8 @@ def summarise(images: Sequence[ImageStatistics], layers: Sequence[int], seed: in
         layers: which to count; of neighbours, pairs of which both are among them.
 
     Returns:
-        `neighbour_overlap` and `kept_on_regions` over all these layers, and each layer's own; None where a number has
-        no meaning: plain layers, images without regions.
+        `neighbour_overlap`, `kept_on_regions` and `kept_on_regions_in_parts` over all these layers, and each layer's
+        own; None where a number has no meaning: plain layers, images without regions.
 
     Raises:
         PmodError: the images were given to models of different depth.
@@ -99,18 +105,21 @@ def summarise(images: Sequence[ImageStatistics], layers: Sequence[int], seed: in
     pairs = [layer for layer in layers if layer + 1 in layers]
     overlap = _stack(images, "overlap", pairs), _stack(images, "overlap_chance", pairs)
     regions = _stack(images, "on_regions", layers), _stack(images, "on_regions_chance", layers)
+    in_parts = regions[0], _stack(images, "on_regions_in_parts", layers)
     return {
         "images": len(images),
         "neighbour_overlap": _compare(*overlap, seed),
         "images_with_regions": int(np.isfinite(regions[0]).any(axis=1).sum()),
         "kept_on_regions": _compare(*regions, seed),
+        "kept_on_regions_in_parts": _compare(*in_parts, seed),
         "layers": [
             {
                 "layer": layer,
                 "overlap_with_next": _compare(*(x[:, [p == layer for p in pairs]] for x in overlap), seed),
-                "kept_on_regions": _compare(*(x[:, [other == layer for other in layers]] for x in regions), seed),
+                "kept_on_regions": _compare(*(x[:, [column]] for x in regions), seed),
+                "kept_on_regions_in_parts": _compare(*(x[:, [column]] for x in in_parts), seed),
             }
-            for layer in layers
+            for column, layer in enumerate(layers)
         ],
     }
 
@@ -122,7 +131,7 @@ def _stack(images: Sequence[ImageStatistics], name: str, layers: Sequence[int]) 
 
 def _compare(values: np.ndarray, chance: np.ndarray, seed: int) -> dict[str, Any] | None:
     """Mean, chance and lift = mean / chance with its interval, of (images, layers); NaN entries are left out."""
-    known = np.isfinite(values).any(axis=1)
+    known = np.isfinite(values + chance).any(axis=1)
     if not known.any():
         return None
     of_image, by_chance = np.nanmean(values[known], axis=1), np.nanmean(chance[known], axis=1)

@@ -10,8 +10,11 @@ from pmod_cli.visualization.inputs import Item
 from pmod_cli.visualization.page import check_format
 
 
-def one_target(item: Item, out: Path | None, ending: str) -> list[Path]:
+def one_target(item: Item, out: Path | None, ending: str, beside: Sequence[str] = ()) -> list[Path]:
     """The picture of a single item: `out`, or `NAME-pmod.ENDING` here. Nothing is made yet.
+
+    Args:
+        beside: endings of what is written beside it.
 
     Raises:
         PmodError: it cannot be written there, or would replace what it is made from.
@@ -19,27 +22,30 @@ def one_target(item: Item, out: Path | None, ending: str) -> list[Path]:
     target = out or Path(f"{item.name}-pmod.{ending}")
     if not target.parent.is_dir():
         raise PmodError(f"{target}: there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
-    return _checked([target], [item])
+    return _checked([target], [item], beside)
 
 
-def folder_targets(items: Sequence[Item], folder: Path, ending: str) -> list[Path]:
+def folder_targets(items: Sequence[Item], folder: Path, ending: str, beside: Sequence[str] = ()) -> list[Path]:
     """A picture for each item in one folder, which need not be there yet.
+
+    Args:
+        beside: endings of what is written beside each.
 
     Raises:
         PmodError: the folder is a file, or a picture would replace what it is made from.
     """
     if folder.is_file() or folder.suffix.lower() in (".png", ".svg"):
         raise PmodError(f"{folder} is a file, expected a folder for {len(items)} pictures", hint="--out FOLDER")
-    return _checked([folder / f"{item.name}-pmod.{ending}" for item in items], items)
+    return _checked([folder / f"{item.name}-pmod.{ending}" for item in items], items, beside)
 
 
-def _checked(targets: list[Path], items: Sequence[Item]) -> list[Path]:
+def _checked(targets: list[Path], items: Sequence[Item], beside: Sequence[str]) -> list[Path]:
     sources = {item.path.resolve() for item in items}
     for target in targets:
         check_format(target)
-        if target.is_dir():
-            raise PmodError(f"{target} is a folder, expected a file to write", hint=f"-o {target / 'picture.png'}")
-        for written in (target, target.with_suffix(".npz"), target.with_suffix(".html")):
+        for written in (target, *(target.with_suffix(ending) for ending in beside)):
+            if written.is_dir():
+                raise PmodError(f"{written} is a folder, expected a file to write", hint="choose another with --out")
             if written.resolve() in sources:
                 raise PmodError(
                     f"{written} is the picture to look at, and would be replaced", hint="choose another with --out"

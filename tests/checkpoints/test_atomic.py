@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pmod_cli.checkpoints.atomic import staged_directory, write_json
+from pmod_cli.checkpoints.atomic import staged_directory, write_files, write_json
 from pmod_cli.errors import PmodError
 
 
@@ -79,6 +79,15 @@ def test_a_swap_killed_half_way_is_undone(tmp_path):
     with pytest.raises(PmodError, match="exists"), staged_directory(tmp_path / "target"):
         pass
     assert names(tmp_path / "target") == ["old"]
+
+
+def test_of_several_files_all_are_replaced_or_none(tmp_path):
+    write_files({tmp_path / "a": b"old", tmp_path / "b": b"old"})
+    with pytest.raises(FileNotFoundError):
+        write_files({tmp_path / "a": b"new", tmp_path / "none" / "b": b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old"
+    write_files({tmp_path / "a": b"new", tmp_path / "b": b"newer"})
+    assert [(tmp_path / name).read_bytes() for name in names(tmp_path)] == [b"new", b"newer"]
 
 
 def test_json_is_replaced_or_kept(tmp_path):

@@ -1,6 +1,8 @@
 """`pmod visualize` as a user runs it: stdout, stderr, exit code and what is on the disk."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -79,6 +81,7 @@ def test_json_and_quiet(ready, capsys):
         (["words.png"], "words.png: not an image", ""),
         (["img.png", "-o", "img.png"], "img.png is the picture to look at", "--out"),
         (["img.png", "-o", "a.pdf"], "a.pdf: pictures are written as .png or .svg", "a.png"),
+        (["img.png", "-o", "page.png", "--html"], "page.html is a folder, expected a file", "--out"),
         (["img.png", "-o", "no/a.png"], "there is no folder no", "mkdir -p no"),
         (["img.png", "-m", "stock"], "stock is a stock LLaVA", "pmod convert stock"),
         (["img.png", "-m", "./nowhere"], "there is no folder ./nowhere", "pmod convert"),
@@ -87,6 +90,7 @@ def test_json_and_quiet(ready, capsys):
 def test_bad_input_is_a_sentence(ready, stock_model, capsys, arguments, what, hint):
     (ready / "stock").symlink_to(stock_model())
     (ready / "words.png").write_text("no picture")
+    (ready / "page.html").mkdir()
     before = names(ready)
     options = [] if "-m" in arguments else ["--model", "routed"]
     assert call("visualize", *arguments, *options, "--device", "cpu") == 2
@@ -97,6 +101,65 @@ def test_bad_input_is_a_sentence(ready, stock_model, capsys, arguments, what, hi
     assert what in message
     assert hint in message
     assert names(ready) == before
+
+
+def test_rows_become_a_folder_with_statistics_and_are_drawn_again(ready, capsys):
+    """Rows with boxes into pictures, pages and arrays; the arrays again, without the model."""
+    ready.joinpath("rows.json").write_text(
+        json.dumps(
+            [
+                {"image": "img.png", "boxes": [[0, 0, 48, 32]], "conversations": [{"from": "human", "value": "what?"}]},
+                {"image": "img.png"},
+            ]
+        )
+    )
+    options = ("--device", "cpu", "--max-new-tokens", 0)
+    assert call("visualize", "rows.json", "--html", "--npz", "--model", "routed", *options) == 0
+    written = capsys.readouterr()
+    assert written.out.splitlines()[-1] == "wrote 2 pictures and rows-pmod/statistics.json"
+    assert "kept tokens that lie on the boxes: " in written.out
+    assert "as many tokens of each part" in written.out
+    made = [f"{name}{ending}" for name in ("img-2-pmod", "img-pmod") for ending in (".html", ".npz", ".png")]
+    assert names(ready / "rows-pmod") == [*made, "statistics.json"]
+    statistics = json.loads((ready / "rows-pmod/statistics.json").read_text())
+    assert (statistics["images"], statistics["images_with_regions"]) == (2, 1)
+    assert "what?" in (ready / "rows-pmod/img-pmod.html").read_text()
+
+    first, second = (f"rows-pmod/{name}.npz" for name in ("img-pmod", "img-2-pmod"))
+    assert call("visualize", first, "--mode", "depth", "-o", "rows-pmod/img-pmod.png", "-q") == 0  # beside its source
+    assert call("visualize", first, second, "--json", "-o", "again") == 0
+    output = capsys.readouterr().out
+    again = json.loads(output[output.index("{") :])
+    assert [image["question"] for image in again["images"]] == ["what?", "What is shown in this image?"]
+    assert again["statistics"] == statistics
+    assert call("visualize", first, "--against", second, "--layers", 3, "-o", "both.png") == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "100%"  # untrained routers: both keep the first
+
+
+def test_what_is_compared(ready, stock_model, capsys):
+    (ready / "stock").symlink_to(stock_model())
+    options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0, "--json", "-o", "a.png")
+    assert call("visualize", "img.png", "--against", "stock", *options) == 0
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    assert (image["against"]["chosen_by"], image["against"]["router_state"]) == ("attention", "stock")
+    assert [layer["kept_tokens"] for layer in image["against"]["layers"]] == [
+        layer["kept_tokens"] for layer in image["layers"]
+    ]
+    assert call("visualize", "img.png", "--against-question", "and that?", *options) == 0
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    assert image["against"]["question"] == "and that?"
+    assert [layer["in_common"] for layer in image["against"]["layers"]] == [1, 1, 1, 1]
+
+
+def test_the_example_of_the_documentation(workdir):
+    """docs/visualize.md, its Python as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "visualize.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    stock = checkpoints.resolve("tiny-llava-next").path
+    checkpoints.convert(stock, workdir / "checkpoints/tiny-llava-next-pmod", PmodSettings())
+    Image.effect_noise((96, 64), 90).convert("RGB").save(workdir / "img.png")
+    exec(compile(example, "visualize.md", "exec"), {})
+    assert names(workdir) == ["checkpoints", "img-pmod.html", "img-pmod.npz", "img-pmod.png", "img.png"]
 
 
 def test_without_a_checkpoint_convert_is_named(workdir, capsys):

@@ -190,6 +190,15 @@ def test_keyboard_and_themes(open_page):
     assert page.inner_text("#status").startswith("Layer 5: ")  # the arrows were the image's
 
 
+def test_the_address_names_a_layer(open_page):
+    page = open_page(anyres_record(84, 84, layers=6), layers=[1, 3, 5])
+    for address, layer in (("#3", 3), ("#1", 1), ("#2", 5), ("#x", 5)):
+        page.evaluate("address => { location.hash = address; }", address)
+        page.wait_for_function(
+            "words => document.querySelector('#status').innerText.startsWith(words)", arg=f"Layer {layer}:"
+        )
+
+
 def test_untrained_padded_and_chosen_layers(open_page):
     record = padded_record(84, 252, router_state="untrained", answer=None, notes=("first of 3 frames",))
     page = open_page(record, layers=[1, 3])

@@ -49,6 +49,26 @@ def test_share_on_regions_and_chance_as_drawn():
     assert statistics.on_regions_chance[0] == pytest.approx(np.mean(drawn), rel=0.1)
 
 
+def test_chance_within_parts():
+    """Only base patches kept, blind to the region: better than chance over all tokens, no better than within parts."""
+    record = replace(anyres_record(84, 168), regions=((40.0, 20.0, 60.0, 30.0),))
+    base, tiles = record.layout.parts
+    kept = np.zeros((4, record.layout.size), dtype=bool)
+    kept[:, base.tokens.ravel()] = True
+    kept[3, tiles.newlines] = True
+    statistics = image_statistics(replace(record, kept=kept, routed=np.array([False, True, True, True])))
+    on = tokens_on(record)
+    assert statistics.on_regions[1] == statistics.on_regions_in_parts[1] == on[base.tokens].mean()
+    assert statistics.on_regions_chance[1] == on.mean()
+    assert statistics.on_regions[3] == pytest.approx(statistics.on_regions_in_parts[3])
+    assert np.isnan(statistics.on_regions_in_parts[0])
+    one_part = image_statistics(planted([[13, 14]], regions=((7.0, 7.0, 21.0, 14.0),)))
+    assert np.isnan(one_part.on_regions_in_parts).all()
+    summary = summarise([statistics, statistics], range(4))
+    assert summary["kept_on_regions_in_parts"]["lift"] == pytest.approx(1)
+    assert summary["layers"][0]["kept_on_regions_in_parts"] is None
+
+
 def test_random_selections_have_a_lift_of_one():
     """The interval of the lift holds 1 for selections that are drawn at random."""
     random, images = np.random.default_rng(1), []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
@@ -18,7 +19,7 @@ class _RoutedSlots:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.valid: Tensor | None = None  # (B, slots) bool, None while every slot is real
+        self.valid: Tensor | None = None  # (B, slots or more) bool, True ahead; None while every slot is real
         self.skipped = 0  # tokens of the sequence, padding included, that have no slot
         self.croppable = 0  # slots at the end that stand for the last tokens of the sequence, one to one
         self._incoming: tuple[Tensor | None, int, int] = (None, 0, 0)
@@ -35,8 +36,12 @@ class _RoutedSlots:
             states: The tokens that are about to be processed; only shape, dtype and device are used.
             valid: `(B, M)` bool, or None if all of them are real.
         """
+        keys = self._keys_seen(valid, states)
+        if states.shape[1] == 1 and config._attn_implementation == "sdpa":
+            # Decoding: a single query sees whatever is there. Built here, as each layer of each step needs its own.
+            seen = self._seen_by_last(keys)
+            return None if seen is None else seen[:, None, None]
         view = self.view(states.shape[1])
-        keys = self._valid_with(valid, states)
         return create_causal_mask(config, states, keys, view, layer_idx=0, allow_is_causal_skip=keys is None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -49,8 +54,8 @@ class _RoutedSlots:
             raise ValueError(f"cannot crop {-tokens_to_remove} tokens: only {self.croppable} stand behind the image")
         super().crop(tokens_to_remove)
         self.croppable += tokens_to_remove
-        if self.valid is not None and tokens_to_remove < 0:
-            self.valid = self.valid[:, :tokens_to_remove]
+        if self.valid is not None:
+            self.valid = self.valid[:, : self.slots]  # what comes in the place of the dropped is real again
 
     def reset(self) -> None:
         super().reset()
@@ -89,18 +94,35 @@ class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         valid, skipped, croppable = self._incoming
-        self._incoming = (None, 0, 0)
-        whole = valid is None and not skipped
-        self.croppable = self.croppable + key_states.shape[-2] if whole else croppable
-        self.valid = self._valid_with(valid, key_states.transpose(1, 2))
-        self.skipped += skipped
+        if valid is None and not skipped:
+            self.croppable += key_states.shape[-2]
+        else:
+            self.croppable = croppable
+            self._incoming = (None, 0, 0)
+            self.skipped += skipped
+        if valid is not None:
+            self.valid = self._keys_seen(valid, valid)
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def _valid_with(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
-        if valid is None and self.valid is None:
-            return None
-        known = _ones(states, self.slots) if self.valid is None else self.valid
-        return torch.cat([known, _ones(states, states.shape[1]) if valid is None else valid], dim=1)
+    def _keys_seen(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
+        """`(B, slots + M)` bool: which slots will be real when `states` have arrived; None if all are."""
+        if valid is None:
+            return None if self.valid is None else self._known(self.slots + states.shape[1])
+        if self.valid is None:
+            known = torch.ones((len(valid), self.slots), dtype=torch.bool, device=valid.device)
+        else:
+            known = self._known(self.slots)
+        return torch.cat([known, valid], dim=1)
+
+    def _known(self, length: int) -> Tensor:
+        """`valid` of the first `length` slots. Grows ahead by blocks, so that a decoded token copies nothing."""
+        missing = length - self.valid.shape[1]
+        if missing > 0:
+            self.valid = F.pad(self.valid, (0, missing + 256), value=True)
+        return self.valid[:, :length]
+
+    def _seen_by_last(self, keys: Tensor | None) -> Tensor | None:
+        return keys
 
 
 class RoutedStaticLayer(_RoutedSlots, StaticLayer):
@@ -135,8 +157,15 @@ class RoutedStaticLayer(_RoutedSlots, StaticLayer):
             self.valid = torch.cat([valid, valid.new_ones((valid.shape[0], behind))], dim=1)
         return (key_states, value_states) if first else (keys, values)  # a prefill attends to itself: M x M
 
-    def _valid_with(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
+    def _keys_seen(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
         return self.valid if self.is_initialized else valid
+
+    def _seen_by_last(self, keys: Tensor | None) -> Tensor | None:
+        """`(B or 1, slots)` bool: the filled slots and the one that the query's own token will take."""
+        if not self.is_initialized:
+            return keys
+        filled = torch.arange(self.keys.shape[-2], device=self.keys.device)[None] <= self.slots
+        return filled if keys is None else filled & keys
 
 
 class _Slots(NamedTuple):
@@ -174,7 +203,3 @@ def routed_cache_layer(cache: Cache, layer_idx: int) -> RoutedDynamicLayer | Rou
         raise ValueError(f"{type(layer).__name__} is not supported in a p-MoD layer: use a dynamic or static cache")
     cache.layers[layer_idx] = routed
     return routed
-
-
-def _ones(like: Tensor, length: int) -> Tensor:
-    return torch.ones((like.shape[0], length), dtype=torch.bool, device=like.device)

@@ -33,10 +33,13 @@ class SelectionRecord:
     vision_mask: Tensor | None = None
 
     def add(self, layer: int, routing, gathered, weight: Tensor, logit: Tensor) -> None:
-        """Called by a routed layer while it runs."""
-        kept = torch.zeros_like(routing.target)
-        valid = torch.ones_like(gathered.index, dtype=torch.bool) if gathered.valid is None else gathered.valid
-        kept.scatter_(1, gathered.index, valid)
+        """Called by a routed layer while it runs; `gathered` is None where it processes every token."""
+        if gathered is None:
+            kept = routing.rank_base >= 0
+        else:
+            kept = torch.zeros_like(routing.target)
+            valid = torch.ones_like(gathered.index, dtype=torch.bool) if gathered.valid is None else gathered.valid
+            kept.scatter_(1, gathered.index, valid)
         self.vision_mask = routing.target
         self.layers[layer] = Selection(
             kept, weight.detach().clone(), logit.detach().clone(), (kept & routing.target).sum(dim=1)

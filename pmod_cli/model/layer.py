@@ -16,7 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import routed_cache_layer
-from .routing import Gathered, Routing, token_weights
+from .routing import Routing, token_weights
 from .settings import PmodSettings
 
 
@@ -43,6 +43,7 @@ class RoutedLayer:
             routed: Whether the layer has a router.
         """
         self.ratio = ratio
+        self.selects = routed and ratio < 1  # at ratio 1 a router only weighs: the layer's tokens stay as they stand
         self.weight_norm = settings.weight_norm
         self.string = settings.string
         like = self.input_layernorm.weight
@@ -67,20 +68,20 @@ class RoutedLayer:
             routing: Of this prefill, or None in a step without vision tokens.
             step_valid: `(B, N)` bool, real tokens of a later step that has padding; else None.
         """
-        cache_layer = None
-        if self.router is not None and past_key_values is not None:
-            cache_layer = routed_cache_layer(past_key_values, self.self_attn.layer_idx)
         if routing is not None and self.router is not None:
             return self._routed_forward(
-                hidden_states, routing, position_embeddings, past_key_values, cache_layer, **kwargs
+                hidden_states, routing, attention_mask, position_embeddings, past_key_values, **kwargs
             )
-        if self.router is not None and self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.router is not None:
             # Text-only step: the router takes part with weight zero, or distributed training would wait for it. Here,
             # since FSDP2 has a layer's weights at hand only while the layer runs.
             hidden_states = hidden_states + 0.0 * self.router(hidden_states[:, :1])
-        if cache_layer is not None and (cache_layer.skipped or cache_layer.valid is not None):
-            attention_mask = cache_layer.own_mask(self.self_attn.config, hidden_states, step_valid)
-            cache_layer.expect(step_valid)
+        if self.selects and past_key_values is not None:
+            cache_layer = routed_cache_layer(past_key_values, self.self_attn.layer_idx)
+            if cache_layer.skipped or cache_layer.valid is not None:
+                attention_mask = cache_layer.own_mask(self.self_attn.config, hidden_states, step_valid)
+            if step_valid is not None:
+                cache_layer.expect(step_valid)
         return super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -95,34 +96,36 @@ class RoutedLayer:
         self,
         hidden_states: Tensor,  # (B, N, D)
         routing: Routing,
+        attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Cache | None,
-        cache_layer,
         **kwargs,
     ) -> Tensor:
+        layer_idx = self.self_attn.layer_idx
         logits = self.router(hidden_states).squeeze(-1)  # (B, N)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = token_weights(logits, routing.target, self.weight_norm)  # (B, N)
-        layer_idx = self.self_attn.layer_idx
-        gathered = routing.gather_plan(weights, self.ratio, layer_idx)
+        scale = weights.to(hidden_states.dtype).unsqueeze(-1)  # (B, N, 1)
+        gathered = routing.gather_plan(weights, self.ratio, layer_idx) if self.selects else None
         if routing.recorder is not None:
             routing.recorder.add(layer_idx, routing, gathered, weights, logits)
-        scale = weights.to(hidden_states.dtype).unsqueeze(-1)  # (B, N, 1)
-
-        index = gathered.index.unsqueeze(-1)  # (B, M, 1)
+        if gathered is None:
+            return self._process(hidden_states, scale, attention_mask, position_embeddings, past_key_values, **kwargs)
+        index, valid = gathered.index.unsqueeze(-1), gathered.valid  # (B, M, 1)
         x, x_scale = _take(hidden_states, index), scale.gather(1, index)
-        kept = self._process(
-            x,
-            x_scale,
-            tuple(_take(table.expand(len(hidden_states), -1, -1), index) for table in position_embeddings),
-            gathered,
-            routing,
-            past_key_values,
-            cache_layer,
-            **kwargs,
-        )
-        if gathered.valid is not None:  # fillers keep the value of a skipped token
-            kept = torch.where(gathered.valid.unsqueeze(-1), kept, x * x_scale if self.string else x)
+        # Causality is all the mask there is: fillers stand last. No position_ids: gaps in them would be read as the
+        # borders of packed sequences; the rotary tables carry them.
+        if past_key_values is None:
+            mask = create_causal_mask(self.self_attn.config, x, None, None)
+        else:
+            cache_layer = routed_cache_layer(past_key_values, layer_idx)
+            mask = cache_layer.own_mask(self.self_attn.config, x, None)
+            croppable = 0 if routing.padded or valid is not None else routing.tail
+            cache_layer.expect(valid, hidden_states.shape[1] - x.shape[1], croppable)
+        tables = tuple(_take(table.expand(len(x), -1, -1), index) for table in position_embeddings)
+        kept = self._process(x, x_scale, mask, tables, past_key_values, **kwargs)
+        if valid is not None:  # fillers are skipped tokens
+            kept = torch.where(valid.unsqueeze(-1), kept, x * x_scale if self.string else x)
         skipped = hidden_states * scale if self.string else hidden_states.clone()
         return skipped.scatter_(1, index.expand(-1, -1, hidden_states.shape[-1]), kept)
 
@@ -130,25 +133,15 @@ class RoutedLayer:
         self,
         x: Tensor,  # (B, M, D)
         scale: Tensor,  # (B, M, 1)
+        attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
-        gathered: Gathered,
-        routing: Routing,
         past_key_values: Cache | None,
-        cache_layer,
         **kwargs,
     ) -> Tensor:
-        """Attention and MLP over the gathered tokens, `(B, M, D)`."""
-        num_tokens = routing.target.shape[1]
-        config = self.self_attn.config
-        if cache_layer is None:
-            mask = create_causal_mask(config, x, gathered.valid, None, allow_is_causal_skip=gathered.valid is None)
-        else:
-            mask = cache_layer.own_mask(config, x, gathered.valid)
-            cache_layer.expect(gathered.valid, num_tokens - x.shape[1], 0 if routing.padded else routing.tail)
-        # No position_ids: gaps in them would be read as the borders of packed sequences. Rotary tables carry them.
+        """Attention and the weighted MLP, `(B, M, D)`."""
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(x),
-            attention_mask=mask,
+            attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_embeddings=position_embeddings,
             **kwargs,

@@ -141,7 +141,7 @@ class RoutedLlava:
                 recorder=decoder.selection_recorder,
             )
             if any(num_vision for num_vision, *_ in routing.counts):
-                routing.prepare(layer.ratio for layer in decoder.layers if layer.router is not None)
+                routing.prepare(layer.ratio for layer in decoder.layers if layer.selects)
             else:
                 routing = None
         return super().forward(

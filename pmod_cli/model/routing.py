@@ -35,11 +35,11 @@ def token_weights(logits: Tensor, target: Tensor, norm: tuple[str, float, float]
 
 @dataclass(frozen=True)
 class Gathered:
-    """The tokens of one layer, in their order in the row.
+    """The tokens of one layer.
 
     Attributes:
-        index: `(B, M)` int64, positions in the row, ascending.
-        valid: `(B, M)` bool, or None if all are: False marks fillers of rows that keep fewer than M tokens.
+        index: `(B, M)` int64, positions in the row: those of kept tokens ascending, then those of fillers, ascending.
+        valid: `(B, M)` bool, or None if all are: False marks the fillers of rows that keep fewer than M tokens.
     """
 
     index: Tensor
@@ -47,10 +47,10 @@ class Gathered:
 
 
 class Lengths(NamedTuple):
-    """How many tokens a retention ratio leaves: `longest` row (M), and `rows`, `(B, 1)`, or None if all are as long."""
+    """What a retention ratio leaves: tokens of the longest row (M), and fillers, `(B, M)` bool, or None without any."""
 
     longest: int
-    rows: Tensor | None
+    filler: Tensor | None
 
 
 @dataclass
@@ -125,15 +125,17 @@ class Routing:
         for ratio in ratios:
             if ratio not in self._lengths:
                 rows = [others + kept for (_, others, _), kept in zip(self.counts, self.kept(ratio), strict=True)]
-                ragged = min(rows) < max(rows)
-                on_device = torch.tensor(rows, device=self.target.device)[:, None] if ragged else None
-                self._lengths[ratio] = Lengths(max(rows), on_device)
+                longest, filler = max(rows), None
+                if min(rows) < longest:
+                    ends = torch.tensor(rows, device=self.target.device)[:, None]
+                    filler = torch.arange(longest, device=self.target.device) >= ends
+                self._lengths[ratio] = Lengths(longest, filler)
 
     def gather_plan(self, weights: Tensor, ratio: float, layer: int) -> Gathered:
         """The tokens that a layer processes: all text and, per row, the K routed tokens of largest weight.
 
         Ties go to the lowest position. Rows that keep fewer than the longest are filled up with their next-ranked
-        tokens, padding last, so that at ratio 1 the batch is gathered exactly as it stands.
+        tokens, padding last. Fillers stand behind the kept tokens, where causal attention hides them without a mask.
 
         Args:
             weights: `(B, N)` float, see `token_weights`.
@@ -141,11 +143,14 @@ class Routing:
             layer: Its index; seeds the random control.
         """
         self.prepare([ratio])
-        longest, rows = self._lengths[ratio]
+        longest, filler = self._lengths[ratio]
         scores = self._scores(weights, ratio, layer) + self.rank_base
         order = scores.argsort(dim=1, descending=True, stable=True)  # (B, N): text, routed by weight, padding
-        index, rank = order[:, :longest].sort(dim=1)  # (B, M), positions ascending, and where each stood in `order`
-        return Gathered(index, None if rows is None else rank < rows)
+        index = order[:, :longest]
+        if filler is None:
+            return Gathered(index.sort(dim=1).values, None)
+        behind = filler * self.target.shape[1]
+        return Gathered((index + behind).sort(dim=1).values - behind, ~filler)
 
     def _scores(self, weights: Tensor, ratio: float, layer: int) -> Tensor:
         """What routed tokens are ranked by: router weights, or a control's score of the routed token's ordinal."""

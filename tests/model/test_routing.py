@@ -31,8 +31,8 @@ def test_gather_plan_of_unequal_rows():
     assert routing.padded
     weights = torch.tensor([[1, 0.9, 1.1, 1.0, 1], [1, 0.9, 1.1, 1, 1]])
     plan = routing.gather_plan(weights, 0.7, layer=0)
-    assert plan.index.tolist() == [[0, 2, 3, 4], [0, 1, 2, 3]]
-    assert plan.valid.tolist() == [[True] * 4, [True, False, True, True]]
+    assert plan.index.tolist() == [[0, 2, 3, 4], [0, 2, 3, 1]]
+    assert plan.valid.tolist() == [[True] * 4, [True, True, True, False]]
 
 
 def test_equal_rows_need_no_mask_and_ratio_zero_keeps_text():

@@ -1,5 +1,6 @@
 """A look at the data before the first step: a sample, or every row."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ def check_rows(
     rows: Rows,
     sample: int | None = SAMPLE,
     *,
-    workers: int = 0,
+    workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
     """Read rows, decode their images and tokenize them; nothing is raised for a bad row.
@@ -65,12 +66,14 @@ def check_rows(
     Args:
         rows: the data set.
         sample: number of rows to look at; None looks at all.
-        workers: processes beside this one.
+        workers: processes beside this one; None takes one a core where there are many rows to look at.
         on_progress: is told of rows done, and of how many.
     """
     count = len(rows) if sample is None else min(sample, len(rows))
     chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(np.int64))
     parts = np.array_split(chosen, max(1, len(chosen) // 256))
+    if workers is None:
+        workers = (os.cpu_count() or 1) if len(parts) >= 8 else 0
     report = DataReport(len(rows))
     look = partial(_look, rows)
     if workers:

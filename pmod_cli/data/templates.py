@@ -11,6 +11,7 @@ The templates and the labels are those of the published LLaVA code (``llava/conv
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +91,12 @@ def renderer(name: str, processor: "ProcessorMixin") -> Callable[[Sequence[Turn]
         blank_line = tokenizer.convert_tokens_to_ids("\n\n")  # None, or unknown, in Llama 3's own vocabulary
         learned = [tokenizer.convert_tokens_to_ids(token) for token in LLAMA3_SPECIAL]
         learned += [blank_line] if blank_line not in (None, tokenizer.unk_token_id) else []
-        return lambda turns: _headed(turns, LLAMA3, learned)
+        return partial(_headed, style=LLAMA3, learned=learned)
     if name == "qwen":
         _require(tokenizer, name, QWEN_SPECIAL)
         learned = [tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIAL]
-        return lambda turns: _headed(turns, QWEN, [*learned, *tokenizer("\n", add_special_tokens=False).input_ids])
+        learned += tokenizer("\n", add_special_tokens=False).input_ids
+        return partial(_headed, style=QWEN, learned=learned)
     raise PmodError(f"unknown conversation template {name!r}: expected one of {', '.join(TEMPLATES)}")
 
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,8 +67,15 @@ def test_rows_of_a_file_are_those_of_json(tmp_path, pictures, monkeypatch, lines
     assert [data.source[i] for i in range(6)] == [from_llava(row) for row in rows]
     words = [sum(len(turn["value"].split()) for turn in row["conversations"]) for row in rows]
     assert data.lengths.tolist() == [n if "image" in row else -n for n, row in zip(words, rows, strict=True)]
-    again = pickle.loads(pickle.dumps(data))
-    assert torch.equal(again[2]["input_ids"], data[2]["input_ids"])
+
+
+@pytest.mark.parametrize("template", ["auto", "vicuna_v1", "mistral", "llama3", "qwen"])
+def test_rows_can_be_sent_to_another_process(tmp_path, template):
+    data = build_dataset(settings(write(tmp_path / "rows.json", [said()]), template=template), processor_of(template))
+    again = ForkingPickler.loads(
+        ForkingPickler.dumps(data)
+    )  # as a DataLoader's workers get them where they are spawned
+    assert torch.equal(again[0]["labels"], data[0]["labels"])
 
 
 def test_the_index_is_cached_and_follows_the_file(tmp_path, monkeypatch):

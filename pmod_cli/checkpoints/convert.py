@@ -24,6 +24,7 @@ from pmod_cli.checkpoints.layouts.to_published import tower_folder
 from pmod_cli.checkpoints.options import ConversionReport, Options
 from pmod_cli.checkpoints.plan import ROUTERS, Plan, make_plan
 from pmod_cli.checkpoints.routers import write_routers
+from pmod_cli.checkpoints.verify import verify
 from pmod_cli.checkpoints.writing import place, stream
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
@@ -38,6 +39,7 @@ def convert(
     options: Options | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     origin: str | None = None,
     progress: Callable[[int], None] = lambda written: None,
@@ -51,6 +53,7 @@ def convert(
         settings: Schedule, weight norm and the rest; None keeps those of a p-MoD checkpoint.
         options: Layout, dtype and the rest.
         overwrite: Replace an existing target.
+        resume: Keep an existing target if it was made of the same files in the same way.
         dry_run: Check everything and write nothing.
         origin: What to name as the source instead of the folder, such as `repository@commit`.
         progress: Told the bytes of each piece of weights that is written.
@@ -61,12 +64,14 @@ def convert(
     """
     target, options = Path(target), options or Options()
     folder = source.folder if isinstance(source, Source) else Path(source)
-    check_target(folder, target, overwrite)
+    check_target(folder, target, overwrite or resume)
     read = source if isinstance(source, Source) else read_source(folder, options)
     _refuse_same_again(read, options)
     plan = make_plan(read, settings, options)
     report = _report(plan, target, origin or str(folder))
     _check_space(report, target)
+    if resume and target.exists():
+        return _finished(report, plan, target)
     if dry_run:
         return report
     with staged_directory(target, overwrite=overwrite) as staging:
@@ -85,6 +90,8 @@ def convert(
         write_json(staging / files.CONFIG, plan.config)
         report = _with_files(report, ways, staging)
         write_json(staging / PROVENANCE, _provenance(report, plan))
+        if options.verify:
+            report = replace(report, verified=verify(plan, staging))
     return report
 
 
@@ -168,6 +175,23 @@ def _check_space(report: ConversionReport, target: Path) -> None:
             f"{_existing(target)} has {report.free_bytes / 1e9:.1f} GB free, and this needs {needed / 1e9:.1f} GB",
             hint="choose another disk with --out",
         )
+
+
+def _finished(report: ConversionReport, plan: Plan, target: Path) -> ConversionReport:
+    """The report of a target that is there already.
+
+    Raises:
+        PmodError: it was made of something else, or otherwise.
+    """
+    there, wanted = files.read_json(target / PROVENANCE), json.loads(json.dumps(_provenance(report, plan)))
+    changed = [key for key in wanted if key not in ("made_by", "made_at", "versions") and there.get(key) != wanted[key]]
+    if changed:
+        raise PmodError(
+            f"{target} exists and was made otherwise: {', '.join(changed)} differ",
+            hint="replace it with --overwrite, or choose another folder with --out",
+        )
+    report = replace(report, notes=[*report.notes, f"{target} was there already, made the same way: kept"])
+    return replace(report, verified=verify(plan, target)) if plan.options.verify else report
 
 
 def _copy_companion(path: Path, target: Path) -> None:

@@ -67,8 +67,12 @@ def read_json(path: Path) -> dict:
             raise PmodError(f"{path} names {twice!r} twice", hint=FETCH)
         return value
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
     except FileNotFoundError:
         raise PmodError(f"{path.parent} has no {path.name}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
@@ -193,7 +197,18 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             values = torch.load(path, map_location="cpu", weights_only=True)
         lies = {name: _lies_whole(tensor) for name, tensor in values.items()}
         loaded = {} if all(lies.values()) else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        raise
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PmodError(
             f"{path} is pickled, and loading such a pickle can run any code; torch's safe reader says: {first}",

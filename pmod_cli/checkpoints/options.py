@@ -26,6 +26,7 @@ class Options:
         seed: Of `normal`.
         vision_tower: Folder or hub id of the tower, instead of the one that an original checkpoint names.
         tokenizer: Folder of the tokenizer, for a checkpoint that has none.
+        verify: Read again what was written and compare it with its source.
         offline: Do not use the network.
 
     Raises:
@@ -40,6 +41,7 @@ class Options:
     seed: int = 0
     vision_tower: str | None = None
     tokenizer: Path | None = None
+    verify: bool = False
     offline: bool = False
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ pmod convert llava-next-7b
 pmod convert tiny-llava-next -o tiny-pmod
 pmod convert ./my-llava --schedule linear --target-retention 0.5
 pmod convert llava-1.5-7b --target-flops 0.55 --dry-run
-pmod convert liuhaotian/llava-v1.5-7b --dtype bfloat16
+pmod convert liuhaotian/llava-v1.5-7b --dtype bfloat16 --verify
 pmod convert MCG-NJU/p-MoD-LLaVA-NeXT-7B
 pmod convert ./my-pmod --to published -o my-pmod-for-the-authors-code
 pmod convert --list
@@ -127,6 +127,12 @@ def convert(
     symlink: Annotated[
         bool, typer.Option("--symlink", help="Point to unchanged weight files instead.", rich_help_panel=RESULT)
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read the result again: bytes, shapes, one forward pass.", rich_help_panel=RESULT
+        ),
+    ] = False,
     vision_tower: Annotated[
         str | None,
         typer.Option(
@@ -139,6 +145,9 @@ def convert(
     ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List the aliases and stop.")] = False,
     overwrite: OverwriteOpt = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is there if it was made the same way, else refuse.")
+    ] = False,
     dry_run: DryRunOpt = False,
     seed: SeedOpt = 0,
     as_json: JsonOpt = False,
@@ -169,6 +178,7 @@ def convert(
         seed=seed,
         vision_tower=vision_tower,
         tokenizer=tokenizer,
+        verify=verify,
         offline=offline,
     )
     wanted = {
@@ -192,12 +202,20 @@ def convert(
         "checkpoints",
         f"{found.alias or (found.repo or str(found.path.resolve())).split('/')[-1]}-{to}",
     )
-    checkpoints.check_target(found.path, target, overwrite)
+    checkpoints.check_target(found.path, target, overwrite or resume)
     source = checkpoints.read_source(found.path, options)
     settings = choose_settings(wanted, target_flops, source)
     with view.written_bytes() as written:
         report = checkpoints.convert(
-            source, target, settings, options, overwrite=overwrite, dry_run=dry_run, origin=origin, progress=written
+            source,
+            target,
+            settings,
+            options,
+            overwrite=overwrite,
+            resume=resume,
+            dry_run=dry_run,
+            origin=origin,
+            progress=written,
         )
     if not dry_run and to in ("pmod", "stock"):
         state.record_current(target)

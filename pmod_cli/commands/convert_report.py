@@ -70,7 +70,7 @@ def print_next(report: ConversionReport, *, tiny: bool) -> None:
     """What the user has to know, and the command that follows."""
     for note in report.notes:
         output.note(f"note: {note}")
-    if report.router_state == "untrained":
+    if report.to == "pmod" and report.router_state == "untrained":
         output.note("next: pmod finetune --recipe tiny" if tiny else "next: pmod finetune")
         output.note("  the routers are untrained: every token ties, so what is kept now means nothing yet")
     elif report.to == "pmod":

@@ -2,12 +2,7 @@
 
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -215,48 +210,3 @@ def test_a_router_on_a_plain_layer_is_not_dropped(stock_model, tmp_path):
     edit(target / CONFIG, pmod=PmodSettings(schedule="list", values=(1.0, 1.0, 0.5, 0.5)).to_dict())
     with pytest.raises(PmodError, match=r"calls plain.*layers\.1\.router"):
         load_model(target)
-
-
-def kill_and_convert_again(source: Path, target: Path, seed: int) -> bool:
-    """Kill a conversion at a random moment; True if it had finished. A second run has to end whole."""
-    code = """
-import sys
-from pathlib import Path
-from pmod_cli.checkpoints import convert
-from pmod_cli.model import PmodSettings
-print("ready", flush=True)
-convert(Path(sys.argv[1]), Path(sys.argv[2]), PmodSettings(), overwrite=True)
-"""
-    run = subprocess.Popen([sys.executable, "-c", code, str(source), str(target)], stdout=subprocess.PIPE)
-    assert run.stdout.readline() == b"ready\n"
-    time.sleep(random.Random(seed).uniform(0, 0.06))
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    run.stdout.close()
-    finished = target.exists()
-    if finished:
-        read_tensors(target)
-        assert (target / PROVENANCE).exists()
-    convert(source, target, PmodSettings(), overwrite=True)
-    read_tensors(target)
-    assert [path.name for path in target.parent.iterdir()] == [target.name]
-    return finished
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment(seed, stock_model, tmp_path):
-    kill_and_convert_again(stock_model(max_shard_size="60KB"), tmp_path / "pmod", seed)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("existing", [False, True])
-def test_killed_at_any_moment_soak(existing, stock_model, tmp_path):
-    """50 kills each: of a first conversion, and of one that replaces an older one, which then stays whole."""
-    source, finished = stock_model(max_shard_size="60KB"), 0
-    for seed in range(50):
-        target = tmp_path / str(seed) / "pmod"
-        target.parent.mkdir()
-        if existing:
-            convert(source, target, PmodSettings(shift=0.4))
-        finished += kill_and_convert_again(source, target, seed)
-    assert finished < 50 or existing, "every run finished before it was killed: nothing was tested"

@@ -30,9 +30,9 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
     if is_original(config):
         return read_original(folder, config, options)
     model_type = config.get("model_type")
-    if model_type in KINDS or model_type in [ours for ours, _ in KINDS.values()]:
+    if model_type in [*KINDS, *(ours for ours, _ in KINDS.values())]:
         return read_huggingface(folder, config)
-    if model_type in DECODERS:
+    if model_type in list(DECODERS):
         raise PmodError(f"{where}: mm_vision_tower is absent, so this is a language model without its vision part")
     known = [*KINDS, *(ours for ours, _ in KINDS.values()), *(name for name in DECODERS if name not in KINDS)]
     raise PmodError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(known)}")

@@ -54,7 +54,8 @@ EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_hea
 
 def is_original(config: dict) -> bool:
     """Whether a config.json is of this layout: `llava` is both layouts' name, and only one of them has sections."""
-    return config.get("model_type") in DECODERS and "text_config" not in config and "mm_vision_tower" in config
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in DECODERS and "text_config" not in config and "mm_vision_tower" in config
 
 
 def read_original(folder: Path, config: dict, options: Options) -> Source:
@@ -170,7 +171,7 @@ def _image_config(config: dict, where: Path) -> dict:
         raise PmodError(f"{where}: mm_use_im_start_end is true; start and end tokens of images are not supported")
     strategies = {"patch": "default", "cls_patch": "full"}
     feature = config.get("mm_vision_select_feature", "patch")
-    if feature not in strategies:
+    if not isinstance(feature, str) or feature not in strategies:
         raise PmodError(f"{where}: mm_vision_select_feature is {feature!r}, expected 'patch' or 'cls_patch'")
     layer = config.get("mm_vision_select_layer", -2)
     if isinstance(layer, bool) or not isinstance(layer, int):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
+from pmod_cli.checkpoints.layouts.values import check_values
 from pmod_cli.errors import PmodError
 
 # What a config.json leaves out is its class's default.
@@ -18,10 +19,12 @@ _CLIP_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
+    "num_attention_heads": 12,
     "num_channels": 3,
     "image_size": 224,
     "patch_size": 32,
 }
+EMBEDDING = "language_model.model.embed_tokens.weight"
 _AT_MOST = 10**7
 
 
@@ -31,8 +34,7 @@ def size(config: Mapping[str, Any], key: str, where: object, default: int | None
     Raises:
         PmodError: it is absent without a default, or something else.
     """
-    value = config.get(key)
-    value = default if value is None else value
+    value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _AT_MOST:
         raise PmodError(f"{where}: {key} is {value!r}, expected a whole number above 0")
     return value
@@ -50,12 +52,14 @@ def section(config: Mapping[str, Any], key: str, where: object) -> dict:
 def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
     """Names (canonical) and shapes of a Llama, Mistral or Qwen2 decoder with its lm_head."""
     kind = text.get("model_type") or "llama"
-    text = _DECODER_DEFAULTS[kind] | {key: value for key, value in text.items() if value is not None}
+    nullable = ("head_dim", "num_key_value_heads")
+    text = {key: value for key, value in text.items() if value is not None or key not in nullable}
+    text = _DECODER_DEFAULTS[kind] | text
     hidden, inner = size(text, "hidden_size", where, 4096), size(text, "intermediate_size", where)
     vocabulary, heads = size(text, "vocab_size", where), size(text, "num_attention_heads", where, 32)
     kv_heads = size(text, "num_key_value_heads", where, 32 if kind == "qwen2" else heads)
     head = size(text, "head_dim", where, max(hidden // heads, 1))
-    if hidden % heads and "head_dim" not in text:
+    if hidden % heads:
         raise PmodError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     if heads % kv_heads:
         raise PmodError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
@@ -77,7 +81,7 @@ def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[in
     if kind == "llama" and text.get("mlp_bias"):
         layer |= {f"mlp.{name}_proj.bias": layer[f"mlp.{name}_proj.weight"][:1] for name in ("gate", "up", "down")}
     shapes = {
-        "language_model.model.embed_tokens.weight": (vocabulary, hidden),
+        EMBEDDING: (vocabulary, hidden),
         "language_model.model.norm.weight": (hidden,),
     }
     if not text.get("tie_word_embeddings"):
@@ -89,11 +93,13 @@ def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[in
 
 def clip_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
     """Names (canonical) and shapes of a CLIP vision tower."""
-    vision = _CLIP_DEFAULTS | {key: value for key, value in vision.items() if value is not None}
+    vision = _CLIP_DEFAULTS | vision
     hidden, inner, channels, side, patch = (
         size(vision, key, where)
         for key in ("hidden_size", "intermediate_size", "num_channels", "image_size", "patch_size")
     )
+    if hidden % (heads := size(vision, "num_attention_heads", where)):
+        raise PmodError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     layer = {f"self_attn.{name}.weight": (hidden, hidden) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     layer |= {"layer_norm1.weight": (hidden,), "layer_norm2.weight": (hidden,)}
     layer |= {"mlp.fc1.weight": (inner, hidden), "mlp.fc2.weight": (hidden, inner)}
@@ -143,7 +149,12 @@ def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: obj
         PmodError: a tensor is absent, has another shape, is no floating-point number, or belongs to no such model.
     """
     by_name = {canonical(name): tensor for name, tensor in found.items()}
+    section(config, "text_config", where), section(config, "vision_config", where)
+    check_values(config, where)
     expected = expected_shapes(config, where)
+    image, rows = config.get("image_token_index", config.get("image_token_id")), expected[EMBEDDING][0]
+    if image is not None and not 0 <= image < rows:
+        raise PmodError(f"{where}: image_token_index {image} is no row of an embedding of {rows} rows")
     for name, shape in expected.items():
         if name not in by_name:
             continue

@@ -1,0 +1,137 @@
+"""What may stand in a stock config beside its sizes, held to before anything is written: loading comes much later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pmod_cli.errors import PmodError
+
+_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "tanh")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _token(value: object) -> bool:
+    return value is None or (_whole(value) and -1 <= value < 2**31)
+
+
+def _pinpoints(value: object) -> bool:
+    pairs = (
+        isinstance(value, list) and len(value) > 0 and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    )
+    return pairs and all(_whole(side) and 0 < side <= 10**6 for pair in value for side in pair)
+
+
+_POSITIVE = (lambda value: _number(value) and 0 < value < 1e12, "a number above 0")
+_SMALL = (lambda value: isinstance(value, float) and 0 < value < 1e12, "a number above 0 such as 1e-5")
+_SHARE = (lambda value: _number(value) and 0 <= value <= 1, "a number in 0 ... 1")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_ACTIVATION = (lambda value: isinstance(value, str) and value in _ACTIVATIONS, f"one of {', '.join(_ACTIVATIONS)}")
+_TOKEN = (_token, "a token id")
+_TOKENS = (
+    lambda value: _token(value) or (isinstance(value, list) and all(map(_token, value))),
+    "a token id or several",
+)
+_OBJECT = (lambda value: isinstance(value, dict), "an object")
+_COUNT = (lambda value: _whole(value) and 0 < value < 2**31, "a whole number above 0")
+
+_NULLABLE = (
+    "dtype",
+    "head_dim",
+    "image_token_id",
+    "max_window_layers",
+    "rope_parameters",
+    "rope_scaling",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+Check = tuple[Callable[[object], bool], str]
+TEXT: dict[str, Check] = {
+    "rms_norm_eps": _SMALL,
+    "rope_theta": _POSITIVE,
+    "initializer_range": _SMALL,
+    "attention_dropout": _SHARE,
+    "hidden_act": _ACTIVATION,
+    "attention_bias": _FLAG,
+    "mlp_bias": _FLAG,
+    "use_cache": _FLAG,
+    "use_sliding_window": _FLAG,
+    "tie_word_embeddings": _FLAG,
+    "rope_parameters": _OBJECT,
+    "rope_scaling": _OBJECT,
+    "max_position_embeddings": _COUNT,
+    "max_window_layers": (lambda value: _whole(value) and value >= 0, "a whole number"),
+    "pretraining_tp": _COUNT,
+    "head_dim": _COUNT,
+    "bos_token_id": _TOKEN,
+    "pad_token_id": _TOKEN,
+    "eos_token_id": _TOKENS,
+}
+VISION: dict[str, Check] = {
+    "model_type": (lambda value: value in TOWERS, f"one of {', '.join(TOWERS)}"),
+    "layer_norm_eps": _SMALL,
+    "initializer_range": _SMALL,
+    "initializer_factor": _SMALL,
+    "attention_dropout": _SHARE,
+    "hidden_act": _ACTIVATION,
+    "num_attention_heads": _COUNT,
+    "projection_dim": (lambda value: _whole(value) and value >= 0, "a whole number"),
+    "vision_use_head": _FLAG,
+}
+TOP: dict[str, Check] = {
+    "image_grid_pinpoints": (_pinpoints, "pairs of height and width in pixels"),
+    "image_seq_length": _COUNT,
+    "image_token_index": _TOKEN,
+    "image_token_id": _TOKEN,
+    "multimodal_projector_bias": _FLAG,
+    "projector_hidden_act": _ACTIVATION,
+    "tie_word_embeddings": _FLAG,
+    "use_image_newline_parameter": _FLAG,
+    "vision_feature_layer": (
+        lambda value: _whole(value) or (isinstance(value, list) and len(value) > 0 and all(map(_whole, value))),
+        "the number of a layer, or several",
+    ),
+    "vision_feature_select_strategy": (lambda value: value in ("default", "full"), "default or full"),
+    "dtype": (lambda value: value in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
+    "torch_dtype": (lambda value: value in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
+}
+
+
+def check_values(config: Mapping[str, Any], where: object) -> None:
+    """Hold every known value of a stock config to its kind.
+
+    Args:
+        config: Stock config in the Hugging Face layout, with its two parts.
+        where: Its file, for messages.
+
+    Raises:
+        PmodError: a value that cannot be, or two that do not go together.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    for values, checks, part in ((config, TOP, ""), (text, TEXT, "text_config."), (vision, VISION, "vision_config.")):
+        for key, (fits, expected) in checks.items():
+            value = values.get(key)
+            silent = key not in values or (value is None and key in _NULLABLE)
+            if not silent and not fits(value):
+                raise PmodError(f"{where}: {part}{key} is {str(value)[:60]!r}, expected {expected}")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for key in ("rope_theta", "factor"):
+        if rope.get(key) is not None and not _POSITIVE[0](rope[key]):
+            raise PmodError(
+                f"{where}: {key} of the rotary embedding is {str(rope[key])[:60]!r}, expected {_POSITIVE[1]}"
+            )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPES:
+        raise PmodError(f"{where}: the rotary embedding is {str(kind)[:60]!r}, expected one of {', '.join(_ROPES)}")

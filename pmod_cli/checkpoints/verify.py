@@ -1,0 +1,183 @@
+"""`--verify`: what was written is read again and held to its source, to the model's shapes, and to a forward pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layouts import KINDS, Part
+from pmod_cli.checkpoints.layouts.huggingface import OURS
+from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
+from pmod_cli.checkpoints.plan import Plan
+from pmod_cli.checkpoints.transforms import transformed
+from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.model import PmodSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+_PIECE = 32 * 2**20  # bytes
+
+
+def verify(plan: Plan, folder: Path) -> list[str]:
+    """Compare a written checkpoint with what it was made of.
+
+    Args:
+        plan: What was to be written.
+        folder: What was written.
+
+    Returns:
+        What was compared, one sentence each.
+
+    Raises:
+        PmodError: a difference, with exit code 1.
+    """
+    done = []
+    for name, path in plan.layout.unchanged.items():
+        if not (folder / name).samefile(path):
+            _same_bytes(folder / name, path)
+        elif files.header_digest(folder / name) != files.header_digest(path):
+            raise _differs(folder / name, f"its header is not that of {path}")
+    if plan.layout.unchanged:
+        done.append(f"{len(plan.layout.unchanged)} unchanged files: same file or same bytes")
+    count = 0
+    for name, parts in plan.layout.streamed.items():
+        written = files.read_file(folder / name)
+        if written.keys() != parts.keys():
+            raise _differs(
+                folder / name, f"its tensors are not those planned: {sorted(written.keys() ^ parts.keys())[:5]}"
+            )
+        for tensor, part in parts.items():
+            _same_tensor(written[tensor], part, tensor)
+            count += 1
+    if count:
+        done.append(f"{count} rewritten tensors: bit for bit what becomes of their sources")
+    if plan.options.to == "published":
+        return done
+    done.append(_keys_and_shapes(plan, folder))
+    done.append(_forward(plan, folder))
+    return done
+
+
+def _same_bytes(written: Path, source: Path) -> None:
+    with open(written, "rb") as ours, open(source, "rb") as theirs:
+        while piece := ours.read(_PIECE):
+            if piece != theirs.read(len(piece)):
+                raise _differs(written, f"it differs from {source}")
+        if theirs.read(1):
+            raise _differs(written, f"it is shorter than {source}")
+
+
+def _same_tensor(written: files.Tensor, part: Part, name: str) -> None:
+    expected = part.result
+    if (written.dtype, written.shape) != (expected.dtype, expected.shape):
+        found = f"{written.dtype} {list(written.shape)}"
+        raise _differs(written.path, f"{name} is {found}, expected {expected.dtype} {list(expected.shape)}")
+    with open(written.path, "rb") as file:
+        file.seek(written.offset)
+        changes = part.changed or part.source.loaded is not None
+        for piece in transformed(part) if changes else _raw(part.source):
+            if file.read(len(piece)) != bytes(piece):
+                raise _differs(written.path, f"{name} differs from {part.source.path}")
+
+
+def _raw(tensor: files.Tensor) -> Iterator[bytes]:
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset)
+        left = tensor.nbytes
+        while left:
+            piece = file.read(min(left, _PIECE))
+            if not piece:
+                raise _differs(tensor.path, "it ended early")
+            left -= len(piece)
+            yield piece
+
+
+def _keys_and_shapes(plan: Plan, folder: Path) -> str:
+    """Names and shapes on disk against the model itself, which is built on the meta device."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(_config(plan.config))
+    expected = {canonical(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    written = files.read_tensors(folder)
+    found = {canonical(name): tensor.shape for name, tensor in written.items() if not OBSOLETE.fullmatch(name)}
+    tied = {"language_model.lm_head.weight"} if plan.config["text_config"].get("tie_word_embeddings") else set()
+    for names, meaning in (
+        (expected.keys() - found.keys() - tied, "lacks"),
+        ({name for name in found.keys() - expected.keys() if ".router." in name}, "has beyond the model"),
+        ({name for name in found.keys() & expected.keys() if found[name] != expected[name]}, "has in another shape"),
+    ):
+        if names:
+            raise _differs(folder, f"it {meaning} {len(names)} tensors: {', '.join(sorted(names)[:5])}")
+    return f"{len(expected)} names and shapes: those of {type(model).__name__}"
+
+
+def _forward(plan: Plan, folder: Path) -> str:
+    """Logits with every layer routed at ratio 1 by zero routers, against the stock model with the same weights."""
+    import torch
+
+    size = sum((folder / name).stat().st_size for name in plan.layout.names)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 1.2 * size > free:
+        return f"no forward pass: it takes {1.2 * size / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
+    config = {key: value for key, value in plan.config.items() if key not in OURS}
+    kind = plan.source.kind
+    every = PmodSettings(schedule="list", values=(1.0,) * plan.num_layers, max_ratio=2.0)
+    stock = _logits(folder, _config(config | {"model_type": kind}))
+    routed = _logits(folder, _config(config | {"model_type": KINDS[kind][0], "pmod": every.to_dict()}))
+    if not torch.equal(stock, routed):
+        raise _differs(folder, f"at ratio 1 its logits differ from stock by up to {(stock - routed).abs().max():.3g}")
+    return f"one forward pass of {stock.shape[1]} tokens: with all layers routed at ratio 1, bit for bit stock"
+
+
+def _logits(folder: Path, config: PreTrainedConfig) -> torch.Tensor:
+    """Logits of one synthetic image and two words, by a model of this config with zero routers."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # routers without a counterpart are meant here
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    for name, parameter in model.eval().named_parameters():
+        if ".router." in name:
+            parameter.data.zero_()
+    side = config.vision_config.image_size
+    image = torch.linspace(-1, 1, 3 * side * side, dtype=model.dtype).view(1, 3, side, side)
+    inputs = {"pixel_values": image}
+    if hasattr(config, "image_grid_pinpoints"):
+        tiles = image_size_to_tiles(config)
+        inputs = {"pixel_values": image[None].repeat(1, tiles, 1, 1, 1), "image_sizes": torch.tensor([[side, side]])}
+    with torch.no_grad():
+        tokens = len(model.get_image_features(**inputs, return_dict=True).pooler_output[0])
+        ids = torch.tensor([[1, *[config.image_token_id] * tokens, 2, 3]])
+        return model(input_ids=ids, **inputs).logits
+
+
+def image_size_to_tiles(config: PreTrainedConfig) -> int:
+    """Tiles of an image of one tile's size, as the stock model cuts it."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side = config.vision_config.image_size
+    return image_size_to_num_patches((side, side), config.image_grid_pinpoints, side)
+
+
+def _config(values: dict) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
+
+    return AutoConfig.for_model(**values)
+
+
+def _differs(path: Path, how: str) -> PmodError:
+    return PmodError(f"{path} is not what it should be: {how}", hint="convert again with --overwrite", code=RUN_FAILED)

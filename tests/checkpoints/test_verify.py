@@ -1,0 +1,79 @@
+"""`--verify` sees a flipped bit, a lost tensor and a wrong file, and says what it compared."""
+
+import json
+
+import pytest
+import torch
+
+from pmod_cli.checkpoints import Options, convert
+from pmod_cli.checkpoints import verify as module
+from pmod_cli.checkpoints.files import read_tensors
+from pmod_cli.checkpoints.layouts import read_source
+from pmod_cli.checkpoints.plan import make_plan
+from pmod_cli.errors import PmodError
+from tests.checkpoints.originals import twins
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"link": "copy"},
+        {"to": "stock", "max_shard_bytes": 50_000},
+        {"to": "published"},
+    ],
+)
+def test_what_is_written_passes(options, stock_model, tmp_path):
+    report = convert(stock_model(layers=32), tmp_path / "out", options=Options(verify=True, **options))
+    assert report.verified
+    if options.get("to") != "published":
+        assert "bit for bit stock" in report.verified[-1]
+
+
+def test_the_original_layout_passes(tmp_path):
+    twins(tmp_path / "original", "llava_next", weights="pickle", tower="beside", dtype=torch.float16)
+    report = convert(tmp_path / "original", tmp_path / "out", options=Options(verify=True))
+    assert "rewritten tensors: bit for bit" in report.verified[0]
+    assert "bit for bit stock" in report.verified[-1]
+
+
+def damage(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_flipped_bit_is_found(dtype, tmp_path):
+    twins(tmp_path / "original")
+    options, target = Options(dtype=dtype), tmp_path / "out"
+    convert(tmp_path / "original", target, options=options)
+    plan = make_plan(read_source(tmp_path / "original"), None, options)
+    tensor = read_tensors(target)["language_model.model.layers.1.mlp.up_proj.weight"]
+    assert module.verify(plan, target)
+    damage(tensor.path, tensor.offset + 10)
+    with pytest.raises(PmodError, match=r"layers\.1\.mlp\.up_proj\.weight differs") as caught:
+        module.verify(plan, target)
+    assert caught.value.code == 1
+
+
+def test_a_copy_that_differs_is_found(stock_model, tmp_path):
+    options, target = Options(link="copy"), tmp_path / "out"
+    convert(stock_model(), target, options=options)
+    plan = make_plan(read_source(stock_model()), None, options)
+    damage(target / "model-00001-of-00001.safetensors", -1)
+    with pytest.raises(PmodError, match="it differs from"):
+        module.verify(plan, target)
+
+
+def test_resume_keeps_what_was_made_the_same_way(stock_model, tmp_path):
+    target = tmp_path / "out"
+    convert(stock_model(), target)
+    before = json.loads((target / "pmod_provenance.json").read_text())
+    report = convert(stock_model(), target, resume=True, options=Options(verify=True))
+    assert "kept" in report.notes[-1]
+    assert report.verified
+    assert json.loads((target / "pmod_provenance.json").read_text()) == before
+    with pytest.raises(PmodError, match="made otherwise: dtype"):
+        convert(stock_model(), target, resume=True, options=Options(dtype="float16"))

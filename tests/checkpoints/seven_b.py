@@ -1,4 +1,4 @@
-"""A checkpoint of the shape of a 7B LLaVA: 14 GB of random bfloat16 on disk, in the Hugging Face or the original layout.
+"""A checkpoint of the shape of a 7B LLaVA: 14 GB of random bfloat16, in the Hugging Face or the original layout.
 
 python -m tests.checkpoints.seven_b FOLDER [--original]
 """

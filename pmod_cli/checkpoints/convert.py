@@ -23,6 +23,8 @@ from pmod_cli.checkpoints.layouts import Source, read_source
 from pmod_cli.checkpoints.layouts.to_published import tower_folder
 from pmod_cli.checkpoints.options import ConversionReport, Options
 from pmod_cli.checkpoints.plan import ROUTERS, Plan, make_plan
+from pmod_cli.checkpoints.remote_code import FILE as MODELING
+from pmod_cli.checkpoints.remote_code import modeling_source
 from pmod_cli.checkpoints.routers import write_routers
 from pmod_cli.checkpoints.verify import verify
 from pmod_cli.checkpoints.writing import place, stream
@@ -87,6 +89,8 @@ def convert(
         if options.to == "published" and (tower := tower_folder(read, plan.config)):
             (staging / tower).mkdir()
             write_json(staging / tower / files.CONFIG, read.config["vision_config"])
+        if options.to == "remote-code":
+            (staging / MODELING).write_text(modeling_source(), encoding="utf-8")
         write_json(staging / files.CONFIG, plan.config)
         report = _with_files(report, ways, staging)
         write_json(staging / PROVENANCE, _provenance(report, plan))

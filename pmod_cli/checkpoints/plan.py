@@ -10,6 +10,7 @@ from pmod_cli.checkpoints.layouts import KINDS, Part, Source
 from pmod_cli.checkpoints.layouts.names import canonical, to_original
 from pmod_cli.checkpoints.layouts.to_published import published_config
 from pmod_cli.checkpoints.options import DTYPES, Options
+from pmod_cli.checkpoints.remote_code import auto_map
 from pmod_cli.checkpoints.writing import Layout, lay_out
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
@@ -178,11 +179,13 @@ def _config(source: Source, settings: PmodSettings | None, options: Options) -> 
         return config
     model_type, architecture = KINDS[source.kind]
     state = source.router_state if source.settings is not None else "untrained"
+    remote = {"auto_map": auto_map(model_type)} if options.to == "remote-code" else {}
     return config | {
         "model_type": model_type,
         "architectures": [architecture],
         "pmod": settings.to_dict(),
         "router_state": state,
+        **remote,
     }
 
 

@@ -56,4 +56,4 @@ class PmodLlavaNextConfig(_RoutedConfig, LlavaNextConfig):
 
 
 for _config in (PmodLlavaConfig, PmodLlavaNextConfig):
-    AutoConfig.register(_config.model_type, _config)
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -1,0 +1,61 @@
+"""One self-contained modeling file out of `pmod_cli/model`, for plain transformers with `trust_remote_code=True`."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from pmod_cli import __version__
+from pmod_cli import model as package
+
+FILE = "modeling_pmod.py"
+_START = "modeling"
+_CLASSES = {"pmod_llava": "PmodLlava", "pmod_llava_next": "PmodLlavaNext"}
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """What config.json tells the Auto classes: where each class is."""
+    stem, classes = Path(FILE).stem, _CLASSES[model_type]
+    return {
+        "AutoConfig": f"{stem}.{classes}Config",
+        "AutoModel": f"{stem}.{classes}Model",
+        "AutoModelForImageTextToText": f"{stem}.{classes}ForConditionalGeneration",
+    }
+
+
+def modeling_source() -> str:
+    """The modules that `modeling` needs, in the order of their imports, with the imports among them left out."""
+    imports: dict[str, None] = {}
+    bodies = []
+    for name in _modules(_START, []):
+        text = (Path(package.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        bodies.append(f"# {'-' * 8} pmod_cli/model/{name}.py\n\n{_body(text, imports)}")
+    future = [line for line in imports if line.startswith("from __future__")]
+    rest = sorted(line for line in imports if line not in future)
+    head = (
+        f'"""p-MoD for transformers. Generated from pmod_cli/model, pmod {__version__} (Apache-2.0): do not edit."""\n'
+    )
+    return "\n".join([head, *future, *rest, "", "", "\n\n\n".join(bodies)]) + "\n"
+
+
+def _modules(name: str, found: list[str]) -> list[str]:
+    """`found`, with a module behind all that it imports from the package."""
+    tree = ast.parse((Path(package.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module not in found:
+            _modules(node.module, found)
+    found.append(name)
+    return found
+
+
+def _body(text: str, imports: dict[str, None]) -> str:
+    """A module without its docstring and imports; those from elsewhere are added to `imports`."""
+    lines = text.splitlines()
+    for position, node in enumerate(ast.parse(text).body):
+        docstring = position == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if not docstring and not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
+            imports[ast.unparse(node)] = None
+        lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(line for line in lines if line is not None).strip()

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from tqdm import tqdm
 
-from pmod_cli.errors import PmodError
+from pmod_cli.errors import PmodError, explain
 from pmod_cli.evaluation import prompts
+from pmod_cli.evaluation.batching import windows
+from pmod_cli.evaluation.journal import Answer
 
-WINDOW = 8  # batches that are prepared and sorted by length together, while the window before them is answered
 MAX_NEW_TOKENS = 1024  # where a task sets none; as lmms-eval's own LLaVA
 
 
-@dataclass
-class Tally:
-    """What was answered since the last `PmodModel.take_tally`.
+@dataclass(frozen=True)
+class Unanswered:
+    """A question that could not be put to the model, such as one whose image cannot be read."""
 
-    Attributes:
-        answers: Number of answers.
-        empty: Answers without a letter.
-        cut: Answers that reached the task's `max_new_tokens` without an end token.
-        tokens: Generated tokens, end tokens left out.
-        generate_seconds: Time inside `generate`, in seconds.
-        prompt: The first prompt, as the model read it.
-    """
-
-    answers: int = 0
-    empty: int = 0
-    cut: int = 0
-    tokens: int = 0
-    generate_seconds: float = 0.0
-    prompt: str = ""
+    reason: str
 
 
 class PmodModel(lmms):
@@ -53,9 +42,9 @@ class PmodModel(lmms):
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
         selection: Which vision tokens a p-MoD layer keeps: `router`, or the controls `random` and `uniform`.
-        seed: Seed of the random selection.
+        seed: Of the random selection, and of tasks that sample their answers.
+        halve: Out of memory, halve the batch size and go on.
         model: A loaded model in evaluation mode, with its `processor`.
-        progress: Called after each batch with the number of answers and of questions of the running task.
     """
 
     is_simple = True
@@ -70,9 +59,9 @@ class PmodModel(lmms):
         selection: str = "router",
         seed: int = 0,
         *,
+        halve: bool = False,
         model: Any = None,
         processor: Any = None,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
         if model is None:
@@ -80,20 +69,19 @@ class PmodModel(lmms):
 
             if pretrained is None:
                 raise PmodError("the model has no name", hint="--model_args pretrained=FOLDER")
-            device = _device_of_rank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            device = device_of_rank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             model, processor = load_model(
                 resolve(str(pretrained)).path, dtype=dtype, device=device, attn_implementation=attn_implementation
             )
         self.model, self.processor = model, processor
         self.name = str(pretrained or model.name_or_path)
-        self.batch_size = int(batch_size)
+        self.batch_size, self.halve = int(batch_size), halve
         self.selection, self.seed = selection, int(seed)
         if hasattr(model, "set_selection"):
             model.set_selection(selection, seed=self.seed)
         elif selection != "router":
             raise PmodError(f"{self.name} is a plain LLaVA: it keeps every vision token, there is nothing to select")
-        self.progress = progress or (lambda answered, questions: None)
-        self._tally = Tally()
+        self._of_thread = threading.local()
 
     @property
     def device(self) -> torch.device:
@@ -110,21 +98,18 @@ class PmodModel(lmms):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def take_tally(self) -> Tally:
-        """What was answered since the last call."""
-        tally, self._tally = self._tally, Tally()
-        return tally
-
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """One answer per request, in the order of the requests."""
-        answers: list[GenerationResult | None] = [None] * len(requests)
-        answered = 0
-        for settings, batch in self._batches(requests):
-            for row, answer in zip(batch, self._answer(batch, settings), strict=True):
-                answers[row.index] = answer
-            answered += len(batch)
-            self.progress(answered, len(requests))
-        return answers
+        """One answer per request, in the order of the requests; how lmms-eval's own program asks."""
+        results: list[GenerationResult | None] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="pmod") as bar:
+            for batch in self.answers(requests):
+                for place, answer in batch:
+                    if isinstance(answer, Unanswered):
+                        raise PmodError(answer.reason)
+                    counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+                    results[place] = GenerationResult(answer.text, counts)
+                bar.update(len(batch))
+        return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Refused: every benchmark of the suite is generated."""
@@ -134,36 +119,53 @@ class PmodModel(lmms):
         """Refused: every benchmark of the suite has one round."""
         raise PmodError("this task asks in several rounds; pmod answers one question at a time")
 
-    def _batches(self, requests: list[Instance]) -> Iterator[tuple[dict, list[prompts.Row]]]:
-        """Batches of equal generation settings and similar length.
+    def answers(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, Answer | Unanswered]]]:
+        """Batches of answers as they are made, each with the place of its request.
 
-        The length of a prompt is known once its image is decoded and cut into tiles, so that is done for a window of
-        questions at a time, in a thread, while the model answers the window before.
+        A question whose image cannot be read, or whose prompt is longer than the model's context, does not stop the
+        others: the first is unanswered, the second answered with nothing and marked.
         """
-        by_settings: dict[str, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            by_settings[repr(request.args[1])].append(index)
-        step = WINDOW * self.batch_size
-        windows = [group[at : at + step] for group in by_settings.values() for at in range(0, len(group), step)]
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            prepared = worker.submit(self._prepare, requests, windows[0]) if windows else None
-            for place, window in enumerate(windows):
-                rows = sorted(prepared.result(), key=lambda row: -row.length)
-                if place + 1 < len(windows):
-                    prepared = worker.submit(self._prepare, requests, windows[place + 1])
-                for at in range(0, len(rows), self.batch_size):
-                    yield requests[window[0]].args[1], rows[at : at + self.batch_size]
+        for settings, prepared in windows(requests, lambda place: self._prepare(place, requests[place]), self.batch_size):
+            apart = [(place, row) for place, row in prepared if not isinstance(row, prompts.Row)]
+            if apart:
+                yield apart
+            rows = sorted((row for _, row in prepared if isinstance(row, prompts.Row)), key=lambda row: -row.length)
+            while rows:
+                size = 1 if _sampling(settings)["do_sample"] else min(self.batch_size, len(rows))
+                answered = self._answer_or_halve(rows[:size], settings)
+                if answered is not None:
+                    yield [(row.index, answer) for row, answer in zip(rows[:size], answered, strict=True)]
+                    rows = rows[size:]
 
-    def _prepare(self, requests: list[Instance], window: list[int]) -> list[prompts.Row]:
-        rows = []
-        for index in window:
-            question, _, doc_to_visual, doc_id, task, split = requests[index].args
+    def _prepare(self, place: int, request: Instance) -> tuple[int, prompts.Row | Answer | Unanswered]:
+        """Runs in a thread. A tokenizer is not safe to share between threads, so each has its own."""
+        if not hasattr(self._of_thread, "processor"):
+            self._of_thread.processor = copy.deepcopy(self.processor)
+        question, _, doc_to_visual, doc_id, task, split = request.args
+        try:
             images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            rows.append(prompts.prepare(self.processor, index, question, images))
-        return rows
+            row = prompts.prepare(self._of_thread.processor, place, question, images)
+        except Exception as error:
+            known = explain(error)
+            return place, Unanswered(known.what if known else f"{type(error).__name__}: {error}".splitlines()[0])
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and row.length >= context:
+            return place, Answer("", row.prompt, row.length, too_long=True)
+        return place, row
+
+    def _answer_or_halve(self, rows: list[prompts.Row], settings: dict) -> list[Answer] | None:
+        """The answers of a batch; None where it was out of memory and the batch size has been halved."""
+        try:
+            return self._answer(rows, settings)
+        except (RuntimeError, MemoryError) as error:
+            if not (self.halve and len(rows) > 1 and _out_of_memory(error)):
+                raise
+        self.clean()  # only now, since the exception held the tensors
+        self.batch_size = (len(rows) + 1) // 2
+        return None
 
     @torch.inference_mode()
-    def _answer(self, rows: list[prompts.Row], settings: dict) -> list[GenerationResult]:
+    def _answer(self, rows: list[prompts.Row], settings: dict) -> list[Answer]:
         """Answers of one batch, cut at the first of the task's `until` strings."""
         pad_id = self._pad_id()
         batch = {
@@ -171,11 +173,13 @@ class PmodModel(lmms):
             for name, value in prompts.collate(rows, pad_id).items()
         }
         limit = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
+        sampling = _sampling(settings)
+        if sampling["do_sample"]:  # the same answer in whichever process and order it is given
+            torch.manual_seed(zlib.crc32(f"{self.seed}/{rows[0].prompt}".encode()))
         started = time.perf_counter()
-        ids = self.model.generate(**batch, max_new_tokens=limit, pad_token_id=pad_id, **_sampling(settings))
+        ids = self.model.generate(**batch, max_new_tokens=limit, pad_token_id=pad_id, **sampling)
         generated = ids[:, batch["input_ids"].shape[1] :].cpu()  # (B, generated tokens); waits for the device
-        self._tally.generate_seconds += time.perf_counter() - started
-        self._tally.prompt = self._tally.prompt or rows[0].prompt
+        seconds = (time.perf_counter() - started) / len(rows)
 
         answers = []
         for row, tokens in zip(rows, generated, strict=True):
@@ -183,12 +187,10 @@ class PmodModel(lmms):
             text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
             for stop in settings.get("until") or ():
                 text = text.split(stop)[0] if stop else text
-            text = text.strip()
-            self._tally.answers += 1
-            self._tally.tokens += length
-            self._tally.cut += length == limit
-            self._tally.empty += not any(letter.isalnum() for letter in text)
-            answers.append(GenerationResult(text, TokenCounts(input_tokens=row.length, output_tokens=length)))
+            cut = length == limit
+            answers.append(
+                Answer(text.strip(), row.prompt, row.length, length, cut, seconds=round(seconds, 6), batch=len(rows))
+            )
         return answers
 
     def _length(self, tokens: torch.Tensor) -> int:
@@ -218,6 +220,10 @@ def _sampling(settings: dict) -> dict[str, Any]:
     return sampling | ({"top_p": float(settings["top_p"])} if settings.get("top_p") else {})
 
 
-def _device_of_rank(device: str) -> str:
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def device_of_rank(device: str) -> str:
     """`cuda` in one of several processes is the device of its local rank."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

@@ -33,15 +33,20 @@ def run(model, root, out) -> dict:
     return evaluate(lm=model, task_dict=tasks, limit=QUESTIONS, bootstrap_iters=0, cli_args=arguments)
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def llava_hf(path):
+    """lmms-eval's LLaVA of Hugging Face, on the CPU in float32."""
     pytest.importorskip("decord", reason="llava_hf imports it")
     from lmms_eval.models.simple.llava_hf import LlavaHf
 
+    # Its default device map is one that transformers refuses today.
+    return LlavaHf(str(path), device="cpu", device_map="cpu", dtype="float32", chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
     root = mirrors.write(tmp_path_factory.mktemp("mirror"), MIRRORED)
     path = bundled_path("tiny-llava-next")
-    options = {"device": "cpu", "device_map": "cpu", "dtype": "float32"}  # its default device_map is refused today
-    theirs = LlavaHf(pretrained=str(path), chat_template=TEMPLATE, **options)
+    theirs = llava_hf(path)
     model, processor = load_model(path, dtype="float32")
     ours = PmodModel(str(path), batch_size=1, model=model, processor=processor)
     return [run(model, root, tmp_path_factory.mktemp("run")) for model in (ours, theirs)]

@@ -1,0 +1,154 @@
+"""The questions of a benchmark: built by lmms-eval, drawn by the seed where they are limited, each with a key."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pmod_cli.errors import PmodError
+from pmod_cli.evaluation.loading import load_tasks
+from pmod_cli.evaluation.processes import hidden_launcher
+from pmod_cli.evaluation.suite import Benchmark
+
+if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.api.task import ConfigurableTask
+
+# Rows that are scored together are drawn together: MME gives a bonus where both questions about an image are right.
+UNITS = {"mme": ("category", "question_id")}
+
+
+@dataclass
+class Questions:
+    """What is asked, in lmms-eval's order.
+
+    Attributes:
+        tasks: lmms-eval's tasks by name, cut down to the drawn rows.
+        requests: One per question. Their `doc_id` counts the drawn rows.
+        rows: By task, the place of each drawn row in the whole data set.
+        available: By task, the number of rows of the whole data set.
+        digests: By request, a digest of the question: its row without pictures, its text and generation settings.
+    """
+
+    tasks: dict[str, ConfigurableTask]
+    requests: list[Instance] = field(default_factory=list)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    available: dict[str, int] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+
+    def keys(self, answerer: str) -> list[str]:
+        """By request, the key of its answer by a model; `answerer` is a digest of the model and its settings."""
+        return [hashlib.sha256(f"{answerer}/{digest}".encode()).hexdigest()[:24] for digest in self.digests]
+
+    def row_of(self, request: Instance) -> int:
+        """The place of a question's row in the whole data set."""
+        return self.rows[request.task_name][request.doc_id]
+
+
+def load(
+    benchmark: Benchmark, *, limit: float | None = None, seed: int = 0, data_root: Path | None = None, log: Path
+) -> Questions:
+    """Open a benchmark's data and build its questions.
+
+    Args:
+        limit: Rows per task: a count, or a fraction below 1; drawn by `seed`, so that every model gets the same.
+        log: File that takes what lmms-eval prints and logs.
+
+    Raises:
+        PmodError: the task asks in a way that is not supported.
+    """
+    with quiet_lmms_eval(log), hidden_launcher():
+        tasks = load_tasks(benchmark, data_root)
+        questions = Questions(tasks)
+        for name, task in tasks.items():
+            _draw(questions, name, task, limit, seed)
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=seed)
+            task.build_all_requests(rank=0, world_size=1)
+            _add(questions, name, task)
+    return questions
+
+
+@contextlib.contextmanager
+def quiet_lmms_eval(log: Path) -> Iterator[None]:
+    """lmms-eval and its tasks print and log on stdout, which is ours for the result: both go to a file."""
+    import datasets
+    import lmms_eval.api.task
+    import lmms_eval.evaluator
+    from loguru import logger
+
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        logger.remove()
+        logger.add(file, level="INFO")
+        datasets.disable_progress_bars()
+        lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = _no_bar
+        try:
+            yield
+        finally:
+            logger.remove()
+
+
+def _no_bar(*given: Any, **named: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(*given, **named | {"disable": True})
+
+
+def _draw(questions: Questions, name: str, task: ConfigurableTask, limit: float | None, seed: int) -> None:
+    """Cut a task's data down to the drawn rows, in their order."""
+    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    questions.available[name] = available = len(task.eval_docs)
+    questions.rows[name] = rows = drawn_rows(name, task.eval_docs_no_media, limit, seed)
+    if len(rows) < available:
+        same = task.dataset_no_image is task.dataset
+        task.dataset[split] = task.dataset[split].select(rows)
+        if not same:
+            task.dataset_no_image[split] = task.dataset_no_image[split].select(rows)
+
+
+def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int]:
+    """Places of the rows that a limited run asks, ascending; all of them without a limit."""
+    available = len(docs)
+    wanted = available if limit is None else math.ceil(available * limit) if limit < 1 else min(int(limit), available)
+    if wanted == available:
+        return list(range(available))
+    draw = random.Random(f"{seed}/{task}")
+    if task not in UNITS:
+        return sorted(draw.sample(range(available), wanted))
+    units: dict[tuple, list[int]] = {}
+    for place, unit in enumerate(zip(*(docs[column] for column in UNITS[task]), strict=True)):
+        units.setdefault(unit, []).append(place)
+    rows: list[int] = []
+    for unit in draw.sample(list(units), len(units)):
+        if len(rows) >= wanted:
+            break
+        rows += units[unit]
+    return sorted(rows)
+
+
+def _add(questions: Questions, name: str, task: ConfigurableTask) -> None:
+    docs = task.eval_docs_no_media
+    for request in task.instances:
+        if request.request_type != "generate_until":
+            raise PmodError(f"{name} asks by {request.request_type}; pmod scores generated answers only")
+        if request.repeats != 1:
+            raise PmodError(f"{name} asks each question {request.repeats} times; pmod asks once")
+        text, settings = request.args[:2]
+        parts = (name, str(task.VERSION), questions.rows[name][request.doc_id], text, settings, docs[request.doc_id])
+        line = json.dumps(parts, sort_keys=True, default=_name_of)
+        questions.digests.append(hashlib.sha256(line.encode()).hexdigest())
+        questions.requests.append(request)
+
+
+def _name_of(value: Any) -> str:
+    """What stands for a value that JSON cannot hold: never an address in memory."""
+    shown = str(value)
+    return type(value).__name__ if " at 0x" in shown else shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,6 @@ import typer
 
 from pmod_cli import output
 from pmod_cli.commands.common import (
-    BatchSizeOpt,
     DeviceOpt,
     DryRunOpt,
     DtypeOpt,
@@ -28,6 +28,9 @@ from pmod_cli.errors import PARTIAL, RUN_FAILED, PmodError
 from pmod_cli.extras import require
 
 if TYPE_CHECKING:
+    from pmod_cli.evaluation.identity import EvalSettings
+    from pmod_cli.evaluation.processes import Processes
+    from pmod_cli.evaluation.subjects import Subject
     from pmod_cli.evaluation.suite import Benchmark
 
 EXAMPLES = """\
@@ -38,6 +41,7 @@ pmod eval --tasks text-rich --batch-size 16 --dtype bf16 --json > scores.json
 pmod eval --compare runs/eval-a runs/eval-b --format markdown
 pmod eval --list
 """
+AUTO_ROWS = {"cpu": 8, "gpu": 64}  # what --batch-size auto begins with
 FORMATS = ("table", "json", "markdown", "csv")
 
 
@@ -49,6 +53,15 @@ def _limit(text: str) -> float:
     if not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
         raise typer.BadParameter(f"{text!r} is neither a number of questions nor a fraction between 0 and 1")
     return limit if limit < 1 else int(limit)
+
+
+def _batch_size(text: str) -> tuple[int, bool]:
+    """(rows, whether to halve them out of memory)"""
+    first, _, start = text.partition(":")
+    number = (start or "0") if first == "auto" else text
+    if not number.isdigit() or (number == "0") != (text == "auto"):
+        raise typer.BadParameter(f"{text!r} is neither a number of rows, nor auto, nor auto:N")
+    return int(number), first == "auto"
 
 
 def _format(name: str) -> str:
@@ -76,9 +89,28 @@ def eval(
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option(parser=_limit, metavar="N", help="First N questions of each task, or a fraction of them."),
+        typer.Option(
+            parser=_limit,
+            metavar="N",
+            help="N questions of each task, or a fraction of them, drawn by the seed: the same for every model.",
+        ),
     ] = None,
-    batch_size: BatchSizeOpt = 8,
+    batch_size: Annotated[
+        Any,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            parser=_batch_size,
+            metavar="N",
+            help="Rows per forward pass. auto or auto:N begins with many, and halves them out of memory.",
+        ),
+    ] = "8",
+    num_processes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes of this machine that share the questions; each has the model, on a GPU its own."
+        ),
+    ] = 1,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
     attention: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")] = "sdpa",
@@ -90,7 +122,7 @@ def eval(
             "--out",
             "-o",
             metavar="DIR",
-            help="Folder of the run. (default: ./runs/eval-<model>-<time>)",
+            help="Folder of the run. (default: ./runs/eval-<model>-<digest of models, tasks and settings>)",
             show_default=False,
         ),
     ] = None,
@@ -124,6 +156,9 @@ def eval(
     """Score a model on benchmarks with lmms-eval, beside the stock model or a selection that routers must beat."""
     from pmod_cli.evaluation import suite
 
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by torchrun or accelerate
+    if launched and os.environ.get("RANK", "0") != "0":
+        output.set_quiet(True)
     if list_tasks:
         _print_suite(suite.GROUPS, data_root, as_json)
         return
@@ -145,18 +180,38 @@ def eval(
     chosen = subjects.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
     data.require_data(benchmarks, data_root)
 
-    from pmod_cli.evaluation.runner import EvalSettings, default_folder, evaluate
+    from pmod_cli.evaluation.identity import EvalSettings, default_folder
 
-    out = out or default_folder(chosen[0].path)
+    device = pick_device(device)
+    rows, halve = batch_size
+    settings = EvalSettings(
+        limit=limit,
+        batch_size=rows or AUTO_ROWS["cpu" if device == "cpu" else "gpu"],
+        device=device,
+        dtype=_pick_dtype(dtype, device),
+        attention=attention,
+        seed=seed,
+        data_root=data_root,
+        halve=halve,
+    )
+    out = out or default_folder(chosen, benchmarks, settings)
     output.note(f"models: {', '.join(f'{subject.label} ({subject.path})' for subject in chosen)}")
     output.note(f"tasks: {', '.join(benchmark.task for benchmark in benchmarks)}")
     output.note(f"folder: {out}")
+    _check_processes(num_processes, device, launched)
     if dry_run:
         return
-    device = pick_device(device)
-    settings = EvalSettings(limit, batch_size, device, _pick_dtype(dtype, device), attention, seed, data_root)
-    with _Bars() as bars:
-        results = evaluate(benchmarks, chosen, settings, out, overwrite=overwrite, on_progress=bars.show)
+
+    from pmod_cli.evaluation import processes
+
+    run = (benchmarks, chosen, settings, out, overwrite, quiet, progress)
+    if num_processes > 1:
+        results = processes.launch(num_processes, _answer, *run)
+    else:
+        here = processes.join()
+        results = _answer(here, *run)
+        if not here.first:
+            return
     if quiet:
         output.print_line(out)
     else:
@@ -169,6 +224,41 @@ def eval(
             hint=f"the whole log: {out / 'lmms-eval.log'}",
             code=PARTIAL if scored else RUN_FAILED,
         )
+
+
+def _answer(
+    processes: Processes,
+    benchmarks: tuple[Benchmark, ...],
+    chosen: list[Subject],
+    settings: EvalSettings,
+    out: Path,
+    overwrite: bool,
+    quiet: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The part of the command that several processes do together."""
+    from pmod_cli.evaluation.runner import evaluate
+
+    output.set_quiet(quiet or not processes.first)
+    output.set_progress(progress)
+    with _Bars() as bars:
+        return evaluate(
+            benchmarks, chosen, settings, out, overwrite=overwrite, processes=processes, on_progress=bars.show
+        )
+
+
+def _check_processes(count: int, device: str, launched: bool) -> None:
+    if count > 1 and launched:
+        raise PmodError("--num-processes: torchrun or accelerate has started several processes already")
+    if count > 1 and device.startswith("cuda"):
+        import torch
+
+        if device != "cuda" or count > torch.cuda.device_count():
+            raise PmodError(
+                f"--num-processes {count}: each process takes a GPU of its own, and there are "
+                f"{1 if device != 'cuda' else torch.cuda.device_count()}",
+                hint="--num-processes 1 with a larger --batch-size keeps one GPU busy",
+            )
 
 
 def _against(against: str | None, name: str, benchmarks: tuple[Benchmark, ...], offline: bool) -> list[str]:
@@ -216,7 +306,7 @@ class _Bars:
         if questions > 1 or answered:
             self.bars.update(self.known[model, task], completed=answered, total=questions)
         if answered == questions and not output.shows_progress():
-            output.note(f"{model} · {task}: {answered} answers")
+            output.note(f"{model} · {task}: {answered:,} answers")
 
 
 def _compare(runs: list[Path], seed: int, shown_as: str) -> None:

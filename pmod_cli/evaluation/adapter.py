@@ -125,7 +125,9 @@ class PmodModel(lmms):
         A question whose image cannot be read, or whose prompt is longer than the model's context, does not stop the
         others: the first is unanswered, the second answered with nothing and marked.
         """
-        for settings, prepared in windows(requests, lambda place: self._prepare(place, requests[place]), self.batch_size):
+        for settings, prepared in windows(
+            requests, lambda place: self._prepare(place, requests[place]), self.batch_size
+        ):
             apart = [(place, row) for place, row in prepared if not isinstance(row, prompts.Row)]
             if apart:
                 yield apart

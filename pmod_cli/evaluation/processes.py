@@ -1,13 +1,23 @@
-"""Several processes that answer one benchmark together, and agree on what is known and what failed."""
+"""Several processes that answer one benchmark together, and agree on what is known and what failed.
+
+They are started by `launch`, on one machine, or by torchrun or accelerate, on any number of machines.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from pmod_cli.errors import RUN_FAILED, PmodError
 
 PATIENCE = timedelta(days=7)  # a process that finishes early waits for the slowest; a dead one ends its launcher
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -26,6 +36,11 @@ class Processes:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Is this the one that scores and reports?"""
+        return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks, on each of them."""
@@ -62,3 +77,56 @@ def hidden_launcher() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+def launch(count: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function(processes, *arguments)` in `count` new processes and return what that of rank 0 returns.
+
+    As `torchrun --standalone`, without a second command line. A process that dies takes the others with it, and all
+    die with this one.
+
+    Args:
+        function: Of a module, and its arguments such that they can be pickled.
+
+    Raises:
+        PmodError: a process failed or was killed; what the first one said.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told below
+    with TemporaryDirectory(prefix="pmod-processes-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=str(os.getpid()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            return elastic_launch(config, _called)(function, arguments)[0]
+        except SignalException as stopped:
+            raise KeyboardInterrupt from stopped
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            said = failure.message.partition(": ")[2] if failure.exitcode == 1 else failure.message
+            raise PmodError(
+                f"process {rank} of {count} failed: {said or failure.message}",
+                hint="run the same command again: what was answered is not asked again",
+                code=RUN_FAILED,
+            ) from failed
+
+
+def _called(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """In the new process."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on writing to the folder
+    return function(join(), *arguments)

@@ -5,44 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.atomic import write_json, write_text
-from pmod_cli.errors import PmodError
-from pmod_cli.evaluation import formats, provenance
-from pmod_cli.evaluation.adapter import PmodModel
+from pmod_cli.evaluation import formats, provenance, questions
+from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
+from pmod_cli.evaluation.asking import ask, one_line, write_traceback
+from pmod_cli.evaluation.folder import RESULTS, RunFolder
+from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity
+from pmod_cli.evaluation.journal import Journal
+from pmod_cli.evaluation.outcome import Outcome
+from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
 from pmod_cli.evaluation.scoring import score
 from pmod_cli.evaluation.subjects import Loaded, Subject, load
 from pmod_cli.evaluation.suite import Benchmark
 
-RESULTS = "results.json"
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """How the questions are asked.
-
-    Attributes:
-        limit: Questions per task: a count, or a fraction below 1. None: all of them.
-        batch_size: Rows per `generate` call.
-        device: A torch device.
-        dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
-        attention: `sdpa`, `eager` or `flash_attention_2`.
-        seed: Of the random selection, the resampling, Python, NumPy and torch.
-        data_root: A mirror of the data sets; None: the Hugging Face cache or the hub.
-    """
-
-    limit: float | None = None
-    batch_size: int = 8
-    device: str = "cpu"
-    dtype: str = "auto"
-    attention: str = "sdpa"
-    seed: int = 0
-    data_root: Path | None = None
+Progress = Callable[[str, str, int, int], None]  # model, task, questions answered, questions of the task
 
 
 def evaluate(
@@ -52,30 +34,45 @@ def evaluate(
     out: Path,
     *,
     overwrite: bool = False,
-    on_progress: Callable[[str, str, int, int], None] | None = None,
+    processes: Processes = ALONE,
+    on_progress: Progress = lambda model, task, answered, asked: None,
 ) -> dict[str, Any]:
     """Score every subject on every benchmark and return the report, as `results.json` in `out` holds it.
 
+    Answers that an earlier run of the same models and settings left in `out` are not asked again.
+
     Args:
-        out: Folder of the run: `results.json`, the answers of each task as JSON lines, lmms-eval's log.
-        overwrite: Use a folder that holds another run's results.
-        on_progress: Called with model, task, questions answered and questions of the task.
+        out: Folder of the run; what is in it is described in docs/eval.md.
+        overwrite: Throw away what another run left there.
+        processes: This process among those that answer together. All call this; the report is that of rank 0, and
+            empty in the others.
+        on_progress: Called in each process.
 
     Raises:
-        PmodError: `out` holds another run, or a model cannot be loaded. A task that fails is in the report instead.
+        PmodError: `out` holds a run of something else, or one that is still going on; a model cannot be loaded. A task
+            that fails is in the report instead.
+        OSError: answers or results cannot be written.
     """
-    if (out / RESULTS).exists() and not overwrite:
-        raise PmodError(
-            f"{out} holds another run", hint="replace it with --overwrite, or choose another folder with -o"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    on_progress = on_progress or (lambda model, task, answered, questions: None)
+    with RunFolder(out, processes) as folder:
+        folder.prepare(run_identity(subjects, settings), benchmarks, overwrite)
+        return _evaluate(benchmarks, subjects, settings, folder, processes, on_progress)
+
+
+def _evaluate(
+    benchmarks: Sequence[Benchmark],
+    subjects: Sequence[Subject],
+    settings: EvalSettings,
+    folder: RunFolder,
+    processes: Processes,
+    on_progress: Progress,
+) -> dict[str, Any]:
     header = {
         "schema_version": SCHEMA_VERSION,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings) | {"data_root": settings.data_root and str(settings.data_root)},
+        "identity": folder.identity,
         "software": provenance.software(),
-        "machine": provenance.machine(settings.device),
+        "machine": provenance.machine(settings.device) | {"processes": processes.size},
     }
     report = Report(benchmarks, seed=settings.seed)
     loaded: Loaded | None = None
@@ -84,50 +81,91 @@ def evaluate(
         if loaded is None or not loaded.serves(subject):
             loaded = None  # the model before is freed first
             on_progress(subject.label, "loading", 0, 1)
-            loaded = load(subject, dtype=settings.dtype, device=settings.device, attention=settings.attention)
-        report.add_model(subject.label, loaded.describe(subject))
+            device = device_of_rank(settings.device)
+            loaded = load(subject, dtype=settings.dtype, device=device, attention=settings.attention)
+        described = loaded.describe(subject) if processes.first else {}
+        by = processes.gather(answerer(described, settings) if described else None)[0]
+        report.add_model(subject.label, described)
         asked = PmodModel(
             str(subject.path),
             settings.batch_size,
             selection=subject.selection,
             seed=settings.seed,
+            halve=settings.halve,
             model=loaded.model,
             processor=loaded.processor,
         )
         for benchmark in benchmarks:
-            asked.progress = _named(on_progress, subject.label, benchmark.title)
             on_progress(subject.label, benchmark.title, 0, 1)
-            scored = score(
-                asked,
-                benchmark,
-                limit=settings.limit,
-                seed=settings.seed,
-                log=out / "lmms-eval.log",
-                data_root=settings.data_root,
-            )
-            report.add(benchmark, subject.label, scored.entry(), scored.samples)
-            _write_lines(out / "answers" / subject.label / f"{benchmark.name}.jsonl", scored.samples)
+            journal = Journal(folder.journal(subject.label), benchmark.name, processes.rank)
+            show = _named(on_progress, subject.label, benchmark.title)
+            outcome = _outcome(asked, benchmark, settings, by, journal, processes, folder.log(processes.rank), show)
+            if not processes.first:
+                continue
+            report.add(benchmark, subject.label, outcome.entry(), outcome.samples)
+            _write_lines(folder.answers(subject.label, benchmark.name), outcome.samples)
             if subject.label in report.differences[benchmark.name]:
                 changed = report.differences[benchmark.name][subject.label].changed
-                _write_lines(out / "changed" / subject.label / f"{benchmark.name}.jsonl", changed)
+                _write_lines(folder.changed(subject.label, benchmark.name), changed)
             results = header | report.results()
             results["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(out / RESULTS, results)
-            write_text(out / "results.md", formats.to_markdown(results))
-            write_text(out / "results.csv", formats.to_csv(results))
+            write_text(folder.path / "results.md", formats.to_markdown(results))
+            write_text(folder.path / "results.csv", formats.to_csv(results))
+            write_json(folder.path / RESULTS, results)
     return results
 
 
-def default_folder(model: Path) -> Path:
-    """`./runs/eval-<model>-<time>`."""
-    return Path("runs", f"eval-{model.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")
+def _outcome(
+    model: PmodModel,
+    benchmark: Benchmark,
+    settings: EvalSettings,
+    by: str,
+    journal: Journal,
+    processes: Processes,
+    log: Path,
+    on_progress: Callable[[int, int], None],
+) -> Outcome:
+    """The outcome of one benchmark: the same decision in every process, the score in that of rank 0."""
+    started = time.perf_counter()
+
+    def failed(why: str) -> Outcome:
+        return Outcome(error=why, seconds=time.perf_counter() - started)
+
+    opened, error = None, None
+    try:
+        opened = questions.load(
+            benchmark, limit=settings.limit, seed=settings.seed, data_root=settings.data_root, log=log
+        )
+    except Exception as cause:
+        error = one_line(cause)
+        write_traceback(cause, log)
+    if errors := [other for other in processes.gather(error) if other is not None]:
+        return failed(errors[0])
+    asked = ask(model, opened, by, journal, processes, log=log, on_progress=on_progress)
+    if asked.error is not None:
+        return failed(asked.error)
+    if asked.unanswered:
+        place, reason = min(asked.unanswered.items())
+        row = opened.row_of(opened.requests[place])
+        of = f"{len(asked.unanswered)} of {len(opened.requests)} questions could not be asked"
+        return failed(f"{of}; row {row} of {opened.requests[place].task_name}: {reason}")
+    if not processes.first:
+        return Outcome()
+    try:
+        outcome = score(benchmark, opened, asked.answers, seed=settings.seed, log=log)
+    except Exception as cause:
+        write_traceback(cause, log)
+        return failed(one_line(cause))
+    outcome.seconds = time.perf_counter() - started
+    outcome.peak_mib, outcome.found, outcome.processes = asked.peak_mib, asked.found, processes.size
+    return outcome
 
 
-def _named(on_progress: Callable[[str, str, int, int], None], label: str, title: str) -> Callable[[int, int], None]:
-    return lambda answered, questions: on_progress(label, title, answered, questions)
+def _named(on_progress: Progress, label: str, title: str) -> Callable[[int, int], None]:
+    return lambda answered, asked: on_progress(label, title, answered, asked)
 
 
-def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def _write_lines(path: Path, records: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False, default=str) for record in records)
     write_text(path, "".join(f"{line}\n" for line in lines))

@@ -43,7 +43,12 @@ def test_tiny_stands_beside_stock(pmod, converted):
     assert results["tasks"][0]["scores"]["stock"]["limited"]
     assert results["tasks"][0]["scores"]["stock"]["prompt"].endswith("ASSISTANT:")
     answers = (run / "answers" / "stock" / "tiny_doc.jsonl").read_text().splitlines()
-    assert [json.loads(line)["doc_id"] for line in answers] == [0, 1, 2]
+    rows = [json.loads(line)["doc_id"] for line in answers]
+    assert len(rows) == 3
+    assert rows == sorted(rows)
+    assert rows != [0, 1, 2], "drawn, not the first ones"
+    own = (run / "answers" / "tiny-pmod" / "tiny_doc.jsonl").read_text().splitlines()
+    assert [json.loads(line)["doc_id"] for line in own] == rows
     assert not list(run.rglob("*.tmp"))
 
 
@@ -58,8 +63,8 @@ def test_json_is_the_results_file(converted, capsys):
     assert printed == json.loads((converted.parent / "run" / "results.json").read_text())
     assert list(printed["models"]) == ["tiny-pmod"]
 
-    assert evaluate("--tasks", "tiny_doc", "--limit", 2, "-o", "run") == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert evaluate("--tasks", "tiny_doc", "--limit", 3, "--against", "none", "-o", "run") == 2
+    assert "holds another run, with other limit" in capsys.readouterr().err
     assert evaluate("--tasks", "tiny_doc", "--limit", 2, "-o", "run", "--overwrite", "-q", "--against", "none") == 0
     assert capsys.readouterr().out == "run\n"
 
@@ -78,6 +83,7 @@ def test_one_failing_task_does_not_stop_the_others(converted, capsys, monkeypatc
     printed = capsys.readouterr()
     assert code == 3
     assert "1 of 2 benchmark runs failed" in printed.err
+    assert "2 of 2 questions could not be asked; row" in printed.err
     assert "image file is truncated" in printed.err
     assert "failed" in printed.out
     scores = json.loads((converted.parent / "run" / "results.json").read_text())["tasks"][1]["scores"]

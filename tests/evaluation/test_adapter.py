@@ -8,8 +8,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pmod_cli.checkpoints import convert, load_model
 from pmod_cli.errors import PmodError
-from pmod_cli.evaluation import adapter, prompts
+from pmod_cli.evaluation import adapter, batching, prompts
 from pmod_cli.evaluation.adapter import PmodModel
+from pmod_cli.evaluation.journal import Answer
 from pmod_cli.model import PmodSettings
 
 QUESTIONS = (
@@ -96,7 +97,9 @@ def test_answers_are_those_of_plain_generate(stock_model, kind):
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "pmod"])
 def test_batches_do_not_change_answers(stock_model, pmod_model, name, monkeypatch):
-    monkeypatch.setattr(adapter, "WINDOW", 1)  # several windows: rows are sorted within each, answers put back in order
+    monkeypatch.setattr(
+        batching, "WINDOW", 1
+    )  # several windows: rows are sorted within each, answers put back in order
     path = pmod_model if name == "pmod" else stock_model(name)
     single = texts(asked(path))
     assert texts(asked(path, batch_size=4)) == single
@@ -119,23 +122,77 @@ def test_until_and_length(stock_model):
     adapted = asked(stock_model(), batch_size=8)
     answers = adapted.generate_until(requests(max_new_tokens=8))
     whole, lengths = [answer.text for answer in answers], [answer.token_counts.output_tokens for answer in answers]
-    tally = adapted.take_tally()
-    assert (tally.answers, tally.tokens, tally.cut) == (len(DOCS), sum(lengths), lengths.count(8))
     assert max(lengths) == 8
-    assert tally.generate_seconds > 0
-    assert tally.prompt.endswith("ASSISTANT:")
     stop = max(whole, key=len).split()[1]
     assert texts(adapted, max_new_tokens=8, until=[stop]) == [text.split(stop)[0].strip() for text in whole]
-    assert adapted.take_tally().answers == len(DOCS)
-    assert adapted.take_tally().answers == 0
 
 
-def test_progress_counts_answers(stock_model):
-    seen = []
+def test_an_answer_says_how_it_came_about(stock_model):
     adapted = asked(stock_model(), batch_size=3)
-    adapted.progress = lambda answered, questions: seen.append((answered, questions))
-    adapted.generate_until(requests())
-    assert seen == [(3, 7), (6, 7), (7, 7)]
+    batches = list(adapted.answers(requests(max_new_tokens=4)))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    answers = {place: answer for batch in batches for place, answer in batch}
+    assert sorted(answers) == list(range(len(DOCS)))
+    assert [answers[place].text for place in range(len(DOCS))] == texts(adapted, max_new_tokens=4)
+    assert all(answer.prompt.endswith("ASSISTANT:") for answer in answers.values())
+    assert [answer.batch for answer in answers.values()] == [3, 3, 3, 3, 3, 3, 1]
+    assert all(answer.cut == (answer.output_tokens == 4) for answer in answers.values())
+    assert all(answer.seconds > 0 and answer.input_tokens > 0 for answer in answers.values())
+
+
+def test_a_picture_that_cannot_be_read_leaves_the_others(stock_model, monkeypatch):
+    prepare = adapter.prompts.prepare
+
+    def broken(processor, index, question, images):
+        if "price" in question:
+            raise OSError("image file is truncated")
+        return prepare(processor, index, question, images)
+
+    monkeypatch.setattr(adapter.prompts, "prepare", broken)
+    adapted = asked(stock_model(), batch_size=4)
+    answers = {place: answer for batch in adapted.answers(requests()) for place, answer in batch}
+    assert answers[0] == adapter.Unanswered("OSError: image file is truncated")
+    assert all(isinstance(answers[place], Answer) for place in range(1, len(DOCS)))
+    with pytest.raises(PmodError, match="image file is truncated"):
+        texts(adapted)
+
+
+def test_a_prompt_longer_than_the_context_is_not_put(stock_model):
+    adapted = asked(stock_model(), batch_size=4)
+    whole = texts(adapted)
+    lengths = {place: answer.input_tokens for batch in adapted.answers(requests()) for place, answer in batch}
+    longest = max(lengths, key=lengths.get)
+    adapted.model.config.get_text_config().max_position_embeddings = lengths[longest]
+    answers = {place: answer for batch in adapted.answers(requests()) for place, answer in batch}
+    assert (answers[longest].too_long, answers[longest].text) == (True, "")
+    shorter = [place for place, length in lengths.items() if length < lengths[longest]]
+    assert shorter
+    assert [answers[place].text for place in shorter] == [whole[place] for place in shorter]
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_out_of_memory_halves_the_batch(stock_model, monkeypatch, most):
+    """A device on which more than `most` rows do not fit: no answer is lost or different, and the size stays small."""
+    adapted = asked(stock_model(), batch_size=8, halve=True)
+    expected, tried, generate = texts(adapted), [], adapted.model.generate
+
+    def full(input_ids, **inputs):
+        tried.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(adapted.model, "generate", full)
+    assert texts(adapted) == expected
+    assert tried[:3] == ([7, 4, 2, 1] if most == 1 else [7, 4, 2])[:3]
+    assert max(tried[tried.index(most if most == 1 else 2) :]) <= most
+    texts(adapted)
+    assert adapted.batch_size <= most
+
+    fixed = asked(stock_model(), batch_size=8)
+    monkeypatch.setattr(fixed.model, "generate", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        texts(fixed)
 
 
 def test_clean_keeps_the_model_and_repr_is_stable(stock_model):

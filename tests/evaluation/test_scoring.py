@@ -1,52 +1,43 @@
-"""Real lmms-eval over the tiny tasks, with answers whose scores are worked out by hand; and what a failure leaves."""
+"""Real lmms-eval over answers whose scores are worked out by hand: the tiny tasks, and the fourteen from mirrors."""
 
 import pytest
 from datasets import load_from_disk
-from lmms_eval.api.instance import GenerationResult, TokenCounts
-from lmms_eval.api.model import lmms
 
 from pmod_cli.data import documents
-from pmod_cli.evaluation import scoring, suite, tables, tiny_data
-from pmod_cli.evaluation.adapter import Tally
-from pmod_cli.evaluation.report import Report
+from pmod_cli.errors import PmodError
+from pmod_cli.evaluation import questions, scoring, suite, tiny_data
+from pmod_cli.evaluation.journal import Answer
+from pmod_cli.evaluation.outcome import Outcome
+from tests.evaluation import mirrors
 
 QUESTIONS = 12
 
 
-class Answers(lmms):
-    """Says what it is told to: `answer(target)` is called with the right answer and the number of the question."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def generate_until(self, requests):
-        said = []
-        for request in requests:
-            _, _, _, doc_id, task, split = request.args
-            target = self.task_dict[task][split][doc_id]["answer"]
-            said.append(GenerationResult(self.answer(target, doc_id), TokenCounts(output_tokens=1)))
-        return said
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError
-
-    generate_until_multi_round = loglikelihood
-    device = "cpu"
-
-    def take_tally(self):
-        return Tally()
-
-
-def score(task: str, answer, tmp_path, limit=QUESTIONS) -> scoring.Scored:
+def score(task: str, answer, tmp_path, limit=QUESTIONS, root=None) -> Outcome:
+    """Score what `answer(right answer, row)` says to each question; the rows are the first ones of the task."""
     (benchmark,) = suite.resolve([task])
-    return scoring.score(Answers(answer), benchmark, limit=limit, seed=0, log=tmp_path / "log")
+    opened = questions.load(benchmark, limit=limit, seed=0, data_root=root, log=tmp_path / "log")
+    said = {}
+    for place, request in enumerate(opened.requests):
+        doc = opened.tasks[request.task_name].eval_docs_no_media[request.doc_id]
+        text = answer(doc.get("answer"), opened.row_of(request), request.task_name)
+        said[place] = Answer(text, "prompt", 10, 1)
+    return scoring.score(benchmark, opened, said, seed=0, log=tmp_path / "log")
+
+
+@pytest.fixture(autouse=True)
+def first_rows(monkeypatch, request):
+    """The expected scores below are of the first rows; which rows a limit draws is tested in test_questions."""
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr(
+            questions, "drawn_rows", lambda task, docs, limit, seed: list(range(min(len(docs), limit or len(docs))))
+        )
 
 
 def in_turn(*answers):
     """Question i gets answer i modulo their number; a callable is applied to the right answer."""
 
-    def answer(target, index):
+    def answer(target, index, task):
         said = answers[index % len(answers)]
         return said(target) if callable(said) else said
 
@@ -57,7 +48,6 @@ def test_anls(tmp_path):
     """Two digits: right 1, one digit wrong 1 - 1/2 (kept at the threshold), both wrong 0, a sentence 0."""
     wrong_end = lambda target: target[0] + "x"  # noqa: E731
     scored = score("tiny_doc", in_turn(lambda target: target, wrong_end, "xx", "it cannot be read"), tmp_path)
-    assert scored.error is None
     assert [sample["item"] for sample in scored.samples[:4]] == [1.0, 0.5, 0.0, 0.0]
     assert scored.score == pytest.approx(100 * 1.5 / 4)
 
@@ -66,7 +56,7 @@ def test_relaxed_accuracy(tmp_path):
     """Numbers within 5 % count, words only exactly, a number in a sentence not."""
     questions = [documents.draw("chart", documents.seed_of("test", index)).turns[0] for index in range(40)]
 
-    def answer(target, index):
+    def answer(target, index, task):
         if not target.isdigit():
             return target.upper() if index % 2 else target + "s"
         return (f"{float(target) * 1.049:.4f}", f"{float(target) * 1.06:.4f}", f"about {target}")[index % 3]
@@ -112,32 +102,50 @@ def test_a_limited_run_says_so(tmp_path):
     assert not score("tiny_doc", in_turn("10"), tmp_path, limit=None).limited
 
 
-def test_a_failure_is_an_outcome(tmp_path, capfd):
-    def answer(target, index):
-        raise ValueError("the image is truncated\nand so on")
-
-    scored = score("tiny_doc", answer, tmp_path)
-    assert (scored.score, scored.error) == (None, "ValueError: the image is truncated")
-    assert "Traceback" in (tmp_path / "log").read_text()
-    assert capfd.readouterr().out == ""
-
+def test_a_missing_answer_is_no_wrong_answer(tmp_path):
     (benchmark,) = suite.resolve(["tiny_doc"])
-    report = Report([benchmark], seed=0)
-    report.add_model("m", {"routers": "trained"})
-    report.add(benchmark, "m", scored.entry(), scored.samples)
-    assert report.results()["failed"] == ["m: tiny doc: ValueError: the image is truncated"]
-    assert "failed" in [*tables.score_table(report.results()).columns[2].cells]
+    opened = questions.load(benchmark, limit=3, seed=0, log=tmp_path / "log")
+    with pytest.raises(PmodError, match="1 of 3 questions have no answer"):
+        scoring.score(benchmark, opened, {0: Answer("a"), 2: Answer("b")}, seed=0, log=tmp_path / "log")
 
 
 def test_a_metric_that_is_not_a_number_is_a_failure(tmp_path):
-    benchmark = suite.Benchmark("x", "x", "tiny_doc", "no_such_metric", group="tiny")
-    results = {
-        "samples": {"tiny_doc": [{"doc_id": 0}]},
-        "n-samples": {"tiny_doc": {"original": 1, "effective": 1}},
-        "results": {"tiny_doc": {"anls,none": 1.0}},
-    }
-    with pytest.raises(scoring.PmodError, match="no number for no_such_metric,none"):
-        scoring._read(benchmark, results)
-    results["n-samples"]["tiny_doc"]["effective"] = 2
-    with pytest.raises(scoring.PmodError, match="1 of 2 questions"):
-        scoring._read(benchmark, results)
+    (benchmark,) = suite.resolve(["tiny_doc"])
+    opened = questions.load(benchmark, limit=1, seed=0, log=tmp_path / "log")
+    unknown = suite.Benchmark("x", "x", "tiny_doc", "no_such_metric", group="tiny")
+    with pytest.raises(PmodError, match="no number for no_such_metric,none"):
+        scoring.score(unknown, opened, {0: Answer("a")}, seed=0, log=tmp_path / "log")
+
+
+def test_lmms_eval_says_nothing_on_stdout(tmp_path, capfd):
+    score("tiny_doc", in_turn("10"), tmp_path)
+    assert capfd.readouterr().out == ""
+    assert "tiny_doc" in (tmp_path / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return mirrors.write(tmp_path_factory.mktemp("mirror"))
+
+
+@pytest.mark.parametrize("benchmark", suite.PAPER, ids=lambda benchmark: benchmark.name)
+def test_scores_of_the_paper_are_those_worked_out_by_hand(benchmark, root, tmp_path):
+    """Right, wrong and unparseable answers to a mirror of each benchmark, through lmms-eval."""
+    made = mirrors.mirrored(benchmark.name)
+    splits = {task: split for task, split in zip(_tasks(benchmark), made.said, strict=True)}
+    outcome = score(
+        benchmark.name, lambda target, row, task: made.said[splits[task]][row], tmp_path, limit=None, root=root
+    )
+    assert outcome.score == pytest.approx(made.score, abs=1e-3)
+    if made.items is not None:
+        assert [float(record["item"]) for record in outcome.samples] == pytest.approx(made.items)
+    asked = [said for split in made.said.values() for said in split]
+    assert [record["answer"] for record in outcome.samples] == asked
+    assert (len(outcome.samples), outcome.limited) == (len(asked), False)
+    assert outcome.guesses.drawn == (1 if benchmark.name == "mmmu" else 0)
+    assert outcome.guesses.unread == {"mmb": 2, "rwqa": 1}.get(benchmark.name, 0)
+
+
+def _tasks(benchmark: suite.Benchmark) -> list[str]:
+    """lmms-eval's tasks, in the order of the mirror's splits."""
+    return {"pope_full": ["pope_adv", "pope_pop", "pope_random"]}.get(benchmark.task, [benchmark.task])

@@ -1,4 +1,4 @@
-"""Samples a second beside lmms-eval's own `llava_hf`: one thread, the tiny tasks, turn and turn about in one process."""
+"""Samples a second beside lmms-eval's own `llava_hf`: one thread, the tiny tasks, in turns in one process."""
 
 import statistics
 import time

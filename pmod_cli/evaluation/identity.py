@@ -1,0 +1,100 @@
+"""What makes two runs the same, and what an answer depends on: so that answers are taken over only where they fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.evaluation import provenance
+from pmod_cli.evaluation.subjects import Subject
+from pmod_cli.evaluation.suite import Benchmark
+
+# Another place of the same weights, or another GPU of the same machine, does not change an answer.
+NOT_OF_AN_ANSWER = ("path", "commit", "device")
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How the questions are asked.
+
+    Attributes:
+        limit: Questions per task: a count, or a fraction below 1; drawn by the seed. None: all of them.
+        batch_size: Rows per `generate` call.
+        device: A torch device.
+        dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
+        attention: `sdpa`, `eager` or `flash_attention_2`.
+        seed: Of the limited questions, the random selection, the resampling, and tasks that sample their answers.
+        data_root: A mirror of the data sets; None: the Hugging Face cache or the hub.
+        halve: Out of memory, halve the batch size and go on.
+    """
+
+    limit: float | None = None
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    seed: int = 0
+    data_root: Path | None = None
+    halve: bool = False
+
+
+def run_identity(subjects: Sequence[Subject], settings: EvalSettings) -> dict[str, Any]:
+    """What a run is about: models by their files, and settings. Not where things lie, nor how many are asked."""
+    return {
+        "models": {
+            subject.label: {
+                **{name: value for name, value in _checkpoint(subject.path).items() if name not in NOT_OF_AN_ANSWER},
+                "selection": subject.selection,
+                "tokens_left": subject.tokens_left,
+            }
+            for subject in subjects
+        },
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+        "attention": settings.attention,
+        "device": settings.device.partition(":")[0],
+    }
+
+
+def answerer(described: Mapping[str, Any], settings: EvalSettings) -> str:
+    """Digest of a loaded model and of what is around it; the batch size is no part of it.
+
+    Args:
+        described: As `subjects.Loaded.describe` gives it.
+    """
+    parts = {name: value for name, value in described.items() if name not in NOT_OF_AN_ANSWER}
+    around = {"device": settings.device.partition(":")[0], "seed": settings.seed, "packages": _versions()}
+    return _digest({**parts, **around})
+
+
+def default_folder(subjects: Sequence[Subject], benchmarks: Iterable[Benchmark], settings: EvalSettings) -> Path:
+    """`./runs/eval-<model>-<eight digits>`: the same command goes on in the same folder, another one gets another."""
+    parts = [run_identity(subjects, settings), [benchmark.task for benchmark in benchmarks]]
+    return Path("runs", f"eval-{subjects[0].path.resolve().name}-{_digest(parts)[:8]}")
+
+
+@cache
+def _checkpoint(path: Path) -> dict[str, Any]:
+    return provenance.checkpoint(path, None)
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -126,6 +126,13 @@ def eval(
             show_default=False,
         ),
     ] = None,
+    check_batching: Annotated[
+        bool,
+        typer.Option(
+            "--check-batching",
+            help="Ask 64 questions of each task again, one at a time, and count the answers that change.",
+        ),
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Set finished runs side by side; nothing is asked.")
     ] = False,
@@ -193,6 +200,7 @@ def eval(
         seed=seed,
         data_root=data_root,
         halve=halve,
+        check_batching=check_batching,
     )
     out = out or default_folder(chosen, benchmarks, settings)
     output.note(f"models: {', '.join(f'{subject.label} ({subject.path})' for subject in chosen)}")
@@ -328,8 +336,9 @@ def _print_results(results: dict[str, Any], shown_as: str) -> None:
     else:
         for line in tables.warnings(results):
             output.print_line(line)
-        output.stdout.print(tables.score_table(results))
-        output.stdout.print(tables.answer_table(results))
+        width = max(output.stdout.width, tables.WIDTH)  # a narrower terminal wraps lines, and nothing is cut
+        for table in (tables.score_table(results), tables.answer_table(results)):
+            output.stdout.print(table, width=width, crop=False)
         for line in tables.notes(results):
             output.print_line(line)
         if "folder" in results:
@@ -337,7 +346,7 @@ def _print_results(results: dict[str, Any], shown_as: str) -> None:
 
 
 def _fetch(benchmarks: tuple[Benchmark, ...], data_root: Path | None, as_json: bool) -> None:
-    from pmod_cli.evaluation import data
+    from pmod_cli.evaluation import data, mirror
 
     if data_root is None:
         raise PmodError("--fetch-data needs a folder to copy to", hint="add --data-root DIR")
@@ -345,7 +354,7 @@ def _fetch(benchmarks: tuple[Benchmark, ...], data_root: Path | None, as_json: b
     if as_json:
         output.print_json({"schema_version": 1, "data_root": str(data_root), "files": files})
     else:
-        output.note(f"{len(files)} files; on the other machine: sha256sum --check {data.CHECKSUMS}")
+        output.note(f"{len(files)} files; on the other machine: sha256sum --check {mirror.CHECKSUMS}")
         output.print_line(data_root)
 
 

@@ -15,8 +15,6 @@ from pmod_cli.evaluation import mirror
 from pmod_cli.evaluation.sources import Source
 from pmod_cli.evaluation.suite import KNOWN, Benchmark
 
-CHECKSUMS = "SHA256SUMS"  # in the root of a mirror, as `sha256sum --check` reads it
-
 
 def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None) -> None:
     """Check that the data of the paper's benchmarks is here or can be fetched when its turn comes.
@@ -159,11 +157,9 @@ def _require_space(sources: Iterable[Source], data_root: Path) -> None:
 
 
 def _add_checksums(data_root: Path, sums: dict[str, str]) -> None:
-    path = data_root / CHECKSUMS
-    known = {}
-    if path.is_file():
-        known = {name: digest for digest, _, name in (line.partition("  ") for line in path.read_text().splitlines())}
-    write_text(path, "".join(f"{digest}  {name}\n" for name, digest in sorted((known | sums).items())))
+    listed = mirror.checksums(data_root) | sums
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(listed.items()))
+    write_text(data_root / mirror.CHECKSUMS, "".join(lines))
 
 
 def _sha256(file: Path) -> str:

@@ -33,6 +33,7 @@ class EvalSettings:
         seed: Of the limited questions, the random selection, the resampling, and tasks that sample their answers.
         data_root: A mirror of the data sets; None: the Hugging Face cache or the hub.
         halve: Out of memory, halve the batch size and go on.
+        check_batching: Ask some questions again, one at a time, and count the answers that change.
     """
 
     limit: float | None = None
@@ -43,6 +44,7 @@ class EvalSettings:
     seed: int = 0
     data_root: Path | None = None
     halve: bool = False
+    check_batching: bool = False
 
 
 def run_identity(subjects: Sequence[Subject], settings: EvalSettings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import yaml
 from pmod_cli.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation.sources import Source
 
+CHECKSUMS = "SHA256SUMS"  # in the root of a mirror, as `sha256sum --check` reads it
 CARD = "README.md"  # a data set's card says which files make up which split
 _SHARD = re.compile(r"-of-(\d{5})\b")
 
@@ -37,6 +38,13 @@ def in_folder(source: Source, folder: Path) -> list[Path]:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     return [folder / name for name in split_files(source, names, text)]
+
+
+def checksums(root: Path) -> dict[str, str]:
+    """The SHA-256 of the files of a mirror, by their names under its root, as its `SHA256SUMS` lists them."""
+    path = root / CHECKSUMS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def find(source: Source, root: Path | None) -> list[Path]:

@@ -81,6 +81,8 @@ class Outcome:
         found: Answers that an earlier, unfinished run had written down.
         processes: Processes that answered.
         guesses: Answers that could not be read.
+        batching: What `flips` measured, where it was asked to.
+        data: Where the questions came from, as `provenance.data` tells.
     """
 
     score: float | None = None
@@ -96,6 +98,8 @@ class Outcome:
     found: int = 0
     processes: int = 1
     guesses: Guesses = field(default_factory=Guesses)
+    batching: dict[str, Any] | None = None
+    data: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def limited(self) -> bool:
@@ -131,6 +135,8 @@ class Outcome:
             "metrics": self.metrics,
             "task_versions": self.versions,
             "questions_sha256": self.questions_sha256,
+            "data": self.data,
+            "batching": self.batching,
         }
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import distributions
@@ -15,8 +16,11 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.checkpoints import files
+from pmod_cli.evaluation import mirror
+from pmod_cli.evaluation.sources import Source
 
 BLOB = re.compile(r"[0-9a-f]{64}")  # the Hugging Face cache names a large file by the SHA-256 of its bytes
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PROCESSOR_FILES = (
     "chat_template.jinja",
     "chat_template.json",
@@ -92,6 +96,37 @@ def checkpoint(folder: Path, commit: str | None) -> dict[str, Any]:
     }
 
 
+def data(sources: Iterable[Source], root: Path | None) -> list[dict[str, Any]]:
+    """Which files the questions of a benchmark came from.
+
+    Nothing is read but names: a file's SHA-256 is known where the Hugging Face cache names it so, or where the mirror's
+    `SHA256SUMS` lists it; else it is None. The commit of the data set is known where it came from the cache.
+    """
+    sums = mirror.checksums(root) if root is not None else {}
+    found = []
+    for source in sources:
+        paths = mirror.find(source, root)
+        commit = next((part for part in paths[0].parts if COMMIT.fullmatch(part)), None) if paths and not root else None
+        listed = [
+            {
+                "name": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": sums.get(path.relative_to(root).as_posix()) if root else _blob_name(path),
+            }
+            for path in paths
+        ]
+        found.append(
+            {
+                "repository": source.repository,
+                "configuration": source.configuration or None,
+                "split": source.split,
+                "commit": commit,
+                "files": listed,
+            }
+        )
+    return found
+
+
 def weights_sha256(folder: Path) -> str:
     """One digest of a checkpoint's weights: SHA-256 over the SHA-256 of each weight file, in the order of their names.
 
@@ -105,11 +140,14 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _digest(file: Path) -> str:
+    state = file.stat()
+    return _blob_name(file) or _read_digest(file.resolve(), state.st_size, state.st_mtime_ns)
+
+
+def _blob_name(file: Path) -> str | None:
+    """The SHA-256 of a file of the Hugging Face cache."""
     blob = file.resolve()
-    if BLOB.fullmatch(blob.name) and blob.parent.name == "blobs":
-        return blob.name
-    state = blob.stat()
-    return _read_digest(blob, state.st_size, state.st_mtime_ns)
+    return blob.name if BLOB.fullmatch(blob.name) and blob.parent.name == "blobs" else None
 
 
 @cache

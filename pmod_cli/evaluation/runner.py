@@ -14,6 +14,7 @@ from pmod_cli.checkpoints.atomic import write_json, write_text
 from pmod_cli.evaluation import formats, provenance, questions
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, one_line, write_traceback
+from pmod_cli.evaluation.flips import flips
 from pmod_cli.evaluation.folder import RESULTS, RunFolder
 from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity
 from pmod_cli.evaluation.journal import Journal
@@ -153,10 +154,13 @@ def _outcome(
         return Outcome()
     try:
         outcome = score(benchmark, opened, asked.answers, seed=settings.seed, log=log)
+        if settings.check_batching:
+            outcome.batching = flips(model, opened.requests, asked.answers, seed=settings.seed)
     except Exception as cause:
         write_traceback(cause, log)
         return failed(one_line(cause))
     outcome.seconds = time.perf_counter() - started
+    outcome.data = provenance.data(benchmark.data, settings.data_root)
     outcome.peak_mib, outcome.found, outcome.processes = asked.peak_mib, asked.found, processes.size
     return outcome
 

@@ -21,6 +21,8 @@ TRUST = {  # what a reader of a score should know of its answers, and the head o
     "random_answers": "random",
     "unread_answers": "unread",
 }
+WIDTH = 100  # columns that the tables need at most
+MODEL_WIDTH = 12  # names of models are folded, but not beyond this
 AVERAGE = "AVG {group}"
 
 
@@ -96,7 +98,7 @@ def score_columns(results: Mapping[str, Any], listed: list[Row]) -> Columns:
     if any(row["paper_baseline"] is not None for row in listed):
         columns |= {
             "paper": lambda row: _decimal(row["paper_baseline"]),
-            "paper p-MoD": lambda row: _decimal(row["paper_pmod"]),
+            "its p-MoD": lambda row: _decimal(row["paper_pmod"]),
             "to paper": _to_paper,
         }
     if len(results["models"]) > 1:
@@ -115,8 +117,8 @@ def answer_columns(listed: list[Row]) -> Columns:
         "asked": _asked,
         **{heading: (lambda row, kind=kind: _count(row[kind])) for kind, heading in shown.items()},
         "seconds": lambda row: _decimal(row["seconds"]),
-        "token/s": lambda row: _decimal(row["tokens_per_second"]),
-        "peak MiB": lambda row: _count(row["peak_memory_mib"]),
+        "tok/s": lambda row: _decimal(row["tokens_per_second"]),
+        "MiB": lambda row: _count(row["peak_memory_mib"]),
         "kept": _kept,
     }
 
@@ -161,7 +163,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 def _about_the_paper(results: Mapping[str, Any]) -> list[str]:
     families = {str(model.get("model_type", "")).removeprefix("pmod_") for model in results["models"].values()}
     names = " and ".join(PUBLISHED[family].name for family in sorted(families) if family in PUBLISHED)
-    lines = [f"paper, paper p-MoD: published scores of {names} and its p-MoD; to paper: the score minus its kind's"]
+    lines = [f"paper, its p-MoD: published scores of {names} and of its p-MoD; to paper: the score minus its kind's"]
     others = [label for label, model in results["models"].items() if not is_the_papers(model)]
     if others:
         lines.append(f"{', '.join(others)}: not of the paper's size and decoder, so the paper's numbers only orient")
@@ -188,7 +190,8 @@ def _table(listed: list[Row], columns: Columns) -> Table:
     """Rows of one benchmark follow each other and name it once; averages come last, under a line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for place, heading in enumerate(columns):
-        table.add_column(heading, justify="left" if place < 2 else "right", no_wrap=place != 1, overflow="fold")
+        name = {"min_width": MODEL_WIDTH, "overflow": "fold"} if place == 1 else {"no_wrap": True}
+        table.add_column(heading, justify="left" if place < 2 else "right", **name)
     before = None
     for row in listed:
         if row["task"] is None and before is not None and before["task"] is not None:
@@ -227,7 +230,7 @@ def _asked(row: Row) -> str:
     if row["questions"] is None:
         return ""
     asked = f"{row['questions']:,}"
-    return f"{asked} of {row['questions_available']:,}" if row["limited"] else asked
+    return f"{asked}/{row['questions_available']:,}" if row["limited"] else asked
 
 
 def _half(low: float | None, high: float | None) -> str:

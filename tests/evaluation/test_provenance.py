@@ -8,7 +8,9 @@ import pytest
 
 from pmod_cli.checkpoints import convert
 from pmod_cli.evaluation import provenance
+from pmod_cli.evaluation.suite import PAPER
 from pmod_cli.model import PmodSettings
+from tests.evaluation import mirrors
 
 
 def test_digest_is_that_of_the_files(stock_model):
@@ -61,3 +63,18 @@ def test_a_checkout_has_a_commit():
     if commit is None:
         pytest.skip("these files are no git checkout")
     assert len(commit.removesuffix("-dirty")) == 40
+
+
+def test_data_of_a_mirror_has_its_listed_digest(tmp_path):
+    mirrors.write(tmp_path, ["gqa"])
+    benchmark = next(benchmark for benchmark in PAPER if benchmark.name == "gqa")
+    digests = {
+        path.relative_to(tmp_path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in tmp_path.rglob("*.parquet")
+    }
+    (tmp_path / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+    found = provenance.data(benchmark.data, tmp_path)
+    assert [part["split"] for part in found] == ["testdev", "testdev"]
+    assert {file["sha256"] for part in found for file in part["files"]} == set(digests.values())
+    (tmp_path / "SHA256SUMS").unlink()
+    assert provenance.data(benchmark.data, tmp_path)[0]["files"][0]["sha256"] is None

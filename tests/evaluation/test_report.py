@@ -14,26 +14,26 @@ from tests.evaluation import reports
 
 SCORES = """\
 
- benchmark  model         score  paper  paper p-MoD  to paper  first − this  changed
- ───────────────────────────────────────────────────────────────────────────────────
- DocVQA     p-mod   75.0 ± 37.5   70.1         70.0      +5.0
-            stock         100.0   70.1         70.0     +29.9  −25.0 ± 37.5        1
- ChartQA    p-mod  50.0* ± 50.0   61.6         61.8    −11.8*
-            stock        failed   61.6         61.8
+ benchmark  model                score  paper  its p-MoD  to paper  first − this  changed
+ ────────────────────────────────────────────────────────────────────────────────────────
+ DocVQA     p-mod          75.0 ± 37.5   70.1       70.0      +5.0
+            stock                100.0   70.1       70.0     +29.9  −25.0 ± 37.5        1
+ ChartQA    p-mod         50.0* ± 50.0   61.6       61.8    −11.8*
+            stock               failed   61.6       61.8
 """
 ANSWERS = """\
 
- benchmark  model       asked  empty  cut  seconds  token/s  peak MiB     kept
+ benchmark  model           asked  empty  cut  seconds  tok/s     MiB     kept
  ─────────────────────────────────────────────────────────────────────────────
- DocVQA     p-mod           4      0    1     12.3    101.2    14,336   53.8 %
-            stock           4      0    0     12.3    101.2    14,336  100.0 %
- ChartQA    p-mod  4 of 2,500      2    0     12.3    101.2    14,336   53.8 %
-            stock                              0.5                     100.0 %
+ DocVQA     p-mod               4      0    1     12.3  101.2  14,336   53.8 %
+            stock               4      0    0     12.3  101.2  14,336  100.0 %
+ ChartQA    p-mod         4/2,500      2    0     12.3  101.2  14,336   53.8 %
+            stock                                  0.5                 100.0 %
 """
 NOTES = """\
 ±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown
 first − this: p-mod minus the row's model, same questions; changed: answers that differ
-paper, paper p-MoD: published scores of LLaVA-NeXT 7B and its p-MoD; to paper: the score minus its kind's
+paper, its p-MoD: published scores of LLaVA-NeXT 7B and of its p-MoD; to paper: the score minus its kind's
 cut: the answer reached the task's length limit
 stock: ChartQA: a picture [17] cannot be read"""
 
@@ -172,7 +172,7 @@ def test_csv_and_markdown_agree_with_the_results():
     text = formats.to_markdown(results)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    assert cells[0] == ["benchmark", "model", "score", "paper", "paper p-MoD", "to paper", "first − this", "changed"]
+    assert cells[0] == ["benchmark", "model", "score", "paper", "its p-MoD", "to paper", "first − this", "changed"]
     assert cells[2][:3] == ["DocVQA", "p-mod", "75.0 ± 37.5"]
     assert cells[4][2] == r"50.0\* ± 50.0"
     assert re.search(r"^\*\*limited run", text)

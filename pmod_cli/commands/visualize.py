@@ -33,6 +33,7 @@ pmod visualize img.png --layers 8-31 --question "What does the sign say?" --html
 pmod visualize img.png --mode weights --layers 14,20,26 -o weights.svg
 pmod visualize img.png --against tiny-llava-next --layers 14,20,26
 pmod visualize photos/ --mode depth -o drawn/
+pmod visualize rows.json --image-folder images/ --max-new-tokens 0
 """
 SCHEMA_VERSION = 2
 STATISTICS = "statistics.json"
@@ -56,7 +57,8 @@ def visualize(
         str | None,
         typer.Option(
             metavar="MODE",
-            help="kept, weights, depth, schedule, compare or grid. (default: kept; compare with --against)",
+            help="kept: patches; weights: the router's; depth: how many layers keep a patch; schedule: planned and "
+            "real retention; compare: two selections; grid: kept, small. (default: kept; compare with --against)",
             show_default=False,
             rich_help_panel=LOOK,
         ),
@@ -72,6 +74,7 @@ def visualize(
     question: Annotated[
         str | None,
         typer.Option(
+            metavar="TEXT",
             help="What to ask; <image> in it moves the image there. (default: the row's own, else: What is shown in "
             "this image?)",
             show_default=False,
@@ -79,7 +82,8 @@ def visualize(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Length of the answer; 0 for no answer.", rich_help_panel=LOOK)
+        int,
+        typer.Option(min=0, metavar="N", help="Length of the answer; 0 for no answer.", rich_help_panel=LOOK),
     ] = 32,
     answer_only: Annotated[
         bool,
@@ -112,6 +116,7 @@ def visualize(
         typer.Option(
             "--out",
             "-o",
+            metavar="PATH",
             help="Picture to write, .png or .svg; of several, a folder. (default: IMAGE-pmod.png)",
             show_default=False,
             rich_help_panel=WRITE,
@@ -202,11 +207,12 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
     from pmod_cli.checkpoints.atomic import write_json
 
     described: list[dict[str, Any]] = []
-    numbers = []
+    numbers, models = [], set()
     with output.progress() as bar:
         task = bar.add_task("drawing", total=total, visible=statistics is not None)
         for drawn in run:
             numbers.append(visualization.image_statistics(drawn.record))
+            models.add(drawn.record.model)
             layers = drawn.layers
             if as_json:
                 described.append(visualization.describe(drawn))
@@ -220,7 +226,7 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
             bar.advance(task)
     summary = visualization.summarise(numbers, layers)
     if statistics:
-        write_json(statistics, summary)
+        write_json(statistics, {"schema_version": SCHEMA_VERSION, "models": sorted(models), **summary})
     if as_json:
         output.print_json({"schema_version": SCHEMA_VERSION, "images": described, "statistics": summary})
     elif quiet and statistics:

@@ -101,12 +101,13 @@ def encode(figure: Figure, kind: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
-    # Hinting fits letters to the pixels of a screen; at the resolution of print it only takes time.
-    with warnings.catch_warnings(), rc_context({"text.hinting": "no_hinting"}):
+    # Hinting fits letters to the pixels of a screen; at the resolution of print it only takes time. With the salt and
+    # without a date, the same figure gives the same SVG.
+    with warnings.catch_warnings(), rc_context({"text.hinting": "no_hinting", "svg.hashsalt": "pmod"}):
         # Letters that the font lacks are drawn as boxes; a line of log for each of them helps nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         if kind == "svg":
-            figure.savefig(buffer, format="svg")
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
         else:
             canvas = FigureCanvasAgg(figure)
             canvas.draw()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def one_target(item: Item, out: Path | None, ending: str, beside: Sequence[str] 
     target = out or Path(f"{item.name}-pmod.{ending}")
     if not target.parent.is_dir():
         raise PmodError(f"{target}: there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
+    _check_writable(target.parent)
     return _checked([target], [item], beside)
 
 
@@ -36,7 +38,13 @@ def folder_targets(items: Sequence[Item], folder: Path, ending: str, beside: Seq
     """
     if folder.is_file() or folder.suffix.lower() in (".png", ".svg"):
         raise PmodError(f"{folder} is a file, expected a folder for {len(items)} pictures", hint="--out FOLDER")
+    _check_writable(next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()))
     return _checked([folder / f"{item.name}-pmod.{ending}" for item in items], items, beside)
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise PmodError(f"{folder}: nothing can be written into this folder", hint="choose another with --out")
 
 
 def _checked(targets: list[Path], items: Sequence[Item], beside: Sequence[str]) -> list[Path]:

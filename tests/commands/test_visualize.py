@@ -131,7 +131,7 @@ def test_rows_become_a_folder_with_statistics_and_are_drawn_again(ready, capsys)
     output = capsys.readouterr().out
     again = json.loads(output[output.index("{") :])
     assert [image["question"] for image in again["images"]] == ["what?", "What is shown in this image?"]
-    assert again["statistics"] == statistics
+    assert statistics == {"schema_version": 2, "models": ["routed"], **again["statistics"]}
     assert call("visualize", first, "--against", second, "--layers", 3, "-o", "both.png") == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "100%"  # untrained routers: both keep the first
 

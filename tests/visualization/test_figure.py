@@ -222,7 +222,10 @@ def test_saved_as_png_or_svg(tmp_path):
         picture.load()
         assert picture.width == int(figure.get_figwidth() * 300)
     save(figure, tmp_path / "a.svg")
-    assert "</svg>" in (tmp_path / "a.svg").read_text()
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "</svg>" in drawn
+    save(draw(record, [2, 3]), tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == drawn
     with pytest.raises(PmodError, match=r"a\.gif: pictures are written as \.png or \.svg"):
         save(figure, tmp_path / "a.gif")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]

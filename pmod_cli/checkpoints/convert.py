@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pmod_cli import __version__
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.adapters import keep_apart, merged, read_config
 from pmod_cli.checkpoints.atomic import refuse_existing, staged_directory, write_json
 from pmod_cli.checkpoints.layouts import Source, read_source
 from pmod_cli.checkpoints.layouts.to_published import tower_folder
@@ -68,6 +69,9 @@ def convert(
     folder = source.folder if isinstance(source, Source) else Path(source)
     check_target(folder, target, overwrite or resume)
     read = source if isinstance(source, Source) else read_source(folder, options)
+    if options.adapter is not None:
+        read_config(options.adapter)
+        read = merged(read, options.adapter) if options.merge else read
     _refuse_same_again(read, options)
     plan = make_plan(read, settings, options)
     report = _report(plan, target, origin or str(folder))
@@ -89,6 +93,8 @@ def convert(
         if options.to == "published" and (tower := tower_folder(read, plan.config)):
             (staging / tower).mkdir()
             write_json(staging / tower / files.CONFIG, read.config["vision_config"])
+        if options.adapter is not None and not options.merge:
+            keep_apart(options.adapter, staging / "adapter")
         if options.to == "remote-code":
             (staging / MODELING).write_text(modeling_source(), encoding="utf-8")
         write_json(staging / files.CONFIG, plan.config)
@@ -121,7 +127,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 def _refuse_same_again(source: Source, options: Options) -> None:
     ours = source.layout == "huggingface" and source.settings is not None
-    if ours and options.to == "pmod" and not (options.dtype or options.max_shard_bytes):
+    if ours and options.to == "pmod" and not (options.dtype or options.max_shard_bytes or options.adapter):
         raise PmodError(
             f"{source.folder} is a p-MoD checkpoint already, in this layout",
             hint=f"pmod finetune --model {source.folder}, or convert it --to stock, published or remote-code",
@@ -230,6 +236,7 @@ def _provenance(report: ConversionReport, plan: Plan) -> dict:
         "retention": report.retention,
         "router_init": plan.options.router_init,
         "dtype": plan.options.dtype,
+        "adapter": str(plan.options.adapter) if plan.options.adapter else None,
         "versions": {name: version(name) for name in ("safetensors", "transformers")},
         "source_files_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
         "source_shards": {

@@ -26,6 +26,10 @@ class Options:
         seed: Of `normal`.
         vision_tower: Folder or hub id of the tower, instead of the one that an original checkpoint names.
         tokenizer: Folder of the tokenizer, for a checkpoint that has none.
+        projector: File of a pretrained projector: the source is then a language model, to become a LLaVA.
+        anyres: With `projector`: LLaVA-NeXT, not LLaVA-1.5.
+        adapter: Folder of a LoRA adapter that was trained on the source.
+        merge: Add the adapter to the weights; else it is kept in a folder `adapter` of the result.
         verify: Read again what was written and compare it with its source.
         offline: Do not use the network.
 
@@ -41,6 +45,10 @@ class Options:
     seed: int = 0
     vision_tower: str | None = None
     tokenizer: Path | None = None
+    projector: Path | None = None
+    anyres: bool = False
+    adapter: Path | None = None
+    merge: bool = True
     verify: bool = False
     offline: bool = False
 

@@ -30,6 +30,8 @@ pmod convert ./my-llava --schedule linear --target-retention 0.5
 pmod convert llava-1.5-7b --target-flops 0.55 --dry-run
 pmod convert liuhaotian/llava-v1.5-7b --dtype bfloat16 --verify
 pmod convert MCG-NJU/p-MoD-LLaVA-NeXT-7B
+pmod convert --llm lmsys/vicuna-7b-v1.5 --vision-tower openai/clip-vit-large-patch14-336 --projector mm_projector.bin
+pmod convert llava-1.5-7b --adapter ./my-lora
 pmod convert ./my-pmod --to published -o my-pmod-for-the-authors-code
 pmod convert --list
 """
@@ -143,6 +145,27 @@ def convert(
         Path | None,
         typer.Option(metavar="DIR", help="Original layout: folder of the tokenizer.", rich_help_panel=PARTS),
     ] = None,
+    llm: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Language model to build a LLaVA of, not NAME.", rich_help_panel=PARTS),
+    ] = None,
+    projector: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --llm: the pretrained mm_projector.", rich_help_panel=PARTS),
+    ] = None,
+    anyres: Annotated[
+        bool, typer.Option("--anyres", help="With --llm: LLaVA-NeXT, not LLaVA-1.5.", rich_help_panel=PARTS)
+    ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="LoRA adapter that was trained on NAME.", rich_help_panel=PARTS),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge/--no-merge", help="Add the adapter to the weights, or keep it apart.", rich_help_panel=PARTS
+        ),
+    ] = True,
     list_names: Annotated[bool, typer.Option("--list", help="List the aliases and stop.")] = False,
     overwrite: OverwriteOpt = False,
     resume: Annotated[
@@ -165,6 +188,11 @@ def convert(
     if list_names:
         view.print_aliases(checkpoints.ALIASES, as_json)
         return
+    if (llm is None) != (projector is None) or (anyres and llm is None):
+        raise PmodError("--llm and --projector go together, and --anyres with them", hint="pmod convert --help")
+    if llm is not None and name is not None:
+        raise PmodError(f"two models: {name} and --llm {llm}; give one")
+    name = name or llm
     if name is None:
         raise PmodError("no model named", hint="pmod convert --list, or pmod convert --help")
     if copy and symlink:
@@ -178,6 +206,10 @@ def convert(
         seed=seed,
         vision_tower=vision_tower,
         tokenizer=tokenizer,
+        projector=projector,
+        anyres=anyres,
+        adapter=adapter,
+        merge=merge,
         verify=verify,
         offline=offline,
     )

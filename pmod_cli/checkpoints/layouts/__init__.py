@@ -8,6 +8,7 @@ from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.layouts.huggingface import KINDS, read_huggingface
 from pmod_cli.checkpoints.layouts.normal import LowRank, Part, Source
 from pmod_cli.checkpoints.layouts.original import DECODERS, is_original, read_original
+from pmod_cli.checkpoints.layouts.parts import read_parts
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.errors import PmodError
 
@@ -27,6 +28,8 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
     options = options or Options()
     where = folder / CONFIG
     config = read_json(where)
+    if options.projector is not None:
+        return read_parts(folder, config, options)
     if is_original(config):
         return read_original(folder, config, options)
     model_type = config.get("model_type")
@@ -34,5 +37,10 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
         return read_huggingface(folder, config)
     if model_type in list(DECODERS):
         raise PmodError(f"{where}: mm_vision_tower is absent, so this is a language model without its vision part")
+    if model_type in ("llama", "mistral", "qwen2"):
+        raise PmodError(
+            f"{where}: this is a language model without a vision part",
+            hint="pmod convert --llm NAME --vision-tower NAME --projector mm_projector.bin",
+        )
     known = [*KINDS, *(ours for ours, _ in KINDS.values()), *(name for name in DECODERS if name not in KINDS)]
     raise PmodError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(known)}")

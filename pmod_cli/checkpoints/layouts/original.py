@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.errors import PmodError
-from pmod_cli.model import PmodSettings
 
 DECODERS = {
     "llava": "llama",
@@ -41,6 +41,7 @@ _TEXT = (
     "num_key_value_heads",
     "pad_token_id",
     "rms_norm_eps",
+    "rope_parameters",
     "rope_scaling",
     "rope_theta",
     "sliding_window",
@@ -69,20 +70,44 @@ def read_original(folder: Path, config: dict, options: Options) -> Source:
     Raises:
         PmodError: it is damaged, not whole, or has what the Hugging Face layout cannot hold.
     """
+    tensors = files.read_tensors(folder)
+    return from_flat(folder, config, tensors, files_of(tensors), options, layout="original")
+
+
+def from_flat(
+    folder: Path,
+    config: dict,
+    tensors: dict[str, files.Tensor],
+    read: dict[Path, set[str]],
+    options: Options,
+    *,
+    layout: str,
+) -> Source:
+    """A checkpoint in the words of the original code, as one in the Hugging Face layout.
+
+    Args:
+        folder: Where it is.
+        config: Flat: decoder and `mm_*` fields side by side.
+        tensors: By name in the original layout.
+        read: Names by file, as they are there.
+        options: Tower and tokenizer.
+        layout: What to call it.
+    """
     where = folder / files.CONFIG
     stock = {"text_config": _text_config(config, where), **_image_config(config, where)}
     check_decoder(stock | {"quantization_config": config.get("quantization_config")}, where)
-    tensors = files.read_tensors(folder)
     found = {from_original(name): tensor for name, tensor in tensors.items()}
     tower_name = options.vision_tower or config.get("mm_vision_tower")
     inside = any(name.startswith("vision_tower.") for name in found)
     place = towers.find_tower(tower_name, folder, weights=not inside, offline=options.offline)
     stock["vision_config"] = towers.tower_config(tower_name, place)
     tower = {} if inside else files.read_tensors(place)
+    dtype = next((tensor.dtype for name, tensor in found.items() if name.endswith("norm.weight")), None)
     parts = {name: Part(tensor) for name, tensor in found.items()}
-    if tower:  # stored wider as a rule; the original code casts it when it loads it
-        dtype = next((tensor.dtype for name, tensor in found.items() if name.endswith("norm.weight")), None)
-        parts |= {name: Part(tensor, dtype=dtype) for name, tensor in towers.tower_names(tower).items()}
+    if layout == "parts":
+        parts = {n: p if n.startswith("language_model.") else replace(p, dtype=dtype) for n, p in parts.items()}
+    # A tower from elsewhere is stored wider as a rule; the original code casts it when it loads it.
+    parts |= {name: Part(tensor, dtype=dtype) for name, tensor in towers.tower_names(tower).items()}
     parts = {name: part for name, part in parts.items() if not OBSOLETE.fullmatch(name)}
 
     settings = None
@@ -90,22 +115,22 @@ def read_original(folder: Path, config: dict, options: Options) -> Source:
         settings = published.read_settings(config, size(config, "num_hidden_layers", where), where)
     elif any(".router." in name for name in parts):
         raise PmodError(f"{where}: mod_target_layers is absent, though the weights hold routers")
-    read, pixels = files_of(tensors, tower), towers.preprocessor(place)
-    return whole(folder, stock, parts, read, config, settings=settings, tokenizer=options.tokenizer, pixels=pixels)
+    pixels = towers.preprocessor(place)
+    source = _whole(folder, stock, parts, config, tokenizer=options.tokenizer, pixels=pixels)
+    return replace(
+        source,
+        files=read | files_of(tower),
+        layout="published" if settings else layout,
+        settings=settings,
+        router_state="trained" if settings else "stock",
+        original_config=config if layout == "original" else None,
+    )
 
 
-def whole(
-    folder: Path,
-    stock: dict,
-    parts: dict[str, Part],
-    read: dict[Path, set[str]],
-    config: dict,
-    *,
-    settings: PmodSettings | None,
-    tokenizer: Path | None,
-    pixels: dict,
+def _whole(
+    folder: Path, stock: dict, parts: dict[str, Part], config: dict, *, tokenizer: Path | None, pixels: dict
 ) -> Source:
-    """The parts of an original layout as one `Source`: vocabulary, feature sizes and checks."""
+    """The parts as one model: vocabulary, feature sizes and checks."""
     where = folder / files.CONFIG
     rows = size(config, "vocab_size", where)
     # Hold the tensors to the source's own config first: a damaged embedding must not be mended by the new rows.
@@ -133,17 +158,14 @@ def whole(
     square = config.get("image_aspect_ratio") == "pad"
     return Source(
         folder=folder,
-        layout="published" if settings else "original",
+        layout="original",
         config=stock,
         parts=parts,
-        files=read,
+        files={},
         companions=[path for path in [folder / "generation_config.json"] if path.is_file()],
         build_companions=partial(
             write_companions, vocabulary=vocabulary, config=stock, pixels=pixels, pad_to_square=square
         ),
-        settings=settings,
-        router_state="trained" if settings else "stock",
-        original_config=config,
         notes=notes,
     )
 

@@ -168,12 +168,14 @@ def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: obj
             )
     if missing := [name for name in expected if name not in by_name]:
         raise PmodError(f"{where} calls for {len(missing)} tensors that are absent: {', '.join(missing[:5])}")
-    ours = ("language_model.", "multi_modal_projector.")
+    ours = ["language_model.", "multi_modal_projector."]
+    if any(name.startswith("vision_tower.") for name in expected):
+        ours.append("vision_tower.")
     extra = [
         name
         for name in by_name
         if name not in expected
-        and name.startswith(ours)
+        and name.startswith(tuple(ours))
         and ".router." not in name
         and name != "language_model.lm_head.weight"  # of a tied model
         and not OBSOLETE.fullmatch(name)

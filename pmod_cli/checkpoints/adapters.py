@@ -1,0 +1,129 @@
+"""LoRA adapters upon a checkpoint: merged while it is written, or kept in a folder of their own."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.atomic import write_json
+from pmod_cli.checkpoints.layouts import LowRank, Part, Source
+from pmod_cli.checkpoints.layouts.names import canonical, from_original
+from pmod_cli.errors import PmodError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+FULL = "non_lora_trainables.bin"  # what the original code trains beside LoRA: projector, image_newline
+_UPDATE = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
+_STOCK_NAMES = ("base_model.model.model.language_model.", "base_model.model.model.multi_modal_projector.")
+_HF_MODULES = ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.", "language_model.")
+
+
+def merged(source: Source, folder: Path) -> Source:
+    """A source with an adapter's updates added to its weights, and its fully trained tensors in their places.
+
+    Args:
+        source: What the adapter was trained on.
+        folder: The adapter, as peft or the original code saves it.
+
+    Raises:
+        PmodError: the adapter is damaged, of another kind, or was trained on another model.
+    """
+    config = read_config(folder)
+    tensors = files.read_file(_weights(folder))
+    full = files.read_file(folder / FULL) if (folder / FULL).is_file() else {}
+    on_disk = {canonical(name): name for name in source.parts}
+    parts = dict(source.parts)
+    updates: dict[str, dict[str, files.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if update := _UPDATE.fullmatch(name):
+            updates.setdefault(update[1], {})[update[2]] = tensor
+        else:
+            full[name] = tensor
+    for module, sides in updates.items():
+        name = on_disk.get(f"{_module(module)}.weight")
+        if name is None or sides.keys() != {"A", "B"}:
+            problem = "has no counterpart in the model" if name is None else "is only half there"
+            raise PmodError(
+                f"{_weights(folder)}: the update of {module} {problem}", hint="give the model it was trained on"
+            )
+        update = LowRank(sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0], folder))
+        _check_fit(parts[name].source, update, folder, module)
+        parts[name] = replace(parts[name], low_rank=update)
+    for spelled, tensor in full.items():
+        module = _module(spelled.replace(".modules_to_save.default.", "."))
+        name = on_disk.get(module)
+        if name is None or parts[name].source.shape != tensor.shape:
+            raise PmodError(
+                f"{tensor.path}: {spelled} {list(tensor.shape)} has no counterpart of its shape in the model"
+            )
+        parts[name] = Part(tensor, dtype=parts[name].result.dtype)
+    return replace(source, parts=parts)
+
+
+def read_config(folder: Path) -> dict:
+    """adapter_config.json of a plain LoRA.
+
+    Raises:
+        PmodError: it is something else.
+    """
+    config = files.read_json(folder / CONFIG)
+    where = folder / CONFIG
+    if config.get("peft_type") != "LORA":
+        raise PmodError(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    for key in ("use_dora", "fan_in_fan_out"):
+        if config.get(key):
+            raise PmodError(f"{where}: {key} is true, which cannot be merged", hint="merge it with peft, then convert")
+    if not isinstance(config.get("lora_alpha"), int | float) or not isinstance(config.get("r"), int):
+        raise PmodError(
+            f"{where}: lora_alpha is {config.get('lora_alpha')!r} and r {config.get('r')!r}, expected numbers"
+        )
+    _weights(folder)
+    return config
+
+
+def keep_apart(folder: Path, target: Path) -> None:
+    """Copy an adapter into `target`, a new folder, beside the model that it belongs to.
+
+    Raises:
+        PmodError: its names are those of the original code.
+    """
+    config = read_config(folder)
+    tensors = files.read_file(_weights(folder))
+    if (folder / FULL).is_file() or not all(name.startswith(_STOCK_NAMES) for name in tensors):
+        raise PmodError(f"{folder} names its weights as the original code does: it can only be merged", hint="--merge")
+    target.mkdir()
+    shutil.copyfile(_weights(folder), target / _weights(folder).name)
+    write_json(target / CONFIG, config | {"base_model_name_or_path": ".."})
+
+
+def _weights(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise PmodError(f"{folder} has no {WEIGHTS[0]}", hint="--adapter takes the folder that peft wrote")
+
+
+def _module(name: str) -> str:
+    """Canonical name, from one of peft over transformers, or of peft over the original code."""
+    name = name.removeprefix("base_model.model.")
+    return canonical(name if name.startswith(_HF_MODULES) else canonical(from_original(name)))
+
+
+def _scale(config: dict, module: str, rank: int, folder: Path) -> float:
+    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
+    matching = [value for pattern, value in alphas.items() if re.search(rf"(^|\.){pattern}$", module)]
+    alpha = matching[0] if matching else config["lora_alpha"]
+    expected = next((value for pattern, value in ranks.items() if re.search(rf"(^|\.){pattern}$", module)), config["r"])
+    if rank != expected or rank < 1:
+        raise PmodError(f"{folder / CONFIG}: r is {expected}, and {module} has an update of rank {rank}")
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _check_fit(weight: files.Tensor, update: LowRank, folder: Path, module: str) -> None:
+    up, down = update.up.shape, update.down.shape
+    if up[1:] != down[:1] or (*up[:1], *down[1:]) != weight.shape:
+        found = f"{list(up)} x {list(down)}"
+        raise PmodError(f"{folder}: the update of {module} is {found}, its weight {list(weight.shape)}")

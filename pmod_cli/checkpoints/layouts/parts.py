@@ -1,0 +1,66 @@
+"""A base language model, a CLIP tower and a pretrained projector: what the paper's training starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layouts.normal import Source, files_of
+from pmod_cli.checkpoints.layouts.original import DECODERS, from_flat
+from pmod_cli.checkpoints.layouts.shapes import size
+from pmod_cli.checkpoints.layouts.to_published import TOWER
+from pmod_cli.checkpoints.options import Options
+from pmod_cli.errors import PmodError
+
+_MODEL_TYPES = {decoder: original for original, decoder in DECODERS.items() if original.startswith("llava_")}
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (width, height) in pixels
+
+
+def read_parts(folder: Path, config: dict, options: Options) -> Source:
+    """A LLaVA put together from its parts.
+
+    Args:
+        folder: The language model, in the Hugging Face layout.
+        config: Its config.json.
+        options: `projector`, `vision_tower`, `anyres`.
+
+    Raises:
+        PmodError: a part is damaged or does not fit the others.
+    """
+    where = folder / files.CONFIG
+    decoder = config.get("model_type")
+    if decoder not in list(_MODEL_TYPES):
+        raise PmodError(f"{where}: model_type is {decoder!r}, expected a language model: {', '.join(_MODEL_TYPES)}")
+    if any(key in config for key in ("vision_config", "mm_vision_tower")):
+        raise PmodError(f"{where} is a LLaVA's already, expected a language model's", hint="leave out --projector")
+    tensors, projector = files.read_tensors(folder), files.read_file(options.projector)
+    added = {}
+    for name, tensor in projector.items():  # the original code's prefixes vary
+        if "mm_projector." in name or name.endswith("image_newline"):
+            added["model." + name.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")] = tensor
+    if not any("mm_projector." in name for name in added):
+        found = ", ".join(sorted(projector)[:3]) or "nothing"
+        raise PmodError(f"{options.projector} holds no mm_projector, found {found}")
+    merge = {"image_aspect_ratio": "pad"}
+    if options.anyres:
+        merge = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+        merge["image_grid_pinpoints"] = _PINPOINTS
+        like = next(iter(tensors.values()))
+        added.setdefault("model.image_newline", _new_newline(size(config, "hidden_size", where), like, options.seed))
+    flat = config | {
+        "model_type": _MODEL_TYPES[decoder],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": options.vision_tower or TOWER,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        **merge,
+    }
+    return from_flat(folder, flat, tensors | added, files_of(tensors, projector), options, layout="parts")
+
+
+def _new_newline(hidden: int, like: files.Tensor, seed: int) -> files.Tensor:
+    """A row separator as the original code starts it: normal, with standard deviation 1 / sqrt(D)."""
+    import torch
+
+    values = torch.randn(hidden, generator=torch.Generator().manual_seed(seed)) * hidden**-0.5
+    return files.Tensor(like.path, "F32", (hidden,), loaded=values)

@@ -1,8 +1,8 @@
 """What a model costs, stock beside p-MoD: counted before it runs, without weights, and measured when it runs.
 
-Without torch: sizes -> anyres -> workload -> closed, the formulas. Traced: subject -> operators -> cost -> kv_cache ->
-report, one profile. Measured: contestants -> phases -> clock and breakdown -> latency. `devices` and `published` hold
-other people's numbers. Shown: tables, schema (JSON), latency_report.
+Without torch: sizes -> anyres -> workload -> closed and training, the formulas. Traced: subject -> operators -> cost ->
+kv_cache -> report, one profile. Measured: contestants -> phases -> clock and breakdown -> latency. `devices` and
+`published` hold other people's numbers. Shown: tables, schema (JSON), latency_report.
 
 Names resolve on first use, so that formulas cost no import of torch.
 """
@@ -13,6 +13,7 @@ _HOMES = {
     "sizes": ("Sizes",),
     "workload": ("Row", "Workload"),
     "closed": ("Prefill", "prefill"),
+    "training": ("TrainingSetup", "training_flops", "training_memory"),
     "subject": ("Subject", "load_subject", "scaled"),
     "report": ("CONVENTIONS", "Profile", "profile"),
     "latency": ("LatencySettings", "measure"),

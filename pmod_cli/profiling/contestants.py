@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.checkpoints import load_model
 from pmod_cli.errors import PmodError
 from pmod_cli.model.layer import Router

@@ -109,54 +109,16 @@ class VisionCost:
         tower: The vision tower over all tiles, attention products included. The layers above the one whose features
             are taken are computed by the stock model, so they are counted.
         projector: The projector over all tiles, before unpadding.
-        projector_first: The share of it in its first matrix, which has no input gradient behind a frozen tower.
         unknown_operators: As in `DecoderCost`.
     """
 
     tower: int
     projector: int
-    projector_first: int
     unknown_operators: Counter[str]
 
     @property
     def total(self) -> int:
         return self.tower + self.projector
-
-
-@dataclass(frozen=True)
-class TrainingCost:
-    """FLOPs of one training step on one batch: all but the vision tower is trained, as in the paper.
-
-    The backward pass of a matrix product is two of its size (gradient of the input, gradient of the weight), also for
-    the attention products: what a fused kernel computes a second time is not counted.
-
-    Args:
-        forward: All parts, lm_head on every position.
-        backward: Gradients of decoder, lm_head and projector.
-        recomputed: What gradient checkpointing computes a second time: the decoder layers.
-    """
-
-    forward: int
-    backward: int
-    recomputed: int
-
-    @property
-    def step(self) -> int:
-        """Without gradient checkpointing."""
-        return self.forward + self.backward
-
-    @property
-    def checkpointed_step(self) -> int:
-        return self.step + self.recomputed
-
-
-def training_cost(decoder: DecoderCost, vision: VisionCost) -> TrainingCost:
-    """The training step that belongs to a prefill of the same batch."""
-    return TrainingCost(
-        forward=decoder.total + vision.total,
-        backward=2 * (decoder.total + vision.projector) - vision.projector_first,
-        recomputed=decoder.matrix + decoder.attention_products,
-    )
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -271,7 +233,6 @@ def vision_cost(model: PreTrainedModel, rows: Sequence[Row]) -> VisionCost:
     return VisionCost(
         tower=FLOPS_PER_MAC * tiles * encoded,
         projector=FLOPS_PER_MAC * projection.linear,
-        projector_first=FLOPS_PER_MAC * projection.by_module["linear_1"],
         unknown_operators=Counter(layer.unknown_operators) + Counter(projection.unknown_operators),
     )
 

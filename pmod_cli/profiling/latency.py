@@ -234,9 +234,8 @@ def phase_flops(result: Profile, phase: str, name: str, steps: int) -> tuple[int
         last = cost.lm_head // result.longest.tokens
         flops = cost.total - cost.lm_head + last + (result.vision.total if phase == FIRST_TOKEN else 0)
         return flops, flops - half
-    step = result.training[0 if name == STOCK else 1]
+    flops = result.training(checkpointing=phase == CHECKPOINTED)[name != STOCK].step
     passes = {TRAIN: 3, CHECKPOINTED: 4}[phase]  # forward, two products backward, forward again
-    flops = step.step if phase == TRAIN else step.checkpointed_step
     return flops, flops - passes * half
 
 

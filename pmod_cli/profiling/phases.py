@@ -107,11 +107,12 @@ class Bench:
         model.requires_grad_(True)
         model.model.vision_tower.requires_grad_(False)
         model.train()
-        if checkpointed:
-            model.activation_checkpointing_enable()
+        decoder = model.model.language_model
+        if checkpointed:  # on the whole model it would send gradients through the frozen vision tower
+            decoder.activation_checkpointing_enable()
         try:
             model(input_ids=prompt.input_ids, labels=prompt.input_ids, use_cache=False, **prompt.pixels).loss.backward()
         finally:
             model.zero_grad(set_to_none=True)
-            model.activation_checkpointing_disable()
+            decoder.activation_checkpointing_disable()
             model.eval()

@@ -9,17 +9,16 @@ from pmod_cli.errors import PmodError
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.cost import (
     DecoderCost,
-    TrainingCost,
     VisionCost,
     decoder_cost,
     meta_model,
-    training_cost,
     vision_cost,
 )
 from pmod_cli.profiling.kv_cache import DTYPE_BYTES, KvCost, kv_cache
 from pmod_cli.profiling.published import Published, published_for
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
+from pmod_cli.profiling.training import TrainingFlops, TrainingSetup, training_flops
 from pmod_cli.profiling.workload import Row, Workload
 
 CONVENTIONS = {
@@ -81,10 +80,11 @@ class Profile:
         """Operators that nobody counted; empty unless a library changed."""
         return self.stock.unknown_operators + self.pmod.unknown_operators + self.vision.unknown_operators
 
-    @property
-    def training(self) -> tuple[TrainingCost, TrainingCost]:
-        """A training step on this batch, stock and p-MoD."""
-        return training_cost(self.stock, self.vision), training_cost(self.pmod, self.vision)
+    def training(self, *, checkpointing: bool = False) -> tuple[TrainingFlops, TrainingFlops]:
+        """A training step on this batch, stock and p-MoD: all but the vision tower is trained, as in the paper."""
+        setup, pmod = TrainingSetup(checkpointing=checkpointing), self.subject.pmod
+        stock = training_flops(self.sizes, self.rows, setup)
+        return stock, training_flops(self.sizes, self.rows, setup, pmod.retention, pmod.settings.target_tokens)
 
     @property
     def longest(self) -> Row:

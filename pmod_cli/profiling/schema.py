@@ -57,7 +57,7 @@ def to_json(result: Profile, latency: Latency | None = None, *, macs: bool = Fal
 
 def _flops_json(result: Profile, macs: bool) -> dict[str, Any]:
     stock, pmod, vision = result.stock, result.pmod, result.vision
-    stock_step, pmod_step = result.training
+    steps, checkpointed = result.training(), result.training(checkpointing=True)
 
     def pair(stock_flops: int, pmod_flops: int) -> dict[str, float]:
         said = {
@@ -87,10 +87,10 @@ def _flops_json(result: Profile, macs: bool) -> dict[str, Any]:
         "first_decoded_token_pmod_gflops": pmod.decode(1) / GIGA,
         "new_tokens": pair(result.generation(stock), result.generation(pmod)),
         "training_step": {
-            "forward": pair(stock_step.forward, pmod_step.forward),
-            "backward": pair(stock_step.backward, pmod_step.backward),
-            "step": pair(stock_step.step, pmod_step.step),
-            "step_with_gradient_checkpointing": pair(stock_step.checkpointed_step, pmod_step.checkpointed_step),
+            "forward": pair(*(step.forward for step in steps)),
+            "backward": pair(*(step.backward for step in steps)),
+            "step": pair(*(step.step for step in steps)),
+            "step_with_gradient_checkpointing": pair(*(step.step for step in checkpointed)),
         },
         "uncounted_operators": dict(result.unknown_operators),
     }

@@ -132,12 +132,12 @@ def decode_table(result: Profile, *, macs: bool = False) -> Table:
 def training_table(result: Profile, *, macs: bool = False) -> Table:
     """FLOPs of one training step on the batch: all parts but the vision tower are trained."""
     unit = _units(result, macs)[0]
-    stock, pmod = result.training
+    steps, checkpointed = result.training(), result.training(checkpointing=True)
     table = plain_table(f"Training step, {unit.name}", "part", "stock", "p-MoD", "of stock")
-    table.add_row("forward", *_pair(unit, stock.forward, pmod.forward))
-    table.add_row("backward", *_pair(unit, stock.backward, pmod.backward))
-    table.add_row("step", *_pair(unit, stock.step, pmod.step), style="bold")
-    table.add_row("with gradient checkpointing", *_pair(unit, stock.checkpointed_step, pmod.checkpointed_step))
+    table.add_row("forward", *_pair(unit, *(step.forward for step in steps)))
+    table.add_row("backward", *_pair(unit, *(step.backward for step in steps)))
+    table.add_row("step", *_pair(unit, *(step.step for step in steps)), style="bold")
+    table.add_row("with gradient checkpointing", *_pair(unit, *(step.step for step in checkpointed)))
     return table
 
 

@@ -1,0 +1,370 @@
+"""What one training step costs: FLOPs and peak memory, from sizes alone, before anything is loaded. Needs no torch.
+
+    sizes = Sizes.of(config)
+    rows = Workload(((672, 672),), text_tokens=200, batch_size=4).rows(sizes)
+    setup = TrainingSetup(precision="bfloat16", checkpointing=True)
+    training_memory(sizes, rows, setup, retention).total      # bytes on one device
+    training_flops(sizes, rows, setup, retention).step        # FLOPs of forward and backward on one device
+
+The counts of saved tensors were read off the autograd graph of transformers' layers and are held to what a real step
+allocates (`tests/profiling/test_training.py`); what several devices share is arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pmod_cli.errors import PmodError
+from pmod_cli.profiling import closed
+from pmod_cli.profiling.sizes import Sizes
+from pmod_cli.profiling.workload import Row, layer_tokens
+
+PARTS = ("language_model", "projector", "vision_tower", "router")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.5 + 4 / 64}  # nf4: a float32 scale for 64 weights
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a model is trained, as far as its cost depends on it. The optimizer is AdamW.
+
+    Args:
+        precision: Of forward and backward: `float32`, or `bfloat16` by autocast. What is trained is held in float32.
+        checkpointing: Whether decoder layers are computed again in the backward pass (those of a frozen tower are not).
+        frozen: Parts without gradients, of `PARTS`.
+        frozen_dtype: How frozen weights are held: one of `WEIGHT_BYTES`; nf4 applies to the decoder's layers.
+        lora_rank: Rank of adapters on the decoder, whose own weights are frozen then; None trains it whole.
+        lora_targets: Linear maps of a layer that have an adapter.
+        accumulation: Forward passes to one optimizer step; above 1 the gradients of the pass before are held.
+        engine: What devices share: `ddp` nothing; `zero1` optimizer states, `zero2` gradients too, `zero3` and `fsdp2`
+            weights too.
+        devices: How many there are.
+    """
+
+    precision: str = "float32"
+    checkpointing: bool = False
+    frozen: frozenset[str] = frozenset({"vision_tower"})
+    frozen_dtype: str = "float32"
+    lora_rank: int | None = None
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    accumulation: int = 1
+    engine: str = "ddp"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("precision", self.precision, ("float32", "bfloat16")),
+            ("frozen_dtype", self.frozen_dtype, tuple(WEIGHT_BYTES)),
+            ("engine", self.engine, ENGINES),
+        ):
+            if value not in known:
+                raise PmodError(f"{what} {value!r} is unknown: expected one of {', '.join(known)}")
+        if unknown := sorted(self.frozen - set(PARTS)):
+            raise PmodError(f"no part is called {unknown[0]}: expected some of {', '.join(PARTS)}")
+
+    def trains(self, part: str) -> bool:
+        """Whether all weights of a part are trained."""
+        return part not in self.frozen and not (part == "language_model" and self.lora_rank)
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device at the peak of a training step.
+
+    Args:
+        weights: Trained weights in float32, frozen ones as they are held, and bfloat16 copies that autocast makes.
+        optimizer: AdamW's two moments in float32.
+        gradients: Those that exist at the peak.
+        activations: What the backward pass needs and is held at the peak, with the work space around it.
+        logits: Of every position: log-softmax, its gradient and that of the logits.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.gradients + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of one forward and backward pass of one batch.
+
+    Args:
+        forward: All parts, lm_head on every position.
+        backward: Gradients of what is trained, and of the inputs on the way to it.
+        recomputed: What gradient checkpointing computes a second time: the decoder layers, up to the last product whose
+            result the backward pass needs; in a plain layer that leaves out the MLP's last one. 0 without it.
+    """
+
+    forward: int
+    backward: int
+    recomputed: int
+
+    @property
+    def step(self) -> int:
+        return self.forward + self.backward + self.recomputed
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights by part.
+
+    Args:
+        embedding: The table of token embeddings.
+        layer: One decoder layer, norms left out.
+        layers: How many there are.
+        lm_head: 0 where it is the embedding table.
+        projector: With biases and, for LLaVA-NeXT, `image_newline`.
+        tower: The vision tower.
+        routers: All routers.
+        adapter: LoRA's on one decoder layer; 0 without it.
+    """
+
+    embedding: int
+    layer: int
+    layers: int
+    lm_head: int
+    projector: int
+    tower: int
+    routers: int
+    adapter: int
+
+    @property
+    def decoder(self) -> int:
+        return self.embedding + self.layer * self.layers + self.lm_head
+
+    @property
+    def total(self) -> int:
+        """Of the model, without adapters."""
+        return self.decoder + self.projector + self.tower + self.routers
+
+
+def parameters(sizes: Sizes, routed_layers: int = 0, setup: TrainingSetup | None = None) -> Parameters:
+    """Numbers of weights, without the norms of the decoder (less than 0.01 %)."""
+    decoder, tower = sizes.decoder, sizes.tower
+    encoder = 4 * tower.hidden**2 + 2 * tower.hidden * tower.inner + 9 * tower.hidden + tower.inner
+    return Parameters(
+        embedding=decoder.vocabulary * decoder.hidden,
+        layer=decoder.layer_weights,
+        layers=decoder.layers,
+        lm_head=0 if decoder.tied else decoder.vocabulary * decoder.hidden,
+        projector=closed.projector_token(sizes) // 2 + (2 + (sizes.pinpoints is not None)) * decoder.hidden,
+        tower=tower.layers * encoder + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden,
+        routers=routed_layers * (decoder.hidden + 1),
+        adapter=_adapter(sizes, setup) if setup is not None and setup.lora_rank else 0,
+    )
+
+
+def _adapter(sizes: Sizes, setup: TrainingSetup) -> int:
+    """Weights of the adapters on one layer: rank times input and output width of each target."""
+    return setup.lora_rank * sum(sum(_shape(sizes, name)) for name in setup.lora_targets)
+
+
+def _shape(sizes: Sizes, name: str) -> tuple[int, int]:
+    """(inputs, outputs) of a linear map of a decoder layer."""
+    decoder = sizes.decoder
+    queries, keys = decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
+    shapes = {
+        "q_proj": (decoder.hidden, queries),
+        "k_proj": (decoder.hidden, keys),
+        "v_proj": (decoder.hidden, keys),
+        "o_proj": (queries, decoder.hidden),
+        "gate_proj": (decoder.hidden, decoder.inner),
+        "up_proj": (decoder.hidden, decoder.inner),
+        "down_proj": (decoder.inner, decoder.hidden),
+    }
+    if name not in shapes:
+        raise PmodError(f"a decoder layer has no {name}: expected some of {', '.join(shapes)}")
+    return shapes[name]
+
+
+def training_flops(
+    sizes: Sizes,
+    rows: Sequence[Row],
+    setup: TrainingSetup,
+    retention: Sequence[float] | None = None,
+    target_tokens: str = "vision_all",
+) -> TrainingFlops:
+    """FLOPs of a forward and a backward pass of one batch.
+
+    A matrix product costs twice itself in the backward pass: the gradients of its input and of its weight. A frozen
+    weight has no gradient of its own, and behind the lowest trained part no input has one.
+
+    Args:
+        sizes: The model.
+        rows: The batch of one device.
+        setup: How it is trained.
+        retention: Retention ratio of each layer, length L; None is the stock model.
+        target_tokens: `vision_all` or `vision_hr`.
+
+    Raises:
+        PmodError: An adapter's target that no layer has.
+    """
+    counted = closed.prefill(sizes, rows, retention, target_tokens)
+    tower, projector = setup.trains("vision_tower"), setup.trains("projector")
+    weights = counted.matrix + counted.lm_head if setup.trains("language_model") else 0
+    backward = counted.matrix + counted.lm_head + 2 * counted.attention_products + weights  # inputs, then weights
+    ratios = _ratios(sizes, retention)
+    gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
+    adapters = 2 * sum(gathered) * _adapter(sizes, setup) if setup.lora_rank else 0
+    whole = sum(tokens for tokens, ratio in zip(gathered, ratios, strict=True) if ratio == 1)
+    last = 2 * whole * sizes.decoder.hidden * sizes.decoder.inner
+    first = sum(row.patches for row in rows) * 2 * sizes.tower.features * sizes.tower.hidden * sizes.decoder.hidden
+    if projector:
+        backward += 2 * counted.projector - (0 if tower else first)
+    elif tower:
+        backward += counted.projector
+    backward += 2 * counted.tower if tower else 0
+    return TrainingFlops(
+        forward=counted.full + adapters,
+        backward=backward + 2 * adapters,
+        recomputed=counted.matrix + counted.attention_products + adapters - last if setup.checkpointing else 0,
+    )
+
+
+def training_memory(
+    sizes: Sizes,
+    rows: Sequence[Row],
+    setup: TrainingSetup,
+    retention: Sequence[float] | None = None,
+    target_tokens: str = "vision_all",
+) -> TrainingMemory:
+    """Peak bytes of a training step on one device, once the optimizer has its states.
+
+    The peak is looked for at the loss, and at the backward pass of every layer, where the activations of the layers
+    below and the gradients of those above are there. The kernel of attention is a fused one: it keeps no scores.
+
+    Args:
+        sizes: The model.
+        rows: The batch of one device, padded to its longest row.
+        setup: How it is trained.
+        retention: Retention ratio of each layer, length L; None is the stock model.
+        target_tokens: `vision_all` or `vision_hr`.
+    """
+    decoder, ratios = sizes.decoder, _ratios(sizes, retention)
+    routed = 0 if retention is None else sum(ratio < 1 for ratio in ratios)
+    numbers = parameters(sizes, routed, setup)
+    positions = len(rows) * max(row.tokens for row in rows)
+    gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
+
+    low = setup.precision == "bfloat16"
+    held = [_saved(sizes, setup, positions, tokens, ratio < 1) for tokens, ratio in zip(gathered, ratios, strict=True)]
+    work = [_work_space(sizes, positions, tokens, low) for tokens in gathered]
+    inputs = 4 * positions * decoder.hidden  # of a layer: the residual stream is float32
+    tower = 4 * sum(row.tiles for row in rows) * sizes.tower.tokens * sizes.tower.hidden  # its stream, float32
+    around = 6 * inputs + 5 * tower  # embeddings and image features merged, the last norm, and the projector
+    copy = 2 * numbers.layer if low and setup.trains("language_model") else 0  # bfloat16 copy of a layer's weights
+    head_copy = 2 * decoder.vocabulary * decoder.hidden if low and setup.trains("language_model") else 0
+
+    layer_gradient = 4 * (numbers.layer if setup.trains("language_model") else numbers.adapter)
+    head_gradient = 4 * decoder.vocabulary * decoder.hidden if setup.trains("language_model") else 0
+    own = 4 * decoder.hidden * decoder.inner if setup.trains("language_model") else 0  # of the MLP's last matrix
+    gradients = [head_gradient + own + (decoder.layers - 1 - i) * layer_gradient for i in range(decoder.layers)]
+    all_gradients = 4 * _trained(numbers, setup)
+    logits = 3 * 4 * positions * decoder.vocabulary  # log-softmax and two gradients, in float32
+
+    # (weight copies, gradients, activations, logits) at each moment
+    if setup.checkpointing:
+        stored = [inputs] * decoder.layers
+        moments = [(head_copy, 0, sum(stored) + around, logits)]
+        for index in range(decoder.layers):
+            activations = sum(stored[: index + 1]) + held[index] + work[index] + 5 * tower
+            moments.append((copy, gradients[index], activations, 0))
+    else:
+        moments = [(decoder.layers * copy + head_copy, 0, sum(held) + around, logits)]
+        for index in range(decoder.layers):
+            activations = sum(held[: index + 1]) + work[index] + 5 * tower
+            moments.append(((index + 1) * copy, gradients[index], activations, 0))
+    if setup.accumulation > 1:
+        moments = [(copies, all_gradients, *rest) for copies, _, *rest in moments]
+    moments.append((0, all_gradients, 0, 0))  # the optimizer's step
+    return _shared(numbers, setup, *max(moments, key=sum))
+
+
+def _ratios(sizes: Sizes, retention: Sequence[float] | None) -> list[float]:
+    return [1.0] * sizes.decoder.layers if retention is None else list(retention)
+
+
+def _saved(sizes: Sizes, setup: TrainingSetup, positions: int, tokens: int, routed: bool) -> int:
+    """Bytes that one decoder layer keeps for its backward pass.
+
+    In float32 and for each token: the residual stream twice, each norm's value before and after its weight, queries,
+    keys, values, the attention's result; and gate, its activation, up and their product. Under autocast the residual
+    stream and the norms stay float32, and each linear map keeps a bfloat16 copy of its input of its own.
+
+    A routed layer keeps, of the tokens that it gathers, the branch that the weight scales, and of all tokens the
+    stream that STRing scales.
+    """
+    decoder = sizes.decoder
+    keys = decoder.kv_heads * decoder.head_size
+    queries = decoder.heads * decoder.head_size
+    if setup.precision == "bfloat16":
+        vectors = (16 + 10) * decoder.hidden + 2 * (2 * queries + 2 * keys) + 8 * decoder.inner
+    else:
+        vectors = 6 * 4 * decoder.hidden + 4 * (2 * queries + 2 * keys) + 16 * decoder.inner
+    scores = 4 * decoder.heads  # the fused kernel's log-sum-exp
+    if setup.lora_rank:  # each adapter keeps its input after dropout, the mask of dropout, and its narrow result
+        vectors += sum(5 * _shape(sizes, name)[0] + 4 * setup.lora_rank for name in setup.lora_targets)
+    if not routed:
+        return tokens * (vectors + scores)
+    branch = 8 if setup.precision == "bfloat16" else 4
+    tables = 2 * 4 * decoder.head_size  # rotary tables, gathered
+    return tokens * (vectors + scores + branch * decoder.hidden + tables) + 4 * positions * decoder.hidden
+
+
+def _work_space(sizes: Sizes, positions: int, tokens: int, low: bool) -> int:
+    """Bytes of gradients on their way through one layer: two of the MLP's inner ones, and three of the stream."""
+    decoder = sizes.decoder
+    return tokens * 2 * (2 if low else 4) * decoder.inner + 3 * 4 * positions * decoder.hidden
+
+
+def _trained(numbers: Parameters, setup: TrainingSetup) -> int:
+    trained = {
+        "language_model": numbers.decoder,
+        "projector": numbers.projector,
+        "vision_tower": numbers.tower,
+        "router": numbers.routers,
+    }
+    return numbers.layers * numbers.adapter + sum(number for part, number in trained.items() if setup.trains(part))
+
+
+def _shared(
+    numbers: Parameters, setup: TrainingSetup, copies: int, gradients: int, activations: int, logits: int
+) -> TrainingMemory:
+    """The same on one of several devices."""
+    trained = _trained(numbers, setup)
+    adapters = numbers.layers * numbers.adapter
+    frozen = numbers.total + adapters - trained
+    size = WEIGHT_BYTES[setup.frozen_dtype]
+    if setup.frozen_dtype == "nf4":  # bitsandbytes replaces the linear maps of the layers; the rest is bfloat16
+        layers = 0 if setup.trains("language_model") else numbers.layer * numbers.layers
+        frozen_bytes = size * layers + WEIGHT_BYTES["bfloat16"] * (frozen - layers)
+    else:
+        frozen_bytes = size * frozen
+    weights = 4 * trained + frozen_bytes
+    optimizer = 8 * trained
+    share = {
+        "ddp": (1, 1, 1),
+        "zero1": (1, 1, setup.devices),
+        "zero2": (1, setup.devices, setup.devices),
+        "zero3": (setup.devices,) * 3,
+        "fsdp2": (setup.devices,) * 3,
+    }[setup.engine]
+    if setup.engine == "ddp" and setup.devices > 1:
+        gradients += 4 * trained  # the buckets that are reduced
+    if share[0] > 1:
+        weights = weights / share[0] + 2 * 4 * numbers.layer  # a layer is gathered while the one before is computed
+    return TrainingMemory(
+        weights=round(weights) + copies,
+        optimizer=optimizer // share[2],
+        gradients=gradients // share[1],
+        activations=activations,
+        logits=logits,
+    )

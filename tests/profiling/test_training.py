@@ -1,0 +1,131 @@
+"""Predicted training FLOPs and peak memory, against torch's counter and against what real steps allocate."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from pmod_cli.checkpoints import builtin_config
+from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
+from pmod_cli.profiling import Sizes, TrainingSetup, Workload, load_subject, scaled, training_flops, training_memory
+from pmod_cli.profiling.clock import peak_bytes
+from pmod_cli.profiling.contestants import Prompt, prompt, random_contestants
+from pmod_cli.profiling.cost import meta_model
+from pmod_cli.profiling.training import PARTS, parameters
+
+
+def step(model: PreTrainedModel, batch: Prompt, *, low: bool = False) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        loss = model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False, **batch.pixels).loss
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def train_mode(model: PreTrainedModel, setup: TrainingSetup) -> None:
+    model.requires_grad_(True).train()
+    model.model.vision_tower.requires_grad_("vision_tower" not in setup.frozen)
+    model.model.multi_modal_projector.requires_grad_("projector" not in setup.frozen)
+    if setup.checkpointing:
+        model.model.language_model.activation_checkpointing_enable()
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        TrainingSetup(),
+        TrainingSetup(checkpointing=True),
+        TrainingSetup(frozen=frozenset({"vision_tower", "projector"})),
+    ],
+)
+def test_flops_of_a_real_step(setup: TrainingSetup) -> None:
+    """Forward, backward and recomputation, of stock and p-MoD: exactly what torch counts while they run."""
+    subject = scaled(load_subject("llava-1.5-7b"), hidden_size=64, layers=3)
+    sizes = Sizes.of(subject.stock)
+    rows = Workload(text_tokens=9).rows(sizes)
+    models = random_contestants(subject, device="cpu", dtype="float32", attention="eager")
+    batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
+    for model, retention in ((models.stock, None), (models.pmod, subject.pmod.retention)):
+        train_mode(model, setup)
+        with FlopCounterMode(display=False) as counter:
+            step(model, batch)
+        counted = training_flops(sizes, rows, setup, retention).step
+        assert counter.get_total_flops() == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("hidden_size", "inner", "vocabulary"), [(128, 1024, 500), (128, 320, 1500)])
+def test_memory_of_a_real_step(
+    precision: str, checkpointing: bool, hidden_size: int, inner: int, vocabulary: int
+) -> None:
+    """What a step holds at its peak beyond weights, within a tenth. Optimizer states are arithmetic."""
+    subject = scaled(load_subject("llava-1.5-7b"), hidden_size=hidden_size, layers=4)
+    for config in (subject.stock, subject.pmod):
+        config.vision_config.num_hidden_layers = 6
+        config.text_config.vocab_size = vocabulary
+        config.text_config.intermediate_size = inner
+        config.image_token_index = config.image_token_id = vocabulary - 1
+    sizes = Sizes.of(subject.stock)
+    rows = Workload(text_tokens=30).rows(sizes)
+    models = random_contestants(subject, device="cpu", dtype="float32", attention="sdpa")
+    batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
+    setup = TrainingSetup(precision=precision, checkpointing=checkpointing)
+    for model, retention in ((models.stock, None), (models.pmod, subject.pmod.retention)):
+        train_mode(model, setup)
+        step(model, batch, low=precision == "bfloat16")
+        measured = peak_bytes(lambda model=model: step(model, batch, low=precision == "bfloat16"), "cpu")
+        predicted = training_memory(sizes, rows, setup, retention)
+        held = parameters(sizes, sum(ratio < 1 for ratio in retention or ()))
+        beyond = predicted.total - 4 * held.total - 8 * (held.total - held.tower)
+        assert beyond == pytest.approx(measured, rel=0.1), (predicted, measured)
+
+
+def test_numbers_of_weights() -> None:
+    for alias in ("llava-1.5-7b", "llava-next-34b"):
+        subject = load_subject(alias)
+        real = sum(parameter.numel() for parameter in meta_model(subject.pmod).parameters())
+        counted = parameters(Sizes.of(subject.stock), len(subject.pmod.routed_layers)).total
+        assert counted == pytest.approx(real, rel=1e-4)
+
+
+def test_what_shares_and_what_freezes_needs_less() -> None:
+    sizes = Sizes.of(builtin_config("llava-next-7b"))
+    rows = Workload(text_tokens=200, batch_size=4).rows(sizes)
+    retention = PmodSettings().retention(32)
+
+    def total(routed: list[float] | None = None, **setup) -> float:
+        return training_memory(sizes, rows, TrainingSetup(precision="bfloat16", **setup), routed).total / 2**30
+
+    assert total() > total(retention)
+    assert total() > total(checkpointing=True)
+    assert total(checkpointing=True, accumulation=2) >= total(checkpointing=True)
+    engines = [total(checkpointing=True, engine=engine, devices=8) for engine in ("ddp", "zero1", "zero2", "zero3")]
+    assert engines == sorted(engines, reverse=True)
+    whole, lora = (total(checkpointing=True, **more) for more in ({}, {"lora_rank": 128, "frozen_dtype": "bfloat16"}))
+    qlora = total(checkpointing=True, lora_rank=128, frozen_dtype="nf4")
+    assert whole > 80
+    assert qlora < lora < whole / 2
+
+
+def test_a_frozen_decoder_saves_the_gradients_of_its_weights() -> None:
+    sizes = Sizes.of(builtin_config("llava-1.5-7b"))
+    rows = Workload(batch_size=2).rows(sizes)
+    whole = training_flops(sizes, rows, TrainingSetup())
+    adapted = training_flops(sizes, rows, TrainingSetup(lora_rank=16))
+    assert 2.8 * whole.forward < whole.step < 3 * whole.forward
+    assert adapted.backward < 0.6 * whole.backward
+    assert adapted.forward > whole.forward
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"precision": "fp8"}, "precision 'fp8' is unknown"),
+        ({"engine": "zero9"}, "engine 'zero9' is unknown"),
+        ({"frozen": frozenset({"tower"})}, f"no part is called tower: expected some of {', '.join(PARTS)}"),
+    ],
+)
+def test_an_unknown_setting_is_a_sentence(setting: dict, sentence: str) -> None:
+    with pytest.raises(PmodError, match=sentence):
+        TrainingSetup(**setting)

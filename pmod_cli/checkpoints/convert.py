@@ -20,6 +20,7 @@ from pmod_cli import __version__
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.adapters import keep_apart, merged, read_config
 from pmod_cli.checkpoints.atomic import refuse_existing, staged_directory, write_json
+from pmod_cli.checkpoints.card import model_card
 from pmod_cli.checkpoints.layouts import Source, read_source
 from pmod_cli.checkpoints.layouts.to_published import tower_folder
 from pmod_cli.checkpoints.options import ConversionReport, Options
@@ -33,6 +34,7 @@ from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"
+CARD = "README.md"
 
 
 def convert(
@@ -98,6 +100,7 @@ def convert(
         if options.to == "remote-code":
             (staging / MODELING).write_text(modeling_source(), encoding="utf-8")
         write_json(staging / files.CONFIG, plan.config)
+        (staging / CARD).write_text(model_card(report), encoding="utf-8")
         report = _with_files(report, ways, staging)
         write_json(staging / PROVENANCE, _provenance(report, plan))
         if options.verify:
@@ -163,7 +166,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
         symlinked=unchanged if link == "symlink" else [],
         copied=[] if link == "symlink" or same else unchanged,
         streamed=list(plan.layout.streamed),
-        written=sorted({path.name for path in plan.source.companions} | {files.CONFIG, PROVENANCE}),
+        written=sorted({path.name for path in plan.source.companions} | {files.CONFIG, PROVENANCE, CARD}),
         notes=plan.source.notes,
     )
 

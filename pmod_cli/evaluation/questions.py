@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from lmms_eval.api.task import ConfigurableTask
 
-# Rows that are scored together are drawn together: MME gives a bonus where both questions about an image are right.
-UNITS = {"mme": ("category", "question_id")}
+# Rows that are scored together are drawn together: MME gives a bonus where both questions about an image are right, and
+# MMBench asks a question under several orders of its options, at rows whose `index` differs by millions.
+UNITS: dict[str, Callable[[Any], Iterable[Hashable]]] = {
+    "mme": lambda docs: zip(docs["category"], docs["question_id"], strict=True),
+    "mmbench_en_dev": lambda docs: (index % 1_000_000 for index in docs["index"]),
+    "mmbench_en_dev_static": lambda docs: (index % 1_000_000 for index in docs["index"]),
+}
 
 
 @dataclass
@@ -123,8 +128,8 @@ def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int
     draw = random.Random(f"{seed}/{task}")
     if task not in UNITS:
         return sorted(draw.sample(range(available), wanted))
-    units: dict[tuple, list[int]] = {}
-    for place, unit in enumerate(zip(*(docs[column] for column in UNITS[task]), strict=True)):
+    units: dict[Hashable, list[int]] = {}
+    for place, unit in enumerate(UNITS[task](docs)):
         units.setdefault(unit, []).append(place)
     rows: list[int] = []
     for unit in draw.sample(list(units), len(units)):

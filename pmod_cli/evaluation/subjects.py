@@ -11,7 +11,8 @@ import yaml
 
 from pmod_cli.checkpoints import load_model, resolve, router_state
 from pmod_cli.checkpoints.convert import PROVENANCE
-from pmod_cli.checkpoints.files import read_json
+from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.layouts import KINDS
 from pmod_cli.errors import PmodError
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.downsample import downsample
@@ -52,7 +53,7 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
             tokens are left), or any model name.
 
     Raises:
-        PmodError: a model cannot be found, or a control was asked of a model that selects nothing.
+        PmodError: a model cannot be found or is no LLaVA, or a control was asked of a model that selects nothing.
     """
     main = _subject(name, revision, offline)
     subjects = [main]
@@ -143,8 +144,21 @@ def load(subject: Subject, *, dtype: str, device: str, attention: str) -> Loaded
 
 def _subject(name: str, revision: str | None, offline: bool, label: str | None = None) -> Subject:
     found = resolve(name, revision=revision, offline=offline)
+    _require_llava(found.path)
     title = label or found.alias or Path(name).resolve().name
     return Subject(title, found.path, router_state(found.path), commit=found.commit)
+
+
+def _require_llava(path: Path) -> None:
+    """Said from the config, before anything is loaded or written."""
+    model_type = read_json(path / CONFIG).get("model_type")
+    known = [*KINDS, *(ours for ours, _ in KINDS.values())]
+    if model_type not in known:
+        raise PmodError(
+            f"{path} is a checkpoint of another architecture: its model_type is {model_type!r}, expected one of "
+            f"{', '.join(known)}",
+            hint="pmod convert takes LLaVA checkpoints in the layout of the original code",
+        )
 
 
 def _unique(subject: Subject, before: list[Subject]) -> Subject:

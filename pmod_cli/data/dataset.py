@@ -5,6 +5,7 @@ A row is a dictionary of ``input_ids`` and ``labels`` int64 (N,), and where it h
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -82,13 +83,19 @@ class RowEncoder:
             BadRow: an image that cannot be used, turns that the template cannot hold, or images that end behind
                 ``max_length``.
         """
+        return self.encode(conversation, folder)[0]
+
+    def encode(
+        self, conversation: Conversation, folder: Path | None = None
+    ) -> "tuple[dict[str, torch.Tensor], Tokens]":
+        """The same, and the tokens with what is known about them."""
         images = [self._open(image, folder) for image in conversation.images]
-        row = self.tokens(conversation, [image.size[::-1] for image in images])
-        tensors = {"input_ids": torch.from_numpy(row.ids), "labels": torch.from_numpy(row.labels)}
+        tokens = self.tokens(conversation, [image.size[::-1] for image in images])
+        tensors = {"input_ids": torch.from_numpy(tokens.ids), "labels": torch.from_numpy(tokens.labels)}
         if images:
             pixels = self.processor.image_processor(images=images, return_tensors="pt")
             tensors |= {name: pixels[name] for name in ("pixel_values", "image_sizes") if name in pixels}
-        return tensors
+        return tensors, tokens
 
     def check(self, conversation: Conversation, folder: Path | None = None) -> "Tokens":
         """As calling it, every image decoded, without making pixels of them."""
@@ -162,27 +169,34 @@ class Rows(Dataset):
             BadRow: naming file and row, if bad rows are not skipped.
             PmodError: too many bad rows one after the other.
         """
-        with_image = self.lengths[index] > 0
-        for tried, candidate in enumerate((index + step) % len(self) for step in range(len(self))):
-            if candidate != index and (self.lengths[candidate] > 0) != with_image:
-                continue
+        tried = 0
+        for candidate in self._in_place_of(index):
             try:
-                row = self.encoder(self.source[candidate], self.source.images)
+                row, tokens = self.encoder.encode(self.source[candidate], self.source.images)
             except BadRow as fault:
                 if not self.skip_bad:
                     raise BadRow(f"row {candidate} of {self.source.name}: {fault.what}") from None
                 self._note(candidate, fault)
             else:
-                self._count(1, self.encoder.max_length is not None and len(row["input_ids"]) >= self.encoder.max_length)
-                if (row["labels"] != IGNORED).any():
+                self._count(1, tokens.is_cut)
+                if tokens.teaches:
                     return row
                 self._count(2, True)
-            if tried >= GIVE_UP:
+            tried += 1
+            if tried == GIVE_UP:
                 break
         raise PmodError(
-            f"{GIVE_UP} rows from row {index} on of {self.source.name} cannot be used, one after the other",
+            f"{tried} rows from row {index} on of {self.source.name} cannot be used, one after the other",
             hint="look at them with --check-data",
         )
+
+    def _in_place_of(self, index: int) -> Iterator[int]:
+        """The row itself, then the following ones of its kind, round the end of the data set."""
+        with_image = self.lengths[index] > 0
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if (self.lengths[candidate] > 0) == with_image:
+                yield candidate
 
     def counts(self) -> dict[str, int]:
         """Since the run began, over all workers of this process: rows left out, rows cut, rows that teach nothing."""

@@ -45,7 +45,9 @@ def open_image(source: Any, folder: Path | None = None) -> Image.Image:
         raise BadRow(f"{name} has more than {limit}: too large to be decoded safely; scale it down first") from None
     except UnidentifiedImageError:
         raise BadRow(f"{name} is not an image, or of a kind that Pillow cannot read") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's words for a damaged file
+    except MemoryError:
+        raise
+    except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
         raise BadRow(f"{name} cannot be decoded ({error}); the file may be cut off") from None
 
 

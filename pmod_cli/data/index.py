@@ -75,21 +75,26 @@ def _rows(path: Path, length_of: Callable[[object], int]) -> Iterator[tuple[int,
             yield from _array_rows(path, file, length_of)
         elif first == b"{":
             file.seek(-1, os.SEEK_CUR)
-            yield from _line_rows(file, length_of)
+            yield from _line_rows(path, file, length_of)
         elif first:
             raise PmodError(f"the data file {path} is neither a JSON array nor JSONL: it begins with {first!r}")
 
 
-def _line_rows(file: BinaryIO, length_of: Callable[[object], int]) -> Iterator[tuple[int, int, int]]:
-    start = file.tell()
+def _line_rows(path: Path, file: BinaryIO, length_of: Callable[[object], int]) -> Iterator[tuple[int, int, int]]:
+    start, any_good = file.tell(), False
     for line in file:
         if not line.isspace():
             try:
-                length = length_of(json.loads(line))
+                length, any_good = length_of(json.loads(line)), True
             except ValueError:
                 length = -1
             yield start, len(line), length
         start += len(line)
+    if not any_good:
+        raise PmodError(
+            f"the data file {path} is neither a JSON array nor JSONL: no line of it is JSON by itself",
+            hint="rows stand in an array, or each on a line of its own",
+        )
 
 
 def _array_rows(path: Path, file: BinaryIO, length_of: Callable[[object], int]) -> Iterator[tuple[int, int, int]]:

@@ -91,12 +91,10 @@ class HubRows:
                 f"the data set {path} has the columns {', '.join(rows.column_names)}; expected messages and images",
                 hint="rename the columns, or use data.kind llava",
             )
-        self._has_images = "images" in rows.column_names
         self._rows = _undecoded(rows)
         # ``map`` keeps its result in the cache of ``datasets``.
-        columns = [name for name in ("messages", "images") if name in rows.column_names]
-        counted = self._rows.select_columns(columns).map(_hub_length, remove_columns=columns, desc="row lengths")
-        self.lengths = np.asarray(counted.with_format("numpy")["length"], dtype=np.int32)
+        words = self._rows.select_columns(["messages"]).map(_words, remove_columns=["messages"])
+        self.lengths = np.asarray(words.with_format("numpy")["words"], dtype=np.int32) * _kinds(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -111,8 +109,23 @@ def _llava_length(row: Any) -> int:
     return length_of(row, "conversations", "value", isinstance(row, Mapping) and bool(row.get("image")))
 
 
-def _hub_length(row: Mapping) -> dict[str, int]:
-    return {"length": length_of(row, "messages", "content", bool(row.get("images")))}
+def _words(row: Mapping) -> dict[str, int]:
+    return {"words": length_of(row, "messages", "content", images=True)}
+
+
+def _kinds(rows: Any) -> np.ndarray:
+    """1 for each row with an image, -1 for each without; the images themselves are not read."""
+    import pyarrow.compute as compute
+
+    if "images" not in rows.column_names:
+        return np.full(len(rows), -1, dtype=np.int32)
+    found = []
+    for batch in rows.select_columns(["images"]).with_format("arrow").iter(4096):
+        column = batch["images"]
+        is_list = "list" in str(column.type)
+        counts = compute.list_value_length(column) if is_list else compute.is_valid(column)
+        found.append(counts.fill_null(0).to_numpy() if is_list else counts.to_numpy())
+    return np.where(np.concatenate(found) > 0, 1, -1).astype(np.int32)
 
 
 def _load(path: str) -> Any:

@@ -1,5 +1,6 @@
 """Data sets of rows: reading, lengths, cutting, bad input, skipping, the check before a run, grouping."""
 
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import BadRow, from_llava, from_messages
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.grouping import ModalityBatches
+from pmod_cli.data.images import open_image
 from pmod_cli.data.index import open_index
 from pmod_cli.data.templates import IGNORED
 from pmod_cli.errors import PmodError
@@ -102,6 +104,7 @@ def test_the_index_is_cached_and_follows_the_file(tmp_path, monkeypatch):
         ('[{"a": 1} {"a": 2}]', "broken at byte 10: expected ',' or ']' after row 1"),
         ('[{"a": 1}', "expected ',' or ']' after row 1"),
         ("hello", "neither a JSON array nor JSONL: it begins with b'h'"),
+        ('{\n"data": []\n}', "neither a JSON array nor JSONL: no line of it is JSON by itself"),
         ("[]", "has no rows"),
         ("", "has no rows"),
     ],
@@ -438,3 +441,22 @@ def test_batches_are_evenly_long_and_the_order_is_seed_and_epoch():
 def test_one_kind_alone_is_grouped_too():
     assert sorted(ModalityBatches(np.array([5, 3, 9, 1]), 2)) == [0, 1, 2, 3]
     assert sorted(ModalityBatches(np.array([-5, -3, -9]), 2, 2)) in ([0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_damaged_images_are_bad_rows_and_nothing_else(kind):
+    """60 images of each kind with bytes changed, lost or cut off, at places of a fixed seed."""
+    buffer, random = io.BytesIO(), np.random.default_rng(0)
+    Image.effect_noise((40, 30), 90).convert("P" if kind == "GIF" else "RGB").save(buffer, kind)
+    outcomes = set()
+    for _ in range(60):
+        data = bytearray(buffer.getvalue())
+        for place in random.integers(0, len(data), 4):
+            data[place] = random.integers(0, 256)
+        del data[random.integers(len(data) // 2, 2 * len(data)) :]
+        try:
+            assert open_image(bytes(data)).mode == "RGB"
+            outcomes.add("fine")
+        except BadRow:
+            outcomes.add("bad")
+    assert "bad" in outcomes

@@ -53,7 +53,7 @@ def mean_row(tensor: Tensor) -> torch.Tensor:
 
     total = torch.zeros(1, *tensor.shape[1:], dtype=torch.float64)
     for piece in _pieces(tensor, tensor.shape[0]):
-        total += piece.sum(dim=0, keepdim=True, dtype=torch.float64)
+        total += piece.sum(dim=0, keepdim=True, dtype=torch.float32)
     return (total / tensor.shape[0]).float()
 
 
@@ -67,7 +67,8 @@ def load(tensor: Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
     with open(tensor.path, "rb") as file:
         file.seek(tensor.offset)
-        data = bytearray(file.read(tensor.nbytes))
+        data = bytearray(tensor.nbytes)
+        file.readinto(data)
     return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
 
 

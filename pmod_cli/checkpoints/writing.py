@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -136,58 +138,78 @@ def stream(layout: Layout, folder: Path, progress: Callable[[int], None]) -> Non
 
 
 def write_shard(path: Path, parts: dict[str, Part], progress: Callable[[int], None]) -> None:
-    """One safetensors file: a header, then the tensors; ranges that do not change are copied inside the kernel."""
+    """One safetensors file: a header, then the tensors.
+
+    Ranges that do not change are copied inside the kernel; what changes is computed beside that, in a second thread.
+    """
     header = encode_header({name: (part.result.dtype, part.result.shape) for name, part in parts.items()})
-    with open(path, "wb", buffering=0) as out:
-        _write_all(out, header)
-        for start, length, part in _runs(parts):
-            if length is not None:
-                with open(part.source.path, "rb", buffering=0) as file:
-                    _copy_range(file, start, length, out, progress)
-                continue
-            for piece in transformed(part):
-                _write_all(out, piece)
-                progress(len(piece))
+    ranges, changing = _places(parts, len(header))
+    with open(path, "wb", buffering=0) as out, ThreadPoolExecutor(1) as beside:
+        _write_at(out, header, 0)
+        computed = beside.submit(_write_changing, out, changing, progress)
+        for run in ranges:
+            _copy_range(run, out, progress)
+        computed.result()
 
 
-def _runs(parts: dict[str, Part]) -> Iterator[tuple[int, int | None, Part]]:
-    """(start, length, part): neighbours in the source that stay neighbours are one range. No length: it changes."""
-    run: list | None = None
+@dataclass
+class _Range:
+    """Bytes of a source file and where they go."""
+
+    path: Path
+    start: int
+    length: int
+    target: int
+
+
+def _places(parts: dict[str, Part], start: int) -> tuple[list[_Range], list[tuple[int, Part]]]:
+    """(ranges to copy, parts that change with their places). Neighbours that stay neighbours are one range."""
+    ranges: list[_Range] = []
+    changing = []
     for part in parts.values():
-        tensor = part.source
+        tensor, target = part.source, start
+        start += part.result.nbytes
         if part.changed or tensor.loaded is not None:
-            if run:
-                yield tuple(run)
-            run = None
-            yield 0, None, part
-        elif run and run[2].source.path == tensor.path and run[0] + run[1] == tensor.offset:
-            run[1] += tensor.nbytes
+            changing.append((target, part))
+            continue
+        last = ranges[-1] if ranges else None
+        behind = last and (last.path, last.start + last.length, last.target + last.length)
+        if behind == (tensor.path, tensor.offset, target):
+            last.length += tensor.nbytes
         else:
-            if run:
-                yield tuple(run)
-            run = [tensor.offset, tensor.nbytes, part]
-    if run:
-        yield tuple(run)
+            ranges.append(_Range(tensor.path, tensor.offset, tensor.nbytes, target))
+    return ranges, changing
 
 
-def _copy_range(file: BinaryIO, start: int, length: int, out: BinaryIO, progress: Callable[[int], None]) -> None:
-    while length:
-        count = min(length, _CHUNK)
-        try:
-            done = os.copy_file_range(file.fileno(), out.fileno(), count, start)
-        except (OSError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno in (28, 122):  # no space, quota
-                raise
-            file.seek(start)
-            done = len(data := file.read(count))
-            _write_all(out, data)
-        if not done:
-            raise OSError(5, "the source ended before its header said", file.name)
-        start, length = start + done, length - done
-        progress(done)
+def _write_changing(out: BinaryIO, changing: list[tuple[int, Part]], progress: Callable[[int], None]) -> None:
+    for place, part in changing:
+        for piece in transformed(part):
+            _write_at(out, piece, place)
+            place += len(piece)
+            progress(len(piece))
 
 
-def _write_all(out: BinaryIO, data: bytes | memoryview) -> None:
+def _copy_range(run: _Range, out: BinaryIO, progress: Callable[[int], None]) -> None:
+    done = 0
+    with open(run.path, "rb", buffering=0) as file:
+        while done < run.length:
+            count, source, target = min(run.length - done, _CHUNK), run.start + done, run.target + done
+            try:
+                copied = os.copy_file_range(file.fileno(), out.fileno(), count, source, target)
+            except (OSError, AttributeError) as error:  # not every system and file system can
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                data = os.pread(file.fileno(), count, source)
+                _write_at(out, data, target)
+                copied = len(data)
+            if not copied:
+                raise OSError(errno.EIO, "the source ended before its header said", str(run.path))
+            done += copied
+            progress(copied)
+
+
+def _write_at(out: BinaryIO, data: bytes | memoryview, place: int) -> None:
     view = memoryview(data)
     while len(view):
-        view = view[out.write(view) :]
+        written = os.pwrite(out.fileno(), view, place)
+        view, place = view[written:], place + written

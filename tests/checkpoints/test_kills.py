@@ -87,6 +87,6 @@ def test_of_two_at_once_one_is_refused(sources, tmp_path):
         refused.append(written)
 
     convert(sources["streamed"], target, progress=lambda written: refused or again(written))
-    assert len(refused) == 1
+    assert refused
     read_tensors(target)
     assert [path.name for path in tmp_path.iterdir()] == ["pmod"]

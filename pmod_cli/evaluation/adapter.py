@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from pmod_cli.errors import PmodError, explain
@@ -147,6 +148,8 @@ class PmodModel(lmms):
         try:
             images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
             row = prompts.prepare(self._of_thread.processor, place, question, images)
+        except UnidentifiedImageError:
+            return place, Unanswered("its image is damaged, or of an unknown format")
         except Exception as error:
             known = explain(error)
             return place, Unanswered(known.what if known else f"{type(error).__name__}: {error}".splitlines()[0])

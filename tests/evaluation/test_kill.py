@@ -1,7 +1,6 @@
 """Killed by SIGKILL at random moments, one process or two: no answer is lost, none given twice, none differs."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,31 +12,11 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.evaluation.outcome import TIMES
+from tests.evaluation import forks
 
 QUESTIONS = 30  # of each of the two tasks
 BATCH = 2
 KILLS_OF_A_RUN = 3
-
-# Started once, with what takes seconds to import; each run is a fork of it.
-forked = multiprocessing.get_context("forkserver")
-forked.set_forkserver_preload(["pmod_cli.evaluation.runner", "pmod_cli.commands.eval", "lmms_eval.evaluator"])
-
-
-def work(arguments: list[str], place: str, environment: dict[str, str]) -> None:
-    """One process of a run, in a process group of its own."""
-    os.setpgid(0, 0)
-    os.chdir(place)
-    os.environ.update(environment)
-    log = os.open(f"log.{environment.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    import torch
-
-    from pmod_cli import cli
-
-    torch.set_num_threads(1)
-    code = cli.main(arguments)
-    os._exit(code)
 
 
 class Run:
@@ -57,9 +36,7 @@ class Run:
         self.running = []
         for rank in range(self.processes):
             environment = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.processes > 1 else {}
-            process = forked.Process(target=work, args=(self.arguments, str(self.folder.parent), environment))
-            process.start()
-            self.running.append(process)
+            self.running.append(forks.start(self.arguments, self.folder.parent, environment))
 
     def kill(self, which: list[int]) -> bool:
         """SIGKILL for these; the others are what is left of a launcher that ends them too. False: it had ended."""
@@ -75,7 +52,7 @@ class Run:
     def wait(self) -> None:
         for process in self.running:
             process.join(240)
-            said = "".join(log.read_text() for log in self.folder.parent.glob("log.*"))
+            said = "".join(log.read_text() for log in self.folder.parent.glob("log*"))
             assert process.exitcode == 0, said
 
     def journal(self) -> list[str]:
@@ -180,19 +157,16 @@ def test_killed_thirty_times(stock_model, tmp_path, unbroken, processes):
 def test_a_dead_process_ends_its_run(stock_model, workdir):
     """`--num-processes 2`: one of the two is killed; the command says so, and leaves nobody behind."""
     run = Run(stock_model(), workdir / "run", processes=1)
-    command = multiprocessing.get_context("forkserver").Process(
-        target=work, args=([*run.arguments, "--num-processes", "2"], str(workdir), {})
-    )
-    command.start()
+    command = forks.start([*run.arguments, "--num-processes", "2"], workdir)
     deadline = time.monotonic() + 120
     while not run.journal() and time.monotonic() < deadline and command.is_alive():
         time.sleep(0.01)
-    assert run.journal(), (workdir / "log.0").read_text()
+    assert run.journal(), (workdir / "log").read_text()
     workers = _children(command.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     command.join(60)
-    said = (workdir / "log.0").read_text()
+    said = (workdir / "log").read_text()
     assert command.exitcode == 1, said
     assert "of 2 failed: Signal 9 (SIGKILL)" in said
     assert "what was answered is not asked again" in said

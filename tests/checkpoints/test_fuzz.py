@@ -2,13 +2,15 @@
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pmod_cli.checkpoints import load_model
+from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.cli import main
 from pmod_cli.errors import PmodError
+from pmod_cli.model import PmodSettings
 from tests.checkpoints.mutations import mutate
 from tests.checkpoints.originals import twins
 
@@ -21,15 +23,21 @@ def sources(tmp_path_factory, stock_model):
     root = tmp_path_factory.mktemp("fuzz")
     twins(root / "original", "llava_next", weights="sharded")
     twins(root / "pickled" / "original", "llava", weights="pickle")
+    every_second = PmodSettings(schedule="list", values=(1.0, 0.4, 1.0, 0.4))
+    sharded = Options(max_shard_bytes=60_000)
+    convert(stock_model(), root / "pmod", every_second, sharded)
+    convert(stock_model("llava"), root / "published", every_second, replace(sharded, to="published"))
     return [
-        stock_model(max_shard_size="60KB"),
-        stock_model("llava", "mistral"),
-        root / "original",
-        root / "pickled" / "original",
+        (stock_model(max_shard_size="60KB"), "pmod"),
+        (stock_model("llava", "mistral"), "pmod"),
+        (root / "original", "pmod"),
+        (root / "pickled" / "original", "pmod"),
+        (root / "pmod", "remote-code"),
+        (root / "published", "pmod"),
     ]
 
 
-def convert_damaged(source: Path, folder: Path, seed: int, capsys) -> bool:
+def convert_damaged(source: Path, to: str, folder: Path, seed: int, capsys) -> bool:
     """True if the damage was refused. What is accepted has to load whole: then it was no damage to the model."""
     damaged, target = folder / "source", folder / "out" / "target"
     shutil.copytree(source, damaged)
@@ -39,7 +47,7 @@ def convert_damaged(source: Path, folder: Path, seed: int, capsys) -> bool:
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"seed {seed} hangs: {done}"))
     signal.alarm(SECONDS)
     try:
-        code = main(["convert", str(damaged), "-o", str(target)])
+        code = main(["convert", str(damaged), "-o", str(target), "--to", to])
     except BaseException as error:
         raise AssertionError(f"seed {seed}: {done}") from error
     finally:
@@ -63,7 +71,7 @@ def run(seeds, sources, tmp_path, capsys):
     for seed in seeds:
         folder = tmp_path / str(seed)
         folder.mkdir()
-        refused += convert_damaged(sources[seed % len(sources)], folder, seed, capsys)
+        refused += convert_damaged(*sources[seed % len(sources)], folder, seed, capsys)
         shutil.rmtree(folder)
     return refused
 

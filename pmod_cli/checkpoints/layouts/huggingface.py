@@ -16,6 +16,7 @@ KINDS = {
     "llava": ("pmod_llava", "PmodLlavaForConditionalGeneration"),
     "llava_next": ("pmod_llava_next", "PmodLlavaNextForConditionalGeneration"),
 }
+ROUTER_STATES = ("untrained", "trained", "calibrated")
 STOCK_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 DECODERS = ("llama", "mistral", "qwen2")
 PARTS = ("language_model", "vision_tower", "multi_modal_projector")
@@ -99,8 +100,11 @@ def check_decoder(config: dict, where: Path) -> None:
 def _settings(config: dict, where: Path) -> tuple[PmodSettings | None, str]:
     if not config["model_type"].startswith("pmod_"):
         return None, "stock"
+    state = config.get("router_state", "untrained")
+    if state not in ROUTER_STATES:
+        raise PmodError(f"{where}: router_state is {state!r}, expected one of {', '.join(ROUTER_STATES)}")
     try:
-        return PmodSettings.from_dict(config.get("pmod") or {}), config.get("router_state", "untrained")
+        return PmodSettings.from_dict(config.get("pmod") or {}), state
     except (ValueError, TypeError) as error:
         raise PmodError(f"{where}: {error}") from error
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.table import Table
 
 from pmod_cli import output, recipes, state
 from pmod_cli.commands.common import (
@@ -25,24 +24,23 @@ from pmod_cli.commands.common import (
     model_or_default,
     pick_device,
 )
+from pmod_cli.commands.finetune_eval import check_tasks, evaluate
+from pmod_cli.commands.finetune_show import Watching, show_check, show_plan, show_report, silence_transformers
 from pmod_cli.commands.sweep import run_sweep
 from pmod_cli.errors import INTERRUPTED, PmodError
 from pmod_cli.extras import require
-
-if TYPE_CHECKING:
-    from pmod_cli.training.plan import Plan
-    from pmod_cli.training.run import FinetuneReport
-    from pmod_cli.training.settings import Settings
-    from pmod_cli.training.trainer import Step
 
 EXAMPLES = """\
 pmod finetune --recipe tiny
 pmod finetune --recipe tiny --model tiny-llava-next -o runs/stock
 pmod finetune --recipe tiny --set train.router_learning_rate=1e-2 --max-steps 100
-pmod finetune --recipe tiny --dry-run
+pmod finetune --recipe llava-next-7b --dry-run --gpu a100-80gb --num-processes 8
+pmod finetune --recipe llava-1.5-7b --num-processes 8 -o runs/p-mod-7b
 pmod finetune --sweep ablations --seeds 3
+pmod finetune --merge runs/lora
 pmod finetune --recipe runs/stock/config.yaml -o runs/stock
 """
+DATA, PROCESSES, PLAN = "Data", "Several GPUs and machines", "Planning (--dry-run)"
 
 
 def finetune(
@@ -58,17 +56,69 @@ def finetune(
     ] = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Optimizer steps.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", metavar="N", help="Images in one forward pass.")
+        int | None, typer.Option("--batch-size", "-b", metavar="N", help="Rows in one forward pass on one device.")
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", metavar="RATE", help="Peak learning rate.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything random.")] = None,
+    report_to: Annotated[
+        str | None, typer.Option("--report-to", metavar="WHERE", help="tensorboard, wandb or none.")
+    ] = None,
+    eval_tasks: Annotated[
+        str | None, typer.Option("--eval", metavar="TASKS", help="Score the finished run, as `pmod eval --tasks`.")
+    ] = None,
     sweep: Annotated[
         str | None,
         typer.Option("--sweep", metavar="GROUP", help="Run all recipes of a group, e.g. `ablations`; one table."),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of each recipe of --sweep.")] = 3,
+    merge: Annotated[
+        Path | None, typer.Option("--merge", metavar="DIR", help="Fold the adapters of a LoRA run into its weights.")
+    ] = None,
+    check_data: Annotated[
+        bool,
+        typer.Option("--check-data", help="Look at every row, report, and stop.", rich_help_panel=DATA),
+    ] = False,
+    on_bad_row: Annotated[
+        str | None, typer.Option("--on-bad-row", metavar="WHAT", help="error or skip.", rich_help_panel=DATA)
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="ddp, fsdp2, zero1, zero2 or zero3.", rich_help_panel=PROCESSES),
+    ] = None,
+    num_processes: Annotated[
+        int, typer.Option("--num-processes", metavar="N", min=1, help="On all machines.", rich_help_panel=PROCESSES)
+    ] = 1,
+    num_machines: Annotated[int, typer.Option("--num-machines", metavar="N", min=1, rich_help_panel=PROCESSES)] = 1,
+    machine_rank: Annotated[
+        int,
+        typer.Option("--machine-rank", metavar="N", min=0, help="Number of this one.", rich_help_panel=PROCESSES),
+    ] = 0,
+    main_process_ip: Annotated[
+        str | None,
+        typer.Option("--main-process-ip", metavar="HOST", help="Address of machine 0.", rich_help_panel=PROCESSES),
+    ] = None,
+    main_process_port: Annotated[
+        int, typer.Option("--main-process-port", metavar="N", min=1, rich_help_panel=PROCESSES)
+    ] = 29500,
+    accelerate_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--accelerate-config",
+            metavar="FILE",
+            help="As `accelerate config` writes it, instead of all the above.",
+            rich_help_panel=PROCESSES,
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME|SIZE", help="Plan for a100-80gb, 24GB, …", rich_help_panel=PLAN),
+    ] = None,
+    utilization: Annotated[
+        float,
+        typer.Option("--utilization", metavar="SHARE", min=0.01, max=1.0, help="Of peak FLOPs.", rich_help_panel=PLAN),
+    ] = 0.4,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run in --out.")] = True,
@@ -96,12 +146,16 @@ def finetune(
         "train.batch_size": ("--batch-size", batch_size),
         "train.learning_rate": ("--learning-rate", learning_rate),
         "train.seed": ("--seed", seed),
+        "train.report_to": ("--report-to", report_to),
+        "train.engine": ("--engine", engine),
+        "data.on_bad_row": ("--on-bad-row", on_bad_row),
+        "eval": ("--eval", eval_tasks.split(",") if eval_tasks else None),
     }
     if sweep:
         if seed is not None:
             raise PmodError("--seed: a sweep runs several seeds", hint="say how many with --seeds")
         require("train", "accelerate")
-        _silence_transformers()
+        silence_transformers()
         run_sweep(
             sweep,
             out or Path("runs", sweep),
@@ -115,116 +169,86 @@ def finetune(
             as_json=as_json,
         )
         return
+    if merge is not None:
+        _merge(merge, model, as_json)
+        return
     settings = load_settings(recipes.find(recipe), overrides or (), flags)
     if print_config:
         output.stdout.file.write(dump(settings))
         return
-    settings.model.name = _lasting_name(model_or_default(settings.model.name))
-    require("train", "accelerate")
-    _silence_transformers()
-    device = pick_device(device)
+    if settings.model.llm is None:
+        settings.model.name = _lasting_name(model_or_default(settings.model.name))
+    require("train", "accelerate", "peft")
+    silence_transformers()
     if dry_run:
         from pmod_cli.training.plan import plan
 
-        _show_plan(plan(settings, device=device), as_json)
+        show_plan(plan(settings, processes=num_processes, device=device, gpu=gpu, utilization=utilization), as_json)
+        return
+    device = pick_device(device)
+    check_tasks(settings.eval)
+    if check_data:
+        from pmod_cli.training.dataset import check_all
+
+        show_check(check_all(settings), as_json)
         return
 
-    from pmod_cli.training import folder, run
+    from pmod_cli.training import folder
+    from pmod_cli.training.launch import Fleet, launch
+    from pmod_cli.training.run import finetune as run
 
+    fleet = Fleet(num_processes, num_machines, machine_rank, main_process_ip, main_process_port, accelerate_config)
+    if num_machines > 1 and out is None:
+        raise PmodError("--num-machines needs --out, a folder that all machines share")
+    if engine is not None and not fleet.is_launch and "LOCAL_RANK" not in os.environ:
+        output.warn(f"--engine {engine}: one process shares nothing; it is used with --num-processes")
     out = out or Path("runs", f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
     output.note(f"run folder: {out}")
-    with _Watching(settings) as watching:
-        report = run.finetune(settings, out, device=device, resume=resume, overwrite=overwrite, on_step=watching.update)
+    if fleet.is_launch:
+        job = {
+            "settings": asdict(settings),
+            "out": str(out.resolve()),
+            "device": device.partition(":")[0],
+            "resume": resume,
+            "overwrite": overwrite,
+            "quiet": quiet,
+            "progress": shown,
+        }
+        report = launch(fleet, job, lambda command: output.note(f"$ {command}"))
+        report = replace(report, path=out)
+    else:
+        with Watching(settings) as watching:
+            report = run(settings, out, device=device, resume=resume, overwrite=overwrite, on_step=watching.update)
     if report.status == "interrupted":
+        again = f" --num-processes {num_processes}" if num_processes > 1 else ""
         raise PmodError(
             f"interrupted after step {report.step} of {report.max_steps}; the run is saved in {out}",
-            hint=f"go on with: pmod finetune --recipe {out / folder.SETTINGS} --out {out}",
+            hint=f"go on with: pmod finetune --recipe {out / folder.SETTINGS} --out {out}{again}",
             code=INTERRUPTED,
         )
-    state.record_current(out)
-    _show_report(report, as_json, quiet)
+    if folder.is_checkpoint(out):
+        state.record_current(out)
+        if settings.eval and machine_rank == 0:
+            evaluate(out, settings.eval, device)
+    show_report(report, as_json, quiet)
+
+
+def _merge(folder: Path, model: str | None, as_json: bool) -> None:
+    require("train", "peft")
+    silence_transformers()
+    from pmod_cli.training.adapters import merge
+
+    merged = merge(folder, name=_lasting_name(model) if model else None)
+    state.record_current(folder)
+    if as_json:
+        output.print_json({"schema_version": 1, "path": str(folder), "adapter": merged})
+        return
+    output.note(f"merged {merged}")
+    output.print_line(folder)
+    output.note(f"next: pmod eval --tasks tiny --model {folder}")
 
 
 def _lasting_name(name: str) -> str:
     """The name as the run folder keeps it: a folder by its full path, so that the run goes on from any directory."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name
-
-
-def _silence_transformers() -> None:
-    """Its own bars and notes would run through ours."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-class _Watching:
-    """Shows the steps of a run: a bar on a terminal, else one line for each interval of the log."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.interval = settings.train.log_steps
-        self.bar = output.progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[left]} left"),
-        )
-        self.task = self.bar.add_task("training", total=None, loss="-", left="-")
-
-    def __enter__(self) -> _Watching:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def update(self, step: Step) -> None:
-        loss, left = f"{step.loss:.4f}", _minutes(step.seconds_left)
-        if output.shows_progress():
-            self.bar.update(self.task, completed=step.step, total=step.max_steps, loss=loss, left=left)
-        elif step.step % self.interval == 0 or step.step == step.max_steps:
-            output.note(f"step {step.step}/{step.max_steps}  loss {loss}  {left} left")
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    if as_json:
-        parameters = {
-            part: {**asdict(numbers), "learning_rate": plan.learning_rates.get(part)}
-            for part, numbers in plan.parameters.items()
-        }
-        output.print_json({"schema_version": 1, **asdict(plan), "parameters": parameters})
-        return
-    table = Table("part", "parameters", "learning rate")
-    for part, numbers in plan.parameters.items():
-        rate = f"{plan.learning_rates[part]:g}" if numbers.trained else "frozen"
-        table.add_row(part, f"{numbers.parameters:,}", rate)
-    output.stdout.print(table)
-    table = Table(show_header=False)
-    table.add_row("steps", f"{plan.steps:,}")
-    table.add_row("images", f"{plan.images:,}")
-    table.add_row("tokens", f"{plan.tokens:,} ({plan.tokens_per_image:.0f} an image)")
-    table.add_row("vision tokens kept", f"{plan.mean_retention:.1%} of each layer on average")
-    table.add_row("memory, estimated", f"{plan.memory_gib:.2f} GiB")
-    output.stdout.print(table)
-
-
-def _show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        output.print_json({"schema_version": 1, **asdict(report)})
-        return
-    if quiet:
-        output.print_line(report.path)
-        return
-    if report.status == "already finished":
-        output.note("this run is already finished; nothing was done")
-    else:
-        output.note(
-            f"{report.step} steps, {report.tokens:,} tokens, {_minutes(report.seconds)}, loss {report.loss:.4f}"
-        )
-    output.print_line(report.path)
-    output.note(f"next: pmod eval --tasks tiny --model {report.path}")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
+from transformers import AutoProcessor
 
-from pmod_cli.data.check import check_rows, refuse_bad
+from pmod_cli.data.check import DataReport, check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.documents import draw, seed_of
@@ -18,6 +19,7 @@ from pmod_cli.data.rows import row
 from pmod_cli.errors import PmodError
 from pmod_cli.training.arguments import processes
 from pmod_cli.training.settings import DataArgs, Settings
+from pmod_cli.training.start import source_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -95,6 +97,18 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
         train, batches = settings.train, settings.accumulation(processes()) * processes()
         sampler = ModalityBatches(rows.lengths, train.batch_size, batches, train.seed)
     return Data(rows, Collator(rows.encoder.processor), rows.encoder.processor, sampler)
+
+
+def check_all(settings: Settings) -> DataReport:
+    """Look at every row of a recipe's data.
+
+    Raises:
+        PmodError: the data cannot be read; they are synthetic, and drawn as they should be.
+    """
+    if settings.data.kind == "synthetic":
+        raise PmodError("data.kind: synthetic documents are drawn, there is nothing to check")
+    processor = AutoProcessor.from_pretrained(source_of(settings)[0], local_files_only=True)
+    return check_rows(build_dataset(settings.data, processor), sample=None)
 
 
 def _images(settings: Settings) -> int:

@@ -28,6 +28,7 @@ LOG = "training_log.jsonl"  # one line per logged step
 SUMMARY = "training_summary.json"
 CURVES = "training_curves.png"
 TENSORBOARD = "tensorboard"
+CARD = "README.md"
 
 
 def is_checkpoint(out: Path) -> bool:

@@ -1,18 +1,70 @@
-"""What a run would do and need, from the configuration and a few rows: no weights are read, nothing is written."""
+"""What a run would do and need, p-MoD and stock: no weights are read, nothing is trained or written."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+from transformers import AutoProcessor, PretrainedConfig
 
-import pmod_cli.model.modeling  # noqa: F401 - makes the p-MoD classes known to the Auto classes
 from pmod_cli.checkpoints import resolve
+from pmod_cli.checkpoints.aliases import ALIASES
+from pmod_cli.data.check import check_rows
 from pmod_cli.data.collator import Collator
+from pmod_cli.data.dataset import build_dataset
+from pmod_cli.errors import PmodError
+from pmod_cli.profiling.cost import meta_model
+from pmod_cli.profiling.devices import Device, parse_memory
+from pmod_cli.profiling.sizes import Sizes
+from pmod_cli.profiling.subject import Subject, load_subject
+from pmod_cli.profiling.training import TrainingMemory, TrainingSetup, training_flops, training_memory
+from pmod_cli.profiling.workload import Row, Workload
+from pmod_cli.training.arguments import precision
 from pmod_cli.training.dataset import SyntheticDocuments
 from pmod_cli.training.parts import Part, count, freeze
 from pmod_cli.training.settings import Settings
 
-SAMPLE = 16  # rows drawn to estimate the tokens of a row
+SAMPLE = 16  # synthetic rows drawn to estimate the tokens of a row
+TEXT_TOKENS = 200  # of a row that nobody has seen
+USABLE = 0.92  # of a GPU's memory: the driver and the allocator's gaps take the rest
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a run reads, as far as its cost goes.
+
+    Attributes:
+        rows: of the data set.
+        tokens: of a row, mean.
+        longest: of the longest row.
+        vision_tokens: of a row with an image, mean.
+        source: how that is known.
+    """
+
+    rows: int
+    tokens: float
+    longest: int
+    vision_tokens: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One column of the table.
+
+    Attributes:
+        memory: of one device at the peak.
+        fits: whether that fits the device; None where its memory is not known.
+        flops: of the whole run: forward and backward passes, and what checkpointing repeats.
+        hours: at the stated utilization; None where the device's peak is not known.
+        mean_retention: share of the vision tokens a layer keeps, mean over the layers.
+    """
+
+    memory: TrainingMemory
+    fits: bool | None
+    flops: float
+    hours: float | None
+    mean_retention: float
 
 
 @dataclass(frozen=True)
@@ -20,82 +72,203 @@ class Plan:
     """A run before it starts.
 
     Attributes:
+        model: what it starts from, and where its sizes are known from.
+        runs_as: p-mod or stock: which of the columns this run would be.
         parameters: of each part, how many there are and how many are trained.
         learning_rates: of each trained part.
+        data: what is read.
         steps: optimizer steps.
-        images: images seen.
-        tokens_per_image: text and vision tokens of one row, mean of a sample.
-        tokens: of the whole run, from that mean.
-        mean_retention: share of the vision tokens a layer keeps, mean over the layers; 1.0 for a stock model.
-        memory_gib: estimate of the peak on the training device.
+        rows_per_step: over all devices.
+        tokens: of the whole run.
+        device: what it is planned for, and how many of them.
+        devices: how many.
+        utilization: share of the peak that is reckoned with.
+        pmod: cost as a p-MoD model.
+        stock: cost as a stock model.
     """
 
+    model: str
+    runs_as: str
     parameters: dict[str, Part]
     learning_rates: dict[str, float]
+    data: DataShape
     steps: int
-    images: int
-    tokens_per_image: float
+    rows_per_step: int
     tokens: int
-    mean_retention: float
-    memory_gib: float
+    device: Device
+    devices: int
+    utilization: float
+    pmod: Cost
+    stock: Cost
 
 
-def plan(settings: Settings, *, device: str = "cpu") -> Plan:
+def plan(
+    settings: Settings, *, processes: int = 1, device: str = "auto", gpu: str | None = None, utilization: float = 0.4
+) -> Plan:
     """Work out a run.
 
+    Args:
+        settings: the whole run.
+        processes: devices that share it.
+        device: auto, cpu, cuda or cuda:N; what is there, where ``gpu`` does not say otherwise.
+        gpu: a GPU by name, or its memory.
+        utilization: share of the device's peak arithmetic that is reached.
+
     Raises:
-        PmodError: the model cannot be found.
+        PmodError: the model or the GPU is not known, or the settings do not fit.
     """
-    source = resolve(settings.model.name, weights=False).path
-    config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    freeze(model, settings.model.freeze)
-    parameters = count(model)
-    documents = SyntheticDocuments(settings.data, SAMPLE)
-    batch = Collator(AutoProcessor.from_pretrained(source))([documents[index] for index in range(SAMPLE)])
-    tokens_per_image = batch["attention_mask"].sum().item() / SAMPLE
-    steps = settings.steps(settings.data.rows or 0)
-    images = steps * settings.rows_per_step()
-    retention = getattr(config, "retention", None) or [1.0] * config.text_config.num_hidden_layers
+    try:
+        per_step = settings.rows_per_step(processes)
+    except ValueError as fault:
+        raise PmodError(str(fault), hint="change train.batch_size or train.global_batch_size") from None
+    target = parse_memory(gpu) if gpu else _this_device(device)
+    on_gpu = gpu is not None or (device != "cpu" and torch.cuda.is_available())
+    subject, name = _subject(settings)
+    routed = settings.pmod.enabled is not False and (
+        settings.pmod.enabled or bool(settings.pmod.given) or subject.routed
+    )
+    sizes = Sizes.of(subject.stock)
+    data = _data(settings, sizes, per_step)
+    steps = settings.steps(data.rows, processes)
+    setup = TrainingSetup(
+        precision=precision(settings, "cuda" if on_gpu else "cpu"),
+        checkpointing=settings.model.gradient_checkpointing,
+        frozen=frozenset(settings.model.freeze),
+        frozen_dtype=_frozen_dtype(settings, on_gpu),
+        lora_rank=settings.lora.rank if settings.lora.enabled else None,
+        lora_targets=tuple(settings.lora.targets),
+        accumulation=settings.accumulation(processes),
+        engine="ddp" if settings.train.engine == "auto" else settings.train.engine,
+        devices=processes,
+    )
+    passes = steps * settings.accumulation(processes)  # of one device
+    target_tokens = subject.pmod.settings.target_tokens
+
+    def cost(retention: list[float] | None) -> Cost:
+        batch = settings.train.batch_size
+        longest, mean = _batch(sizes, data, batch, data.longest), _batch(sizes, data, batch, round(data.tokens))
+        memory = training_memory(sizes, longest, setup, retention, target_tokens)
+        flops = training_flops(sizes, mean, setup, retention, target_tokens).step * passes
+        return Cost(
+            memory=memory,
+            fits=memory.total <= USABLE * target.memory if target.memory else None,
+            flops=float(flops) * processes,
+            hours=flops / (target.flops * utilization) / 3600 if target.flops else None,
+            mean_retention=1.0 if retention is None else sum(retention) / len(retention),
+        )
+
+    parameters = _parameters(settings, subject.pmod if routed else subject.stock)
     return Plan(
+        model=name,
+        runs_as="p-mod" if routed else "stock",
         parameters=parameters,
         learning_rates={part: settings.train.rate(part) for part, numbers in parameters.items() if numbers.trained},
+        data=data,
         steps=steps,
-        images=images,
-        tokens_per_image=tokens_per_image,
-        tokens=round(tokens_per_image * images),
-        mean_retention=sum(retention) / len(retention),
-        memory_gib=_memory(settings, config, parameters, retention, batch["input_ids"], device) / 2**30,
+        rows_per_step=per_step,
+        tokens=round(data.tokens * steps * per_step),
+        device=target,
+        devices=processes,
+        utilization=utilization,
+        pmod=cost(subject.pmod.retention),
+        stock=cost(None),
     )
 
 
-def _memory(
-    settings: Settings,
-    config: PretrainedConfig,
-    parameters: dict[str, Part],
-    retention: list[float],
-    input_ids: torch.Tensor,
-    device: str,
-) -> float:
-    """Bytes: float32 weights, gradients and AdamW's two moments, and what the decoder keeps for its backward pass.
+@dataclass(frozen=True)
+class _Known:
+    stock: PretrainedConfig
+    pmod: PretrainedConfig
+    routed: bool
 
-    A layer keeps about 10 hidden and 4 MLP vectors a token; with gradient checkpointing one hidden vector, and one
-    layer at a time everything. Logits are there three times in float32: values, float32 copy, gradient.
-    """
-    precision = settings.model.precision
-    size = 2 if precision == "bfloat16" or (precision == "auto" and device.startswith("cuda")) else 4
-    every = sum(part.parameters for part in parameters.values())
-    trained = sum(part.trained for part in parameters.values())
-    weights = 4 * every + 12 * trained + (2 * every if size == 2 else 0)
 
-    text = config.text_config
-    positions = settings.train.batch_size * input_ids.shape[1]
-    vision = settings.train.batch_size * (input_ids == config.image_token_id).sum(dim=1).float().mean().item()
-    layers = [positions - vision * (1 - ratio) for ratio in retention]  # tokens each layer computes
-    full = (10 * text.hidden_size + 4 * text.intermediate_size) * size
-    if settings.model.gradient_checkpointing:
-        activations = positions * text.hidden_size * size * len(layers) + max(layers) * full
-    else:
-        activations = sum(layers) * full
-    return weights + activations + 3 * 4 * positions * text.vocab_size
+def _subject(settings: Settings) -> tuple[_Known, str]:
+    """The two configurations of the model, and what it is called."""
+    model = settings.model
+    name = model.name
+    if model.llm is not None:
+        name = "llava-1.5-7b" if model.kind == "llava" else "llava-next-vicuna-7b"
+        name = name if name in ALIASES else "llava-next-7b"
+    found: Subject = load_subject(name, settings.pmod.given)
+    shown = name if model.llm is None else f"{model.llm} and others, taken to have the sizes of {name}"
+    return _Known(found.stock, found.pmod, _holds_routers(name)), shown
+
+
+def _holds_routers(name: str) -> bool:
+    folder = Path(name).expanduser()
+    return folder.is_dir() and '"pmod"' in (folder / "config.json").read_text(encoding="utf-8")
+
+
+def _frozen_dtype(settings: Settings, on_gpu: bool) -> str:
+    if settings.model.quantize != "none":
+        return settings.model.quantize
+    return precision(settings, "cuda" if on_gpu else "cpu") if settings.lora.enabled else "float32"
+
+
+def _parameters(settings: Settings, config: PretrainedConfig) -> dict[str, Part]:
+    """Of each part; with adapters, those of the language model are what is trained of it."""
+    model = meta_model(config)
+    freeze(model, settings.model.freeze)
+    if not settings.lora.enabled:
+        return count(model)
+    from pmod_cli.training.adapters import add_adapters
+
+    return count(add_adapters(model, settings))
+
+
+def _data(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
+    data = settings.data
+    vision = Workload().rows(sizes)[0].vision_tokens
+    if data.kind == "synthetic" or (data.path and Path(data.path).expanduser().exists()) or data.kind == "hub":
+        source = resolve(settings.model.name, weights=False).path if settings.model.name else None
+        if source is not None:
+            processor = AutoProcessor.from_pretrained(source, local_files_only=True)
+            return _sampled(settings, processor, per_step)
+    rows = data.rows or (settings.train.max_steps or 0) * per_step
+    if not rows:
+        raise PmodError(
+            f"{data.path} is not here, and neither data.rows nor train.max_steps says how much it is",
+            hint="--set data.rows=100000",
+        )
+    tokens = min(vision + TEXT_TOKENS, data.max_length or vision + TEXT_TOKENS)
+    said = f"{data.path} is not here: {rows:,} rows of one large image and {TEXT_TOKENS} text tokens are assumed"
+    return DataShape(rows, tokens, max(tokens, data.max_length or 0), min(vision, tokens), said)
+
+
+def _sampled(settings: Settings, processor, per_step: int) -> DataShape:
+    """From a few rows."""
+    data = settings.data
+    if data.kind == "synthetic":
+        rows = data.rows or (settings.train.max_steps or 0) * per_step
+        if not rows:
+            raise PmodError("synthetic documents have no end: expected train.max_steps or data.rows")
+        documents = SyntheticDocuments(data, SAMPLE)
+        batch = Collator(processor)([documents[index] for index in range(SAMPLE)])
+        lengths = batch["attention_mask"].sum(dim=1)
+        vision = (batch["input_ids"] == processor.image_token_id).sum(dim=1).double().mean().item()
+        said = f"{SAMPLE} drawn documents"
+        return DataShape(rows, lengths.double().mean().item(), int(lengths.max()), vision, said)
+    found = build_dataset(data, processor)
+    report = check_rows(found)
+    vision = report.tokens_per_row if report.with_images else 0.0
+    return DataShape(len(found), report.tokens_per_row, report.longest, vision, f"{report.checked} rows of the data")
+
+
+def _batch(sizes: Sizes, data: DataShape, batch: int, tokens: int) -> list[Row]:
+    """Rows of one image and as much text as makes ``tokens`` tokens; the image is as large as the data's are."""
+    kinds = Workload().rows(sizes)[0].images
+    vision = min(round(data.vision_tokens), tokens)
+    image = replace(kinds[0], high_resolution=max(vision - kinds[0].base, 0), base=min(kinds[0].base, vision))
+    return [Row((image,), tokens - vision)] * batch
+
+
+def _this_device(device: str) -> Device:
+    if device != "cpu" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        try:
+            known = parse_memory(properties.name.lower().replace("nvidia", "").strip())
+            return Device(properties.name, properties.total_memory, known.flops, known.bandwidth, known.source)
+        except PmodError:
+            return Device(properties.name, properties.total_memory, 0, 0, "this machine")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", memory, 0, 0, "this machine")

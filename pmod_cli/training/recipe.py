@@ -66,6 +66,14 @@ def load_settings(
     return settings
 
 
+def settings_of(tree: Mapping[str, Any]) -> Settings:
+    """Settings from the mapping that ``dataclasses.asdict`` made of them."""
+    settings = Settings()
+    for key, value in _flatten(tree):
+        _assign(settings, Entry(key, value, "a job"))
+    return settings
+
+
 def dump(settings: Settings) -> str:
     """The settings as YAML, which as a recipe gives the same settings again."""
     return yaml.safe_dump(asdict(settings), sort_keys=False)

@@ -1,5 +1,6 @@
 """What a run needs beside the base installation: checked before anything is loaded or written."""
 
+import os
 from importlib.util import find_spec
 
 from pmod_cli.errors import PmodError
@@ -38,7 +39,7 @@ def check_requirements(settings: Settings, device: str) -> None:
                 hint="--set model.attention=sdpa",
             )
         _need("flash_attn", "model.attention: flash_attention_2", "--set model.attention=sdpa")
-    if train.engine.startswith("zero"):
+    if train.engine.startswith("zero") and "LOCAL_RANK" in os.environ:  # one process shares nothing
         if not cuda:
             raise PmodError(
                 f"train.engine: DeepSpeed ({train.engine}) needs CUDA GPUs, and the device is {device}",

@@ -18,6 +18,7 @@ from pmod_cli.training.adapters import add_adapters, copy_adapter, merge
 from pmod_cli.training.arguments import precision, processes, training_arguments
 from pmod_cli.training.calibration import calibrate_routers
 from pmod_cli.training.dataset import Counting, Data, open_data
+from pmod_cli.training.liger import use_liger
 from pmod_cli.training.parts import Part, count, freeze
 from pmod_cli.training.requirements import check_requirements
 from pmod_cli.training.settings import Settings
@@ -84,8 +85,13 @@ def finetune(
             need; the loss is not a number; memory or disk is full.
     """
     check_requirements(settings, device)
+    try:
+        settings.accumulation(processes())
+    except ValueError as fault:
+        raise PmodError(str(fault), hint="change train.batch_size or train.global_batch_size") from None
     source_of(settings)
     arguments = training_arguments(settings, out, device)
+    _ = arguments.device  # joins the other processes
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             folder.open_run(out, settings, processes(), resume=resume, overwrite=overwrite)
@@ -158,6 +164,8 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
         model.set_selection(settings.pmod.selection, seed=settings.train.seed)
     if hasattr(model.config, "router_state"):
         model.config.router_state = "trained"
+    if settings.model.liger_kernel:
+        use_liger(model)
     if lora:
         return add_adapters(model, settings, checkpoint)
     freeze(model, settings.model.freeze)

@@ -29,7 +29,7 @@ class ModelArgs:
         quantize: nf4 holds the frozen weights of the decoder in 4 bits (QLoRA); needs ``lora.enabled`` and CUDA.
         attention: the attention kernel.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        liger_kernel: fused norms, rotary embedding, MLP and loss of the liger-kernel package; needs a GPU.
+        liger_kernel: fused norms, rotary embedding and MLP of the liger-kernel package; needs a GPU.
         freeze: parts that stay as they are, of language_model, projector, vision_tower, router.
         router_start: where untrained routers start: zero as in the paper, or attention, calibrated on what the stock
             weights attend to; for short runs. Trained routers, and a stock model, are left as they are.
@@ -128,7 +128,8 @@ class DataArgs:
         max_length: tokens of a row, vision tokens included; longer ones are cut behind the image; null cuts nothing.
         on_bad_row: whether a row that cannot be used ends the run, or is left out and written to a file.
         group_by_modality: batches of images only or of text only, of similar length.
-        rows: synthetic: number of different images, after which they repeat; null is as many as the run uses.
+        rows: synthetic: number of different images, after which they repeat; null is as many as the run uses. Of other
+            data, what ``--dry-run`` reckons with while the file is not there.
         tasks: synthetic: the kinds of document, in turn: doc, chart, attribute, presence.
         turns: synthetic: questions asked about each image; null asks all there are.
         first: synthetic: index of the first image in the train split; the bundled model was trained on lower ones.

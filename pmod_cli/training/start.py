@@ -1,12 +1,19 @@
 """What a run starts from: a checkpoint as it is, converted to p-MoD, or put together from a base language model."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from pmod_cli.checkpoints import convert, resolve, router_state
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import save_file
+
+from pmod_cli.checkpoints import Options, convert, resolve, router_state
 from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.settings import Settings
+
+PROJECTOR = "mm_projector.bin"  # of a repository of the original authors
 
 
 def source_of(settings: Settings) -> tuple[Path, bool]:
@@ -15,16 +22,24 @@ def source_of(settings: Settings) -> tuple[Path, bool]:
     Raises:
         PmodError: there is no such checkpoint, or it is not routed as the settings say.
     """
-    source = resolve(settings.model.name).path
+    model, routed = settings.model, is_routed(settings)
+    if model.llm is not None:
+        return resolve(model.llm).path, True
+    source = resolve(model.name).path
     stock = router_state(source) == "stock"
     if settings.pmod.enabled is False and not stock:
         raise PmodError(
-            f"{settings.model.name} is a p-MoD checkpoint, and pmod.enabled is false: a baseline is a stock model",
+            f"{model.name} is a p-MoD checkpoint, and pmod.enabled is false: a baseline is a stock model",
             hint="name the stock model with --model",
         )
     if not stock:
         _check_routing(source, settings)
-    return source, stock and bool(settings.pmod.enabled or settings.pmod.given)
+    return source, stock and routed
+
+
+def is_routed(settings: Settings) -> bool:
+    """Whether the settings ask for a p-MoD model; where they do not, the checkpoint decides."""
+    return bool(settings.pmod.given) if settings.pmod.enabled is None else settings.pmod.enabled
 
 
 def starting_checkpoint(settings: Settings, converted: Path) -> Path:
@@ -40,9 +55,43 @@ def starting_checkpoint(settings: Settings, converted: Path) -> Path:
     source, to_convert = source_of(settings)
     if not to_convert:
         return source
-    if not (converted / CONFIG).is_file():
-        convert(source, converted, PmodSettings.from_dict(settings.pmod.given), origin=settings.model.name)
+    if (converted / CONFIG).is_file():
+        return converted
+    model = settings.model
+    options = Options(to="pmod" if is_routed(settings) else "stock")
+    if model.llm is not None:
+        tower = resolve(model.vision_tower).path
+        options = replace(
+            options,
+            vision_tower=str(tower),
+            projector=_projector(settings, source, tower, converted.with_name("projector.safetensors")),
+            anyres=model.kind == "llava_next",
+        )
+    convert(source, converted, PmodSettings.from_dict(settings.pmod.given), options, origin=model.llm or model.name)
     return converted
+
+
+def _projector(settings: Settings, llm: Path, tower: Path, new: Path) -> Path:
+    """The file of the projector: given, on the hub, or written to ``new`` with random weights, as torch starts them."""
+    name = settings.model.projector
+    if name is not None:
+        path = Path(name).expanduser()
+        if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            return path
+        return Path(hf_hub_download(name, PROJECTOR))
+    widths = read_json(tower / CONFIG), read_json(llm / CONFIG)
+    inner, outer = (config.get("vision_config", config)["hidden_size"] for config in widths)
+    torch.manual_seed(settings.train.seed)
+    layers = {0: torch.nn.Linear(inner, outer), 2: torch.nn.Linear(outer, outer)}
+    save_file(
+        {
+            f"model.mm_projector.{place}.{part}": tensor
+            for place, layer in layers.items()
+            for part, tensor in layer.state_dict().items()
+        },
+        new,
+    )
+    return new
 
 
 def _check_routing(source: Path, settings: Settings) -> None:

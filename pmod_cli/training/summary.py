@@ -1,15 +1,19 @@
 """What a run leaves beside its weights: the log, a summary, curves, a model card."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from transformers import TrainerState
 
 from pmod_cli.checkpoints.atomic import write_json, write_text
 from pmod_cli.training import folder
+from pmod_cli.training.recipe import dump
 from pmod_cli.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run took, over all its processes.
+    """What a run took, over all its processes and sessions.
 
     Attributes:
         device: what it ran on; of several processes, what the first one did.
@@ -26,6 +30,8 @@ class Summary:
         device_hours: wall time times processes.
         tokens_per_second: text and vision tokens without padding, of all processes together.
         peak_memory_gib: of the first process: on a GPU what was allocated, else the most it held.
+        utilization: share of the devices' peak arithmetic that the model's own forward and backward products took;
+            None where the peak of the device, or the cost of the run, is not known.
     """
 
     device: str
@@ -33,9 +39,11 @@ class Summary:
     device_hours: float
     tokens_per_second: float
     peak_memory_gib: float
+    utilization: float | None = None
 
     @classmethod
     def of(cls, state: TrainerState, seconds: float, processes: int, device: str) -> "Summary":
+        """From the state of a run and the seconds it took."""
         memory = max((line.get("memory_gib", 0.0) for line in state.log_history), default=0.0)
         return cls(
             device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
@@ -47,11 +55,93 @@ class Summary:
 
 
 def write_reports(staging: Path, settings: Settings, report: "FinetuneReport", state: TrainerState) -> None:
-    """Fill the folder with the log, the summary, the curves and the card of a finished run."""
+    """Fill a folder with the log, the summary, the curves and the card of a finished run."""
     lines = state.log_history
     write_text(staging / folder.LOG, "".join(json.dumps(line) + "\n" for line in lines))
-    write_json(staging / folder.SUMMARY, {"schema_version": 1, **_plain(report)})
+    write_json(staging / folder.SUMMARY, {"schema_version": 1, **asdict(report), "path": report.path.name})
+    draw_curves([line for line in lines if "loss" in line], staging / folder.CURVES)
+    write_text(staging / folder.CARD, card(settings, report))
 
 
-def _plain(report: "FinetuneReport") -> dict:
-    return {**asdict(report), "path": str(report.path)}
+def draw_curves(lines: Sequence[dict], path: Path) -> None:
+    """Loss, gradient norm, rates, and the router weights of each layer, over the steps, as PNG."""
+    routers = sorted(key for key in (lines[-1] if lines else {}) if key.startswith("router/"))
+    figure = Figure(figsize=(11, 7 if routers else 3.8), layout="constrained")
+    axes = figure.subplots(2 if routers else 1, 2).ravel()
+    steps = [line["step"] for line in lines]
+    marker = "o" if len(lines) < 30 else ""
+    axes[0].plot(steps, [line["loss"] for line in lines], color="tab:blue", marker=marker, markersize=3)
+    _label(axes[0], "loss", "training loss")
+    for rate in sorted(key for key in (lines[0] if lines else {}) if key.endswith("_learning_rate")):
+        part = rate.removesuffix("_learning_rate").replace("_", " ")
+        axes[1].plot(steps, [line.get(rate) for line in lines], label=part)
+    _label(axes[1], "learning rate", "learning rate of each part")
+    axes[1].legend(frameon=False)
+    if routers:
+        _draw_routers(axes[2], lines, [key for key in routers if key.endswith("_mean")], "mean of a layer's weights")
+        _draw_routers(axes[3], lines, [key for key in routers if key.endswith("_spread")], "their standard deviation")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_routers(axes: Axes, lines: Sequence[dict], keys: Sequence[str], title: str) -> None:
+    from matplotlib import colormaps
+
+    with_routers = [line for line in lines if keys[0] in line]
+    for place, key in enumerate(keys):
+        color = colormaps["viridis"](place / max(len(keys) - 1, 1))
+        label = f"layer {int(key[len('router/layer_') :].partition('_')[0])}"
+        shown = label if place in (0, len(keys) // 2, len(keys) - 1) else None
+        steps = [line["step"] for line in with_routers]
+        axes.plot(steps, [line[key] for line in with_routers], color=color, label=shown, linewidth=1)
+    _label(axes, "router weight", title)
+    axes.legend(frameon=False)
+
+
+def _label(axes: Axes, name: str, title: str) -> None:
+    axes.set(xlabel="step", ylabel=name)
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+SCORES = "\n## Scores\n\n"
+
+
+def add_scores(out: Path, table: str) -> None:
+    """Put a table of scores at the end of the model card of a run, in the place of an earlier one."""
+    card = (out / folder.CARD).read_text(encoding="utf-8").partition(SCORES)[0]
+    write_text(out / folder.CARD, f"{card.rstrip()}\n{SCORES}{table.strip()}\n")
+
+
+def card(settings: Settings, report: "FinetuneReport") -> str:
+    """The model card of a finished run, as Markdown: what it is, how it was made, what it took."""
+    model, summary, data = settings.model, report.summary, settings.data
+    start = Path(model.name).name if model.name else f"{model.llm} + {model.vision_tower} + {model.projector or 'new'}"
+    kind = "p-MoD" if "router" in report.parameters else "stock LLaVA"
+    trained = ", ".join(part.replace("_", " ") for part, numbers in report.parameters.items() if numbers.trained)
+    source = (
+        "synthetic documents (`pmod_cli.data.documents`)" if data.kind == "synthetic" else f"`{Path(data.path).name}`"
+    )
+    rows = [
+        ("kind", kind),
+        ("started from", f"`{start}`"),
+        ("recipe", f"`{settings.name}`; all settings are in `{folder.SETTINGS}`"),
+        ("data", source),
+        ("trained", trained + (f", by LoRA of rank {settings.lora.rank}" if settings.lora.enabled else "")),
+        ("steps", f"{report.step:,}"),
+        ("tokens", f"{report.tokens:,}"),
+        ("last loss", "" if report.loss is None else f"{report.loss:.4f}"),
+        ("device", f"{summary.processes} x {summary.device}"),
+        ("device hours", f"{summary.device_hours:.3g}"),
+        ("tokens a second", f"{summary.tokens_per_second:,.0f}"),
+        ("peak memory", f"{summary.peak_memory_gib:.2f} GiB"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    parts = [
+        f"# {report.path.name}",
+        f"A {kind} model, fine-tuned with `pmod finetune`.",
+        f"| | |\n|---|---|\n{table}",
+        f"![training curves]({folder.CURVES})",
+        "## Use\n\n```\npmod eval --tasks docvqa,chartqa --model DIR\npmod visualize image.png --model DIR\n```",
+        f"## Settings\n\n```yaml\n{dump(settings).rstrip()}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -65,17 +65,38 @@ def test_interrupted_run_says_how_to_go_on(stock_model, workdir):
 
 
 def test_dry_run_counts_and_writes_nothing(stock_model, workdir, capsys):
-    assert call("finetune", "-m", stock_model(), "--dry-run", "--json", *QUICK) == 0
+    words = ("finetune", "-m", stock_model(), "--dry-run", *QUICK, "--gpu", "24GB")
+    assert call(*words, "--json") == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["steps"], plan["images"]) == (2, 4)
+    assert (plan["steps"], plan["rows"], plan["runs_as"]) == (2, 4, "stock")
     tower = plan["parameters"]["vision_tower"]
     assert (tower["trained"], tower["learning_rate"]) == (0, None)
     assert tower["parameters"] > 0
     assert plan["tokens"] > 4 * 16
-    assert plan["memory_gib"] > 0
-    assert plan["mean_retention"] == 1.0
-    assert call("finetune", "-m", stock_model(), "--dry-run", *QUICK) == 0
+    assert plan["device"]["memory_bytes"] == 24 * 2**30
+    assert plan["pmod"]["mean_retention_ratio"] < plan["stock"]["mean_retention_ratio"] == 1
+    assert 0 < plan["pmod"]["flops"] < plan["stock"]["flops"]
+    assert plan["stock"]["fits"] is True
+    assert call(*words) == 0
     assert "frozen" in capsys.readouterr().out
+    assert list(workdir.iterdir()) == []
+
+
+def test_the_papers_run_is_planned_without_a_file_of_it(workdir, capsys):
+    words = ("finetune", "--recipe", "llava-next-7b", "--dry-run", "--gpu", "a100-80gb", "--num-processes", 8)
+    assert call(*words, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["rows_per_step"], plan["steps"], plan["runs_as"]) == (128, 6089, "p-mod")
+    assert "is not here" in plan["data"]["source"]
+    assert plan["pmod"]["fits"]
+    # 6 FLOPs a parameter and token, less the tokens that layers skip, and what checkpointing repeats.
+    tokens, weights = plan["tokens"], plan["parameters"]["language_model"]["parameters"]
+    assert 6 * tokens * weights < plan["stock"]["flops"] < 10 * tokens * weights
+    assert 0.5 < plan["pmod"]["hours"] / plan["stock"]["hours"] < 0.65
+    assert call(*words, "--gpu", "rtx-4090") == 0
+    shown = capsys.readouterr().out
+    assert "fits 24 GiB" in shown
+    assert "no" in shown
     assert list(workdir.iterdir()) == []
 
 

@@ -1,0 +1,170 @@
+"""What `pmod finetune` shows: steps as they come, a plan, a report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.table import Table
+
+from pmod_cli import output
+
+GIB = 2**30
+if TYPE_CHECKING:
+    from pmod_cli.data.check import DataReport
+    from pmod_cli.training.plan import Plan
+    from pmod_cli.training.run import FinetuneReport
+    from pmod_cli.training.settings import Settings
+    from pmod_cli.training.watch import Step
+
+
+def silence_transformers() -> None:
+    """Its own bars and notes would run through ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class Watching:
+    """Shows the steps of a run: a bar on a terminal, else one line for each interval of the log."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.interval = settings.train.log_steps
+        self.bar = output.progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[left]} left"),
+        )
+        self.task = self.bar.add_task("training", total=None, loss="-", left="-")
+
+    def __enter__(self) -> Watching:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, step: Step) -> None:
+        loss, left = f"{step.loss:.4f}", _minutes(step.seconds_left)
+        if output.shows_progress():
+            self.bar.update(self.task, completed=step.step, total=step.max_steps, loss=loss, left=left)
+        elif step.step % self.interval == 0 or step.step == step.max_steps:
+            output.note(f"step {step.step}/{step.max_steps}  loss {loss}  {left} left")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """One table: what is trained, what it takes, p-MoD beside stock."""
+    if as_json:
+        output.print_json(_plan_json(plan))
+        return
+    table = Table("part", "parameters", "trained", "learning rate")
+    for part, numbers in plan.parameters.items():
+        rate = f"{plan.learning_rates[part]:g}" if numbers.trained else "frozen"
+        table.add_row(part, f"{numbers.parameters:,}", f"{numbers.trained:,}", rate)
+    output.stdout.print(table)
+
+    columns = (plan.pmod, plan.stock)
+    table = Table(f"{plan.model} on {plan.devices} x {plan.device.name}", "p-MoD", "stock", caption=_caption(plan))
+    for part in ("weights", "optimizer", "gradients", "activations", "logits", "total"):
+        name = "memory of one device, peak" if part == "total" else f"  {part}"
+        table.add_row(name, *(f"{getattr(cost.memory, part) / GIB:.2f} GiB" for cost in columns))
+    fits = {True: "yes", False: "no", None: "not known"}
+    table.add_row(f"fits {plan.device.memory / GIB:.0f} GiB", *(fits[cost.fits] for cost in columns))
+    table.add_section()
+    table.add_row("steps", *[f"{plan.steps:,}"] * 2)
+    table.add_row("rows, a step and in all", *[f"{plan.rows_per_step:,}; {plan.rows_per_step * plan.steps:,}"] * 2)
+    table.add_row("tokens", *[f"{plan.tokens:,}"] * 2)
+    table.add_row("vision tokens a layer keeps", *(f"{cost.mean_retention:.2%}" for cost in columns))
+    table.add_row("training FLOPs", *(f"{cost.flops:.3g}" for cost in columns))
+    table.add_row(
+        f"hours at {plan.utilization:.0%} of peak",
+        *("not known" if cost.hours is None else f"{cost.hours:.1f}" for cost in columns),
+    )
+    output.stdout.print(table)
+
+
+def _caption(plan: Plan) -> str:
+    name = {"p-mod": "p-MoD", "stock": "stock"}[plan.runs_as]
+    source = plan.device.source
+    return f"this run is the {name} column; data: {plan.data.source}; device: {source}"
+
+
+def _plan_json(plan: Plan) -> dict:
+    def cost(column) -> dict:
+        memory = {f"{part}_bytes": number for part, number in asdict(column.memory).items()}
+        return {
+            "memory_bytes": column.memory.total,
+            **memory,
+            "fits": column.fits,
+            "flops": column.flops,
+            "hours": column.hours,
+            "mean_retention_ratio": column.mean_retention,
+        }
+
+    return {
+        "schema_version": 1,
+        "model": plan.model,
+        "runs_as": plan.runs_as,
+        "parameters": {
+            part: {**asdict(numbers), "learning_rate": plan.learning_rates.get(part)}
+            for part, numbers in plan.parameters.items()
+        },
+        "data": asdict(plan.data),
+        "steps": plan.steps,
+        "rows_per_step": plan.rows_per_step,
+        "rows": plan.rows_per_step * plan.steps,
+        "tokens": plan.tokens,
+        "device": {"name": plan.device.name, "count": plan.devices, "memory_bytes": plan.device.memory},
+        "utilization": plan.utilization,
+        "pmod": cost(plan.pmod),
+        "stock": cost(plan.stock),
+    }
+
+
+def show_check(report: DataReport, as_json: bool) -> None:
+    """What a look at every row has found; bad ones end in an error."""
+    from pmod_cli.data.check import refuse_bad
+
+    if as_json:
+        output.print_json({"schema_version": 1, **asdict(report)})
+    else:
+        table = Table(show_header=False)
+        table.add_row("rows", f"{report.rows:,}")
+        table.add_row("with images", f"{report.with_images:,}")
+        table.add_row("tokens", f"{report.tokens:,} ({report.tokens_per_row:.0f} a row)")
+        table.add_row("longest row", f"{report.longest:,} tokens")
+        table.add_row("cut to data.max_length", f"{report.cut:,}")
+        table.add_row("without a label", f"{report.without_labels:,}")
+        table.add_row("cannot be used", f"{report.num_bad:,}")
+        output.stdout.print(table)
+    refuse_bad(report, "the data")
+
+
+def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        output.print_json({"schema_version": 1, **asdict(report)})
+        return
+    if quiet:
+        output.print_line(report.path)
+        return
+    if report.status == "already finished":
+        output.note("this run is already finished; nothing was done")
+    else:
+        output.note(
+            f"{report.step} steps, {report.tokens:,} tokens, {_minutes(report.seconds)}, loss {report.loss:.4f}"
+        )
+        took = report.summary
+        hours = f"{took.device_hours:.3g} {'GPU' if took.device != 'cpu' else 'CPU'} hours"
+        share = "" if took.utilization is None else f", {took.utilization:.1%} of peak"
+        output.note(f"{hours}, {took.tokens_per_second:,.0f} tokens/s{share}, peak {took.peak_memory_gib:.2f} GiB")
+    output.print_line(report.path)
+    merged = (report.path / "config.json").is_file()
+    following = f"eval --tasks tiny --model {report.path}" if merged else f"finetune --merge {report.path}"
+    output.note(f"next: pmod {following}")

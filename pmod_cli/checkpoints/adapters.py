@@ -17,7 +17,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FULL = "non_lora_trainables.bin"  # what the original code trains beside LoRA: projector, image_newline
 _UPDATE = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
-_STOCK_NAMES = ("base_model.model.model.language_model.", "base_model.model.model.multi_modal_projector.")
+_ORIGINAL = re.compile(
+    r"(base_model\.model\.)?model\.(layers|mm_projector|vision_tower\.vision_tower|image_newline)\b.*"
+)
 _HF_MODULES = ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.", "language_model.")
 
 
@@ -92,7 +94,7 @@ def keep_apart(folder: Path, target: Path) -> None:
     """
     config = read_config(folder)
     tensors = files.read_file(_weights(folder))
-    if (folder / FULL).is_file() or not all(name.startswith(_STOCK_NAMES) for name in tensors):
+    if (folder / FULL).is_file() or any(map(_ORIGINAL.fullmatch, tensors)):
         raise PmodError(f"{folder} names its weights as the original code does: it can only be merged", hint="--merge")
     target.mkdir()
     shutil.copyfile(_weights(folder), target / _weights(folder).name)

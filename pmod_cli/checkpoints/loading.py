@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json
+from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json, shard_names
+from pmod_cli.checkpoints.layouts.original import is_original
 from pmod_cli.errors import PmodError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def load_model(
     path = Path(path)
     if missing := missing_files(path):
         raise PmodError(f"{path} lacks {', '.join(missing)}", hint="name another model with --model")
+    if is_original(read_json(path / CONFIG)) or not shard_names(path)[0].endswith(".safetensors"):
+        raise PmodError(f"{path} is in a layout that has to be converted first", hint=f"pmod convert {path}")
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -39,7 +39,7 @@ METHOD, RESULT, PARTS = "What to keep", "What to write", "What to read"
 
 
 def convert(
-    name: Annotated[str | None, typer.Argument(help="Folder, alias, or hub id as org/name[@revision].")] = None,
+    name: Annotated[str | None, typer.Argument(help="Folder, alias, or hub id as org/name@REV.")] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder to write. (default: checkpoints/NAME-pmod)", show_default=False),

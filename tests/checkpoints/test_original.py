@@ -103,6 +103,12 @@ def test_grids_are_width_by_height(tmp_path):
     assert config["image_grid_pinpoints"] == [[32, 96], [64, 32]]  # (height, width)
 
 
+def test_it_is_not_loaded_as_it_is(tmp_path):
+    twins(tmp_path / "original", weights="pickle")
+    with pytest.raises(PmodError, match="has to be converted first"):
+        load_model(tmp_path / "original")
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     class Runs:
         def __reduce__(self):

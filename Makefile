@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell command -v python$(version))) python3)
 STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
 
-.PHONY: setup demo test soak lint format lock clean
+.PHONY: setup demo test bench soak lint format lock clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest -n $(shell nproc) -m "not soak and not timing"
 	.venv/bin/python -m pytest -m "timing and not soak"
+
+# Speed and memory against the stock model on the same weights: prints the ratios, fails past a bound. Not part of `test`.
+bench: setup
+	.venv/bin/python -m tests.bench
 
 # The kill, fuzz and scale tests at full count.
 soak: setup

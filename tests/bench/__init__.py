@@ -1,0 +1,1 @@
+"""`make bench`: the regression guard of speed and memory. Not collected by pytest."""

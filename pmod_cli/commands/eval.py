@@ -336,9 +336,10 @@ def _print_results(results: dict[str, Any], shown_as: str) -> None:
     else:
         for line in tables.warnings(results):
             output.print_line(line)
-        width = max(output.stdout.width, tables.WIDTH)  # a narrower terminal wraps lines, and nothing is cut
-        for table in (tables.score_table(results), tables.answer_table(results)):
-            output.stdout.print(table, width=width, crop=False)
+        # A narrower terminal wraps these lines; rich would drop columns.
+        width, output.stdout.width = output.stdout.width, max(output.stdout.width, tables.WIDTH)
+        output.stdout.print(tables.score_table(results), tables.answer_table(results))
+        output.stdout.width = width
         for line in tables.notes(results):
             output.print_line(line)
         if "folder" in results:

@@ -95,6 +95,7 @@ class Report:
             "metric": benchmark.metric,
             "filter": benchmark.filter,
             "scale": benchmark.scale,
+            "rows": benchmark.rows,
             "scores": self.entries[benchmark.name],
             "differences": {label: found.as_dict() for label, found in self.differences[benchmark.name].items()},
         }

@@ -135,13 +135,28 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{', '.join(untrained)}: untrained routers; every token ties, so what is kept means nothing")
     if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
         lines.append("limited run: scores marked * are not the scores of the benchmarks")
+    return lines + _other_data(results)
+
+
+def _other_data(results: Mapping[str, Any]) -> list[str]:
+    """A mirror may hold a part of a benchmark, or another version of it."""
+    lines = []
+    for task in results["tasks"]:
+        here = {entry["questions_available"] for entry in task["scores"].values() if entry["score"] is not None}
+        if task["rows"] is not None and here - {task["rows"]}:
+            counts = " and ".join(f"{count:,}" for count in sorted(here))
+            lines.append(f"{task['title']}: the data has {counts} questions, the benchmark {task['rows']:,}")
     return lines
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """How to read the tables, and what went wrong: lines for below them."""
     listed, labels = rows(results), list(results["models"])
-    lines = ["±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown"]
+    metrics = {row["benchmark"]: row["metric"] for row in listed if row["metric"]}
+    lines = ["metrics: " + ", ".join(f"{title} {metric}" for title, metric in metrics.items())] if metrics else []
+    lines += [
+        "±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown"
+    ]
     if len(labels) > 1:
         lines.append(f"first − this: {labels[0]} minus the row's model, same questions; changed: answers that differ")
     if any(row["paper_baseline"] is not None for row in listed):

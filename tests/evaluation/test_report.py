@@ -31,6 +31,7 @@ ANSWERS = """\
             stock                                  0.5                 100.0 %
 """
 NOTES = """\
+metrics: DocVQA anls, ChartQA relaxed_overall
 ±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown
 first − this: p-mod minus the row's model, same questions; changed: answers that differ
 paper, its p-MoD: published scores of LLaVA-NeXT 7B and of its p-MoD; to paper: the score minus its kind's
@@ -49,7 +50,10 @@ def test_the_tables_as_a_user_reads_them():
     assert printed(tables.score_table(results)) == SCORES
     assert printed(tables.answer_table(results)) == ANSWERS
     assert "\n".join(tables.notes(results)) == NOTES
-    assert tables.warnings(results) == ["limited run: scores marked * are not the scores of the benchmarks"]
+    assert tables.warnings(results) == [
+        "limited run: scores marked * are not the scores of the benchmarks",
+        "DocVQA: the data has 4 questions, the benchmark 5,349",
+    ]
 
 
 def test_scores_and_differences():
@@ -185,7 +189,7 @@ def test_results_are_plain_json():
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert {*results} == {"models", "tasks", "averages", "failed"}
     task = results["tasks"][0]
-    assert {*task} == {"name", "title", "group", "task", "metric", "filter", "scale", "scores", "differences"}
+    assert {*task} == {"name", "title", "group", "task", "metric", "filter", "scale", "rows", "scores", "differences"}
 
 
 def test_markup_in_names_is_text():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmod_cli.checkpoints.atomic import write_json
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.errors import PmodError
 
@@ -38,12 +39,14 @@ class Vocabulary:
         image_token: Id of `<image>`.
         rows: Rows that embedding and lm_head need.
         pad_token: Id of the padding token, if known.
+        model_file: tokenizer.model, where there is one.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     image_token: int
     rows: int
     pad_token: int | None = None
+    model_file: Path | None = None
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -67,7 +70,9 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": tokenizer.unk_token or "<pad>"})
     image, pad = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.pad_token_id
-    return Vocabulary(tokenizer, image, _grown(rows, max(image, pad)), pad)
+    model_file = folder / "tokenizer.model"
+    found = model_file if model_file.is_file() else None
+    return Vocabulary(tokenizer, image, _grown(rows, max(image, pad)), pad, found)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -108,6 +113,8 @@ def write_companions(
     """
     if vocabulary.tokenizer is None:
         return
+    if vocabulary.model_file:  # beside the new tokenizer.json, for the way back to the original code
+        shutil.copyfile(vocabulary.model_file, folder / vocabulary.model_file.name)
     from transformers import (
         CLIPImageProcessorPil,
         LlavaImageProcessorPil,
@@ -136,6 +143,36 @@ def write_companions(
         image_token=IMAGE,
         chat_template=(TEMPLATES / f"{_template(vocabulary.tokenizer, config)}.jinja").read_text(encoding="utf-8"),
     ).save_pretrained(folder)
+
+
+def restore_original(folder: Path, rows: int) -> None:
+    """Make a folder's tokenizer the original code's again: no tokens behind the embedding's rows, no processor.
+
+    Args:
+        folder: Holds the files as the Hugging Face layout has them.
+        rows: Rows of the original embedding.
+    """
+    for name in ("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+    path = folder / "tokenizer.json"
+    removed = {IMAGE}
+    if path.is_file():
+        state = read_json(path)
+        removed |= {token["content"] for token in state["added_tokens"] if token["id"] >= rows}
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+        write_json(path, state)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        config = read_json(path)
+        for key in ("extra_special_tokens", "image_token", "processor_class", "chat_template", "backend", "is_local"):
+            config.pop(key, None)
+        decoder = config.pop("added_tokens_decoder", {})
+        config["added_tokens_decoder"] = {key: token for key, token in decoder.items() if int(key) < rows}
+        if config.get("pad_token") in removed:
+            config["pad_token"] = config.get("unk_token")
+        if (folder / "tokenizer.model").is_file():
+            config["tokenizer_class"] = "LlamaTokenizer"
+        write_json(path, config | {"padding_side": "right"})
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.adapters import keep_apart, merged, read_config
 from pmod_cli.checkpoints.atomic import refuse_existing, staged_directory, write_json
 from pmod_cli.checkpoints.card import model_card
+from pmod_cli.checkpoints.companions import restore_original
 from pmod_cli.checkpoints.layouts import Source, read_source
 from pmod_cli.checkpoints.layouts.to_published import tower_folder
 from pmod_cli.checkpoints.options import ConversionReport, Options
@@ -92,9 +93,11 @@ def convert(
         if plan.routers:
             write_routers(staging / ROUTERS, plan.routers, plan.router_dtype, options.router_std, options.seed)
         _write_index(plan, staging)
-        if options.to == "published" and (tower := tower_folder(read, plan.config)):
-            (staging / tower).mkdir()
-            write_json(staging / tower / files.CONFIG, read.config["vision_config"])
+        if options.to == "published":
+            restore_original(staging, plan.config["vocab_size"])
+            if tower := tower_folder(read, plan.config):
+                (staging / tower).mkdir()
+                write_json(staging / tower / files.CONFIG, read.config["vision_config"])
         if options.adapter is not None and not options.merge:
             keep_apart(options.adapter, staging / "adapter")
         if options.to == "remote-code":

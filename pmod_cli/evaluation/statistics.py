@@ -51,7 +51,8 @@ class Summands:
         for start in range(0, DRAWS, CHUNK):
             draws = min(CHUNK, DRAWS - start)
             for places in members:
-                counts = random.multinomial(len(places), np.full(len(places), 1 / len(places)), size=draws)
+                drawn = random.integers(len(places), size=(draws, len(places)))
+                counts = np.stack([np.bincount(row, minlength=len(places)) for row in drawn])
                 sums[start : start + draws] += counts @ self.columns[places]
         return self.score(sums)
 

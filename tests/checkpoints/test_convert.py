@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pmod_cli.checkpoints import convert, load_model, router_state
 from pmod_cli.checkpoints.convert import PROVENANCE, ROUTERS
@@ -140,6 +141,35 @@ def weight_map(folder: Path, **files) -> None:
     edit(folder / INDEX, weight_map=json.loads((folder / INDEX).read_text())["weight_map"] | files)
 
 
+def twice_in_index(folder: Path) -> None:
+    text = (folder / INDEX).read_text()
+    name = next(iter(json.loads(text)["weight_map"]))
+    (folder / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"{name}": "x.safetensors",', 1))
+
+
+def swap_shards(folder: Path) -> None:
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+
+
+def rewrite(folder: Path, name: str, change) -> None:
+    """Replace one tensor by what `change` makes of it."""
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(file)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, file, metadata={"format": "pt"})
+
+
+def double(folder: Path) -> None:
+    """Put a tensor of the first shard into the second one as well."""
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    tensors = load_file(first)
+    name = next(iter(tensors))
+    save_file(load_file(second) | {name: tensors[name]}, second, metadata={"format": "pt"})
+
+
+NORM, UP = "language_model.model.norm.weight", "language_model.model.layers.1.mlp.up_proj.weight"
 DAMAGE = {
     "unknown model": (lambda f: edit(f / CONFIG, model_type="idefics"), "model_type is 'idefics', expected one of"),
     "no vision part": (lambda f: edit(f / CONFIG, vision_config=None), "vision_config is absent"),
@@ -159,6 +189,17 @@ DAMAGE = {
     "no map": (lambda f: edit(f / INDEX, weight_map=[]), "no weight_map"),
     "shard absent": (lambda f: next(f.glob("model-00002*")).unlink(), "lacks model-00002"),
     "shard cut": (lambda f: os.truncate(next(f.glob("model-00002*")), 20000), "not a whole safetensors file"),
+    "shard empty": (lambda f: os.truncate(next(f.glob("model-00002*")), 0), "not a whole safetensors file"),
+    "shards swapped": (swap_shards, "tensors that its files lack"),
+    "tensor twice in the index": (twice_in_index, "twice"),
+    "tensor in two shards": (double, "tensors twice"),
+    "wrong shape": (lambda f: rewrite(f, UP, lambda t: t[:-1]), f"{UP} has shape [63, 32], expected [64, 32]"),
+    "wrong dtype": (lambda f: rewrite(f, NORM, lambda t: t.to(torch.int8)), f"{NORM} is I8, expected F32, BF16 or F16"),
+    "4 bit": (
+        lambda f: edit(f / CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "is quantised (bitsandbytes)",
+    ),
+    "gptq": (lambda f: edit(f / CONFIG, quantization_config={"quant_method": "gptq"}), "is quantised (gptq)"),
     "shard is noise": (lambda f: next(f.glob("model-00002*")).write_bytes(b"\xff" * 64), "not a whole"),
     "pickled": (
         lambda f: [(f / INDEX).rename(f / "pytorch_model.bin"), *(p.unlink() for p in f.glob("*.safetensors"))],
@@ -195,8 +236,6 @@ def test_a_lost_router_is_not_filled_in(stock_model, tmp_path):
     del index["weight_map"][lost]
     (target / INDEX).write_text(json.dumps(index))
     shutil.copy(target / ROUTERS, target / "aside")
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(target / "aside")
     del tensors[lost]
     save_file(tensors, target / ROUTERS, metadata={"format": "pt"})

@@ -1,9 +1,13 @@
 """`pmod convert` as a user runs it: stdout, stderr, exit code, files."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from pmod_cli.cli import main
+from tests.conftest import ROOT
 
 
 def test_human_output(stock_model, workdir, capsys):
@@ -65,6 +69,12 @@ def test_bad_settings_are_sentences(stock_model, workdir, capsys):
         assert main(["convert", str(stock_model()), *options]) == 2
         assert told in capsys.readouterr().err
     assert list(workdir.iterdir()) == []
+
+
+def test_the_hugging_face_layout_needs_no_torch(stock_model, workdir):
+    code = "import sys; from pmod_cli.cli import main; assert main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "convert", str(stock_model()), "--target-flops", "0.6"]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 
 
 def test_list_and_no_name(workdir, capsys):

@@ -72,7 +72,9 @@ def test_bad_settings_are_sentences(stock_model, workdir, capsys):
 
 
 def test_the_hugging_face_layout_needs_no_torch(stock_model, workdir):
-    code = "import sys; from pmod_cli.cli import main; assert main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from pmod_cli.cli import main; assert main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    )
     command = [sys.executable, "-c", code, "convert", str(stock_model()), "--target-flops", "0.6"]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 

@@ -130,18 +130,33 @@ def data(sources: Iterable[Source], root: Path | None) -> list[dict[str, Any]]:
 def weights_sha256(folder: Path) -> str:
     """One digest of a checkpoint's weights: SHA-256 over the SHA-256 of each weight file, in the order of their names.
 
-    A file of the Hugging Face cache is named by its SHA-256, so nothing is read. Others are read whole, several at a
-    time, once in the life of the process: seconds for a 7B model that is about to be read anyway.
+    A file of the Hugging Face cache is named by its SHA-256, so neither it nor a hard link to it, as `pmod convert`
+    makes them, is read. Others are read whole, several at a time, once in the life of the process: seconds for a 7B
+    model that is about to be read anyway.
     """
-    names = files.shard_names(folder)
-    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
-        digests = pool.map(_digest, [folder / name for name in names])
+    paths = [folder / name for name in files.shard_names(folder)]
+    known = _linked_blobs() if any(path.stat().st_nlink > 1 for path in paths) else {}
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda path: _digest(path, known), paths)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _digest(file: Path) -> str:
+def _digest(file: Path, known: dict[tuple[int, int], str]) -> str:
     state = file.stat()
-    return _blob_name(file) or _read_digest(file.resolve(), state.st_size, state.st_mtime_ns)
+    named = _blob_name(file) or known.get((state.st_dev, state.st_ino))
+    return named or _read_digest(file.resolve(), state.st_size, state.st_mtime_ns)
+
+
+def _linked_blobs() -> dict[tuple[int, int], str]:
+    """The SHA-256 of the large files of models in the Hugging Face cache, by device and inode."""
+    from huggingface_hub import constants
+
+    found = {}
+    for path in Path(constants.HF_HUB_CACHE).glob("models--*/blobs/*"):
+        if BLOB.fullmatch(path.name):
+            state = path.stat()
+            found[state.st_dev, state.st_ino] = path.name
+    return found
 
 
 def _blob_name(file: Path) -> str | None:

@@ -42,6 +42,23 @@ def test_a_file_of_the_cache_is_not_read(stock_model, tmp_path):
     assert provenance.weights_sha256(snapshot) == hashlib.sha256(digest.encode()).hexdigest()
 
 
+def test_nor_is_a_hard_link_to_it(tmp_path, monkeypatch):
+    """As `pmod convert` leaves it: linked shards, and a small one of its own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    digest = hashlib.sha256(b"weights").hexdigest()
+    blob = tmp_path / "hub" / "models--a--b" / "blobs" / digest
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"not these")
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    (converted / "model-00001-of-00001.safetensors").hardlink_to(blob)
+    (converted / "model-routers.safetensors").write_bytes(b"routers")
+    names = {"a": "model-00001-of-00001.safetensors", "b": "model-routers.safetensors"}
+    (converted / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    own = hashlib.sha256(b"routers").hexdigest()
+    assert provenance.weights_sha256(converted) == hashlib.sha256(f"{digest}{own}".encode()).hexdigest()
+
+
 def test_a_file_that_changes_is_read_again(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"one")

@@ -85,8 +85,8 @@ def written_bytes() -> Iterator[Callable[[int], None]]:
     from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
 
     with output.progress(TextColumn("writing"), DownloadColumn(), TransferSpeedColumn()) as bar:
-        task = bar.add_task("writing", total=None)
-        yield lambda written: bar.advance(task, written)
+        task = bar.add_task("writing", total=None, visible=False)
+        yield lambda written: bar.update(task, advance=written, visible=True)
 
 
 def _files(names: list[str]) -> str:

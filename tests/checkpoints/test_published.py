@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from pmod_cli.checkpoints import Options, convert
+from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.checkpoints.files import read_tensors
 from pmod_cli.checkpoints.layouts.published import published_ratios, read_settings, write_settings
 from pmod_cli.errors import PmodError
@@ -185,3 +185,27 @@ def test_a_router_without_bias_gets_a_zero_one(tmp_path):
 def test_settings_of_its_own_are_kept(converted, tmp_path):
     with pytest.raises(PmodError, match="settings that its weights were trained with"):
         convert(GOLDEN / "llava15" / "ckpt", tmp_path / "pmod", PmodSettings(shift=0.4))
+
+
+def test_a_model_saved_by_training_goes_to_every_layout(stock_model, tmp_path):
+    """Its routers lie in the shards, between stock weights."""
+    every_second = PmodSettings(schedule="list", values=(1.0, 0.4, 1.0, 0.4))
+    convert(stock_model(), tmp_path / "pmod", every_second, Options(router_init="normal:0.1"))
+    model, processor = load_model(tmp_path / "pmod")
+    model.config.router_state = "trained"
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="60KB")
+    processor.save_pretrained(tmp_path / "tuned")
+    before = load_file(stock_model() / "model.safetensors")
+    report = convert(tmp_path / "tuned", tmp_path / "stock", options=Options(to="stock", verify=True))
+    assert report.linked  # shards without a router stay as they are
+    assert report.streamed
+    read = read_tensors(tmp_path / "stock")
+    assert read.keys() == before.keys()
+    after, _ = load_model(tmp_path / "stock")
+    stock, _ = load_model(stock_model())
+    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), stock.state_dict().values(), strict=True))
+    report = convert(tmp_path / "tuned", tmp_path / "published", options=PUBLISHED)
+    assert report.router_state == "trained"
+    convert(tmp_path / "published", tmp_path / "back")
+    again, _ = load_model(tmp_path / "back")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,18 +23,24 @@ from pmod_cli.commands.common import (
 from pmod_cli.errors import PmodError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
     from pmod_cli import profiling
     from pmod_cli.profiling.latency import Latency
 
 EXAMPLES = """\
 pmod profile --report flops
-pmod profile --model llava-1.5-7b --report all
+pmod profile --model llava-1.5-7b --report all --html cost.html
+pmod profile --report memory --gpu-memory 24GB --new-tokens 256
 pmod profile --image-size 1280x720 --new-tokens 128 --json
-pmod profile --schedule linear --target-retention 0.4
+pmod profile --sweep shift=0.3:0.7:0.05 --plot sweep.png
+pmod profile --from-data llava_v1_5_mix665k.json --images-root images --text-tokens 200
 pmod profile --report latency --random-weights --hidden-size 512 --threads 1
 """
 
-REPORTS = ("flops", "kv", "latency", "all")
+REPORTS = ("flops", "kv", "memory", "latency", "all")
+FORMATS = ("table", "markdown", "csv", "json")
 DEFAULT_MODEL = "llava-next-7b"
 WORKLOAD = "Workload: one batch"
 OVERRIDES = "What if: settings that replace the checkpoint's own"
@@ -44,6 +53,12 @@ CONTESTANTS = ("stock", "random", "uniform")
 def _report(name: str) -> str:
     if name not in REPORTS:
         raise typer.BadParameter(f"{name!r} is not a report. Known: {', '.join(REPORTS)}")
+    return name
+
+
+def _format(name: str) -> str:
+    if name not in FORMATS:
+        raise typer.BadParameter(f"{name!r} is not a format. Known: {', '.join(FORMATS)}")
     return name
 
 
@@ -80,14 +95,51 @@ def profile(
         ),
     ] = None,
     images: Annotated[int, typer.Option(rich_help_panel=WORKLOAD, help="Images in a row.")] = 1,
-    text_tokens: Annotated[int, typer.Option(rich_help_panel=WORKLOAD, help="Text tokens of a row.")] = 58,
+    text_tokens: Annotated[
+        int | None, typer.Option(rich_help_panel=WORKLOAD, help="Text tokens of a row. (default: 58)")
+    ] = None,
     new_tokens: Annotated[
         int, typer.Option(rich_help_panel=WORKLOAD, help="Generated tokens fed back after the prefill.")
     ] = 0,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", rich_help_panel=WORKLOAD, help="Rows. (default: one a size)")
     ] = None,
+    from_data: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=WORKLOAD,
+            metavar="FILE",
+            help="Average over a LLaVA JSON or JSONL file: image headers only.",
+        ),
+    ] = None,
+    images_root: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=WORKLOAD, metavar="DIR", help="Folder of its images. (default: the file's)"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=WORKLOAD, help="First rows of the file only.")
+    ] = None,
     dtype: DtypeOpt = "auto",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|NAME", help="--report memory: the GPU to fill, as 24GB or h100.", show_default=False
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SETTING=VALUES",
+            help="shift, target-retention, max-ratio, min-ratio as first:last:step; or schedule, image-size lists.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw layers, or the sweep, to a .png, .svg or .pdf.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one page.")] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", callback=_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
+    ] = "table",
     macs: Annotated[bool, typer.Option("--macs", help="Show multiply-adds instead of FLOPs.")] = False,
     schedule: Annotated[str | None, typer.Option(metavar="KIND", rich_help_panel=OVERRIDES, help=KINDS)] = None,
     shift: Annotated[
@@ -137,17 +189,18 @@ def profile(
     as_json: JsonOpt = False,
     offline: OfflineOpt = False,
 ) -> None:
-    """Count FLOPs and KV cache, or measure time and memory, p-MoD beside stock.
+    """Count FLOPs, KV cache and memory, or measure time, p-MoD beside stock.
 
-    Counting needs no weights, no network for an alias, and no GPU.
+    Counting needs no weights, no network for an alias, and no GPU. --report all is every count; latency is measured.
     """
+    output_format = "json" if as_json else output_format
     sizes = _image_sizes(image_size)
     chosen_phases, controls = _some_of(phases, PHASES, "phase"), _some_of(against, CONTESTANTS, "contestant")
     name = _model(model)
     from pmod_cli import profiling
     from pmod_cli.checkpoints import resolve
 
-    overrides = {
+    overrides: dict[str, Any] = {
         "schedule": schedule,
         "shift": shift,
         "mean": target_retention,
@@ -155,11 +208,29 @@ def profile(
         "min_ratio": min_ratio,
         "target_tokens": target_tokens,
     }
-    subject = profiling.load_subject(
-        name, {key: value for key, value in overrides.items() if value is not None}, revision=revision
-    )
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    if plot is not None:
+        from pmod_cli.profiling import plots
+
+        plots.check_path(plot)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise PmodError(f"--html {html}: there is no folder {html.parent}", hint=f"mkdir -p {html.parent}")
+    for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
+        if given is not None and report in ("latency", "memory"):
+            raise PmodError(
+                f"{flag} counts; it does not go with --report {report}", hint=f"leave --report {report} out"
+            )
+    subject = profiling.load_subject(name, overrides, revision=revision)
     subject = profiling.scaled(subject, hidden_size=hidden_size, layers=layers)
-    workload = profiling.Workload(sizes, images, text_tokens, new_tokens, batch_size)
+    if from_data is not None:
+        shown = _average(subject, from_data, images_root, text_tokens, limit, dtype)
+        return _show(shown, output_format, html, plot)
+    workload = profiling.Workload(sizes, images, 58 if text_tokens is None else text_tokens, new_tokens, batch_size)
+    if sweep is not None:
+        if hidden_size or layers:
+            raise PmodError("--sweep takes the model's own size", hint="leave --hidden-size and --layers out")
+        shown = _sweep(name, sweep, workload, overrides, dtype, revision)
+        return _show(shown, output_format, html, plot)
     if report == "latency":
         if not random_weights and (hidden_size or layers):
             raise PmodError(
@@ -183,10 +254,7 @@ def profile(
         result, latency = profiling.profile(subject, workload, dtype=dtype), None
     if result.unknown_operators:
         output.warn(f"operators that nobody counted: {', '.join(sorted(result.unknown_operators))}")
-    if as_json:
-        output.print_json(profiling.to_json(result, latency, macs=macs))
-    else:
-        _render(result, latency, report, macs)
+    _show(_profiled(result, latency, report, macs, gpu_memory), output_format, html, plot)
 
 
 def _model(model: str | None) -> str:
@@ -197,21 +265,157 @@ def _model(model: str | None) -> str:
     return model_or_default(model)
 
 
-def _render(result: profiling.Profile, latency: Latency | None, report: str, macs: bool) -> None:
-    from pmod_cli.profiling import CONVENTIONS, latency_report, tables
+@dataclass(frozen=True)
+class Shown:
+    """A report before it is given a form.
 
-    output.stdout.print(tables.headline(result) + "\n", soft_wrap=True, markup=False)
+    Args:
+        title: The model.
+        headline: What was profiled.
+        tables: For people.
+        notes: What their words mean.
+        json: One object.
+        rows: For CSV.
+        figure: Draws it; None where there is nothing to draw.
+        caption: What the figure shows, in words.
+    """
+
+    title: str
+    headline: str
+    tables: list[Table]
+    notes: list[str]
+    json: dict[str, Any]
+    rows: list[dict[str, Any]]
+    figure: Callable[[], Figure] | None = None
+    caption: str = ""
+
+
+def _show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
+    """Files first, so that stdout says nothing that a full disk would make untrue."""
+    if plot is not None:
+        from pmod_cli.profiling import plots
+
+        if shown.figure is None:
+            raise PmodError("--plot: there is nothing to draw of this report", hint="--report flops, kv or --sweep")
+        plots.save(shown.figure(), plot)
+        output.note(f"plot: {plot}")
+    if html is not None:
+        from pmod_cli.checkpoints.atomic import write_text
+        from pmod_cli.profiling import plots
+        from pmod_cli.profiling.page import to_html
+
+        figures = [] if shown.figure is None else [(shown.caption, plots.to_svg(shown.figure()))]
+        write_text(html, to_html(shown.title, shown.headline, figures, shown.tables, shown.notes))
+        output.note(f"page: {html}")
+    if form == "json":
+        output.print_json(shown.json)
+    elif form in ("csv", "markdown"):
+        from pmod_cli.profiling import exports
+
+        text = (
+            exports.to_csv(shown.rows)
+            if form == "csv"
+            else exports.to_markdown(shown.headline, shown.tables, shown.notes)
+        )
+        output.stdout.file.write(text)
+    else:
+        output.stdout.print(shown.headline + "\n", soft_wrap=True, markup=False)
+        for table in shown.tables:
+            output.stdout.print(table, "")
+        for line in shown.notes:
+            output.stdout.print(line, style="dim", soft_wrap=True, markup=False)
+
+
+def _profiled(
+    result: profiling.Profile, latency: Latency | None, report: str, macs: bool, gpu_memory: str | None
+) -> Shown:
+    from pmod_cli.profiling import (
+        CONVENTIONS,
+        devices,
+        latency_report,
+        memory_report,
+        plots,
+        tables,
+        to_json,
+    )
+
+    said, notes = to_json(result, latency, macs=macs), []
+    rows = said["layers"]
     if latency is not None:
         shown = [latency_report.latency_table(result, latency), latency_report.cache_table(result, latency)]
         shown += [latency_report.parts_table(latency)] if latency.parts else []
+        notes, rows = latency_report.notes(latency), said["latency"]["phases"]
     else:
-        shown = tables.sections(result, report, macs=macs)
-    for table in shown:
-        output.stdout.print(table, "")
-    notes = latency_report.notes(latency) if latency is not None else []
+        shown = [] if report == "memory" else tables.sections(result, report, macs=macs)
     if report in ("flops", "all"):
         unit = "1 MAC" if macs else "2 FLOPs"
         notes = [f"{unit} a multiply-add of matrix products; all else counts 0."]
         notes += [f"{name}: {counted}" for name, counted in CONVENTIONS.items()]
-    for line in notes:
-        output.stdout.print(line, style="dim", soft_wrap=True, markup=False)
+    if report in ("memory", "all"):
+        gpus = [devices.parse_memory(gpu_memory)] if gpu_memory else None
+        memory = memory_report.predict(result, gpus)
+        shown += memory_report.tables(result, memory)
+        notes += memory_report.NOTES
+        said["memory"] = memory_report.to_json(memory)
+        if report == "memory":
+            rows = memory_report.rows(memory)
+    drawn = None if report in ("latency", "memory") else lambda: plots.layers_figure(result)
+    caption = "Retention ratio, FLOPs and KV cache of each decoder layer, p-MoD beside stock"
+    return Shown(result.subject.name, tables.headline(result), shown, notes, said, rows, drawn, caption)
+
+
+def _sweep(
+    name: str, text: str, workload: profiling.Workload, overrides: dict[str, Any], dtype: str, revision: str | None
+) -> Shown:
+    from pmod_cli.profiling import exploration, plots
+    from pmod_cli.profiling.schema import SCHEMA_VERSION
+    from pmod_cli.profiling.sweep import parse_axis, sweep
+
+    axis = parse_axis(text)
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    points = sweep(name, axis, workload, overrides, dtype, revision=revision)
+    rows = exploration.sweep_rows(axis, points)
+    said = {"schema_version": SCHEMA_VERSION, "model": {"name": name}, "sweep": {"setting": axis.name, "points": rows}}
+    return Shown(
+        title=name,
+        headline=f"{name}: {axis.name} over {len(points)} values, {workload.text_tokens} text tokens",
+        tables=[exploration.sweep_table(axis, points)],
+        notes=[f"retention: mean ratio over the layers; V: vision tokens; KV cache in {dtype}"],
+        json=said,
+        rows=rows,
+        figure=lambda: plots.sweep_figure(axis, points),
+        caption=f"Prefill FLOPs and KV cache over {axis.name}",
+    )
+
+
+def _average(
+    subject: profiling.Subject,
+    file: Path,
+    images: Path | None,
+    text_tokens: int | None,
+    limit: int | None,
+    dtype: str,
+) -> Shown:
+    from pmod_cli.profiling import dataset, exploration
+    from pmod_cli.profiling.report import cache_dtype
+    from pmod_cli.profiling.schema import SCHEMA_VERSION
+    from pmod_cli.profiling.sizes import Sizes
+
+    if text_tokens is not None and text_tokens < 0:
+        raise PmodError(f"--text-tokens {text_tokens} is negative: expected 0 or more", hint="pmod profile --help")
+    count_text = dataset.tokenizer_of(subject) if text_tokens is None else lambda _: text_tokens
+    sizes = Sizes.of(subject.stock)
+    rows = dataset.read_rows(file, images, sizes, count_text, limit)
+    dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
+    settings = subject.pmod.settings
+    means = dataset.average(sizes, rows, subject.pmod.retention, settings.target_tokens, dtype)
+    said = exploration.average_json(means)
+    counted = "as given" if text_tokens is not None else "by the model's tokenizer, without a chat template"
+    return Shown(
+        title=subject.name,
+        headline=f"{subject.name} over {file}: {len(rows):,} rows",
+        tables=exploration.average_tables(means),
+        notes=[f"text tokens {counted}; of an image only the header is read; KV cache in {dtype}"],
+        json={"schema_version": SCHEMA_VERSION, "model": {"name": subject.name}, "data": {"file": str(file)} | said},
+        rows=[{"file": str(file)} | said],
+    )

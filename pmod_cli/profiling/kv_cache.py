@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pmod_cli.profiling.sizes import Decoder
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -24,27 +26,26 @@ class KvCost:
         return self.vision + self.text
 
 
-def bytes_per_token(text_config: object, dtype: str) -> int:
+def bytes_per_token(decoder: Decoder, dtype: str) -> int:
     """Bytes that one token takes in one layer: K and V over the key/value heads, fewer than query heads under GQA.
 
     Args:
-        text_config: The decoder's configuration.
+        decoder: Its sizes.
         dtype: One of `DTYPE_BYTES`.
     """
-    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return 2 * text_config.num_key_value_heads * head_size * DTYPE_BYTES[dtype]
+    return 2 * decoder.kv_heads * decoder.head_size * DTYPE_BYTES[dtype]
 
 
-def kv_cache(text_config: object, dtype: str, tokens: list[int], text: int, new: int, batch: int) -> list[KvCost]:
+def kv_cache(decoder: Decoder, dtype: str, tokens: list[int], text: int, new: int, batch: int) -> list[KvCost]:
     """KV cache per layer. A skipped token has no K and V in that layer.
 
     Args:
-        text_config: The decoder's configuration.
+        decoder: Its sizes.
         dtype: Dtype of the cache, one of `DTYPE_BYTES`.
         tokens: Tokens of a row that each layer holds after the prefill, M, length L.
         text: Text tokens of a row among them.
         new: Tokens decoded after the prefill; every layer keeps them.
         batch: Rows, B.
     """
-    size = batch * bytes_per_token(text_config, dtype)
+    size = batch * bytes_per_token(decoder, dtype)
     return [KvCost((held - text) * size, (text + new) * size) for held in tokens]

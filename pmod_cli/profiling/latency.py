@@ -15,7 +15,7 @@ from pmod_cli.profiling.clock import Timing, interleaved, peak_bytes, threads, t
 from pmod_cli.profiling.contestants import NAMES, STOCK, Contestants, loaded_contestants, prompt, random_contestants
 from pmod_cli.profiling.cost import meta_model
 from pmod_cli.profiling.devices import Device, named_device
-from pmod_cli.profiling.kv_cache import DTYPE_BYTES
+from pmod_cli.profiling.kv_cache import DTYPE_BYTES, bytes_per_token
 from pmod_cli.profiling.phases import CHECKPOINTED, DECODE, FIRST_TOKEN, PREFILL, TRAIN, Bench
 from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import Subject
@@ -245,9 +245,7 @@ def bytes_read(result: Profile, contestants: Contestants, name: str, steps: int)
     decoder = model.model.language_model
     weights = sum(p.nbytes for part in (decoder.layers, decoder.norm, model.lm_head) for p in part.parameters())
     held = result.stock if name == STOCK else result.pmod
-    text = result.subject.stock.text_config
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_key_value_heads * head_size * model.dtype.itemsize
+    token = bytes_per_token(result.sizes.decoder, result.dtype)
     keys = sum(layer.tokens + (steps + 1) / 2 for layer in held.layers)
     return weights + round(held.batch * keys * token)
 

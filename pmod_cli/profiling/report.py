@@ -134,7 +134,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
     dtype = cache_dtype(stock) if dtype == "auto" else dtype
     stock_kv, pmod_kv = (
         kv_cache(
-            stock.text_config,
+            sizes.decoder,
             dtype,
             [layer.tokens for layer in cost.layers],
             workload.text_tokens,

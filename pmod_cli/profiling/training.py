@@ -368,3 +368,15 @@ def _shared(
         activations=activations,
         logits=logits,
     )
+
+
+_LOW = {"precision": "bfloat16", "checkpointing": True}
+USUAL = {
+    "all weights": TrainingSetup(precision="bfloat16"),
+    "all weights, checkpointing": TrainingSetup(**_LOW),
+    "the same, ZeRO-1 on 8 GPUs": TrainingSetup(**_LOW, engine="zero1", devices=8),
+    "the same, ZeRO-3 or FSDP2 on 8 GPUs": TrainingSetup(**_LOW, engine="zero3", devices=8),
+    "LoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="bfloat16"),
+    "QLoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="nf4"),
+}
+"""Ways to train that a memory report lists: the paper's engines, and adapters. Tower frozen, bfloat16 by autocast."""

@@ -1,5 +1,7 @@
 """`pmod profile` as a user runs it."""
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -8,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pmod_cli.cli import main
 from tests import factories
+from tests.conftest import ROOT
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
@@ -31,7 +35,8 @@ def measured(workdir: Path, *arguments: str) -> tuple[str, str, float, int]:
     """(stdout, stderr, CPU seconds, peak bytes) of the command in a process of its own."""
     with open(workdir / "out", "w") as out, open(workdir / "err", "w") as err:
         command = [sys.executable, "-m", "pmod_cli", "profile", *arguments]
-        process = subprocess.Popen(command, cwd=workdir, stdout=out, stderr=err)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=workdir, stdout=out, stderr=err, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     shown, notes = ((workdir / name).read_text() for name in ("out", "err"))
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -39,9 +44,9 @@ def measured(workdir: Path, *arguments: str) -> tuple[str, str, float, int]:
     return shown, notes, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024  # maxrss is in KiB on Linux
 
 
-def test_the_default_prints_the_papers_figures_within_its_budget(workdir: Path) -> None:
-    """On an empty directory, offline: at most 10 s of CPU time and 1.5 GB."""
-    shown, notes, seconds, peak = measured(workdir, "--report", "flops")
+def test_the_default_prints_the_papers_figures(workdir: Path) -> None:
+    """On an empty directory, offline."""
+    shown, notes, _, peak = measured(workdir, "--report", "flops")
     assert "model: llava-next-7b, from its built-in configuration" in notes
     paper = next(line for line in shown.splitlines() if line.startswith("paper convention  "))
     assert paper.split() == ["paper", "convention", "39.46", "21.92", "55.5", "%", "39.46", "->", "21.94"]
@@ -49,10 +54,40 @@ def test_the_default_prints_the_papers_figures_within_its_budget(workdir: Path) 
     kv = next(line for line in shown.splitlines() if line.startswith("paper convention: mean retention"))
     assert kv.split()[-4:] == ["53.8", "%", "53.8", "%"]
     assert "…" not in shown  # nothing is cut off in a pipe
-    assert peak < 1.5e9
-    if seconds >= 10:  # neighbours that share the caches of a core add CPU time of their own: once more
-        seconds = measured(workdir, "--report", "flops")[2]
-    assert seconds < 10
+    assert peak < 1e9
+
+
+TIMED = """
+import sys, time
+import torch, transformers, fvcore.nn, rich.table
+import pmod_cli.model.modeling, pmod_cli.commands.profile, pmod_cli.checkpoints.resolve
+import pmod_cli.profiling.report, pmod_cli.profiling.tables, pmod_cli.profiling.schema
+import transformers.models.llava.modeling_llava, transformers.models.clip.modeling_clip
+from pmod_cli.cli import main
+torch.set_num_threads(1)
+begin = time.process_time()
+code = main(["profile", "--report", "flops", *sys.argv[1:]])
+print(time.process_time() - begin, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(("model", "limit"), [("llava-next-7b", 2), ("llava-next-34b", 4)])
+def test_counting_takes_seconds_beyond_its_imports(workdir: Path, model: str, limit: float) -> None:
+    def seconds() -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", TIMED, "--model", model],
+            cwd=workdir,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return float(done.stderr.splitlines()[-1])
+
+    assert min(seconds() for _ in range(2)) < limit
 
 
 def test_json_is_one_object_with_units_in_its_keys(tiny: Path, capsys: pytest.CaptureFixture) -> None:
@@ -105,8 +140,25 @@ def test_reports(tiny: Path, capsys: pytest.CaptureFixture, report: str) -> None
         (["--text-tokens", "-1"], "--text-tokens -1 is negative"),
         (["--new-tokens", "-3"], "--new-tokens -3 is negative"),
         (["-m", "llava-1.5-7b", "--text-tokens", "4000"], "the prompt does not fit: 576 vision + 4000 text"),
-        (["--report", "speed"], "'speed' is not a report. Known: flops, kv, latency, all"),
+        (["--report", "speed"], "'speed' is not a report. Known: flops, kv, memory, latency, all"),
         (["--schedule", "sine"], "unknown schedule 'sine'"),
+        (["--format", "xml"], "'xml' is not a format. Known: table, markdown, csv, json"),
+        (["--sweep", "depth=1:2:1"], "'depth' cannot be swept. Known: shift"),
+        (["--sweep", "shift=0.3:0.7"], "expected first:last:step"),
+        (["--sweep", "shift=0.3:0.7:0"], "the range has no end"),
+        (["--sweep", "shift=0.3:nan:0.1"], "the range has no end"),
+        (["--sweep", "schedule="], "has no values"),
+        (["--sweep", "image-size=0x5"], "--image-size 0x5 is empty"),
+        (["--report", "memory", "--gpu-memory", "h900"], "no GPU is known as 'h900'"),
+        (["--report", "memory", "--gpu-memory", "0GB"], "--gpu-memory 0GB is no memory"),
+        (["--plot", "cost.gif"], "the name ends in none of .png, .svg, .pdf"),
+        (["--plot", "nowhere/cost.png"], "there is no folder nowhere"),
+        (["--html", "nowhere/cost.html"], "there is no folder nowhere"),
+        (["--from-data", "rows.json", "--text-tokens", "3"], "row 0: no such image: gone.png"),
+        (["--from-data", "rows.json"], "has no tokenizer here to count text with"),
+        (["--from-data", "missing.json", "--text-tokens", "3"], "missing.json"),
+        (["--from-data", "rows.json", "--report", "latency"], "does not go with --report latency"),
+        (["--report", "latency", "--hidden-size", "64"], "add --random-weights"),
         (["--schedule", "constant", "--shift", "0.4"], "a shift belongs to the schedules cosine and linear"),
         (["-m", "llava-1.5-7b", "--target-tokens", "vision_hr"], "vision_hr"),
         (["-m", "text.json"], "text.json is not JSON"),
@@ -120,6 +172,8 @@ def test_bad_input_is_a_sentence(
     workdir: Path, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
 ) -> None:
     Path("text.json").write_text("not json")
+    said = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
+    Path("rows.json").write_text(json.dumps([{"image": "gone.png", "conversations": said}]))
     Path("list.json").write_text("[]")
     Path("bert.json").write_text('{"model_type": "bert"}')
     Path("half.json").write_text('{"model_type": "llava", "text_config": 3}')
@@ -129,3 +183,105 @@ def test_bad_input_is_a_sentence(
     assert out == ""
     assert sentence in err
     assert "Traceback" not in err
+
+
+def test_formats_say_the_same(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    said = json.loads(run(capsys, "-m", str(tiny), "--json")[1])
+    _, out, _ = run(capsys, "-m", str(tiny), "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [float(row["total_gflops"]) for row in rows] == [layer["total_gflops"] for layer in said["layers"]]
+    _, out, _ = run(capsys, "-m", str(tiny), "--format", "markdown")
+    assert "| paper convention |" in out
+    assert out.count("\n| --- |") == 5  # tables
+
+
+def test_the_page_and_the_plot(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _, err = run(capsys, "-m", str(tiny), "--report", "all", "--html", "cost.html", "--plot", "cost.svg")
+    assert code == 0
+    assert "page: cost.html" in err
+    page = Path("cost.html").read_text()
+    assert page.count("<svg") == 1
+    assert "full convention" in page
+    assert "src=" not in page
+    assert "<script" not in page  # one file, nothing fetched
+    assert Path("cost.svg").read_text().startswith("<?xml")
+    assert sorted(path.name for path in Path().iterdir() if path.name.startswith("cost")) == ["cost.html", "cost.svg"]
+
+
+def test_memory_of_named_and_sized_gpus(capsys: pytest.CaptureFixture, workdir: Path) -> None:
+    code, out, _ = run(capsys, "-m", "llava-next-7b", "--report", "memory", "--gpu-memory", "24GB", "--json")
+    assert code == 0
+    memory = json.loads(out)["memory"]
+    (fits,) = memory["fits"]
+    assert fits["pmod"]["batch_rows"] > fits["stock"]["batch_rows"] > 0
+    assert memory["inference"]["pmod"]["cache_bytes"] < memory["inference"]["stock"]["cache_bytes"]
+    assert memory["training"]["all weights"]["pmod"]["peak_bytes"] > 16 * 6.7e9  # weights, gradients, two moments
+    small = json.loads(run(capsys, "-m", "llava-next-34b", "--report", "memory", "--gpu-memory", "h100", "--json")[1])
+    assert small["memory"]["fits"][0]["gpu"] == "H100 SXM"
+    none = json.loads(run(capsys, "-m", "llava-next-34b", "--report", "memory", "--gpu-memory", "24GB", "--json")[1])
+    assert none["memory"]["fits"][0]["pmod"] == {"batch_rows": 0, "context_tokens": 0, "limited_by": "memory"}
+
+
+def test_a_sweep_is_what_each_value_would_be(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = run(capsys, "-m", str(tiny), "--sweep", "shift=0.3:0.7:0.1", "--json", "--plot", "sweep.png")
+    points = json.loads(out)["sweep"]["points"]
+    assert code == 0
+    assert [point["shift"] for point in points] == [0.3, 0.4, 0.5, 0.6, 0.7]
+    one = json.loads(run(capsys, "-m", str(tiny), "--shift", "0.4", "--json")[1])
+    assert points[1]["pmod_tflops"] == pytest.approx(one["flops"]["conventions"]["full"]["pmod_tflops"], rel=1e-3)
+    assert points[1]["pmod_kv_cache_mib"] == pytest.approx(one["kv_cache"]["pmod_total_mib"])
+    assert Path("sweep.png").read_bytes().startswith(b"\x89PNG")
+    for axis in ("schedule=cosine,linear", "min-ratio=0.1,0.2", "max-ratio=0.8:0.9:0.05", "image-size=32x32,64x64"):
+        code, out, _ = run(capsys, "-m", str(tiny), "--sweep", axis, "--format", "csv")
+        assert code == 0
+        assert len(out.splitlines()) >= 3, axis
+
+
+def test_the_average_over_a_data_set(stock_model: Callable, workdir: Path, capsys: pytest.CaptureFixture) -> None:
+    """Sizes from image headers alone: the pixels of these files are cut off."""
+    said = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "that"}]
+    text = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for name, size in (("a.png", (64, 64)), ("b.png", (32, 64))):
+        Image.effect_noise(size, 50).save(name)
+        Path(name).write_bytes(Path(name).read_bytes()[:200])
+    rows = [{"image": "a.png", "conversations": said}] * 2 + [{"image": "b.png", "conversations": said}]
+    rows.append({"conversations": text})
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = str(stock_model())
+    code, out, _ = run(capsys, "-m", model, "--from-data", "rows.jsonl", "--text-tokens", "9", "--json")
+    assert code == 0
+    data = json.loads(out)["data"]
+    assert (data["rows"], data["with_image"], data["text_tokens"]["mean"]) == (4, 3, 9)
+    alone = [
+        json.loads(run(capsys, "-m", model, "--image-size", size, "--text-tokens", "9", "--json")[1])
+        for size in ("64x64", "32x64")
+    ]
+    tokens = [report["workload"]["rows"][0]["vision_tokens"] for report in alone]
+    assert data["vision_tokens"]["mean"] == (2 * tokens[0] + tokens[1]) / 4
+    code, out, _ = run(capsys, "-m", model, "--from-data", "rows.jsonl", "--limit", "2", "--json")
+    same = json.loads(out)["data"]
+    assert same["text_tokens"]["mean"] > 1  # by the model's tokenizer
+    one = json.loads(
+        run(capsys, "-m", model, "--image-size", "64x64", "--text-tokens", str(same["text_tokens"]["most"]), "--json")[
+            1
+        ]
+    )
+    full = one["flops"]["conventions"]["full"]
+    assert same["mean_pmod_flops"] / 1e12 == pytest.approx(full["pmod_tflops"], rel=1e-3)
+    assert same["mean_stock_flops"] / 1e12 == pytest.approx(full["stock_tflops"], rel=1e-3)
+
+
+def test_a_measured_report(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every phase of every contestant really runs, on a batch of unequal rows; cache bytes are those counted."""
+    arguments = ["-m", str(tiny), "--report", "latency", "--random-weights", "--device", "cpu", "--repeats", "2"]
+    arguments += ["--image-size", "64x64,50x37", "--text-tokens", "9", "--new-tokens", "2", "--json"]
+    phases = "prefill,first-token,decode,train,train-checkpointed"
+    code, out, _ = run(capsys, *arguments, "--phases", phases)
+    assert code == 0
+    latency = json.loads(out)["latency"]
+    assert {row["phase"] for row in latency["phases"]} == set(phases.split(","))
+    assert {row["model"] for row in latency["phases"]} == {"stock", "p-mod", "random", "uniform"}
+    assert all(row["median_ms"] > 0 for row in latency["phases"])
+    for held in latency["cache"].values():
+        assert held["held_bytes"] == held["counted_bytes"]
+    assert sum(latency["first_token_share_by_part"]["p-mod"].values()) == pytest.approx(1)

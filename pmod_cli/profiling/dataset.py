@@ -1,0 +1,162 @@
+"""The average cost over the rows of a real data set, by the closed formulas. Of an image only the header is read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
+from pmod_cli.data.sources import LlavaFile
+from pmod_cli.errors import PmodError
+from pmod_cli.profiling import closed
+from pmod_cli.profiling.anyres import image_tokens
+from pmod_cli.profiling.kv_cache import bytes_per_token
+from pmod_cli.profiling.sizes import Sizes
+from pmod_cli.profiling.subject import Subject
+from pmod_cli.profiling.training import TrainingSetup, training_flops
+from pmod_cli.profiling.workload import Row, layer_tokens
+
+
+@dataclass(frozen=True)
+class Average:
+    """Means over the rows, each row by itself, without padding.
+
+    Args:
+        rows: How many there were.
+        with_image: How many have images.
+        vision_tokens: V: mean, median and largest.
+        text_tokens: The same.
+        tiles: Mean passes through the vision tower.
+        stock_flops: Mean FLOPs of a prefill, convention `full`.
+        pmod_flops: The same.
+        stock_paper_flops: Convention `paper`.
+        pmod_paper_flops: The same.
+        stock_step_flops: Mean FLOPs of a training step's forward and backward pass.
+        pmod_step_flops: The same.
+        stock_kv: Mean bytes of the KV cache after the prefill.
+        pmod_kv: The same.
+    """
+
+    rows: int
+    with_image: int
+    vision_tokens: tuple[float, float, int]
+    text_tokens: tuple[float, float, int]
+    tiles: float
+    stock_flops: float
+    pmod_flops: float
+    stock_paper_flops: float
+    pmod_paper_flops: float
+    stock_step_flops: float
+    pmod_step_flops: float
+    stock_kv: float
+    pmod_kv: float
+
+
+def read_rows(
+    file: Path, images: Path | None, sizes: Sizes, count_text: Callable[[str], int], limit: int | None = None
+) -> list[Row]:
+    """The rows of a LLaVA JSON or JSONL file.
+
+    Args:
+        file: The file.
+        images: Folder that image names start from; the file's own if None.
+        sizes: The model that would see them.
+        count_text: Text tokens of a conversation, image marks left out.
+        limit: First rows only.
+
+    Raises:
+        PmodError: No such file, a row that cannot be understood, or an image that is not there: with the row's number.
+    """
+    source = LlavaFile(file, images)
+    rows, seen = [], {}
+    for number in range(len(source) if limit is None else min(limit, len(source))):
+        try:
+            conversation = source[number]
+            cut = []
+            for name in conversation.images:
+                if name not in seen:
+                    seen[name] = image_tokens(sizes, _size(name, source.images))
+                cut.append(seen[name])
+        except BadRow as error:
+            raise PmodError(f"{file}, row {number}: {error.what}", hint="mend or remove the row") from error
+        rows.append(Row(tuple(cut), count_text(_text(conversation))))
+    if not rows:
+        raise PmodError(f"{file} has no rows", hint="expected a JSON array or JSON lines in LLaVA's layout")
+    return rows
+
+
+def average(sizes: Sizes, rows: Sequence[Row], retention: Sequence[float], target_tokens: str, dtype: str) -> Average:
+    """Count every row by itself and take means. Rows of equal sizes are counted once.
+
+    Args:
+        sizes: The model.
+        rows: As `read_rows` gives them.
+        retention: Retention ratio of each layer, length L.
+        target_tokens: `vision_all` or `vision_hr`.
+        dtype: Of the KV cache.
+    """
+    counted: dict[Row, tuple[int, ...]] = {}
+    setup, token = TrainingSetup(), bytes_per_token(sizes.decoder, dtype)
+    for row in rows:
+        if row not in counted:
+            both = []
+            for ratios in (None, retention):
+                prefill = closed.prefill(sizes, [row], ratios, target_tokens)
+                step = training_flops(sizes, [row], setup, ratios, target_tokens).step
+                whole = [1.0] * sizes.decoder.layers if ratios is None else ratios
+                held = sum(tokens for _, tokens in layer_tokens([row], whole, target_tokens)) * token
+                both.append((prefill.full, prefill.paper, step, held))
+            counted[row] = tuple(number for pair in zip(*both, strict=True) for number in pair)
+    means = [sum(column) / len(rows) for column in zip(*(counted[row] for row in rows), strict=True)]
+
+    def spread(numbers: list[int]) -> tuple[float, float, int]:
+        return sum(numbers) / len(numbers), statistics.median(numbers), max(numbers)
+
+    return Average(
+        len(rows),
+        sum(bool(row.images) for row in rows),
+        spread([row.vision_tokens for row in rows]),
+        spread([row.text_tokens for row in rows]),
+        sum(row.tiles for row in rows) / len(rows),
+        *means,
+    )
+
+
+def tokenizer_of(subject: Subject) -> Callable[[str], int]:
+    """Counts text with the tokenizer beside the model's configuration.
+
+    Raises:
+        PmodError: There is none, as with a built-in configuration.
+    """
+    folder = Path(subject.source).parent
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise PmodError(
+            f"{subject.name} has no tokenizer here to count text with ({subject.source})",
+            hint="--text-tokens 200 gives every row as many, or --model names a checkpoint folder",
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda text: len(tokenizer(text)["input_ids"])
+
+
+def _size(name: str, folder: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the header: nothing is decoded."""
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise BadRow(f"{name} lies outside the image folder")
+    try:
+        with Image.open(folder / relative) as image:
+            return image.size
+    except FileNotFoundError:
+        raise BadRow(f"no such image: {name}, in {folder}") from None
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BadRow(f"{name} is not an image that Pillow can read ({type(error).__name__})") from None
+
+
+def _text(conversation: Conversation) -> str:
+    return "\n".join(turn.text.replace(IMAGE, "") for turn in conversation.turns)

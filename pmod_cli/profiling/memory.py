@@ -1,0 +1,129 @@
+"""Memory of inference from sizes alone: what a prompt needs, and how many or how long ones fit. Needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pmod_cli.profiling.devices import Device
+from pmod_cli.profiling.kv_cache import DTYPE_BYTES, bytes_per_token
+from pmod_cli.profiling.sizes import Sizes
+from pmod_cli.profiling.training import parameters
+from pmod_cli.profiling.units import GIB
+from pmod_cli.profiling.workload import Row, layer_tokens
+
+RESERVE = GIB  # of a GPU's memory: the CUDA context, kernels' work space and fragmentation
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes at the peak of a batch's prefill and decoding.
+
+    Args:
+        weights: All weights.
+        cache: K and V of every layer after the last new token.
+        work: What the prefill needs at its peak beyond that: hidden states and the MLP's inner ones of one layer, while
+            the caches of the layers above are not there yet.
+    """
+
+    weights: int
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.work
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits a GPU.
+
+    Args:
+        batch: Rows of the workload's prompt, as long as its longest; 0 where not even one fits.
+        context: Tokens of one row with the workload's images, text and new ones included; 0 where none fits.
+        limited_by: `memory`, or `context` where the model's own context ends first.
+    """
+
+    batch: int
+    context: int
+    limited_by: str
+
+
+def inference_memory(
+    sizes: Sizes,
+    rows: Sequence[Row],
+    dtype: str,
+    *,
+    new_tokens: int = 0,
+    retention: Sequence[float] | None = None,
+    target_tokens: str = "vision_all",
+) -> InferenceMemory:
+    """Bytes that a batch needs.
+
+    Args:
+        sizes: The model.
+        rows: The batch; shorter rows are padded.
+        dtype: Of weights and cache, one of `kv_cache.DTYPE_BYTES`.
+        new_tokens: Tokens decoded after the prefill.
+        retention: Retention ratio of each layer, length L; None is the stock model.
+        target_tokens: `vision_all` or `vision_hr`.
+    """
+    decoder, size = sizes.decoder, DTYPE_BYTES[dtype]
+    ratios = [1.0] * decoder.layers if retention is None else list(retention)
+    gathered = [tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
+    longest = max(row.tokens for row in rows)
+    routers = 0 if retention is None else sum(ratio < 1 for ratio in ratios)
+    token = bytes_per_token(decoder, dtype)
+    cache = token * (sum(gathered) + decoder.layers * new_tokens)
+    so_far = itertools.accumulate(gathered)
+    peaks = [
+        token * held + size * (5 * longest * decoder.hidden + 3 * tokens * decoder.inner)
+        for held, tokens in zip(so_far, gathered, strict=True)
+    ]
+    return InferenceMemory(
+        weights=parameters(sizes, routers).total * size,
+        cache=len(rows) * cache,
+        work=len(rows) * max(0, max(peaks) - cache),
+    )
+
+
+def fit(
+    sizes: Sizes,
+    row: Row,
+    dtype: str,
+    device: Device,
+    *,
+    new_tokens: int = 0,
+    retention: Sequence[float] | None = None,
+    target_tokens: str = "vision_all",
+) -> Fit:
+    """The largest batch of a prompt, and the longest text beside its images, that a device holds.
+
+    Args:
+        sizes: The model.
+        row: The prompt.
+        dtype: Of weights and cache.
+        device: Its memory is used but for `RESERVE`.
+        new_tokens: As in `inference_memory`.
+        retention: As in `inference_memory`.
+        target_tokens: As in `inference_memory`.
+    """
+    room = device.memory - RESERVE
+
+    def needed(text_tokens: int) -> InferenceMemory:
+        prompt = Row(row.images, text_tokens)
+        return inference_memory(
+            sizes, [prompt], dtype, new_tokens=new_tokens, retention=retention, target_tokens=target_tokens
+        )
+
+    one = needed(row.text_tokens)
+    batch = max(0, (room - one.weights) // (one.cache + one.work))
+    low, high = -1, sizes.decoder.context - row.vision_tokens - new_tokens
+    if needed(high).total <= room:
+        return Fit(batch, sizes.decoder.context, "context")
+    while high - low > 1:  # `low` fits or is -1, `high` does not
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle).total <= room else (low, middle)
+    return Fit(batch, row.vision_tokens + low + new_tokens if low >= 0 else 0, "memory")

@@ -1,0 +1,82 @@
+"""Predicted KV cache and peak memory, against what real models hold: padded batches and decoded tokens included."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from pmod_cli.checkpoints import builtin_config
+from pmod_cli.model import PmodSettings
+from pmod_cli.profiling import Sizes, Workload, load_subject, profile, scaled
+from pmod_cli.profiling.clock import peak_bytes
+from pmod_cli.profiling.contestants import prompt, random_contestants
+from pmod_cli.profiling.devices import DEVICES, parse_memory
+from pmod_cli.profiling.latency import cache_bytes
+from pmod_cli.profiling.memory import RESERVE, fit, inference_memory
+from pmod_cli.profiling.phases import Bench
+
+STEPS = 16
+
+
+@pytest.mark.parametrize("sizes", [((64, 48),), ((64, 48), (300, 20), (30, 400))])
+@pytest.mark.parametrize("alias", ["llava-1.5-7b", "llava-next-mistral-7b"])
+@torch.inference_mode()
+def test_cache_after_a_real_prefill_and_16_decoded_tokens(alias: str, sizes: tuple) -> None:
+    """Byte for byte, in every layer, alone and in a batch whose rows are padded to the longest; GQA in Mistral's."""
+    subject = scaled(load_subject(alias), hidden_size=256, layers=4)
+    before = profile(subject, Workload(sizes, text_tokens=9), dtype="float32")
+    after = profile(subject, Workload(sizes, text_tokens=9, new_tokens=STEPS), dtype="float32")
+    models = random_contestants(subject, device="cpu", dtype="float32", attention="sdpa")
+    batch = prompt(subject.stock, before.rows, device="cpu", dtype=torch.float32)
+    bench = Bench(models, batch, STEPS)
+    for name, counted, then in (("stock", before.stock_kv, after.stock_kv), ("p-mod", before.pmod_kv, after.pmod_kv)):
+        cache, mask, ids = bench.filled_cache(name), batch.attention_mask, batch.input_ids[:, :1]
+        assert _by_layer(cache) == [layer.total for layer in counted]
+        assert cache_bytes(cache) == sum(layer.total for layer in counted)
+        for _ in range(STEPS):
+            mask = None if mask is None else torch.cat([mask, mask[:, -1:]], dim=1)
+            models[name](input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        assert _by_layer(cache) == [layer.total for layer in then]
+
+
+def _by_layer(cache: DynamicCache) -> list[int]:
+    return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_peak_of_a_real_prefill(batch_size: int) -> None:
+    """Cache and work space within a tenth of what a prefill allocates."""
+    subject = scaled(load_subject("llava-1.5-7b"), hidden_size=256, layers=4)
+    sizes = Sizes.of(subject.stock)
+    rows = Workload(text_tokens=30, batch_size=batch_size).rows(sizes)
+    models = random_contestants(subject, device="cpu", dtype="float32", attention="sdpa")
+    bench = Bench(models, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), 1)
+    for name, retention in (("stock", None), ("p-mod", subject.pmod.retention)):
+        bench.filled_cache(name)
+        measured = peak_bytes(lambda name=name: bench.filled_cache(name), "cpu")
+        predicted = inference_memory(sizes, rows, "float32", retention=retention)
+        assert predicted.cache + predicted.work == pytest.approx(measured, rel=0.1), name
+
+
+def test_what_fits_is_the_most_that_fits() -> None:
+    sizes = Sizes.of(builtin_config("llava-next-7b"))
+    (row,) = Workload(text_tokens=58).rows(sizes)
+    retention = PmodSettings().retention(32)
+    device = parse_memory("24GB")
+    room = device.memory - RESERVE
+    for ratios in (None, retention):
+        found = fit(sizes, row, "bfloat16", device, new_tokens=64, retention=ratios)
+        needed = [
+            inference_memory(sizes, [row] * batch, "bfloat16", new_tokens=64, retention=ratios).total
+            for batch in (found.batch, found.batch + 1)
+        ]
+        assert needed[0] <= room < needed[1]
+    assert found.batch > fit(sizes, row, "bfloat16", device, new_tokens=64).batch
+    tight = fit(Sizes.of(builtin_config("llava-next-llama3-8b")), row, "bfloat16", parse_memory("17.5GB"))
+    assert tight.limited_by == "memory"
+    assert row.vision_tokens < tight.context < 8192
+
+
+def test_a_gpu_has_many_spellings() -> None:
+    assert parse_memory("H100") is DEVICES["h100"]
+    assert parse_memory("rtx 4090") is DEVICES["rtx-4090"]
+    assert parse_memory("24GB").memory == parse_memory("24 GiB").memory == 24 * 2**30

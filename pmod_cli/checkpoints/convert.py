@@ -141,13 +141,10 @@ def _refuse_same_again(source: Source, options: Options) -> None:
 
 
 def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
-    same = options_link_possible(plan, target)
+    same = _links(plan, target)
     unchanged = list(plan.layout.unchanged)
     sizes = {name: path.stat().st_size for name, path in plan.layout.unchanged.items()}
-    routed = plan.routed_layers
-    hidden = next((shape[-1] for name, shape in plan.routers.items() if name.endswith("weight")), None)
-    hidden = hidden or plan.source.config["text_config"].get("hidden_size", 4096)
-    link = plan.options.link
+    routed, link = plan.routed_layers, plan.options.link
     return ConversionReport(
         target=target,
         source=origin,
@@ -157,7 +154,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
         decoder=plan.source.decoder,
         retention=plan.retention,
         routed_layers=routed,
-        router_parameters=len(routed) * (hidden + 1),
+        router_parameters=len(routed) * (plan.hidden + 1),
         settings=plan.settings.to_dict() if plan.settings else {},
         router_state=plan.router_state,
         num_layers=plan.num_layers,
@@ -174,7 +171,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
     )
 
 
-def options_link_possible(plan: Plan, target: Path) -> bool:
+def _links(plan: Plan, target: Path) -> bool:
     """Whether unchanged files are hard-linked: asked for, and on the file system of the target."""
     device = _existing(target).stat().st_dev
     return plan.options.link == "hard" and all(path.stat().st_dev == device for path in plan.layout.unchanged.values())

@@ -50,6 +50,11 @@ class Plan:
         return num_layers(self.source)
 
     @property
+    def hidden(self) -> int:
+        """D, hidden size."""
+        return hidden_size(self.source)
+
+    @property
     def retention(self) -> list[float]:
         return self.settings.retention(self.num_layers) if self.settings else []
 
@@ -122,6 +127,11 @@ def num_layers(source: Source) -> int:
     return sum(name.endswith(LAYER) for name in source.parts)
 
 
+def hidden_size(source: Source) -> int:
+    """D, from the shape of a norm."""
+    return next(part.source.shape[0] for name, part in source.parts.items() if name.endswith(LAYER))
+
+
 def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
     if settings is None:
         return []
@@ -136,37 +146,29 @@ def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
 
 
 def _new_routers(source: Source, routed: list[int]) -> dict[str, tuple[int, ...]]:
-    """Routers, or biases of routers, that the source has not. Those it has must be whole and in the right layers."""
-    present = {canonical(name): part.source for name, part in source.parts.items() if ".router." in name}
-    prefixes = {
-        canonical(name).removesuffix(LAYER): name.removesuffix(LAYER) for name in source.parts if name.endswith(LAYER)
-    }
-    hidden = next(
-        part.result.shape[0] for name, part in source.parts.items() if name.endswith("input_layernorm.weight")
-    )
+    """Routers, or biases of routers, that the source has not, by name in its own spelling."""
+    layers = [name.removesuffix(LAYER) for name in source.parts if name.endswith(LAYER)]
     wanted = {}
-    for prefix, spelled in prefixes.items():
-        if int(prefix.split(".")[-2]) in routed:
-            wanted |= {f"{prefix}router.weight": (spelled, (1, hidden)), f"{prefix}router.bias": (spelled, (1,))}
-    if source.settings is not None:
-        lacking = [name for name in wanted if name.endswith(".weight") and name not in present]
-        extra = [name for name in present if name not in wanted]
-        for names, meaning in (
-            (lacking, "lacks"),
-            (extra if routed else [], "has, on layers that its config calls plain,"),
-        ):
-            if names:
-                raise PmodError(f"{source.folder} {meaning} {len(names)} routers: {', '.join(sorted(names)[:5])}")
-        for name, (_, shape) in wanted.items():
-            if name in present and present[name].shape != shape:
-                raise PmodError(
-                    f"{present[name].file}: {name} has shape {list(present[name].shape)}, expected {list(shape)}"
-                )
-    return {
-        spelled + name.removeprefix(canonical(spelled)): shape
-        for name, (spelled, shape) in wanted.items()
-        if name not in present
-    }
+    for layer in layers:
+        if int(layer.split(".")[-2]) in routed:
+            wanted |= {f"{layer}router.weight": (1, hidden_size(source)), f"{layer}router.bias": (1,)}
+    present = {canonical(name): part.source for name, part in source.parts.items() if ".router." in name}
+    if routed and source.settings is not None:
+        _check_routers(present, {canonical(name): shape for name, shape in wanted.items()}, source.folder)
+    return {name: shape for name, shape in wanted.items() if canonical(name) not in present}
+
+
+def _check_routers(present: dict[str, files.Tensor], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """The routers of a p-MoD checkpoint must be there, in the right layers, in their shapes; a bias may be absent."""
+    lacking = sorted(name for name in wanted if name.endswith(".weight") and name not in present)
+    extra = sorted(present.keys() - wanted.keys())
+    for names, meaning in ((lacking, "lacks"), (extra, "has, on layers that its config calls plain,")):
+        if names:
+            raise PmodError(f"{folder} {meaning} {len(names)} routers: {', '.join(names[:5])}")
+    for name, tensor in present.items():
+        if tensor.shape != wanted[name]:
+            found = f"{name} has shape {list(tensor.shape)}"
+            raise PmodError(f"{tensor.file}: {found}, expected {list(wanted[name])}")
 
 
 def _config(source: Source, settings: PmodSettings | None, options: Options) -> dict:

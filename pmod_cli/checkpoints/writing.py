@@ -16,7 +16,6 @@ from pmod_cli.checkpoints.files import SINGLE, encode_header
 from pmod_cli.checkpoints.layouts.normal import Part, Source
 from pmod_cli.checkpoints.transforms import transformed
 
-LINKS = ("hard", "copy", "symlink")
 SHARD_BYTES = 5 * 10**9
 _CHUNK = 64 * 2**20  # bytes
 

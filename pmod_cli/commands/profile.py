@@ -133,6 +133,9 @@ def profile(
             help="shift, target-retention, max-ratio, min-ratio as first:last:step; or schedule, image-size lists.",
         ),
     ] = None,
+    runs: Annotated[
+        str | None, typer.Option(metavar="DIR[,DIR]", help="--sweep: runs of pmod eval whose scores stand beside it.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw layers, or the sweep, to a .png, .svg or .pdf.")
     ] = None,
@@ -215,6 +218,8 @@ def profile(
         plots.check_path(plot)
     if html is not None and not html.absolute().parent.is_dir():
         raise PmodError(f"--html {html}: there is no folder {html.parent}", hint=f"mkdir -p {html.parent}")
+    if runs is not None and sweep is None:
+        raise PmodError("--runs sets scores beside a sweep", hint="--sweep shift=0.3:0.7:0.05")
     for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
         if given is not None and report in ("latency", "memory"):
             raise PmodError(
@@ -229,7 +234,7 @@ def profile(
     if sweep is not None:
         if hidden_size or layers:
             raise PmodError("--sweep takes the model's own size", hint="leave --hidden-size and --layers out")
-        shown = _sweep(name, sweep, workload, overrides, dtype, revision)
+        shown = _sweep(name, sweep, workload, overrides, dtype, revision, runs)
         return _show(shown, output_format, html, plot)
     if report == "latency":
         if not random_weights and (hidden_size or layers):
@@ -365,25 +370,36 @@ def _profiled(
 
 
 def _sweep(
-    name: str, text: str, workload: profiling.Workload, overrides: dict[str, Any], dtype: str, revision: str | None
+    name: str,
+    text: str,
+    workload: profiling.Workload,
+    overrides: dict[str, Any],
+    dtype: str,
+    revision: str | None,
+    runs: str | None,
 ) -> Shown:
     from pmod_cli.profiling import exploration, plots
     from pmod_cli.profiling.schema import SCHEMA_VERSION
+    from pmod_cli.profiling.scores import read_scores
     from pmod_cli.profiling.sweep import parse_axis, sweep
 
     axis = parse_axis(text)
     dtype = "bfloat16" if dtype == "auto" else dtype
     points = sweep(name, axis, workload, overrides, dtype, revision=revision)
-    rows = exploration.sweep_rows(axis, points)
+    scores = read_scores([Path(run.strip()) for run in runs.split(",") if run.strip()], axis, points) if runs else None
+    notes = [f"retention: mean ratio over the layers; V: vision tokens; KV cache in {dtype}"]
+    if scores:
+        notes.append(f"score: mean of {', '.join(scores.tasks)}, by the runs with the same schedule")
+    rows = exploration.sweep_rows(axis, points, scores)
     said = {"schema_version": SCHEMA_VERSION, "model": {"name": name}, "sweep": {"setting": axis.name, "points": rows}}
     return Shown(
         title=name,
         headline=f"{name}: {axis.name} over {len(points)} values, {workload.text_tokens} text tokens",
-        tables=[exploration.sweep_table(axis, points)],
-        notes=[f"retention: mean ratio over the layers; V: vision tokens; KV cache in {dtype}"],
+        tables=[exploration.sweep_table(axis, points, scores)],
+        notes=notes,
         json=said,
         rows=rows,
-        figure=lambda: plots.sweep_figure(axis, points),
+        figure=lambda: plots.sweep_figure(axis, points, scores),
         caption=f"Prefill FLOPs and KV cache over {axis.name}",
     )
 

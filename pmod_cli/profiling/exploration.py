@@ -8,12 +8,13 @@ from typing import Any
 from rich.table import Table
 
 from pmod_cli.profiling.dataset import Average
+from pmod_cli.profiling.scores import Scores
 from pmod_cli.profiling.sweep import Axis, Point
 from pmod_cli.profiling.tables import plain_table
 from pmod_cli.profiling.units import GIGA, MIB, TERA, percent
 
 
-def sweep_table(axis: Axis, points: list[Point]) -> Table:
+def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -> Table:
     """One row a value."""
     table = plain_table(
         "Prefill in TFLOPs (full convention), KV cache in MiB",
@@ -26,8 +27,11 @@ def sweep_table(axis: Axis, points: list[Point]) -> Table:
         "KV stock",
         "p-MoD",
         "of stock",
+        *(["score"] if scores else []),
+        space=1 if scores else 2,
     )
-    for point in points:
+    for index, point in enumerate(points):
+        score = scores.at[index] if scores else None
         table.add_row(
             str(point.value) if isinstance(point.value, str) else f"{point.value:g}",
             f"{round(point.mean_retention, 6):.4f}",
@@ -38,11 +42,12 @@ def sweep_table(axis: Axis, points: list[Point]) -> Table:
             f"{point.stock_kv / MIB:,.1f}",
             f"{point.pmod_kv / MIB:,.1f}",
             f"{percent(point.pmod_kv, point.stock_kv):.1f} %",
+            *(["-" if score is None else f"{score:.1f}"] if scores else []),
         )
     return table
 
 
-def sweep_rows(axis: Axis, points: list[Point]) -> list[dict[str, Any]]:
+def sweep_rows(axis: Axis, points: list[Point], scores: Scores | None = None) -> list[dict[str, Any]]:
     """The same, unrounded, units in the keys."""
     return [
         {
@@ -55,8 +60,9 @@ def sweep_rows(axis: Axis, points: list[Point]) -> list[dict[str, Any]]:
             "pmod_paper_tflops": point.pmod_paper_flops / TERA,
             "stock_kv_cache_mib": point.stock_kv / MIB,
             "pmod_kv_cache_mib": point.pmod_kv / MIB,
+            **({"mean_score": scores.at[index]} if scores else {}),
         }
-        for point in points
+        for index, point in enumerate(points)
     ]
 
 

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from pmod_cli.checkpoints.atomic import write_bytes
 from pmod_cli.errors import PmodError
 from pmod_cli.profiling.report import Profile
+from pmod_cli.profiling.scores import Scores
 from pmod_cli.profiling.sweep import Axis, Point
 from pmod_cli.profiling.units import GIGA, MIB, TERA, percent
 
-STOCK, PMOD, SECOND, THIRD = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00"
+STOCK, PMOD, SECOND, THIRD, SCORE = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00", "#009e73"
 SUFFIXES = (".png", ".svg", ".pdf")
 _STYLE = {
     "font.size": 9,
@@ -103,8 +104,11 @@ def layers_figure(result: Profile) -> Figure:
     return figure
 
 
-def sweep_figure(axis: Axis, points: Sequence[Point]) -> Figure:
-    """FLOPs and KV cache in percent of stock over the swept setting; over resolutions, TFLOPs of both models."""
+def sweep_figure(axis: Axis, points: Sequence[Point], scores: Scores | None = None) -> Figure:
+    """FLOPs and KV cache in percent of stock over the swept setting; over resolutions, TFLOPs of both models.
+
+    Scores have an axis of their own, to the right.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -124,7 +128,16 @@ def sweep_figure(axis: Axis, points: Sequence[Point]) -> Figure:
         if not numeric:
             axes.set_xticks(places, [str(point.value) for point in points])
         axes.set_xlabel(axis.name)
-        axes.legend(loc="best")
+        drawn = axes.get_legend_handles_labels()
+        if scores is not None:
+            right = axes.twinx()
+            right.spines["right"].set_visible(True)
+            right.grid(False)
+            known = [(place, score) for place, score in zip(places, scores.at, strict=True) if score is not None]
+            right.plot(*zip(*known, strict=True), "D:", color=SCORE, label="score")
+            right.set_ylabel(f"mean score of {', '.join(scores.tasks)}" if len(scores.tasks) < 3 else "mean score")
+            drawn = [a + b for a, b in zip(drawn, right.get_legend_handles_labels(), strict=True)]
+        axes.legend(*drawn, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2)
     return figure
 
 

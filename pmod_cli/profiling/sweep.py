@@ -37,7 +37,7 @@ class Point:
 
     Args:
         value: The swept setting's.
-        mean_retention: Mean retention ratio over the layers.
+        retention: Retention ratio of each layer, length L.
         vision_tokens: V of the longest row.
         stock_flops: Prefill, convention `full`.
         pmod_flops: The same.
@@ -48,7 +48,7 @@ class Point:
     """
 
     value: float | str
-    mean_retention: float
+    retention: tuple[float, ...]
     vision_tokens: int
     stock_flops: int
     pmod_flops: int
@@ -56,6 +56,10 @@ class Point:
     pmod_paper_flops: int
     stock_kv: int
     pmod_kv: int
+
+    @property
+    def mean_retention(self) -> float:
+        return sum(self.retention) / len(self.retention)
 
 
 def parse_axis(text: str) -> Axis:
@@ -130,7 +134,7 @@ def sweep(
         points.append(
             Point(
                 value=value,
-                mean_retention=sum(pmod.retention) / len(pmod.retention),
+                retention=tuple(pmod.retention),
                 vision_tokens=max(row.vision_tokens for row in rows),
                 stock_flops=stock.full,
                 pmod_flops=routed.full,

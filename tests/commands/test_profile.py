@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli.cli import main
+from pmod_cli.model import PmodSettings
 from tests import factories
 from tests.conftest import ROOT
 
@@ -130,6 +131,26 @@ def test_reports(tiny: Path, capsys: pytest.CaptureFixture, report: str) -> None
     assert "KV cache, KiB in bfloat16" in out
 
 
+def write_run(folder: Path, settings: dict, scores: dict[str, float]) -> None:
+    """A finished run of one p-MoD model, as `pmod eval` writes it, as far as it is read here."""
+    model = {"pmod": PmodSettings(**settings).to_dict(), "selection": "router", "layers": 32}
+    tasks = [{"name": name, "scores": {"p-mod": {"score": score}}} for name, score in scores.items()]
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"models": {"p-mod": model}, "tasks": tasks}))
+
+
+def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.CaptureFixture) -> None:
+    write_run(Path("a"), {}, {"tiny_doc": 80.0, "tiny_chart": 60.0})
+    write_run(Path("b"), {"shift": 0.3}, {"tiny_doc": 50.0})
+    arguments = ["-m", "llava-1.5-7b", "--sweep", "shift=0.3:0.5:0.1", "--runs", "a,b"]
+    code, out, _ = run(capsys, *arguments, "--json", "--plot", "sweep.svg")
+    assert code == 0
+    points = json.loads(out)["sweep"]["points"]
+    assert [point["mean_score"] for point in points] == [50.0, None, 80.0]  # of the task that both were asked
+    assert "mean score of tiny_doc" in Path("sweep.svg").read_text()
+    assert "score: mean of tiny_doc" in run(capsys, *arguments)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -149,6 +170,10 @@ def test_reports(tiny: Path, capsys: pytest.CaptureFixture, report: str) -> None
         (["--sweep", "shift=0.3:nan:0.1"], "the range has no end"),
         (["--sweep", "schedule="], "has no values"),
         (["--sweep", "image-size=0x5"], "--image-size 0x5 is empty"),
+        (["--runs", "somewhere"], "--runs sets scores beside a sweep"),
+        (["--sweep", "shift=0.5", "--runs", "somewhere"], "there is no somewhere/results.json"),
+        (["--sweep", "shift=0.4", "--runs", "run"], "(mean retention 0.537) is at no value of --sweep shift"),
+        (["--sweep", "image-size=64x64", "--runs", "run"], "a run has no single image size"),
         (["--report", "memory", "--gpu-memory", "h900"], "no GPU is known as 'h900'"),
         (["--report", "memory", "--gpu-memory", "0GB"], "--gpu-memory 0GB is no memory"),
         (["--plot", "cost.gif"], "the name ends in none of .png, .svg, .pdf"),
@@ -171,6 +196,7 @@ def test_reports(tiny: Path, capsys: pytest.CaptureFixture, report: str) -> None
 def test_bad_input_is_a_sentence(
     workdir: Path, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
 ) -> None:
+    write_run(Path("run"), {}, {"tiny_doc": 50.0})
     Path("text.json").write_text("not json")
     said = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
     Path("rows.json").write_text(json.dumps([{"image": "gone.png", "conversations": said}]))

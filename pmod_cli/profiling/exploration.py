@@ -16,8 +16,10 @@ from pmod_cli.profiling.units import GIGA, MIB, TERA, percent
 
 def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -> Table:
     """One row a value."""
+    small = max(point.stock_flops for point in points) < TERA
+    unit, name = (GIGA, "GFLOPs") if small else (TERA, "TFLOPs")
     table = plain_table(
-        "Prefill in TFLOPs (full convention), KV cache in MiB",
+        f"Prefill in {name} (full convention), KV cache in MiB",
         axis.name,
         "retention",
         "V",
@@ -36,8 +38,8 @@ def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -
             str(point.value) if isinstance(point.value, str) else f"{point.value:g}",
             f"{round(point.mean_retention, 6):.4f}",
             f"{point.vision_tokens}",
-            f"{point.stock_flops / TERA:.2f}",
-            f"{point.pmod_flops / TERA:.2f}",
+            f"{point.stock_flops / unit:.2f}",
+            f"{point.pmod_flops / unit:.2f}",
             f"{percent(point.pmod_flops, point.stock_flops):.1f} %",
             f"{point.stock_kv / MIB:,.1f}",
             f"{point.pmod_kv / MIB:,.1f}",

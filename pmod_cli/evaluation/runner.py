@@ -55,7 +55,8 @@ def evaluate(
         OSError: answers or results cannot be written.
     """
     with RunFolder(out, processes) as folder:
-        folder.prepare(run_identity(subjects, settings), benchmarks, overwrite)
+        identity = run_identity(subjects, settings) if processes.first else {}  # reads weights, so once
+        folder.prepare(identity, benchmarks, overwrite)
         return _evaluate(benchmarks, subjects, settings, folder, processes, on_progress)
 
 

@@ -31,6 +31,7 @@ def open_image(source: Any, folder: Path | None = None) -> Image.Image:
     name = source if isinstance(source, str) else "its image"
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(_inside(source, folder) if isinstance(source, str) else io.BytesIO(source)) as image:
                 before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False

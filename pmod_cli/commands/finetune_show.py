@@ -144,7 +144,7 @@ def show_check(report: DataReport, as_json: bool) -> None:
         table.add_row("without a label", f"{report.without_labels:,}")
         table.add_row("cannot be used", f"{report.num_bad:,}")
         output.stdout.print(table)
-    refuse_bad(report, "the data")
+    refuse_bad(report)
 
 
 def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
@@ -164,6 +164,11 @@ def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
         hours = f"{took.device_hours:.3g} {'GPU' if took.device != 'cpu' else 'CPU'} hours"
         share = "" if took.utilization is None else f", {took.utilization:.1%} of peak"
         output.note(f"{hours}, {took.tokens_per_second:,.0f} tokens/s{share}, peak {took.peak_memory_gib:.2f} GiB")
+        if any(report.rows.values()):
+            left_out, cut, silent = (report.rows[name] for name in ("skipped", "cut", "without_labels"))
+            output.note(
+                f"rows left out {left_out:,} (skipped_rows.jsonl), cut {cut:,}, passed over without a label {silent:,}"
+            )
     output.print_line(report.path)
     merged = (report.path / "config.json").is_file()
     following = f"eval --tasks tiny --model {report.path}" if merged else f"finetune --merge {report.path}"

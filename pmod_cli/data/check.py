@@ -21,6 +21,7 @@ class DataReport:
     """What was found.
 
     Attributes:
+        name: of the file or data set.
         rows: of the data set.
         checked: rows looked at, from the first to the last at equal distances.
         with_images: of those, rows with images.
@@ -32,6 +33,7 @@ class DataReport:
         num_bad: all bad rows.
     """
 
+    name: str
     rows: int
     checked: int = 0
     with_images: int = 0
@@ -74,7 +76,7 @@ def check_rows(
     parts = np.array_split(chosen, max(1, len(chosen) // 256))
     if workers is None:
         workers = (os.cpu_count() or 1) if len(parts) >= 8 else 0
-    report = DataReport(len(rows))
+    report = DataReport(rows.source.name, len(rows))
     look = partial(_look, rows)
     if workers:
         with ProcessPoolExecutor(workers) as pool:
@@ -86,7 +88,7 @@ def check_rows(
     return report
 
 
-def refuse_bad(report: DataReport, name: str) -> None:
+def refuse_bad(report: DataReport) -> None:
     """Raises PmodError, naming the bad rows of a report, where there are any."""
     if not report.num_bad:
         return
@@ -94,8 +96,10 @@ def refuse_bad(report: DataReport, name: str) -> None:
     if report.num_bad > len(lines):
         lines.append(f"and {report.num_bad - len(lines)} more")
     raise PmodError(
-        f"{report.num_bad} of {report.checked} rows looked at in {name} cannot be used:\n  " + "\n  ".join(lines),
-        hint="look at all rows with --check-data; leave bad ones out with --on-bad-row skip",
+        f"{report.num_bad} of {report.checked} rows looked at in {report.name} cannot be used:\n  "
+        + "\n  ".join(lines),
+        hint=("" if report.checked == report.rows else "look at all rows with --check-data; ")
+        + "leave bad ones out with --on-bad-row skip",
     )
 
 
@@ -106,7 +110,7 @@ def _take(report: DataReport, part: DataReport, total: int, on_progress: Callabl
 
 
 def _look(rows: Rows, chosen: np.ndarray) -> DataReport:
-    found = DataReport(len(rows))
+    found = DataReport(rows.source.name, len(rows))
     for row in chosen.tolist():
         found.checked += 1
         try:

@@ -91,7 +91,7 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
         return Data(SyntheticDocuments(settings.data, _images(settings)), Collator(processor), processor)
     rows = build_dataset(settings.data, processor, skipped=out / SKIPPED)
     if PartialState().is_main_process and settings.data.on_bad_row == "error":
-        refuse_bad(check_rows(rows), rows.source.name)
+        refuse_bad(check_rows(rows))
     sampler = None
     if settings.data.group_by_modality:
         train, batches = settings.train, settings.accumulation(processes()) * processes()

@@ -252,7 +252,7 @@ def test_every_kind_of_image_trains_or_is_named(tmp_path, pictures, kind):
             assert caught.value.what.startswith(f"row {row} of {path}: ")
             assert "\n" not in caught.value.what
     with pytest.raises(PmodError, match=r"9 of 17 rows looked at in .*rows.json cannot be used:\n  row 0: cut.jpg"):
-        refuse_bad(report, data.source.name)
+        refuse_bad(report)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_the_check_looks_at_a_sample_or_at_all(tmp_path, pictures):
     assert whole.bad == [(500, f"no such image: none.png, in {pictures}")]
     assert seen[-1] == (1000, 1000)
     assert whole.tokens_per_row == pytest.approx(len(data[0]["input_ids"]))
-    refuse_bad(sample, "rows.json")
+    refuse_bad(sample)
 
 
 def test_rows_that_teach_nothing_are_passed_over_and_counted(tmp_path, pictures):

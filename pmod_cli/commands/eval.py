@@ -71,9 +71,7 @@ def _format(name: str) -> str:
 
 
 def eval(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN...]", help="Finished runs, after --compare.")
-    ] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="Finished runs, after --compare.")] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", "-t", metavar="NAMES", help="Benchmarks or groups, comma-separated; see --list.")
     ] = "paper",

@@ -191,7 +191,7 @@ def _flips(results: Mapping[str, Any], label: str) -> str | None:
     checks = [entry["batching"] for entry in entries if entry.get("batching")]
     questions, changed = (sum(check[key] for check in checks) for key in ("questions", "changed"))
     if not questions:
-        return None
+        return "no answer came from a batch of several rows, so batching was not checked" if checks else None
     size = max(check["batch_size"] for check in checks)
     most = 100 * rate_interval(changed, questions)[1]
     dtype = results["models"][label].get("dtype")

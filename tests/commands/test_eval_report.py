@@ -24,7 +24,9 @@ def run(stock_model, tmp_path_factory):
         patch.setenv("OPENAI_API_KEY", "sk-aSecretThatNobodyMayRead")
         assert cli.main(["convert", str(stock_model()), "-o", "tiny-pmod", "-q"]) == 0
         against = "stock,random,uniform,downsample"
-        code = evaluate("-t", "tiny_doc,tiny_presence", "--limit", 6, "--against", against, "-o", "run", "-q")
+        code = evaluate(
+            "-t", "tiny_doc,tiny_presence", "--limit", 6, "--against", against, "-o", "run", "-q", "--check-batching"
+        )
     assert code == 0
     return place / "run"
 
@@ -80,6 +82,14 @@ def test_no_file_holds_a_secret(run):
     files = [path for path in run.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert [path for path in files if b"aSecretThatNobodyMayRead" in path.read_bytes()] == []
+
+
+def test_batching_was_checked(run):
+    """Float32: six questions of each task went together, and none is answered otherwise alone."""
+    results = results_of(run)
+    checks = [entry["batching"] for task in results["tasks"] for entry in task["scores"].values()]
+    assert checks == [{"questions": 6, "changed": 0, "batch_size": 6}] * 10
+    assert "stock: 0 of 12 answers change when asked one at a time" in (run / "results.md").read_text()
 
 
 def test_formats_agree(run):

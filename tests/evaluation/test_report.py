@@ -192,6 +192,20 @@ def test_results_are_plain_json():
     assert {*task} == {"name", "title", "group", "task", "metric", "filter", "scale", "rows", "scores", "differences"}
 
 
+def test_flip_rate_is_summed_over_tasks():
+    results = reports.small().results()
+    first, second = (task["scores"]["p-mod"] for task in results["tasks"])
+    first["batching"] = {"questions": 60, "changed": 3, "batch_size": 16}
+    second["batching"] = {"questions": 40, "changed": 0, "batch_size": 8}
+    results["tasks"][0]["scores"]["stock"]["batching"] = {"questions": 0, "changed": 0, "batch_size": 1}
+    lines = tables.notes(results)
+    assert (
+        "p-mod: 3 of 100 answers change when asked one at a time instead of up to 16 together, in bfloat16 "
+        "(3.0 %, at most 8.5 %)"
+    ) in lines
+    assert "stock: no answer came from a batch of several rows, so batching was not checked" in lines
+
+
 def test_markup_in_names_is_text():
     report = reports.small()
     results = json.loads(json.dumps(report.results()).replace('"stock"', '"[red]st|ock[/red]"'))

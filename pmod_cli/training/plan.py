@@ -1,7 +1,6 @@
 """What a run would do and need, p-MoD and stock: no weights are read, nothing is trained or written."""
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +16,9 @@ from pmod_cli.profiling.cost import meta_model
 from pmod_cli.profiling.devices import Device, parse_memory
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject, load_subject
-from pmod_cli.profiling.training import TrainingMemory, TrainingSetup, training_flops, training_memory
-from pmod_cli.profiling.workload import Row, Workload
-from pmod_cli.training.arguments import precision
+from pmod_cli.profiling.training import TrainingMemory, training_flops, training_memory
+from pmod_cli.profiling.workload import Workload
+from pmod_cli.training.cost import row_of, setup_of, this_device
 from pmod_cli.training.dataset import SyntheticDocuments
 from pmod_cli.training.parts import Part, count, freeze
 from pmod_cli.training.settings import Settings
@@ -121,7 +120,7 @@ def plan(
         per_step = settings.rows_per_step(processes)
     except ValueError as fault:
         raise PmodError(str(fault), hint="change train.batch_size or train.global_batch_size") from None
-    target = parse_memory(gpu) if gpu else _this_device(device)
+    target = parse_memory(gpu) if gpu else this_device(device)
     on_gpu = gpu is not None or (device != "cpu" and torch.cuda.is_available())
     subject, name = _subject(settings)
     routed = settings.pmod.enabled is not False and (
@@ -130,23 +129,13 @@ def plan(
     sizes = Sizes.of(subject.stock)
     data = _data(settings, sizes, per_step)
     steps = settings.steps(data.rows, processes)
-    setup = TrainingSetup(
-        precision=precision(settings, "cuda" if on_gpu else "cpu"),
-        checkpointing=settings.model.gradient_checkpointing,
-        frozen=frozenset(settings.model.freeze),
-        frozen_dtype=_frozen_dtype(settings, on_gpu),
-        lora_rank=settings.lora.rank if settings.lora.enabled else None,
-        lora_targets=tuple(settings.lora.targets),
-        accumulation=settings.accumulation(processes),
-        engine="ddp" if settings.train.engine == "auto" else settings.train.engine,
-        devices=processes,
-    )
+    setup = setup_of(settings, processes, on_gpu)
     passes = steps * settings.accumulation(processes)  # of one device
     target_tokens = subject.pmod.settings.target_tokens
 
     def cost(retention: list[float] | None) -> Cost:
         batch = settings.train.batch_size
-        longest, mean = _batch(sizes, data, batch, data.longest), _batch(sizes, data, batch, round(data.tokens))
+        longest, mean = ([row_of(sizes, data.vision_tokens, tokens)] * batch for tokens in (data.longest, data.tokens))
         memory = training_memory(sizes, longest, setup, retention, target_tokens)
         flops = training_flops(sizes, mean, setup, retention, target_tokens).step * passes
         return Cost(
@@ -199,12 +188,6 @@ def _holds_routers(name: str) -> bool:
     return folder.is_dir() and '"pmod"' in (folder / "config.json").read_text(encoding="utf-8")
 
 
-def _frozen_dtype(settings: Settings, on_gpu: bool) -> str:
-    if settings.model.quantize != "none":
-        return settings.model.quantize
-    return precision(settings, "cuda" if on_gpu else "cpu") if settings.lora.enabled else "float32"
-
-
 def _parameters(settings: Settings, config: PretrainedConfig) -> dict[str, Part]:
     """Of each part; with adapters, those of the language model are what is trained of it."""
     model = meta_model(config)
@@ -252,23 +235,3 @@ def _sampled(settings: Settings, processor, per_step: int) -> DataShape:
     report = check_rows(found)
     vision = report.tokens_per_row if report.with_images else 0.0
     return DataShape(len(found), report.tokens_per_row, report.longest, vision, f"{report.checked} rows of the data")
-
-
-def _batch(sizes: Sizes, data: DataShape, batch: int, tokens: int) -> list[Row]:
-    """Rows of one image and as much text as makes ``tokens`` tokens; the image is as large as the data's are."""
-    kinds = Workload().rows(sizes)[0].images
-    vision = min(round(data.vision_tokens), tokens)
-    image = replace(kinds[0], high_resolution=max(vision - kinds[0].base, 0), base=min(kinds[0].base, vision))
-    return [Row((image,), tokens - vision)] * batch
-
-
-def _this_device(device: str) -> Device:
-    if device != "cpu" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        try:
-            known = parse_memory(properties.name.lower().replace("nvidia", "").strip())
-            return Device(properties.name, properties.total_memory, known.flops, known.bandwidth, known.source)
-        except PmodError:
-            return Device(properties.name, properties.total_memory, 0, 0, "this machine")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", memory, 0, 0, "this machine")

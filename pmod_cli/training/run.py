@@ -133,7 +133,7 @@ def finetune(
         seconds=watch.elapsed(),
         tokens=state.num_input_tokens_seen,
         parameters=parameters,
-        summary=Summary.of(state, watch.elapsed(), processes(), device),
+        summary=Summary.of(settings, model.config, state, watch.elapsed(), device),
         rows=data.rows.counts() if isinstance(data.rows, Rows) else {},
     )
     if finished and trainer.is_world_process_zero():

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from transformers import TrainerState
+from transformers import PretrainedConfig, TrainerState
 
 from pmod_cli.checkpoints.atomic import write_json, write_text
 from pmod_cli.training import folder
+from pmod_cli.training.arguments import processes
+from pmod_cli.training.cost import run_flops, this_device
 from pmod_cli.training.recipe import dump
 from pmod_cli.training.settings import Settings
 
@@ -30,8 +32,8 @@ class Summary:
         device_hours: wall time times processes.
         tokens_per_second: text and vision tokens without padding, of all processes together.
         peak_memory_gib: of the first process: on a GPU what was allocated, else the most it held.
-        utilization: share of the devices' peak arithmetic that the model's own forward and backward products took;
-            None where the peak of the device, or the cost of the run, is not known.
+        tflops_per_second: of the model's forward and backward passes, of all processes together.
+        utilization: the same as a share of the devices' peak; None where that is not known.
     """
 
     device: str
@@ -39,18 +41,26 @@ class Summary:
     device_hours: float
     tokens_per_second: float
     peak_memory_gib: float
+    tflops_per_second: float
     utilization: float | None = None
 
     @classmethod
-    def of(cls, state: TrainerState, seconds: float, processes: int, device: str) -> "Summary":
-        """From the state of a run and the seconds it took."""
-        memory = max((line.get("memory_gib", 0.0) for line in state.log_history), default=0.0)
+    def of(cls, settings: Settings, config: PretrainedConfig, state: TrainerState, seconds: float, device: str):
+        """From the state of a run, the configuration of its model, and the seconds it took."""
+        lines, count = state.log_history, processes()
+        vision = sum(line.get("vision_tokens", 0.0) for line in lines)
+        rows = state.global_step * settings.rows_per_step(count)
+        flops = run_flops(settings, config, rows, state.num_input_tokens_seen, vision) if rows else 0.0
+        peak = this_device(device).flops * count
+        rate = flops / max(seconds, 1e-9)
         return cls(
             device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
-            processes=processes,
-            device_hours=seconds * processes / 3600,
+            processes=count,
+            device_hours=seconds * count / 3600,
             tokens_per_second=state.num_input_tokens_seen / max(seconds, 1e-9),
-            peak_memory_gib=memory,
+            peak_memory_gib=max((line.get("memory_gib", 0.0) for line in lines), default=0.0),
+            tflops_per_second=rate / 1e12,
+            utilization=rate / peak if peak else None,
         )
 
 
@@ -72,11 +82,14 @@ def draw_curves(lines: Sequence[dict], path: Path) -> None:
     marker = "o" if len(lines) < 30 else ""
     axes[0].plot(steps, [line["loss"] for line in lines], color="tab:blue", marker=marker, markersize=3)
     _label(axes[0], "loss", "training loss")
-    for rate in sorted(key for key in (lines[0] if lines else {}) if key.endswith("_learning_rate")):
+    rates = sorted(key for key in (lines[0] if lines else {}) if key.endswith("_learning_rate"))
+    for rate, style in zip(rates, ("-", "--", "-.", ":"), strict=False):  # parts of one rate lie on each other
         part = rate.removesuffix("_learning_rate").replace("_", " ")
-        axes[1].plot(steps, [line.get(rate) for line in lines], label=part)
+        axes[1].plot(steps, [line.get(rate) or None for line in lines], style, label=part)
+    axes[1].set_yscale("log")
     _label(axes[1], "learning rate", "learning rate of each part")
-    axes[1].legend(frameon=False)
+    if rates:
+        axes[1].legend(frameon=False)
     if routers:
         _draw_routers(axes[2], lines, [key for key in routers if key.endswith("_mean")], "mean of a layer's weights")
         _draw_routers(axes[3], lines, [key for key in routers if key.endswith("_spread")], "their standard deviation")
@@ -121,6 +134,7 @@ def card(settings: Settings, report: "FinetuneReport") -> str:
     source = (
         "synthetic documents (`pmod_cli.data.documents`)" if data.kind == "synthetic" else f"`{Path(data.path).name}`"
     )
+    share = "" if summary.utilization is None else f" ({summary.utilization:.1%} of peak)"
     rows = [
         ("kind", kind),
         ("started from", f"`{start}`"),
@@ -133,6 +147,7 @@ def card(settings: Settings, report: "FinetuneReport") -> str:
         ("device", f"{summary.processes} x {summary.device}"),
         ("device hours", f"{summary.device_hours:.3g}"),
         ("tokens a second", f"{summary.tokens_per_second:,.0f}"),
+        ("TFLOPs a second", f"{summary.tflops_per_second:.3g}{share}"),
         ("peak memory", f"{summary.peak_memory_gib:.2f} GiB"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

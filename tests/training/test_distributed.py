@@ -1,7 +1,12 @@
 """Two processes on the CPU (gloo) against one: DDP and FSDP2, with ranks whose batch has no image."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,8 @@ from pmod_cli.training import folder
 from pmod_cli.training.launch import Fleet, launch
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,29 @@ def test_two_processes_train_as_one(routed, rows, alone, tmp_path, engine):
     one, other = weights(alone), weights(tmp_path / "run")
     assert one.keys() == other.keys()
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
+
+
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.soak), "fsdp2"])
+def test_interrupted_processes_save_together_and_go_on(routed, rows, alone, tmp_path, engine):
+    """Ctrl-C at the launcher alone: the processes agree on a step, and the run ends as an unbroken one."""
+    words = [sys.executable, "-m", "pmod_cli", "finetune", "--num-processes", "2", "--device", "cpu", "-o", "run"]
+    folder.write_text(tmp_path / "r.yaml", folder.dump(settings_for(routed, rows, "train.batch_size=1")))
+    words += ["--recipe", "r.yaml", "--engine", engine]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "go on with: pmod finetune --recipe run/config.yaml --out run --num-processes 2" in said
+    assert "Traceback" not in said
+    assert len(list((tmp_path / "run" / folder.STATE).glob("checkpoint-*"))) == 1
+    report = start(load_settings(tmp_path / "run" / folder.SETTINGS), tmp_path / "run")
+    assert (report.status, report.step) == ("finished", 6)
+    for mine, single in zip(losses(tmp_path / "run"), losses(alone), strict=True):
+        assert mine == pytest.approx(single, abs=1e-4)
 
 
 def test_another_number_of_processes_does_not_go_on(routed, rows, tmp_path):

@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_the_published_code(cases, tmp_path, cas
 def pair(tmp_path_factory):
     """A stock model of 32 layers and its p-MoD, whose trained-like routers keep tokens all over the image."""
     place = tmp_path_factory.mktemp("pair")
-    width = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 4, "num_key_value_heads": 4}
+    width = {"hidden_size": 768, "intermediate_size": 2064, "num_attention_heads": 6, "num_key_value_heads": 6}
     save_stock(place / "stock", "llava_next", "llama", 32, **width)
     convert(place / "stock", place / "pmod", PmodSettings())
     stock, processor = load_model(place / "stock")
@@ -79,6 +79,7 @@ def batch_of(processor, images):
 
 
 @pytest.mark.timing
+@pytest.mark.soak  # a width at which matrix products outweigh the rest takes a minute and 4 GB
 def test_a_step_costs_what_its_flops_say(pair, tmp_path):
     """CPU time of p-MoD against stock, in turn, against the ratio of the FLOPs that are counted for them."""
     from pmod_cli.profiling.sizes import Sizes
@@ -98,7 +99,7 @@ def test_a_step_costs_what_its_flops_say(pair, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = [[_step(trainer, batch, stock.config.image_token_id) for trainer in trainers] for _ in range(4)]
+        seconds = [[_step(trainer, batch, stock.config.image_token_id) for trainer in trainers] for _ in range(3)]
     finally:
         torch.set_num_threads(threads)
     ratio = median(mine / its for its, mine in seconds[1:])

@@ -15,8 +15,8 @@ from pmod_cli.evaluation.suite import Benchmark
 
 RESULTS = "results.json"
 ANSWERS = "answers"
-OF_MODEL = ("dtype", "attention", "image_processor", "batch_size", "device", "selection")  # each changes answers
-OF_TASK = ("prompt", "task_versions", "questions_sha256", "limited")
+OF_MODEL = ("dtype", "attention", "image_processor", "image_backend", "batch_size", "device")  # each changes answers
+OF_TASK = ("task_versions",)
 PACKAGES = ("lmms_eval", "torch", "transformers", "tokenizers", "pillow", "numpy", "datasets")
 
 
@@ -135,9 +135,14 @@ def _unequal_questions(report: Report) -> Iterator[str]:
                     f"{benchmark.title}: {first} answered {entries[first]['questions']} questions, {label} "
                     f"{entries[label]['questions']}; the difference is over the {found.questions} in common"
                 )
+            if found.prompts:
+                share = f"{found.prompts} of {found.questions} prompts"
+                yield f"{benchmark.title}: {share} differ between {first} and {label}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return "; ".join(
-        f"{value if len(str(value)) <= 60 else str(value)[:57] + '...'} ({label})" for label, value in values.items()
-    )
+    """`float32 (a, b); bfloat16 (c)`."""
+    labels: dict[str, list[str]] = {}
+    for label, value in values.items():
+        labels.setdefault(str(value), []).append(label)
+    return "; ".join(f"{value} ({', '.join(of)})" for value, of in labels.items())

@@ -80,6 +80,7 @@ def _shrink(image_processor: Any, side: int, whole: int, pixels: int) -> None:
         def preprocess(self, images: Any, *args: Any, **named: Any) -> Any:
             return super().preprocess(_each(images, side, whole), *args, **named)
 
+    Shrinking.__name__ = type(image_processor).__name__  # what results call it
     image_processor.__class__ = Shrinking
     for name in ("size", "crop_size"):
         setattr(image_processor, name, _tile(getattr(image_processor, name), pixels))

@@ -19,6 +19,7 @@ class Difference:
         points: Difference of the scores, in the paper's units; None where the common questions cannot be scored alone.
         low, high: Its 95 % interval, units drawn alike for both models; None where it is not known.
         questions: Number of common questions.
+        prompts: Common questions that the two models read in other words, as their chat templates have them.
         changed: The questions with different answers: task, doc_id, question, target, both answers and their scores.
         draws: Resampled differences, (DRAWS,); None where the interval is not known.
     """
@@ -27,6 +28,7 @@ class Difference:
     low: float | None
     high: float | None
     questions: int
+    prompts: int
     changed: list[dict[str, Any]]
     draws: np.ndarray | None = None
 
@@ -53,7 +55,7 @@ def difference(
     """Compare the records of one benchmark.
 
     Args:
-        first: Records (`task`, `doc_id`, `question`, `target`, `answer`, `item`) of the first model.
+        first: Records (`task`, `doc_id`, `question`, `prompt`, `target`, `answer`, `item`) of the first model.
         other: Those of the other one. Where they hold other questions, only the common ones are compared.
         scores: The headline numbers over all records of each, in the paper's units.
         metric: Headline metric.
@@ -64,6 +66,7 @@ def difference(
     common = [name for name in mine if name in theirs]
     pairs = [(mine[name], theirs[name]) for name in common]
     changed = [_changed(a, b) for a, b in pairs if a["answer"] != b["answer"]]
+    prompts = sum(a.get("prompt") != b.get("prompt") for a, b in pairs)
     parts = [summands(metric, [pair[side] for pair in pairs]) for side in (0, 1)]
     everything = len(common) == len(mine) == len(theirs)
     if everything:
@@ -76,9 +79,9 @@ def difference(
     if known and everything:  # summands that do not make up lmms-eval's own score are not those of this benchmark
         known = all(makes_up(part.value() * scale, score, scale) for part, score in zip(parts, scores, strict=True))
     if not known:
-        return Difference(points, *UNKNOWN, len(common), changed)
+        return Difference(points, *UNKNOWN, len(common), prompts, changed)
     draws = scale * (parts[0].resampled(seed) - parts[1].resampled(seed))
-    return Difference(points, *interval(draws), len(common), changed, draws)
+    return Difference(points, *interval(draws), len(common), prompts, changed, draws)
 
 
 def makes_up(value: float, score: float, scale: float) -> bool:

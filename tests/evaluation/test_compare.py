@@ -42,7 +42,7 @@ def test_the_same_questions(tmp_path):
     results = compare([first, second / "results.json"])
     assert list(results["models"]) == ["a", "b"]
     assert results["runs"] == {"a": str(first), "b": str(second)}
-    assert results["unequal"] == ["selection: router (a); None (b)"]
+    assert results["unequal"] == []
     (task,) = results["tasks"]
     assert task["scores"]["b"]["score"] == 25.0
     found = task["differences"]["b"]
@@ -81,6 +81,18 @@ def test_unequal_settings_are_named(tmp_path):
         "dtype: bfloat16 (a); float32 (b)",
         "batch_size: 8 (a); 1 (b)",
         "torch: 2.13.0 (a); 2.14.0 (b)",
+    ]
+
+
+def test_equal_values_are_named_once_and_other_prompts_counted(tmp_path):
+    runs = [write_run(tmp_path / name, [1.0, 0.0, 1.0, 0.0]) for name in "ab"]
+    runs.append(write_run(tmp_path / "c", [1.0, 0.0, 1.0, 0.0], settings={"batch_size": 1}))
+    path = runs[2] / "answers" / "m" / "docvqa.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"prompt": "Human: q"}) + "\n" for row in rows[:3]) + json.dumps(rows[3]))
+    assert compare(runs)["unequal"] == [
+        "batch_size: 8 (a, b); 1 (c)",
+        "DocVQA: 3 of 4 prompts differ between a and c",
     ]
 
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from pmod_cli.checkpoints import load_model
+from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.downsample import downsample, patches_per_side
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
@@ -56,6 +57,13 @@ def test_position_embeddings_are_those_of_transformers(stock_model):
         small = model.model.vision_tower(pixels).last_hidden_state
         expected = reference.model.vision_tower(pixels, interpolate_pos_encoding=True).last_hidden_state
     assert torch.equal(small, expected)
+
+
+def test_the_image_processor_keeps_its_name(stock_model):
+    model, processor = load_model(stock_model(), dtype="float32")
+    before = provenance.loaded(model, processor)
+    downsample(model, processor, 0.5)
+    assert provenance.loaded(model, processor) == before
 
 
 def test_weights_stay(stock_model):

@@ -148,7 +148,7 @@ def markdown(found: dict) -> str:
 
 
 def _cells_of_row(name: str, row: dict, tasks: list[str]) -> list[str]:
-    retention = "" if row["mean_retention"] is None else f"{row['mean_retention']:.3f}"
+    retention = "" if row["mean_retention"] is None else f"{row['mean_retention']:.4f}"
     if "score_percent" not in row:
         why = "; ".join(sorted(set(row["failed"].values()))) or "not run"
         return [name, retention, *[""] * len(tasks), why, "0"]

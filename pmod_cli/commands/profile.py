@@ -220,6 +220,8 @@ def profile(
         raise PmodError(f"--html {html}: there is no folder {html.parent}", hint=f"mkdir -p {html.parent}")
     if runs is not None and sweep is None:
         raise PmodError("--runs sets scores beside a sweep", hint="--sweep shift=0.3:0.7:0.05")
+    if html is not None and html.is_dir():
+        raise PmodError(f"--html {html} is a folder: expected a file", hint="--html cost.html")
     for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
         if given is not None and report in ("latency", "memory"):
             raise PmodError(

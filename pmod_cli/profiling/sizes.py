@@ -163,28 +163,41 @@ class Sizes:
             )
 
         def size(key: str) -> int:
-            value = _get(text, key)
-            return int(_TEXT_DEFAULTS[kind][key] if value is None else value)
+            return _positive(f"text_config.{key}", _get(text, key), _TEXT_DEFAULTS[kind].get(key))
 
         heads = size("num_attention_heads")
         tied = _get(text, "tie_word_embeddings") or False
-        kv_heads = _get(text, "num_key_value_heads") or _TEXT_DEFAULTS[kind].get("num_key_value_heads", heads)
+        shared = _TEXT_DEFAULTS[kind].get("num_key_value_heads", heads)
+        kv_heads = _positive("text_config.num_key_value_heads", _get(text, "num_key_value_heads"), shared)
+        if heads % kv_heads:
+            raise PmodError(
+                f"text_config.num_key_value_heads is {kv_heads}, which does not divide the {heads} query heads",
+                hint="name a LLaVA's config.json",
+            )
         decoder = Decoder(
             layers=size("num_hidden_layers"),
             hidden=size("hidden_size"),
             inner=size("intermediate_size"),
             heads=heads,
             kv_heads=kv_heads,
-            head_size=_get(text, "head_dim") or size("hidden_size") // heads,
+            head_size=_positive("text_config.head_dim", _get(text, "head_dim"), size("hidden_size") // heads),
             vocabulary=size("vocab_size"),
             context=size("max_position_embeddings"),
             tied=bool(tied if _get(config, "tie_word_embeddings") is None else _get(config, "tie_word_embeddings")),
         )
         anyres = str(_get(config, "model_type")).endswith("llava_next")
-        pinpoints = _get(config, "image_grid_pinpoints") or _PINPOINTS
-        return cls(
-            decoder, _tower(config), tuple((int(height), int(width)) for height, width in pinpoints) if anyres else None
+        return cls(decoder, _tower(config), _pinpoints(config) if anyres else None)
+
+
+def _pinpoints(config: Mapping[str, Any] | object) -> tuple[tuple[int, int], ...]:
+    found = _get(config, "image_grid_pinpoints") or _PINPOINTS
+    pairs = isinstance(found, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
+    if not pairs:
+        raise PmodError(
+            f"image_grid_pinpoints is {found!r:.60}: expected a list of [height, width] in pixels",
+            hint="name a LLaVA-NeXT's config.json",
         )
+    return tuple(tuple(_positive("image_grid_pinpoints", side, None) for side in pair) for pair in found)
 
 
 def _tower(config: Mapping[str, Any] | object) -> Tower:
@@ -196,7 +209,12 @@ def _tower(config: Mapping[str, Any] | object) -> Tower:
             hint="profile counts LLaVA models with a CLIP or SigLIP tower",
         )
     default = _TOWER_DEFAULTS[kind]
-    size = {key: int(default[key] if _get(vision, key) is None else _get(vision, key)) for key in default}
+    size = {key: _positive(f"vision_config.{key}", _get(vision, key), default[key]) for key in default}
+    if size["image_size"] < size["patch_size"]:
+        raise PmodError(
+            f"vision_config.image_size is {size['image_size']}, less than one patch of {size['patch_size']} pixels",
+            hint="name a LLaVA's config.json",
+        )
     layer = _get(config, "vision_feature_layer")
     return Tower(
         layers=size["num_hidden_layers"],
@@ -208,6 +226,16 @@ def _tower(config: Mapping[str, Any] | object) -> Tower:
         features=len(layer) if isinstance(layer, Sequence) else 1,
         dropped=int((_get(config, "vision_feature_select_strategy") or "default") == "default"),
     )
+
+
+def _positive(key: str, value: Any, default: int | None) -> int:
+    """A whole number of 1 or more; the class's default where the configuration leaves it out."""
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PmodError(
+            f"{key} is {value!r:.60}: expected a whole number of 1 or more", hint="name a LLaVA's config.json"
+        )
+    return value
 
 
 def _get(config: Mapping[str, Any] | object, key: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -60,6 +61,11 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
     own = config.get("pmod") or {}
     if not all(isinstance(config.get(part, {}), dict | NoneType) for part in ("text_config", "vision_config")):
         raise PmodError(f"{source}: text_config and vision_config are JSON objects", hint="name a LLaVA's config.json")
+    for key, value in (overrides or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PmodError(f"{key} is {value}: expected a finite number", hint="pmod profile --help")
+    if not isinstance(own, dict):
+        raise PmodError(f"{source}: pmod is {own!r:.60}: expected a JSON object", hint="convert the model again")
     try:
         Sizes.of(config)
     except PmodError as error:

@@ -10,6 +10,8 @@ from pmod_cli.model.schedule import kept_tokens
 from pmod_cli.profiling.anyres import ImageTokens, image_tokens
 from pmod_cli.profiling.sizes import Sizes
 
+MOST_ROWS = 100_000
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -50,6 +52,13 @@ class Workload:
             if number < least:
                 wrong = "negative" if number < 0 else "no prompt"
                 raise PmodError(f"{flag} {number} is {wrong}: expected {least} or more", hint="pmod profile --help")
+        if self.batch_size is not None and self.batch_size > MOST_ROWS:
+            raise PmodError(
+                f"--batch-size {self.batch_size} is more than {MOST_ROWS:,} rows",
+                hint="costs of equal rows are a multiple",
+            )
+        if self.images > MOST_ROWS:
+            raise PmodError(f"--images {self.images} is more than {MOST_ROWS:,}", hint="pmod profile --help")
         if self.batch_size is not None and self.batch_size < len(self.image_sizes):
             raise PmodError(
                 f"--batch-size {self.batch_size} has no room for {len(self.image_sizes)} image sizes, one a row",

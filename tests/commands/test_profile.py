@@ -170,6 +170,10 @@ def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.Cap
         (["--sweep", "shift=0.3:nan:0.1"], "the range has no end"),
         (["--sweep", "schedule="], "has no values"),
         (["--sweep", "image-size=0x5"], "--image-size 0x5 is empty"),
+        (["--html", "."], "--html . is a folder"),
+        (["--shift", "nan"], "shift is nan: expected a finite number"),
+        (["--batch-size", "100000000"], "is more than 100,000 rows"),
+        (["-m", "heads.json"], "text_config.num_attention_heads is 0: expected a whole number of 1 or more"),
         (["--runs", "somewhere"], "--runs sets scores beside a sweep"),
         (["--sweep", "shift=0.5", "--runs", "somewhere"], "there is no somewhere/results.json"),
         (["--sweep", "shift=0.4", "--runs", "run"], "(mean retention 0.537) is at no value of --sweep shift"),
@@ -201,6 +205,7 @@ def test_bad_input_is_a_sentence(
     said = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
     Path("rows.json").write_text(json.dumps([{"image": "gone.png", "conversations": said}]))
     Path("list.json").write_text("[]")
+    Path("heads.json").write_text('{"model_type": "llava", "text_config": {"num_attention_heads": 0}}')
     Path("bert.json").write_text('{"model_type": "bert"}')
     Path("half.json").write_text('{"model_type": "llava", "text_config": 3}')
     Path("gemma.json").write_text('{"model_type": "llava", "text_config": {"model_type": "gemma"}}')

@@ -6,6 +6,7 @@ They are started by `launch`, on one machine, or by torchrun or accelerate, on a
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -14,12 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.errors import RUN_FAILED, PmodError, explain
 
 PATIENCE = timedelta(days=7)  # a process that finishes early waits for the slowest; a dead one ends its launcher
+SAID = ".error.json"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -112,10 +115,12 @@ def launch(count: int, function: Callable[..., Any], *arguments: Any) -> Any:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            return elastic_launch(config, _called)(function, arguments)[0]
+            return elastic_launch(config, _called)(function, arguments, logs)[0]
         except SignalException as stopped:
             raise KeyboardInterrupt from stopped
         except ChildFailedError as failed:
+            for file in sorted(Path(logs).glob(f"*{SAID}"), key=lambda file: file.stat().st_mtime_ns):
+                raise PmodError(**json.loads(file.read_text(encoding="utf-8"))) from failed
             rank, failure = failed.get_first_failure()
             said = failure.message.partition(": ")[2] if failure.exitcode == 1 else failure.message
             raise PmodError(
@@ -125,8 +130,14 @@ def launch(count: int, function: Callable[..., Any], *arguments: Any) -> Any:
             ) from failed
 
 
-def _called(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """In the new process."""
+def _called(function: Callable[..., Any], arguments: tuple[Any, ...], logs: str) -> Any:
+    """In the new process. What is known of an error goes to the one that launched it, which tells it once."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on writing to the folder
-    return function(join(), *arguments)
+    try:
+        return function(join(), *arguments)
+    except Exception as error:
+        if (known := explain(error)) is not None:
+            said = {"what": known.what, "hint": known.hint, "code": known.code}
+            Path(logs, f"{os.environ['RANK']}{SAID}").write_text(json.dumps(said), encoding="utf-8")
+        raise

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pmod_cli.evaluation.folder import RunFolder
 from pmod_cli.evaluation.outcome import TIMES
 from tests.evaluation import forks
 
@@ -101,7 +102,7 @@ def unbroken(stock_model, tmp_path_factory):
 def kill_and_compare(model, place: Path, processes: int, kills: int, seed: int, unbroken) -> dict[str, int]:
     """Kill runs of one folder, `KILLS_OF_A_RUN` times each, until there were enough kills; compare each at its end."""
     draw, (whole, seconds) = random.Random(seed), unbroken
-    count = {"kills": 0, "runs": 0, "while_answering": 0, "broken_lines": 0}
+    count = {"kills": 0, "runs": 0, "while_answering": 0}
     while count["kills"] < kills:
         run = Run(model, place / str(count["runs"]) / "run", processes)
         for number in range(min(KILLS_OF_A_RUN, kills - count["kills"])):
@@ -172,6 +173,18 @@ def test_a_dead_process_ends_its_run(stock_model, workdir):
     assert "what was answered is not asked again" in said
     assert "Traceback" not in said
     assert not [worker for worker in workers if _runs(worker)]
+
+
+def test_what_a_process_refuses_is_said_once(stock_model, workdir):
+    run = Run(stock_model(), workdir / "run", processes=1)
+    with RunFolder(workdir / "run") as held:
+        held.prepare({}, [], overwrite=False)
+        command = forks.start([*run.arguments, "--num-processes", "2"], workdir)
+        command.join(120)
+    said = (workdir / "log").read_text()
+    assert command.exitcode == 2, said
+    assert said.count("another run is writing to run") == 1
+    assert "Traceback" not in said
 
 
 def _children(parent: int) -> list[int]:

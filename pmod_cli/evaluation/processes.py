@@ -119,15 +119,21 @@ def launch(count: int, function: Callable[..., Any], *arguments: Any) -> Any:
         except SignalException as stopped:
             raise KeyboardInterrupt from stopped
         except ChildFailedError as failed:
-            for file in sorted(Path(logs).glob(f"*{SAID}"), key=lambda file: file.stat().st_mtime_ns):
-                raise PmodError(**json.loads(file.read_text(encoding="utf-8"))) from failed
-            rank, failure = failed.get_first_failure()
-            said = failure.message.partition(": ")[2] if failure.exitcode == 1 else failure.message
-            raise PmodError(
-                f"process {rank} of {count} failed: {said or failure.message}",
-                hint="run the same command again: what was answered is not asked again",
-                code=RUN_FAILED,
-            ) from failed
+            raise _told(failed.failures, Path(logs), count) from failed
+
+
+def _told(failures: dict[int, Any], logs: Path, count: int) -> PmodError:
+    """The first cause. Where a process dies, the others fail too: they lose the connection, or are ended."""
+    hint = "run the same command again: what was answered is not asked again"
+    for rank, failure in failures.items():
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            what = f"process {rank} of {count} was ended by {failure.signal_name()}"
+            return PmodError(what, hint=hint, code=RUN_FAILED)
+    for file in sorted(logs.glob(f"*{SAID}"), key=lambda file: file.stat().st_mtime_ns):
+        return PmodError(**json.loads(file.read_text(encoding="utf-8")))
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    return PmodError(f"process {rank} of {count} failed: {said}", hint=hint, code=RUN_FAILED)
 
 
 def _called(function: Callable[..., Any], arguments: tuple[Any, ...], logs: str) -> Any:

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
+
+from tests.conftest import ROOT
+
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["pmod_cli.evaluation.runner", "pmod_cli.commands.eval", "lmms_eval.evaluator"])
 
@@ -33,7 +37,10 @@ def start(
     process = forked.Process(
         target=_run, args=(arguments, str(place), dict(environment or {}), without_network, small_disk)
     )
-    process.start()
+    # The process that is forked starts with the first of them, and knows no other way to this checkout.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        process.start()
     return process
 
 

@@ -169,7 +169,7 @@ def test_a_dead_process_ends_its_run(stock_model, workdir):
     command.join(60)
     said = (workdir / "log").read_text()
     assert command.exitcode == 1, said
-    assert "of 2 failed: Signal 9 (SIGKILL)" in said
+    assert "of 2 was ended by SIGKILL" in said
     assert "what was answered is not asked again" in said
     assert "Traceback" not in said
     assert not [worker for worker in workers if _runs(worker)]

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 # Rich looks up sys.stdout and sys.stderr at every print, drops colour in pipes and honours NO_COLOR by itself.
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+# A path or a name may hold `:b:`, which is no emoji.
+stdout = Console(highlight=False, emoji=False)
+stderr = Console(stderr=True, highlight=False, emoji=False)
 
 _quiet = False
 _progress = True

@@ -49,7 +49,6 @@ def training_arguments(settings: Settings, out: Path, device: str) -> TrainingAr
         save_total_limit=train.keep_checkpoints,
         bf16=precision(settings, device) == "bfloat16",
         tf32=train.tf32 and on_gpu and is_torch_tf32_available(),
-        activation_checkpointing=settings.model.gradient_checkpointing,
         ddp_find_unused_parameters=False,  # text-only batches reach every part; see text_only.py
         dataloader_num_workers=settings.data.workers,
         dataloader_pin_memory=on_gpu,

@@ -44,6 +44,22 @@ def freeze(model: "PreTrainedModel", parts: Iterable[str]) -> None:
         parameter.requires_grad_(part_of(name) not in frozen and not _above(name, used))
 
 
+def repeat_in_backward(model: "PreTrainedModel", frozen: Iterable[str]) -> None:
+    """Gradient checkpointing of the decoder, and of a vision tower that is trained.
+
+    A frozen tower needs no gradient and keeps nothing. Switched on for the whole model, as the Trainer does it, its
+    inputs would require gradients too: the tower would be run twice and differentiated for nothing.
+
+    Args:
+        model: a LLaVA, with or without adapters.
+        frozen: parts that are not trained.
+    """
+    llava = getattr(model, "get_base_model", lambda: model)().model
+    llava.language_model.activation_checkpointing_enable()
+    if "vision_tower" not in frozen:
+        llava.vision_tower.activation_checkpointing_enable()
+
+
 def _used_tower_layers(config) -> int:
     depth = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer

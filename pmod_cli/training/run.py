@@ -19,7 +19,7 @@ from pmod_cli.training.arguments import precision, processes, training_arguments
 from pmod_cli.training.calibration import calibrate_routers
 from pmod_cli.training.dataset import Counting, Data, open_data
 from pmod_cli.training.liger import use_liger
-from pmod_cli.training.parts import Part, count, freeze
+from pmod_cli.training.parts import Part, count, freeze, repeat_in_backward
 from pmod_cli.training.requirements import check_requirements
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import source_of, starting_checkpoint
@@ -167,8 +167,11 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
     if settings.model.liger_kernel:
         use_liger(model)
     if lora:
-        return add_adapters(model, settings, checkpoint)
-    freeze(model, settings.model.freeze)
+        model = add_adapters(model, settings, checkpoint)
+    else:
+        freeze(model, settings.model.freeze)
+    if settings.model.gradient_checkpointing:
+        repeat_in_backward(model, settings.model.freeze)
     return model
 
 

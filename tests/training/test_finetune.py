@@ -17,7 +17,7 @@ from pmod_cli.model import PmodSettings, capture_selection
 from pmod_cli.training.arguments import training_arguments
 from pmod_cli.training.dataset import Counting, SyntheticDocuments
 from pmod_cli.training.folder import LOG, SETTINGS, STATE
-from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of
+from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of, repeat_in_backward
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.settings import Settings
@@ -256,6 +256,22 @@ def test_gradient_checkpointing_changes_nothing_but_memory(routed, tmp_path):
     finetune(saving, tmp_path / "saving")
     one, other = weights(tmp_path / "plain"), weights(tmp_path / "saving")
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+@pytest.mark.parametrize("frozen", [["vision_tower"], []])
+def test_gradient_checkpointing_leaves_a_frozen_tower_alone(routed, frozen):
+    """Otherwise it would be run twice, and differentiated for nothing."""
+    settings = run_settings(routed)
+    model, processor = load_model(routed)
+    freeze(model, frozen)
+    repeat_in_backward(model, frozen)
+    model.train()
+    ran: list[str] = []
+    for part, tower in (("tower", model.model.vision_tower.encoder), ("decoder", model.model.language_model)):
+        tower.layers[0].mlp.register_forward_pre_hook(lambda *_, part=part: ran.append(part))
+    documents = SyntheticDocuments(settings.data, 2)
+    model(**Collator(processor)([documents[index] for index in range(2)])).loss.backward()
+    assert (ran.count("tower"), ran.count("decoder")) == (1 if frozen else 2, 2)
 
 
 def test_accumulated_batches_take_the_step_of_one_large_batch(routed, tmp_path):

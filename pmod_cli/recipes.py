@@ -36,5 +36,5 @@ def find(name: str) -> Path:
         raise PmodError(f"no such recipe file: {name}", hint="pmod recipes ls")
     if name in names():
         return folder() / f"{name}{SUFFIX}"
-    near = difflib.get_close_matches(name, names()) or names()
-    raise PmodError(f"no recipe is called {name!r}; there is: {', '.join(near)}", hint="pmod recipes ls")
+    near = difflib.get_close_matches(name, names()) or [known for known in names() if "/" not in known]
+    raise PmodError(f"no recipe is called {name!r}; near: {', '.join(near)}", hint="pmod recipes ls")

@@ -197,6 +197,8 @@ def convert(
         raise PmodError("no model named", hint="pmod convert --list, or pmod convert --help")
     if copy and symlink:
         raise PmodError("--copy and --symlink exclude each other")
+    if (ratios is not None) != (schedule == "list"):
+        raise PmodError("--schedule list and --ratios, one ratio a layer, go together")
     options = checkpoints.Options(
         to=to,
         dtype=_dtype(dtype),

@@ -112,26 +112,26 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         return any(name.startswith(start) for start in options.only.split(","))
 
     one, four = batch(), batch(batch_size=4)
-    if wanted("prefill, batch 1"):
+    if wanted("prefill b1"):
         limit = one.flop_limit(PREFILL)
-        yield Row("prefill, batch 1", one.time_ratio(PREFILL, rounds), 1.05 * limit, limit)
-    if wanted("prefill, batch 4"):
+        yield Row("prefill b1", one.time_ratio(PREFILL, rounds), 1.05 * limit, limit)
+    if wanted("prefill b4"):
         limit = four.flop_limit(PREFILL)
-        yield Row("prefill, batch 4", four.time_ratio(PREFILL, rounds), 1.07 * limit, limit)
-    if wanted("prefill, unequal 4"):
+        yield Row("prefill b4", four.time_ratio(PREFILL, rounds), 1.07 * limit, limit)
+    if wanted("prefill b4 unequal"):
         unequal = batch(image_sizes=UNEQUAL)
         limit = unequal.flop_limit(PREFILL)
-        yield Row("prefill, unequal 4, padded", unequal.time_ratio(PREFILL, rounds), 1.07 * limit, limit)
+        yield Row("prefill b4 unequal, padded", unequal.time_ratio(PREFILL, rounds), 1.07 * limit, limit)
     for number, kind in ((1, Batch), (16, RepeatedRows)):
-        if wanted(f"decode, batch {number}"):
+        if wanted(f"decode b{number}"):
             decoding = batch(kind, batch_size=number)
             limit = decoding.byte_limit()
             ratio = decoding.time_ratio(DECODE, rounds)
-            yield Row(f"decode, batch {number}", ratio, min(1.0, 1.05 * limit), limit)
+            yield Row(f"decode b{number}", ratio, min(1.0, 1.05 * limit), limit)
     for phase in (TRAIN, CHECKPOINTED):
         if wanted(phase):
             limit = one.flop_limit(phase)
-            yield Row(f"{phase}, batch 1", one.time_ratio(phase, rounds), 1.07 * limit, limit)
+            yield Row(f"{phase} b1", one.time_ratio(phase, rounds), 1.07 * limit, limit)
     if wanted("memory"):
         yield from memory(batches(64, 32, options), options.device)
     if wanted("start"):

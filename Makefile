@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell command -v python$(version))) python3)
 STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
 
-.PHONY: setup demo test bench soak lint format lock clean
+.PHONY: setup demo test bench soak lint format reference lock clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ lint: setup
 format: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+# The page of all commands and options.
+reference: setup
+	.venv/bin/python -m tests.reference > docs/commands.md.new
+	mv docs/commands.md.new docs/commands.md
 
 # After installing other versions into .venv by hand: write down what is there.
 lock:

@@ -17,6 +17,7 @@ import typer
 from pmod_cli import __version__, cli, errors
 from pmod_cli.commands import env as env_command
 from pmod_cli.errors import PmodError, explain
+from tests import reference
 from tests.conftest import ROOT
 
 HEAVY = ("torch", "transformers", "matplotlib", "lmms_eval", "datasets")
@@ -193,3 +194,7 @@ def test_torch_and_safetensors_errors_become_sentences(tmp_path):
 
 def test_unknown_exception_is_not_explained():
     assert explain(ValueError("some bug")) is None
+
+
+def test_the_page_of_commands_is_what_the_commands_say():
+    assert (ROOT / "docs" / "commands.md").read_text() == reference.page(), "run `make reference`"

@@ -68,6 +68,9 @@ def finetune(
     eval_tasks: Annotated[
         str | None, typer.Option("--eval", metavar="TASKS", help="Score the finished run, as `pmod eval --tasks`.")
     ] = None,
+    eval_limit: Annotated[
+        int | None, typer.Option("--eval-limit", metavar="N", min=1, help="Only the first N questions of each task.")
+    ] = None,
     sweep: Annotated[
         str | None,
         typer.Option("--sweep", metavar="GROUP", help="Run all recipes of a group, e.g. `ablations`; one table."),
@@ -150,6 +153,7 @@ def finetune(
         "train.engine": ("--engine", engine),
         "data.on_bad_row": ("--on-bad-row", on_bad_row),
         "eval": ("--eval", eval_tasks.split(",") if eval_tasks else None),
+        "eval_limit": ("--eval-limit", eval_limit),
     }
     if sweep:
         if seed is not None:
@@ -203,11 +207,11 @@ def finetune(
     if engine is not None and not fleet.is_launch and "LOCAL_RANK" not in os.environ:
         output.warn(f"--engine {engine}: one process shares nothing; it is used with --num-processes")
     out = out or Path("runs", f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    output.note(f"run folder: {out}")
     if fleet.is_launch:
         job = {
             "settings": asdict(settings),
             "out": str(out.resolve()),
+            "named": str(out),
             "device": device.partition(":")[0],
             "resume": resume,
             "overwrite": overwrite,
@@ -218,7 +222,15 @@ def finetune(
         report = replace(report, path=out)
     else:
         with Watching(settings) as watching:
-            report = run(settings, out, device=device, resume=resume, overwrite=overwrite, on_step=watching.update)
+            report = run(
+                settings,
+                out,
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                on_open=lambda: output.note(f"run folder: {out}"),
+                on_step=watching.update,
+            )
     if report.status == "interrupted":
         again = f" --num-processes {num_processes}" if num_processes > 1 else ""
         raise PmodError(
@@ -229,7 +241,7 @@ def finetune(
     if folder.is_checkpoint(out):
         state.record_current(out)
         if settings.eval and machine_rank == 0:
-            evaluate(out, settings.eval, device)
+            evaluate(out, settings.eval, device, limit=settings.eval_limit, quiet=quiet)
     show_report(report, as_json, quiet)
 
 

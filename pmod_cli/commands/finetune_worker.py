@@ -36,6 +36,7 @@ def main(folder: Path) -> int:
                 device=job["device"],
                 resume=job["resume"],
                 overwrite=job["overwrite"],
+                on_open=lambda: output.note(f"run folder: {job['named']}"),
                 on_step=watching.update,
             )
     except BaseException as error:

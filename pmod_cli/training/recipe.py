@@ -82,7 +82,8 @@ def dump(settings: Settings) -> str:
 # What a run may change when it goes on: nothing in it reaches the weights.
 HARMLESS = (
     *("train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints"),
-    *("data.workers", "lora.merge", "eval"),
+    *("data.workers", "lora.merge", "eval", "eval_limit"),
+    "model.gradient_checkpointing",
 )
 
 

@@ -65,6 +65,7 @@ def finetune(
     device: str = "cpu",
     resume: bool = True,
     overwrite: bool = False,
+    on_open: Callable[[], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> FinetuneReport:
     """Train a p-MoD model, or a stock LLaVA, and leave a checkpoint in ``out``.
@@ -78,6 +79,8 @@ def finetune(
         device: cpu, cuda, cuda:N or mps.
         resume: go on with what is in ``out``; otherwise ``out`` must be new.
         overwrite: remove an earlier run in ``out`` first.
+        on_open: is told, in the first process, when ``out`` has been taken for the run: nothing is refused any more
+            for its settings.
         on_step: is told of each finished step.
 
     Raises:
@@ -95,6 +98,8 @@ def finetune(
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             folder.open_run(out, settings, processes(), resume=resume, overwrite=overwrite)
+            if on_open is not None:
+                on_open()
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
         data = open_data(settings, AutoProcessor.from_pretrained(source, local_files_only=True), out)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
@@ -229,7 +234,7 @@ def _out_of_memory(error: BaseException, settings: Settings) -> PmodError | None
     if train.batch_size > 1:
         lower.append(f"--batch-size {train.batch_size // 2} (and twice the train.gradient_accumulation)")
     if not model.gradient_checkpointing:
-        lower.append("--set model.gradient_checkpointing=true")
+        lower.append("--set model.gradient_checkpointing=true, which goes on from the last training checkpoint")
     if not settings.lora.enabled:
         lower.append("--set lora.enabled=true")
     if settings.data.max_length is None or settings.data.max_length > 1024:

@@ -209,7 +209,8 @@ class TrainArgs:
 
 @dataclass
 class Settings:
-    """A whole run. ``name`` is the recipe's, and names the run folder; ``eval`` are tasks to be scored at the end."""
+    """A whole run. ``name`` is the recipe's, and names the run folder; ``eval`` are tasks to be scored at the end, on
+    the first ``eval_limit`` questions of each (null is all)."""
 
     name: str = "finetune"
     model: ModelArgs = field(default_factory=ModelArgs)
@@ -218,6 +219,7 @@ class Settings:
     data: DataArgs = field(default_factory=DataArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
     eval: list[str] = field(default_factory=list)
+    eval_limit: int | None = at_least(1, None)
 
     def accumulation(self, processes: int = 1) -> int:
         """Forward passes to one optimizer step; ValueError where the global batch is no multiple of one pass."""
@@ -255,6 +257,8 @@ class Settings:
             found.append("model.llm: expected model.vision_tower with it")
         if self.lora.enabled and "language_model" in model.freeze:
             found.append("lora.enabled: the language model is in model.freeze, nothing would be adapted")
+        if self.eval and self.lora.enabled and not self.lora.merge:
+            found.append("eval: an adapter that is not merged cannot be scored; expected lora.merge: true with it")
         if model.quantize != "none" and not self.lora.enabled:
             found.append("model.quantize: 4-bit weights cannot be trained; expected lora.enabled: true with it")
         if self.pmod.enabled is False and self.pmod.given:

@@ -119,8 +119,16 @@ def _label(axes: Axes, name: str, title: str) -> None:
 SCORES = "\n## Scores\n\n"
 
 
-def add_scores(out: Path, table: str) -> None:
-    """Put a table of scores at the end of the model card of a run, in the place of an earlier one."""
+def add_scores(out: Path, table: str, scores: dict) -> None:
+    """Put scores into the summary of a run, and their table at the end of its model card, in the place of earlier ones.
+
+    Args:
+        out: the run folder.
+        table: as Markdown.
+        scores: of each task and model, as the summary is to have them.
+    """
+    summary = json.loads((out / folder.SUMMARY).read_text(encoding="utf-8"))
+    write_json(out / folder.SUMMARY, {**summary, "scores": scores})
     card = (out / folder.CARD).read_text(encoding="utf-8").partition(SCORES)[0]
     write_text(out / folder.CARD, f"{card.rstrip()}\n{SCORES}{table.strip()}\n")
 

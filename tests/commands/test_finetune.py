@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from pmod_cli import cli, extras
+from pmod_cli.checkpoints import load_model
 
 QUICK = ("--max-steps", 2, "--batch-size", 2, "--set", "data.turns=1", "--set", "train.log_steps=1", "--device", "cpu")
 
@@ -31,6 +34,7 @@ def test_two_steps_after_convert(stock_model, workdir, capsys):
     assert report["parameters"]["router"]["trained"]
     assert not report["parameters"]["vision_tower"]["trained"]
     assert "model: routed" in captured.err
+    assert f"run folder: {folder}\n" in captured.err
     assert "step 2/2  loss" in captured.err
     assert (workdir / ".pmod" / "current").read_text().strip() == folder
     assert json.loads((workdir / folder / "config.json").read_text())["router_state"] == "trained"
@@ -130,6 +134,7 @@ def test_bad_input_is_a_sentence(workdir, capsys, words, parts):
     for part in parts:
         assert part in captured.err
     assert "Traceback" not in captured.err
+    assert "run folder" not in captured.err
     assert not (workdir / "runs").exists()
 
 
@@ -144,3 +149,89 @@ def test_a_path_is_all_that_quiet_prints(stock_model, workdir, capsys):
     assert call("finetune", "-m", stock_model(), *QUICK, "-o", "run", "-q") == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("run\n", "")
+
+
+def test_scores_of_the_finished_run_are_in_its_summary_and_card(stock_model, workdir, pmod):
+    """`--eval` on the first questions of one task, beside the stock model; nothing of it reaches stdout."""
+    assert call("convert", stock_model(), "-o", "routed") == 0
+    words = ("finetune", "-m", "routed", *QUICK, "-o", "run", "--eval", "tiny_doc", "--eval-limit", 4)
+    done = pmod(*words, cwd=workdir, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
+    assert "$ pmod eval --tasks tiny_doc --model run -o run/eval --device cpu --limit 4" in done.stderr
+    summary = json.loads((workdir / "run" / "training_summary.json").read_text())
+    scored = json.loads((workdir / "run" / "eval" / "results.json").read_text())["tasks"][0]["scores"]
+    assert (summary["status"], summary["step"]) == ("finished", 2)
+    assert summary["scores"]["tiny_doc"].keys() == scored.keys() == {"run", "stock"}
+    for model, score in summary["scores"]["tiny_doc"].items():
+        assert (score["score"], score["metric"], score["questions"]) == (scored[model]["score"], "anls", 4)
+    card = (workdir / "run" / "README.md").read_text()
+    assert card.count("## Scores") == 1
+    assert "| tiny doc | run |" in card.partition("## Scores")[2]
+
+
+def test_tasks_that_cannot_be_scored_are_refused_before_the_training(stock_model, workdir, capsys):
+    assert call("finetune", "-m", stock_model(), *QUICK, "--eval", "tiny_dok") == 2
+    assert "tiny_doc" in capsys.readouterr().err
+    adapter = ("--set", "lora.enabled=true", "--set", "lora.merge=false")
+    assert call("finetune", "-m", stock_model(), *QUICK, "--eval", "tiny_doc", *adapter) == 2
+    assert "an adapter that is not merged cannot be scored" in capsys.readouterr().err
+    assert not (workdir / "runs").exists()
+
+
+def test_check_data_names_a_bad_row_and_trains_nothing(stock_model, workdir, capsys):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": name, "image": f"{name}.png", "conversations": turns} for name in ("one", "gone", "two")]
+    (workdir / "images").mkdir()
+    for name in ("one", "two"):
+        Image.new("RGB", (40, 30), "red").save(workdir / "images" / f"{name}.png")
+    (workdir / "rows.json").write_text(json.dumps(rows))
+    data = ("data.kind=llava", "data.path=rows.json", "data.images=images", "data.template=vicuna_v1")
+    words = ("finetune", "-m", stock_model(), "--device", "cpu", "--check-data")
+    words += tuple(word for setting in data for word in ("--set", setting))
+    before = sorted(workdir.rglob("*"))
+
+    assert call(*words) == 2
+    captured = capsys.readouterr()
+    assert "cannot be used" in captured.out
+    assert "gone.png" in captured.err
+    assert "Traceback" not in captured.err
+    assert call(*words, "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["num_bad"]) == (3, 1)
+    assert sorted(workdir.rglob("*")) == before
+
+    (workdir / "rows.json").write_text(json.dumps([rows[0], rows[2]]))
+    assert call(*words) == 0
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_out_of_memory_says_what_to_lower_and_the_run_goes_on(stock_model, workdir, capsys, monkeypatch):
+    """Only the cause is made up: the allocation of the second step's forward pass fails."""
+    assert call("convert", stock_model(), "-o", "routed") == 0
+    capsys.readouterr()
+    model = type(load_model(workdir / "routed")[0])
+    forward, calls = model.forward, []
+
+    def short_of_memory(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *arguments, **options)
+
+    words = ("finetune", "-m", "routed", *QUICK, "-o", "run", "--set", "train.save_steps=1")
+    words += ("--set", "model.router_start=zero")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", short_of_memory)
+        assert call(*words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ("out of memory with train.batch_size 2", "--batch-size 1", "model.gradient_checkpointing=true"):
+        assert part in captured.err
+    assert "Traceback" not in captured.err
+    assert [path.name for path in (workdir / "run" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+
+    assert call(*words, "--set", "model.gradient_checkpointing=true") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "run\n"
+    assert "step 2/2" in captured.err
+    assert "step 1/2" not in captured.err

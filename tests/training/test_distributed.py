@@ -63,7 +63,9 @@ def settings_for(model, rows, *overrides):
 
 def start(settings, out, processes=2):
     job = {"settings": asdict(settings), "out": str(out), "device": "cpu", "resume": True, "overwrite": False}
-    return launch(Fleet(processes), job | {"quiet": True, "progress": False}, on_command=lambda command: None)
+    return launch(
+        Fleet(processes), job | {"named": out.name, "quiet": True, "progress": False}, on_command=lambda command: None
+    )
 
 
 def losses(out):
@@ -163,6 +165,10 @@ def test_deepspeed_trains_as_one_process(routed, rows, alone, tmp_path, engine):
         pytest.skip("needs two GPUs")
     settings = settings_for(routed, rows, "train.batch_size=1", f"train.engine={engine}", "model.precision=float32")
     job = {"settings": asdict(settings), "out": str(tmp_path / "run"), "device": "cuda", "resume": True}
-    launch(Fleet(2), job | {"overwrite": False, "quiet": True, "progress": False}, on_command=lambda command: None)
+    launch(
+        Fleet(2),
+        job | {"named": "run", "overwrite": False, "quiet": True, "progress": False},
+        on_command=lambda command: None,
+    )
     for mine, single in zip(losses(tmp_path / "run"), losses(alone), strict=True):
         assert mine == pytest.approx(single, abs=1e-3)

@@ -53,28 +53,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(target: Path, *, overwrite: bool = False, wait: bool = False) -> Iterator[Path]:
     """A new folder that becomes `target` when the block ends well, and vanishes when it does not.
 
     Args:
         target: Folder to write. Its parents are made.
         overwrite: Replace an existing target. It is moved aside for the moment of the swap; a swap that was killed
             half-way is finished or undone by the next call for the same target.
+        wait: Where another run is writing `target`, wait for its end, instead of refusing.
 
     Raises:
-        PmodError: `target` exists and `overwrite` is false, or another run is writing it.
+        PmodError: `target` exists and `overwrite` is false, or another run is writing it and `wait` is false.
     """
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging, lock = _claim(target)
+    staging, lock = _claim(target, wait)
     try:
         _recover(target)
         refuse_existing(target, overwrite)
         yield staging
         _sync_tree(staging)
         _swap(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # not after a swap: the name may be another writer's by then
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
 
 
@@ -84,7 +87,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise PmodError(f"{target} exists", hint="replace it with --overwrite, or choose another folder with --out")
 
 
-def _claim(target: Path) -> tuple[Path, int]:
+def _claim(target: Path, wait: bool) -> tuple[Path, int]:
     """The staging folder of `target`, empty and locked: a target has one, so it has one writer."""
     staging = target.with_name(f".{target.name}.staging")
     while True:
@@ -94,7 +97,7 @@ def _claim(target: Path) -> tuple[Path, int]:
         except FileNotFoundError:  # its writer has just finished
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             os.close(lock)
             raise PmodError(f"another run is writing {target}", hint="wait for it, or choose another folder") from None

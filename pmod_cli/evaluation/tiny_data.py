@@ -48,7 +48,7 @@ def _write(task: str, questions: int, target: Path) -> None:
     columns = {"question_id": Value("int64"), "image": Image(), "question": text, "answer": text, "answers": List(text)}
     split = Dataset.from_dict(rows(task, questions), features=Features(columns))
     try:
-        with staged_directory(target) as staged:
+        with staged_directory(target, wait=True) as staged:  # of several processes, one draws
             DatasetDict({"test": split}).save_to_disk(staged)
     except PmodError:
         if not target.is_dir():  # else another process has drawn the same questions meanwhile

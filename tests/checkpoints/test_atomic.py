@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -48,6 +50,7 @@ def test_existing_target(tmp_path):
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     code = """
 import os, signal, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pmod_cli.checkpoints.atomic import staged_directory
 with staged_directory(Path(sys.argv[1])) as staging:
@@ -71,6 +74,26 @@ def test_a_target_has_one_writer(tmp_path):
             pass
     assert names(tmp_path / "target") == ["a"]
     assert names(tmp_path) == ["other", "target"]
+
+
+def test_a_writer_may_wait_for_another(tmp_path):
+    """The second finds the first one's folder, and neither takes the other's staging away."""
+    target = tmp_path / "target"
+
+    def second() -> None:
+        with staged_directory(target, overwrite=True, wait=True) as staging:
+            assert (target / "first").exists()
+            (staging / "second").touch()
+
+    with ThreadPoolExecutor() as pool:
+        with staged_directory(target) as staging:
+            waiting = pool.submit(second)
+            time.sleep(0.2)
+            assert not waiting.done()
+            (staging / "first").touch()
+        waiting.result(timeout=20)
+    assert [path.name for path in target.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_swap_killed_half_way_is_undone(tmp_path):

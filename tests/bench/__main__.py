@@ -1,6 +1,6 @@
 """Times p-MoD against the stock model on the same weights, and fails where a ratio passes its bound.
 
-    python -m tests.bench                       # what `make bench` runs: 8 layers, 3 rounds
+    python -m tests.bench                       # what `make bench` runs: 8 layers, 2 rounds
     python -m tests.bench --layers 32           # the numbers of docs/results.md
     python -m tests.bench --only decode,train   # rows whose names begin so
 
@@ -175,7 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose names begin so, separated by commas")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")

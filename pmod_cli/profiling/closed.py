@@ -110,17 +110,6 @@ def lm_head(decoder: Decoder, positions: int) -> int:
     return 2 * positions * decoder.hidden * decoder.vocabulary
 
 
-def decoded_token(decoder: Decoder, held: Sequence[int]) -> int:
-    """FLOPs of one decoded token of one row: each layer attends to what its cache holds and to the token itself.
-
-    Args:
-        decoder: Its sizes.
-        held: Tokens in the cache of each layer before the step, length L.
-    """
-    layers = sum(layer_matrix(decoder, 1) + attention_products(decoder, 1, keys + 1) for keys in held)
-    return layers + lm_head(decoder, 1)
-
-
 def tower_tile(tower: Tower) -> int:
     """FLOPs of the vision tower on one tile: patch embedding, and all encoder layers with attention products."""
     embedding = 3 * tower.patch**2 * tower.hidden * tower.patches

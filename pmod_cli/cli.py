@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pmod_cli import __version__, output
-from pmod_cli.errors import BAD_INPUT, INTERRUPTED, RUN_FAILED, explain
+from pmod_cli import __version__
+from pmod_cli.core import output
+from pmod_cli.core.errors import BAD_INPUT, INTERRUPTED, RUN_FAILED, explain
 
 VERBS = {
     "convert": "Turn a stock LLaVA checkpoint into a p-MoD checkpoint, without copying its weights.",

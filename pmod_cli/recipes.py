@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 PACKAGE = Path(__file__).parent
 SUFFIX = ".yaml"

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _reset_output() -> None:
     """--quiet and --no-progress of one test do not reach the next."""
-    from pmod_cli import output
+    from pmod_cli.core import output
 
     output.set_quiet(False)
     output.set_progress(True)

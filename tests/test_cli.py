@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from pmod_cli import __version__, cli, errors
+from pmod_cli import __version__, cli
 from pmod_cli.commands import env as env_command
-from pmod_cli.errors import PmodError, explain
+from pmod_cli.core import errors
+from pmod_cli.core.errors import PmodError, explain
 from tests import reference
 from tests.conftest import ROOT
 

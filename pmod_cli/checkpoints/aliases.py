@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaNextConfig

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.checkpoints.atomic import write_json
 from pmod_cli.checkpoints.files import read_json
-from pmod_cli.errors import PmodError
+from pmod_cli.core.atomic import write_json
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

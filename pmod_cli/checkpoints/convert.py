@@ -19,7 +19,6 @@ from pathlib import Path
 from pmod_cli import __version__
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.adapters import keep_apart, merged, read_config
-from pmod_cli.checkpoints.atomic import refuse_existing, staged_directory, write_json
 from pmod_cli.checkpoints.card import model_card
 from pmod_cli.checkpoints.companions import restore_original
 from pmod_cli.checkpoints.layouts import Source, read_source
@@ -31,7 +30,8 @@ from pmod_cli.checkpoints.remote_code import modeling_source
 from pmod_cli.checkpoints.routers import write_routers
 from pmod_cli.checkpoints.verify import verify
 from pmod_cli.checkpoints.writing import place, stream
-from pmod_cli.errors import PmodError
+from pmod_cli.core.atomic import refuse_existing, staged_directory, write_json
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

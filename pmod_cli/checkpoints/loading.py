@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json, shard_names
 from pmod_cli.checkpoints.layouts.original import is_original
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 OUTPUTS = ("pmod", "stock", "published", "remote-code")
 LINKS = ("hard", "copy", "symlink")

@@ -12,7 +12,7 @@ from pmod_cli.checkpoints.layouts.to_published import published_config
 from pmod_cli.checkpoints.options import DTYPES, Options
 from pmod_cli.checkpoints.remote_code import auto_map
 from pmod_cli.checkpoints.writing import Layout, lay_out
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 
 ROUTERS = "model-routers.safetensors"

@@ -14,7 +14,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.aliases import ALIASES, bundled_path
 from pmod_cli.checkpoints.files import missing_files
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED_PATTERNS = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]  # of repositories without safetensors

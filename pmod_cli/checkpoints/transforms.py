@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints.files import Tensor
 from pmod_cli.checkpoints.layouts.normal import Part
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from pmod_cli.checkpoints.layouts.huggingface import OURS
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.plan import Plan
 from pmod_cli.checkpoints.transforms import transformed
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.model import PmodSettings
 
 if TYPE_CHECKING:

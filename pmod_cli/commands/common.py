@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli import output, state
-from pmod_cli.errors import PmodError
+from pmod_cli.core import output, state
+from pmod_cli.core.errors import PmodError
 
 DTYPES = {
     "auto": "auto",

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli import output, state
 from pmod_cli.commands.common import (
     DTYPES,
     CacheDirOpt,
@@ -21,7 +20,8 @@ from pmod_cli.commands.common import (
     RevisionOpt,
     SeedOpt,
 )
-from pmod_cli.errors import PmodError
+from pmod_cli.core import output, state
+from pmod_cli.core.errors import PmodError
 
 EXAMPLES = """\
 pmod convert llava-next-7b

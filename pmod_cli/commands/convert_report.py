@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from pmod_cli import output
+from pmod_cli.core import output
 
 if TYPE_CHECKING:
     from pmod_cli.checkpoints import ConversionReport

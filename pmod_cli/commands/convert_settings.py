@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from pmod_cli.checkpoints import Source

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli import output
-from pmod_cli.errors import INTERRUPTED, RUN_FAILED, PmodError
-from pmod_cli.extras import require
+from pmod_cli.core import output
+from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.core.extras import require
 
 EXAMPLES = """\
 pmod demo
@@ -130,6 +130,6 @@ def _read_done(out: Path) -> dict[str, float]:
 
 
 def _write_done(out: Path, done: dict[str, float]) -> None:
-    from pmod_cli.checkpoints.atomic import write_json
+    from pmod_cli.core.atomic import write_json
 
     write_json(out / DONE, done)

@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rich.table import Table
 
-from pmod_cli import __version__, output, state
+from pmod_cli import __version__
 from pmod_cli.commands.common import JsonOpt
+from pmod_cli.core import output, state
 
 EXAMPLES = """\
 pmod env

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli import output
 from pmod_cli.commands.common import (
     DeviceOpt,
     DryRunOpt,
@@ -24,8 +23,9 @@ from pmod_cli.commands.common import (
     model_or_default,
     pick_device,
 )
-from pmod_cli.errors import PARTIAL, RUN_FAILED, PmodError
-from pmod_cli.extras import require
+from pmod_cli.core import output
+from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError
+from pmod_cli.core.extras import require
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.identity import EvalSettings

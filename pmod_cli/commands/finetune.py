@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli import output, recipes, state
+from pmod_cli import recipes
 from pmod_cli.commands.common import (
     DeviceOpt,
     DryRunOpt,
@@ -27,8 +27,9 @@ from pmod_cli.commands.common import (
 from pmod_cli.commands.finetune_eval import check_tasks, evaluate
 from pmod_cli.commands.finetune_show import Watching, show_check, show_plan, show_report, silence_transformers
 from pmod_cli.commands.sweep import run_sweep
-from pmod_cli.errors import INTERRUPTED, PmodError
-from pmod_cli.extras import require
+from pmod_cli.core import output, state
+from pmod_cli.core.errors import INTERRUPTED, PmodError
+from pmod_cli.core.extras import require
 
 EXAMPLES = """\
 pmod finetune --recipe tiny

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pmod_cli import output
-from pmod_cli.errors import INTERRUPTED, PARTIAL, PmodError
-from pmod_cli.extras import require
+from pmod_cli.core import output
+from pmod_cli.core.errors import INTERRUPTED, PARTIAL, PmodError
+from pmod_cli.core.extras import require
 
 EVAL = "eval"  # in the run folder
 

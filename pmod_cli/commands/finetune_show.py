@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from pmod_cli import output
+from pmod_cli.core import output
 
 GIB = 2**30
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from pmod_cli import output
-from pmod_cli.errors import explain
+from pmod_cli.core import output
+from pmod_cli.core.errors import explain
 
 
 def main(folder: Path) -> int:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli import output, state
 from pmod_cli.commands.common import (
     DeviceOpt,
     DtypeOpt,
@@ -20,7 +19,8 @@ from pmod_cli.commands.common import (
     model_or_default,
     pick_device,
 )
-from pmod_cli.errors import PmodError
+from pmod_cli.core import output, state
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -307,7 +307,7 @@ def _show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None
         plots.save(shown.figure(), plot)
         output.note(f"plot: {plot}")
     if html is not None:
-        from pmod_cli.checkpoints.atomic import write_text
+        from pmod_cli.core.atomic import write_text
         from pmod_cli.profiling import plots
         from pmod_cli.profiling.page import to_html
 

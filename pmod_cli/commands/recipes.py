@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli import output
 from pmod_cli import recipes as library
 from pmod_cli.commands.common import OverwriteOpt
-from pmod_cli.errors import PmodError
+from pmod_cli.core import output
+from pmod_cli.core.errors import PmodError
 
 EXAMPLES = """\
 pmod recipes ls

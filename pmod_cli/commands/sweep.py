@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmod_cli import output
-from pmod_cli.checkpoints.atomic import write_json, write_text
-from pmod_cli.errors import PARTIAL, PmodError
+from pmod_cli.core import output
+from pmod_cli.core.atomic import write_json, write_text
+from pmod_cli.core.errors import PARTIAL, PmodError
 
 
 def run_sweep(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli import output
 from pmod_cli.commands.common import (
     CacheDirOpt,
     DeviceOpt,
@@ -22,7 +21,8 @@ from pmod_cli.commands.common import (
     model_or_default,
     pick_device,
 )
-from pmod_cli.errors import PmodError
+from pmod_cli.core import output
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from pmod_cli.visualization import Drawn
@@ -204,7 +204,7 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
         statistics: where the numbers of a batch are written; None for a single picture.
     """
     from pmod_cli import visualization
-    from pmod_cli.checkpoints.atomic import write_json
+    from pmod_cli.core.atomic import write_json
 
     described: list[dict[str, Any]] = []
     numbers, models = [], set()

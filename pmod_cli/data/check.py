@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow
 from pmod_cli.data.dataset import Rows
-from pmod_cli.errors import PmodError
 
 SAMPLE = 64  # rows looked at before every run
 SHOWN = 20  # bad rows that a report names

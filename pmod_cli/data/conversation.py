@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 IMAGE = "<image>"  # stands in a turn's text where an image goes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

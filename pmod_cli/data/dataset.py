@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow, Conversation
 from pmod_cli.data.images import is_anyres, open_image, padding_processor, reduced
 from pmod_cli.data.sources import Source, open_source
 from pmod_cli.data.templates import IGNORED, encode, renderer
-from pmod_cli.errors import PmodError
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("length", "<i4")])
 VERSION = 1  # of ROW and of how it is filled

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_messages, length_of
 from pmod_cli.data.index import open_index
-from pmod_cli.errors import PmodError
 
 
 class Source(Protocol):

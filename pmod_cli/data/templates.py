@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import IMAGE, BadRow, Turn
-from pmod_cli.errors import PmodError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin

@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from pmod_cli.errors import PmodError, explain
+from pmod_cli.core.errors import PmodError, explain
 from pmod_cli.evaluation import prompts
 from pmod_cli.evaluation.batching import windows
 from pmod_cli.evaluation.journal import Answer

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pmod_cli.errors import explain
+from pmod_cli.core.errors import explain
 from pmod_cli.evaluation.adapter import PmodModel, Unanswered
 from pmod_cli.evaluation.journal import Answer, Journal
 from pmod_cli.evaluation.memory import PeakMemory

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.files import read_json
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
 from pmod_cli.evaluation.statistics import Record
 from pmod_cli.evaluation.suite import Benchmark

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.atomic import write_text
 from pmod_cli.checkpoints.resolve import HUB_ANSWERS_WITHIN, within
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.core.atomic import write_text
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation import mirror
 from pmod_cli.evaluation.sources import Source
 from pmod_cli.evaluation.suite import KNOWN, Benchmark

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.files import read_json
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.report import SCHEMA_VERSION
 from pmod_cli.evaluation.suite import Benchmark

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_eval.tasks import TaskManager, get_task_dict
 
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation import mirror
 from pmod_cli.evaluation.sources import Source
 from pmod_cli.evaluation.suite import PAPER, Benchmark, folders

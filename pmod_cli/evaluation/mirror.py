@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation.sources import Source
 
 CHECKSUMS = "SHA256SUMS"  # in the root of a mirror, as `sha256sum --check` reads it

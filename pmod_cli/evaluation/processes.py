@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pmod_cli.errors import RUN_FAILED, PmodError, explain
+from pmod_cli.core.errors import RUN_FAILED, PmodError, explain
 
 PATIENCE = timedelta(days=7)  # a process that finishes early waits for the slowest; a dead one ends its launcher
 SAID = ".error.json"

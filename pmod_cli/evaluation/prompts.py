@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 IMAGE = "<image>"  # lmms-eval's mark for the place of an image, in tasks that interleave images and text
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.loading import load_tasks
 from pmod_cli.evaluation.processes import hidden_launcher
 from pmod_cli.evaluation.suite import Benchmark

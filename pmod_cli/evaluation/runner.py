@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.atomic import write_json, write_text
+from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.evaluation import formats, provenance, questions
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, one_line, write_traceback

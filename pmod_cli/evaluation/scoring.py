@@ -12,7 +12,7 @@ import numpy as np
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation.fallbacks import counting
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.outcome import Outcome, Record, digest

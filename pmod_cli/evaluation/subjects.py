@@ -13,7 +13,7 @@ from pmod_cli.checkpoints import load_model, resolve, router_state
 from pmod_cli.checkpoints.convert import PROVENANCE
 from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.layouts import KINDS
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.downsample import downsample
 

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data import documents, glyphs
-from pmod_cli.errors import PmodError
 from pmod_cli.evaluation.suite import TINY_QUESTIONS as QUESTIONS
 
 LAYOUT = 1  # raise it when the columns change
@@ -42,7 +42,7 @@ def rows(task: str, questions: int) -> dict[str, list[Any]]:
 def _write(task: str, questions: int, target: Path) -> None:
     from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-    from pmod_cli.checkpoints.atomic import staged_directory
+    from pmod_cli.core.atomic import staged_directory
 
     text = Value("string")
     columns = {"question_id": Value("int64"), "image": Image(), "question": text, "answer": text, "answers": List(text)}

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.checkpoints import load_model
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model.layer import Router
 from pmod_cli.profiling.subject import Subject
 from pmod_cli.profiling.workload import Row

@@ -16,7 +16,7 @@ from fvcore.nn.jit_handles import conv_flop_count
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import Routing
 from pmod_cli.profiling.operators import Count, count
 from pmod_cli.profiling.sizes import Sizes

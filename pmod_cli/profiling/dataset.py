@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
 from pmod_cli.data.sources import LlavaFile
-from pmod_cli.errors import PmodError
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.anyres import image_tokens
 from pmod_cli.profiling.kv_cache import bytes_per_token

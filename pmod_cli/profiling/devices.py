@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling.units import GIB, GIGA, MIB, TERA
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling.breakdown import breakdown
 from pmod_cli.profiling.clock import Timing, interleaved, peak_bytes, threads, timed
 from pmod_cli.profiling.contestants import NAMES, STOCK, Contestants, loaded_contestants, prompt, random_contestants

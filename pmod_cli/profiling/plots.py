@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pmod_cli.checkpoints.atomic import write_bytes
-from pmod_cli.errors import PmodError
+from pmod_cli.core.atomic import write_bytes
+from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.scores import Scores
 from pmod_cli.profiling.sweep import Axis, Point

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pmod_cli.checkpoints.files import read_json
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.sweep import Axis, Point
 

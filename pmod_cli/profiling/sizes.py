@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 # What a config.json leaves out is its class's default. Heads share no K and V unless they say so.
 _TEXT_DEFAULTS = {

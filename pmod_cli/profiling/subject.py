@@ -14,7 +14,7 @@ from transformers import LlavaConfig, LlavaNextConfig
 
 from pmod_cli.checkpoints import resolve
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
 from pmod_cli.profiling.sizes import Sizes
 

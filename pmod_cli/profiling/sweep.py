@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.kv_cache import kv_cache
 from pmod_cli.profiling.sizes import Sizes

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.workload import Row, layer_tokens

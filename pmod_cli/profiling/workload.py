@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model.schedule import kept_tokens
 from pmod_cli.profiling.anyres import ImageTokens, image_tokens
 from pmod_cli.profiling.sizes import Sizes

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from pmod_cli.checkpoints import load_model
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.settings import Settings

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling.devices import Device, parse_memory
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.training import TrainingSetup, training_flops

@@ -10,13 +10,13 @@ from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoProcessor
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import DataReport, check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.grouping import ModalityBatches
 from pmod_cli.data.rows import row
-from pmod_cli.errors import PmodError
 from pmod_cli.training.arguments import processes
 from pmod_cli.training.settings import DataArgs, Settings
 from pmod_cli.training.start import source_of

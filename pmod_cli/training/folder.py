@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pmod_cli.checkpoints.atomic import write_json, write_text
-from pmod_cli.errors import PmodError
+from pmod_cli.core.atomic import write_json, write_text
+from pmod_cli.core.errors import PmodError
 from pmod_cli.training.recipe import differences, dump, load_settings
 from pmod_cli.training.settings import Settings
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.training.parts import Part
 from pmod_cli.training.run import FinetuneReport
 from pmod_cli.training.summary import Summary

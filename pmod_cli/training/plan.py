@@ -8,10 +8,10 @@ from transformers import AutoProcessor, PretrainedConfig
 
 from pmod_cli.checkpoints import resolve
 from pmod_cli.checkpoints.aliases import ALIASES
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import check_rows
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.dataset import build_dataset
-from pmod_cli.errors import PmodError
 from pmod_cli.profiling.cost import meta_model
 from pmod_cli.profiling.devices import Device, parse_memory
 from pmod_cli.profiling.sizes import Sizes

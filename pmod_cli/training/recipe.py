@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import yaml
 
 from pmod_cli import recipes
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
-from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.settings import PARTS, Settings
 

@@ -3,7 +3,7 @@
 import os
 from importlib.util import find_spec
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.training.settings import Settings
 
 PACKAGES = {"peft": "peft", "bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "liger_kernel": "liger-kernel"}

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainerStat
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from pmod_cli.checkpoints import load_model
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
-from pmod_cli.errors import RUN_FAILED, PmodError
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, copy_adapter, merge
 from pmod_cli.training.arguments import precision, processes, training_arguments

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from pmod_cli.checkpoints import Options, convert, resolve, router_state
 from pmod_cli.checkpoints.files import CONFIG, read_json
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.settings import Settings
 

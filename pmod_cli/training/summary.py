@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import PretrainedConfig, TrainerState
 
-from pmod_cli.checkpoints.atomic import write_json, write_text
+from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.training import folder
 from pmod_cli.training.arguments import processes
 from pmod_cli.training.cost import run_flops, this_device

@@ -18,8 +18,8 @@ from statistics import mean, stdev
 from time import perf_counter, process_time
 
 from pmod_cli import recipes
-from pmod_cli.checkpoints.atomic import write_json
-from pmod_cli.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.core.atomic import write_json
+from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.settings import Settings
 

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.training.dataset import COUNTS, Counting
 from pmod_cli.training.parts import parameter_groups
 from pmod_cli.training.settings import TrainArgs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from pmod_cli.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.model import kept_tokens
 from pmod_cli.training.dataset import Counts
 

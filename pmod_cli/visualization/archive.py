@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.geometry import Layout, Part
 from pmod_cli.visualization.record import SelectionRecord
 
@@ -28,7 +28,7 @@ WORDS = ("question", "answer", "router_state", "model", "chosen_by", "notes", "r
 
 def save_npz(record: SelectionRecord, path: Path) -> None:
     """Write the record; an existing file is replaced at once or not at all."""
-    from pmod_cli.checkpoints.atomic import write_bytes
+    from pmod_cli.core.atomic import write_bytes
 
     write_bytes(path, npz_bytes(record))
 

@@ -33,7 +33,7 @@ def save_html(record: SelectionRecord, path: Path, *, layers: Sequence[int] | No
     Args:
         layers: where the slider can stop; default all.
     """
-    from pmod_cli.checkpoints.atomic import write_text
+    from pmod_cli.core.atomic import write_text
 
     write_text(path, html_page(record, layers=layers))
 

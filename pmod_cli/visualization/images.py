@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.images import load_image
 
 Region = tuple[float, float, float, float]

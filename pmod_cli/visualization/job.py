@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmod_cli.checkpoints.atomic import write_files
-from pmod_cli.errors import PmodError
+from pmod_cli.core.atomic import write_files
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.archive import load_npz, npz_bytes
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
 from pmod_cli.visualization.figure import MODES, PARTS, draw

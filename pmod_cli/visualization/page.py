@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         PmodError: another ending.
     """
-    from pmod_cli.checkpoints.atomic import write_bytes
+    from pmod_cli.core.atomic import write_bytes
 
     write_bytes(path, encode(figure, check_format(path)))
 

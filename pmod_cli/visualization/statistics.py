@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.record import SelectionRecord
 
 ON_REGION = 0.25  # a patch is on a region when they share this much of the smaller one of the two

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.record import parse_layers
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ asks whether the patches that the bundled model keeps are those that answers are
 import argparse
 from pathlib import Path
 
-from pmod_cli.checkpoints.atomic import staged_directory, write_json
+from pmod_cli.core.atomic import staged_directory, write_json
 from pmod_cli.data.documents import TASKS, draw, seed_of
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from pmod_cli.checkpoints import Options, convert, load_model
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from tests.checkpoints.originals import twins
 
 STOCK = Options(to="stock")

@@ -9,7 +9,7 @@ import pytest
 
 from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.cli import main
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from tests.checkpoints.mutations import mutate
 from tests.checkpoints.originals import twins

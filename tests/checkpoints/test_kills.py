@@ -15,7 +15,7 @@ import pytest
 from pmod_cli.checkpoints import Options, convert
 from pmod_cli.checkpoints.convert import PROVENANCE
 from pmod_cli.checkpoints.files import read_tensors
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from tests.checkpoints.originals import twins
 from tests.conftest import ROOT

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pmod_cli.checkpoints import Options, convert, load_model
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from tests.checkpoints.originals import EXTRA, twins
 

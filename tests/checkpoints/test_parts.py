@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from pmod_cli.checkpoints import Options, convert, load_model
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from tests import factories
 from tests.checkpoints.originals import tokenizer_without_image
 from tests.checkpoints.test_original import PICTURE, logits_of

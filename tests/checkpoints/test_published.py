@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.checkpoints.files import read_tensors
 from pmod_cli.checkpoints.layouts.published import published_ratios, read_settings, write_settings
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration, PmodSettings
 from tests.model.published import GOLDEN, PLACEHOLDER, golden, info
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.checkpoints import ALIASES, builtin_config, resolve
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 REPO = ALIASES["llava-next-7b"].repo
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -5,7 +5,8 @@ import json
 import pytest
 from datasets import Dataset, Features, Image, Value
 
-from pmod_cli import cli, extras
+from pmod_cli import cli
+from pmod_cli.core import extras
 from pmod_cli.data import documents
 from pmod_cli.evaluation import adapter
 

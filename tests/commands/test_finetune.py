@@ -11,8 +11,9 @@ import torch
 import yaml
 from PIL import Image
 
-from pmod_cli import cli, extras
+from pmod_cli import cli
 from pmod_cli.checkpoints import load_model
+from pmod_cli.core import extras
 
 QUICK = ("--max-steps", 2, "--batch-size", 2, "--set", "data.turns=1", "--set", "train.log_steps=1", "--device", "cpu")
 

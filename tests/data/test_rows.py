@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data import index as index_module
 from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
@@ -24,7 +25,6 @@ from pmod_cli.data.grouping import ModalityBatches
 from pmod_cli.data.images import open_image
 from pmod_cli.data.index import open_index
 from pmod_cli.data.templates import IGNORED
-from pmod_cli.errors import PmodError
 from tests import factories
 from tests.data.tokenizers import processor_of
 

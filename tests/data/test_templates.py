@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow, Conversation, Turn, from_llava
 from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.data.templates import IGNORED, encode, renderer
-from pmod_cli.errors import PmodError
 from tests.data import published
 from tests.data.tokenizers import processor_of
 

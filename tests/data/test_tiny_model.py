@@ -8,10 +8,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
 
 from pmod_cli.checkpoints import bundled_path
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import TASKS, draw, seed_of
 from pmod_cli.data.rows import conversation, row
-from pmod_cli.errors import PmodError
 from pmod_cli.training.measure_tiny import answers, kinds, prompts, unseen_documents
 
 UNSEEN = 12  # questions a task

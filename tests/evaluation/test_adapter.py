@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pmod_cli.checkpoints import convert, load_model
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import adapter, batching, prompts
 from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.journal import Answer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.compare import compare
 from pmod_cli.evaluation.report import SCHEMA_VERSION, Report

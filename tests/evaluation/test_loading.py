@@ -2,7 +2,7 @@
 
 import pytest
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import data, fallbacks, mirror, suite
 from pmod_cli.evaluation.loading import load_tasks
 from pmod_cli.evaluation.sources import Source

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import questions, suite
 from tests.evaluation import mirrors
 

@@ -3,8 +3,8 @@
 import pytest
 from datasets import load_from_disk
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data import documents
-from pmod_cli.errors import PmodError
 from pmod_cli.evaluation import questions, scoring, statistics, suite, tiny_data
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.outcome import Outcome

@@ -3,7 +3,7 @@
 import pytest
 
 from pmod_cli.checkpoints import convert
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import subjects
 from pmod_cli.model import PmodSettings
 

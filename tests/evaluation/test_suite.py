@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lmms_eval.tasks import TaskManager
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import suite
 
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from pmod_cli.checkpoints import builtin_config
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import Sizes, TrainingSetup, Workload, load_subject, scaled, training_flops, training_memory
 from pmod_cli.profiling.clock import peak_bytes

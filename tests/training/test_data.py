@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from pmod_cli.checkpoints import convert
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.dataset import SKIPPED
 from pmod_cli.training.recipe import load_settings

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from pmod_cli.checkpoints import convert
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import draw, seed_of
-from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
 from pmod_cli.training.launch import Fleet, launch

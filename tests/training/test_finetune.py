@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pmod_cli.checkpoints import convert, load_model, router_state
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
-from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings, capture_selection
 from pmod_cli.training.arguments import training_arguments
 from pmod_cli.training.dataset import Counting, SyntheticDocuments

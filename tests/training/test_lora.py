@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from pmod_cli.checkpoints import convert, load_model, router_state
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
-from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, merge

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pmod_cli import recipes
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.training.recipe import differences, dump, load_settings
 from pmod_cli.training.settings import Settings
 

@@ -8,8 +8,8 @@ from safetensors import safe_open
 
 from pmod_cli import recipes
 from pmod_cli.checkpoints import router_state
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS, draw, seed_of
-from pmod_cli.errors import PmodError
 from pmod_cli.training import folder
 from pmod_cli.training.recipe import dump, load_settings
 from pmod_cli.training.run import finetune

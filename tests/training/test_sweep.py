@@ -8,9 +8,9 @@ import torch
 
 from pmod_cli import recipes
 from pmod_cli.checkpoints import load_model, resolve
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
 from pmod_cli.data.templates import IGNORED
-from pmod_cli.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import sweep as module
 from pmod_cli.training.recipe import load_settings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.archive import load_npz, save_npz
 from tests.visualization.records import anyres_record, padded_record, record_of
 

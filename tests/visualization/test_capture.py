@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from pmod_cli import checkpoints
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings, kept_tokens
 from pmod_cli.visualization import LoadedImage, attend, select
 

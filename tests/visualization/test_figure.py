@@ -9,7 +9,7 @@ import pytest
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.figure import MODES, draw
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, prepare
 from pmod_cli.visualization.page import Page, save

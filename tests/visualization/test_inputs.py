@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.inputs import check_pictures, find_items
 
 

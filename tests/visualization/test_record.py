@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.record import parse_layers
 from tests.visualization.records import anyres_record
 

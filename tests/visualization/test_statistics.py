@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.statistics import image_statistics, in_common, summarise, tokens_on
 from tests.visualization.records import anyres_record, cropped_record
 

@@ -10,7 +10,7 @@ from pmod_cli.checkpoints.layouts.normal import LowRank, Part, Source
 from pmod_cli.checkpoints.layouts.original import DECODERS, is_original, read_original
 from pmod_cli.checkpoints.layouts.parts import read_parts
 from pmod_cli.checkpoints.options import Options
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 __all__ = ["KINDS", "LowRank", "Part", "Source", "read_source"]
 

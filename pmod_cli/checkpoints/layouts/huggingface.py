@@ -9,7 +9,7 @@ from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts.names import canonical
 from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, section
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 
 KINDS = {

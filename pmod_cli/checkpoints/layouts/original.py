@@ -15,7 +15,7 @@ from pmod_cli.checkpoints.layouts.names import OBSOLETE, from_original
 from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
 from pmod_cli.checkpoints.options import Options
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 DECODERS = {
     "llava": "llama",

@@ -10,7 +10,7 @@ from pmod_cli.checkpoints.layouts.original import DECODERS, from_flat
 from pmod_cli.checkpoints.layouts.shapes import size
 from pmod_cli.checkpoints.layouts.to_published import TOWER
 from pmod_cli.checkpoints.options import Options
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 _MODEL_TYPES = {decoder: original for original, decoder in DECODERS.items() if original.startswith("llava_")}
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (width, height) in pixels

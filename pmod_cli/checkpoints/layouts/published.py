@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from math import cos, isclose, pi
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings, solve_shift
 
 MODEL_TYPE = "pmod_llava_llama"

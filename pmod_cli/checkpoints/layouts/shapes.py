@@ -7,7 +7,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.layouts.values import check_values
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 # What a config.json leaves out is its class's default.
 _DECODER_DEFAULTS = {

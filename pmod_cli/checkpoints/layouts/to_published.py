@@ -6,7 +6,7 @@ from pmod_cli.checkpoints.aliases import CLIP_L_336
 from pmod_cli.checkpoints.layouts import published
 from pmod_cli.checkpoints.layouts.normal import Source
 from pmod_cli.checkpoints.layouts.towers import KNOWN
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 
 TOWER = "openai/clip-vit-large-patch14-336"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.aliases import CLIP_L_336
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 KNOWN = {"openai/clip-vit-large-patch14-336": CLIP_L_336}
 _KEPT = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 _ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 TOWERS = ("clip_vision_model", "siglip_vision_model")

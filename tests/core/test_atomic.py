@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pmod_cli.checkpoints.atomic import staged_directory, write_files, write_json
-from pmod_cli.errors import PmodError
+from pmod_cli.core.atomic import staged_directory, write_files, write_json
+from pmod_cli.core.errors import PmodError
 
 
 def names(folder):
@@ -52,7 +52,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 import os, signal, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pmod_cli.checkpoints.atomic import staged_directory
+from pmod_cli.core.atomic import staged_directory
 with staged_directory(Path(sys.argv[1])) as staging:
     (staging / "part").write_text("part")
     os.kill(os.getpid(), signal.SIGKILL)

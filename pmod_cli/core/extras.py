@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 
 def require(extra: str, *modules: str) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.core.errors import PmodError
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pmod_cli import extras, output, state
-from pmod_cli.errors import PmodError
+from pmod_cli.core import extras, output, state
+from pmod_cli.core.errors import PmodError
 
 
 def test_nothing_written_yet(workdir):

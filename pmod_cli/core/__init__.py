@@ -1,0 +1,1 @@
+"""What every room uses: errors, output, and writing that can be killed. Imports nothing heavy."""

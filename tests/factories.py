@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from pmod_cli.training.tiny_model import CHAT_TEMPLATE, IMAGE, build_tokenizer
+from tests.beds.tiny_llava_next.model import CHAT_TEMPLATE, IMAGE, build_tokenizer
 
 KINDS = ("llava", "llava_next")
 DECODERS = ("llama", "mistral", "qwen2")

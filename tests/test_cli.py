@@ -150,7 +150,7 @@ def test_unknown_exceptions_keep_their_traceback(monkeypatch):
 
 
 def test_closed_pipe_is_quiet(tmp_path):
-    command = f"{sys.executable} -m pmod_cli recipes show tiny-llava-next | head -c 1 > {os.devnull}"
+    command = f"{sys.executable} -m pmod_cli recipes show llava-1.5-7b | head -c 1 > {os.devnull}"
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert result.stderr == ""
 

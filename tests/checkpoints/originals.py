@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
-from pmod_cli.training.tiny_model import IMAGE, SPECIAL, build_tokenizer
 from tests import factories
+from tests.beds.tiny_llava_next.model import IMAGE, SPECIAL, build_tokenizer
 
 MODEL_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
 EXTRA = {

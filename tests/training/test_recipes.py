@@ -16,7 +16,7 @@ from pmod_cli.training.run import finetune
 from tests.checkpoints.test_parts import parts  # noqa: F401 - a fixture
 
 PAPER = ("llava-1.5-7b", "llava-next-7b", "projector-pretrain", "llava-1.5-7b-baseline", "llava-next-7b-baseline")
-SHIPPED = [name for name in recipes.names() if name != "tiny-llava-next" and not name.startswith("ablations/")]
+SHIPPED = [name for name in recipes.names() if not name.startswith("ablations/")]
 # What a recipe of the real size is given instead: the model, its rows, and numbers that fit them.
 TINY = [
     *("model.llm=null", "model.vision_tower=null", "model.projector=null", "model.precision=float32"),
@@ -41,6 +41,11 @@ def rows(tmp_path_factory):
 
 def test_the_recipes_that_the_documents_name_are_shipped():
     assert {*PAPER, "lora", "qlora-24gb", "tiny"} == set(SHIPPED)
+
+
+def test_every_recipe_in_the_list_is_one_that_finetune_reads():
+    for name in recipes.names():
+        assert load_settings(recipes.find(name)).name, name
 
 
 @pytest.mark.parametrize("name", SHIPPED)

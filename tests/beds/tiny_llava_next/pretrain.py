@@ -1,4 +1,4 @@
-"""Pre-trains the bundled tiny LLaVA-NeXT from a random start: ``python -m pmod_cli.training.pretrain_tiny``.
+"""Pre-trains the bundled tiny LLaVA-NeXT from a random start: ``python -m tests.beds.tiny_llava_next.pretrain``.
 
 Stages follow one another as the recipe says. The first trains a shallow model with grounding losses; a deeper stage
 grows the model it is given by new blocks between the trained ones, whose outputs start at zero, so that nothing is
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from pmod_cli.training.grounding import Grounding
-from pmod_cli.training.muon import Muon
-from pmod_cli.training.tiny_batches import Batch, TinyBatches
-from pmod_cli.training.tiny_model import build_model, build_processor, start_layer
+from tests.beds.tiny_llava_next.batches import Batch, TinyBatches
+from tests.beds.tiny_llava_next.grounding import Grounding
+from tests.beds.tiny_llava_next.model import build_model, build_processor, start_layer
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
 def pretrain(recipe: dict, out: Path, report=print) -> Path:
     """Run every stage of a recipe that is not done yet and return the folder of the last stage's model.
 
     Args:
-        recipe: as in ``recipes/tiny-llava-next.yaml``.
+        recipe: as in ``recipe.yaml`` of this folder.
         out: gets one model folder a stage, the running stage's checkpoint, and ``log.jsonl``.
         report: takes one line of text now and then.
     """
@@ -142,7 +143,9 @@ def make_optimizers(model: nn.Module, grounding: nn.Module | None, recipe: dict)
     matrices = [p for name, p in model.named_parameters() if name in inner]
     rest = [p for name, p in model.named_parameters() if name not in inner]
     rest += list(grounding.parameters()) if grounding else []
-    muon = Muon([{"params": matrices, "base_lr": recipe["muon"]["lr"]}], momentum=recipe["muon"]["momentum"])
+    muon = torch.optim.Muon(
+        [{"params": matrices, "base_lr": recipe["muon"]["lr"]}], momentum=recipe["muon"]["momentum"], weight_decay=0.0
+    )
     adamw = torch.optim.AdamW(
         [{"params": rest, "base_lr": recipe["adamw"]["lr"]}], betas=recipe["adamw"]["betas"], weight_decay=0.0
     )
@@ -214,7 +217,7 @@ def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny-llava-next.yaml"))
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     folder = pretrain(yaml.safe_load(arguments.recipe.read_text()), arguments.out)

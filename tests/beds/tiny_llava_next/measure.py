@@ -1,4 +1,4 @@
-"""Measures the tiny model on unseen documents: ``python -m pmod_cli.training.measure_tiny --model DIR``.
+"""Measures the tiny model on unseen documents: ``python -m tests.beds.tiny_llava_next.measure --model DIR``.
 
 One question a prompt, through the stock processor and greedy generation, exact match. Then the same with the image
 blanked, which tells what guessing gives, and with vision tokens hidden from some layer on, which tells how deep the

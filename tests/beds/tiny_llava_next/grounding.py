@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from pmod_cli.training.tiny_batches import Batch
+from tests.beds.tiny_llava_next.batches import Batch
 
 
 class Grounding(nn.Module):

@@ -12,7 +12,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import TASKS, draw, seed_of
 from pmod_cli.data.rows import conversation, row
-from pmod_cli.training.measure_tiny import answers, kinds, prompts, unseen_documents
+from tests.beds.tiny_llava_next.measure import answers, kinds, prompts, unseen_documents
 
 UNSEEN = 12  # questions a task
 

@@ -20,6 +20,7 @@ def auto_map(model_type: str) -> dict[str, str]:
         "AutoConfig": f"{stem}.{classes}Config",
         "AutoModel": f"{stem}.{classes}Model",
         "AutoModelForImageTextToText": f"{stem}.{classes}ForConditionalGeneration",
+        "AutoModelForMultimodalLM": f"{stem}.{classes}ForConditionalGeneration",
     }
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pmod_cli.model import PmodSettings
 
 DECAYS = ("cosine", "linear")
+ALPHA_NORMS = ("tanh", "shifted_softmax")
 
 
 def choose_settings(
@@ -35,6 +36,11 @@ def choose_settings(
         )
     if target_flops is not None and not 0 < target_flops <= 1:
         raise PmodError(f"--target-flops {target_flops}: expected a share above 0 and at most 1, such as 0.55")
+    if "alpha" in wanted and wanted.get("norm", "tanh") not in ALPHA_NORMS:
+        raise PmodError(
+            f"--alpha is the range of the norms {' and '.join(ALPHA_NORMS)}: --norm {wanted['norm']} has none",
+            hint="leave --alpha out, or give scale and bias in the norm's name, as in --norm sigmoid_0.5_1",
+        )
     if not wanted and target_flops is None:
         return None
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaNextForConditionalGeneration,
@@ -293,7 +294,8 @@ def _register() -> None:
         (PmodLlavaNextConfig, PmodLlavaNextModel, PmodLlavaNextForConditionalGeneration, LlavaNextModel),
     ):
         AutoModel.register(config, model)
-        AutoModelForImageTextToText.register(config, generation)
+        for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            auto.register(config, generation)
         stock_type = config.model_type.removeprefix("pmod_")
         for ours, theirs in ((config.model_type, stock_type), (model.__name__, stock.__name__)):
             if mapping := get_checkpoint_conversion_mapping(theirs):

@@ -125,7 +125,7 @@ class Routing:
         for ratio in ratios:
             if ratio not in self._lengths:
                 rows = [others + kept for (_, others, _), kept in zip(self.counts, self.kept(ratio), strict=True)]
-                longest, filler = max(rows), None
+                longest, filler = max(*rows, 1), None  # of no token no layer can compute: then a filler stands there
                 if min(rows) < longest:
                     ends = torch.tensor(rows, device=self.target.device)[:, None]
                     filler = torch.arange(longest, device=self.target.device) >= ends

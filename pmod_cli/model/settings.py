@@ -8,6 +8,7 @@ from .schedule import retention_schedule
 
 NORMS = ("tanh", "softmax", "shifted_softmax", "sigmoid", "none")
 TARGET_TOKENS = ("vision_all", "vision_hr")
+LARGEST = 1e6  # of a setting: no model needs more, and 16-bit weights end soon behind it
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class PmodSettings:
     def __post_init__(self) -> None:
         if self.values is not None:
             object.__setattr__(self, "values", tuple(self.values))
+        for name in ("shift", "mean", "max_ratio", "min_ratio", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= LARGEST:
+                raise ValueError(f"{name} must be a number in -1e6 ... 1e6, found {value}")
         if self.target_tokens not in TARGET_TOKENS:
             raise ValueError(f"target_tokens must be one of {', '.join(TARGET_TOKENS)}, found {self.target_tokens!r}")
         if not self.alpha > 0:
@@ -91,7 +96,10 @@ class PmodSettings:
         }
         if self.norm in presets:
             return presets[self.norm]
-        match = re.fullmatch(r"(tanh|softmax|sigmoid|none)_(-?[\d.]+)_(-?[\d.]+)", self.norm)
-        if not match:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)} or activation_scale_bias, found {self.norm!r}")
+        number = r"-?(?:\d+\.?\d*|\.\d+)"
+        match = re.fullmatch(rf"(tanh|softmax|sigmoid|none)_({number})_({number})", self.norm)
+        if not match or not all(abs(float(value)) <= LARGEST for value in match.groups()[1:]):
+            raise ValueError(
+                f"norm must be one of {', '.join(NORMS)} or activation_scale_bias, found {self.norm[:60]!r}"
+            )
         return match[1], float(match[2]), float(match[3])

@@ -118,6 +118,8 @@ class Row:
 def layer_tokens(rows: Sequence[Row], retention: Sequence[float], target_tokens: str) -> list[tuple[int, int]]:
     """(K, M) of each layer: vision tokens and all tokens, each in the row where it is most; M is what a layer gathers.
 
+    A layer that keeps nothing of a prompt without text gathers one filler.
+
     Args:
         rows: The batch.
         retention: Retention ratio of each layer, length L.
@@ -126,5 +128,5 @@ def layer_tokens(rows: Sequence[Row], retention: Sequence[float], target_tokens:
     tokens = []
     for ratio in retention:
         kept = [row.kept(target_tokens, ratio) for row in rows]
-        tokens.append((max(kept), max(k + row.text_tokens for k, row in zip(kept, rows, strict=True))))
+        tokens.append((max(kept), max(1, *(k + row.text_tokens for k, row in zip(kept, rows, strict=True)))))
     return tokens

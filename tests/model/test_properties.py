@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from pmod_cli.model import PmodLlavaNextModel, capture_selection, kept_tokens
@@ -265,3 +265,29 @@ def test_flash_attention_agrees_with_sdpa():
         with torch.no_grad():
             logits.append(model(**inputs).logits[inputs["attention_mask"].bool()])
     torch.testing.assert_close(*logits, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_prompt_of_images_alone_of_which_a_layer_keeps_nothing(cache):
+    """Nothing passes the layers, so logits are those of the embeddings; a later token sees itself alone."""
+    model = pmod_model("llava", pmod={"schedule": "list", "values": [0.0] * 4, "string": False})
+    inputs = batch("llava", [("", [(64, 64)]), ("", [(32, 64)])])
+    count = (inputs["input_ids"][0] == model.config.image_token_id).sum()
+    ids = torch.full((2, count), model.config.image_token_id)
+    pixels = {"pixel_values": inputs["pixel_values"]}
+    with torch.no_grad():
+        merged = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
+        expected = model.lm_head(model.model.language_model.norm(merged))
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False, **pixels).logits, expected, **CLOSE)
+        settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+        done = model.generate(input_ids=ids, **pixels, **settings, output_logits=True, cache_implementation=cache)
+        torch.testing.assert_close(done.logits[0], expected[:, -1], **CLOSE)
+        first = done.sequences[:, count : count + 1]
+        alone = model(input_ids=first, position_ids=count.reshape(1, 1)).logits[:, -1]
+    torch.testing.assert_close(done.logits[1], alone, **CLOSE)
+
+
+def test_every_auto_class_for_images_and_text_finds_the_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        assert type(auto.from_pretrained(tmp_path)) is type(model)

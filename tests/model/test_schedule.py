@@ -116,3 +116,16 @@ def test_k_is_taken_in_float32():
 def test_schedules_need_no_torch():
     code = "import sys, pmod_cli.model; pmod_cli.model.retention_schedule('cosine', 32); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e300, 10**400])
+@pytest.mark.parametrize("name", ["shift", "mean", "max_ratio", "min_ratio", "alpha"])
+def test_settings_that_are_no_numbers_of_this_world_are_refused(name, number):
+    with pytest.raises(ValueError, match=r"found|must be"):
+        PmodSettings(**{name: number})
+
+
+@pytest.mark.parametrize("norm", ["tanh_1..2_1", "tanh_._1", f"tanh_{'9' * 400}_1"])
+def test_norms_whose_numbers_are_none_are_refused(norm):
+    with pytest.raises(ValueError, match="norm must be one of"):
+        PmodSettings(norm=norm)

@@ -1,13 +1,14 @@
 """Images of training rows: opened with care, and padded to a square where the model was trained so."""
 
 import copy
-import io
-import warnings
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image
 
+from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import as_rgb, load_image
 from pmod_cli.data.conversation import BadRow
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ LONGEST_PADDED_SIDE = 8192  # pixels: a longer side is reduced before padding, s
 
 
 def open_image(source: Any, folder: Path | None = None) -> Image.Image:
-    """An RGB image, converted as the published code does it: ``Image.open(…).convert("RGB")``.
+    """An RGB image, opened as in every other verb (`pmod_cli.core.images`).
 
     Args:
         source: a file name below ``folder``, encoded bytes, or a PIL image.
@@ -27,36 +28,32 @@ def open_image(source: Any, folder: Path | None = None) -> Image.Image:
         BadRow: no such file, one outside the folder, not an image, cut off, or too large to decode safely.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    name = source if isinstance(source, str) else "its image"
+        return as_rgb(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(_inside(source, folder) if isinstance(source, str) else io.BytesIO(source)) as image:
-                before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-                try:
-                    return image.convert("RGB")
-                finally:
-                    ImageFile.LOAD_TRUNCATED_IMAGES = before
-    except FileNotFoundError:
-        raise BadRow(f"no such image: {name}, in {folder}") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
-        raise BadRow(f"{name} has more than {limit}: too large to be decoded safely; scale it down first") from None
-    except UnidentifiedImageError:
-        raise BadRow(f"{name} is not an image, or of a kind that Pillow cannot read") from None
-    except MemoryError:
+        if isinstance(source, str):
+            return load_image(find_image(source, folder), source).pixels
+        if isinstance(source, bytes):
+            return load_image(source, "its image").pixels
+        raise BadRow(f"expected an image, its bytes or a file name, found {type(source).__name__}")
+    except BadRow:
         raise
-    except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
-        raise BadRow(f"{name} cannot be decoded ({error}); the file may be cut off") from None
+    except PmodError as error:
+        raise BadRow(error.what) from None
 
 
-def _inside(name: str, folder: Path | None) -> Path:
+def find_image(name: str, folder: Path | None) -> Path:
+    """The file ``name`` of the image folder.
+
+    Raises:
+        BadRow: there is none, or it lies outside the folder.
+    """
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise BadRow(f"{name} lies outside the image folder")
-    return (folder or Path()) / relative
+    path = (folder or Path()) / relative
+    if not os.path.exists(path):  # False for a name that is too long, where `Path.exists` raises
+        raise BadRow(f"no such image: {name}, in {folder}")
+    return path
 
 
 def reduced(image: Image.Image, padded: bool) -> Image.Image:

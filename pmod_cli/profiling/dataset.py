@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import image_size
 from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
+from pmod_cli.data.images import find_image
 from pmod_cli.data.sources import LlavaFile
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.anyres import image_tokens
@@ -145,17 +145,13 @@ def tokenizer_of(subject: Subject) -> Callable[[str], int]:
 
 
 def _size(name: str, folder: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header: nothing is decoded."""
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise BadRow(f"{name} lies outside the image folder")
+    """Width and height in pixels of the image as training would open it, from the header: nothing is decoded."""
     try:
-        with Image.open(folder / relative) as image:
-            return image.size
-    except FileNotFoundError:
-        raise BadRow(f"no such image: {name}, in {folder}") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRow(f"{name} is not an image that Pillow can read ({type(error).__name__})") from None
+        return image_size(find_image(name, folder), name)
+    except BadRow:
+        raise
+    except PmodError as error:
+        raise BadRow(error.what) from None
 
 
 def _text(conversation: Conversation) -> str:

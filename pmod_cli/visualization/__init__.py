@@ -1,11 +1,11 @@
 """See which image patches each layer keeps: `select` returns arrays, `draw` a figure, `save` writes it."""
 
+from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.visualization.archive import load_npz, save_npz
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
 from pmod_cli.visualization.figure import MODES, PARTS, draw
 from pmod_cli.visualization.geometry import Layout, Part, image_layout
 from pmod_cli.visualization.html import html_page, save_html
-from pmod_cli.visualization.images import LoadedImage, load_image
 from pmod_cli.visualization.inputs import Item, check_pictures, find_items
 from pmod_cli.visualization.job import Drawn, Settings, check_saved, run
 from pmod_cli.visualization.page import check_format, save

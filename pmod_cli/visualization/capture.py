@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import LoadedImage
 from pmod_cli.visualization.geometry import Layout, image_layout
-from pmod_cli.visualization.images import LoadedImage
 from pmod_cli.visualization.record import SelectionRecord
 
 if TYPE_CHECKING:

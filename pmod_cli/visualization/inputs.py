@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.visualization.images import load_image
+from pmod_cli.core.images import load_image
 
 Region = tuple[float, float, float, float]
 ROWS = (".json", ".jsonl")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pmod_cli.core.atomic import write_files
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.visualization.archive import load_npz, npz_bytes
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
 from pmod_cli.visualization.figure import MODES, PARTS, draw
 from pmod_cli.visualization.html import html_page
-from pmod_cli.visualization.images import LoadedImage, load_image
 from pmod_cli.visualization.inputs import Item
 from pmod_cli.visualization.page import check_format, encode
 from pmod_cli.visualization.record import SelectionRecord, parse_layers

@@ -78,7 +78,7 @@ def test_json_and_quiet(ready, capsys):
         (["img.png", "--layers", "99"], "there is no layer 99; the model's layers are 0..3", "--layers all"),
         (["img.png", "--layers", "x"], "'x' is neither a layer nor a range", "2,14,26"),
         (["none.png"], "none.png: no such image file", ""),
-        (["words.png"], "words.png: not an image", ""),
+        (["words.png"], "words.png is not an image", ""),
         (["img.png", "-o", "img.png"], "img.png is the picture to look at", "--out"),
         (["img.png", "-o", "a.pdf"], "a.pdf: pictures are written as .png or .svg", "a.png"),
         (["img.png", "-o", "page.png", "--html"], "page.html is a folder, expected a file", "--out"),

@@ -220,7 +220,7 @@ def broken_images(folder):
         "text.jpg": "text.jpg is not an image",
         "empty.jpg": "empty.jpg is not an image",
         "bomb.png": "bomb.png has more than 89 megapixels",
-        "folder.png": "folder.png cannot be decoded",
+        "folder.png": "folder.png: this is a folder, expected image file",
         "none.png": "no such image: none.png",
         "../secret.png": "../secret.png lies outside the image folder",
         "/etc/secret.png": "/etc/secret.png lies outside the image folder",

@@ -1,7 +1,7 @@
 """A name to files, and files to a model: resolving, converting and loading checkpoints. Imports no torch."""
 
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config, bundled_path
-from pmod_cli.checkpoints.convert import check_target, convert
+from pmod_cli.checkpoints.convert import check_target, convert, sources_of
 from pmod_cli.checkpoints.layouts import Source, read_source
 from pmod_cli.checkpoints.loading import load_model, router_state
 from pmod_cli.checkpoints.options import ConversionReport, Options
@@ -21,4 +21,5 @@ __all__ = [
     "read_source",
     "resolve",
     "router_state",
+    "sources_of",
 ]

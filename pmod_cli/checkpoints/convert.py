@@ -30,8 +30,9 @@ from pmod_cli.checkpoints.remote_code import modeling_source
 from pmod_cli.checkpoints.routers import write_routers
 from pmod_cli.checkpoints.verify import verify
 from pmod_cli.checkpoints.writing import place, stream
-from pmod_cli.core.atomic import refuse_existing, staged_directory, write_json
+from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
 from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"
@@ -70,7 +71,8 @@ def convert(
     """
     target, options = Path(target), options or Options()
     folder = source.folder if isinstance(source, Source) else Path(source)
-    check_target(folder, target, overwrite or resume)
+    read_by = sources_of(folder, options)
+    check_target(target, read_by, overwrite=overwrite, resume=resume)
     read = source if isinstance(source, Source) else read_source(folder, options)
     if options.adapter is not None:
         read_config(options.adapter)
@@ -83,7 +85,8 @@ def convert(
         return _finished(report, plan, target)
     if dry_run:
         return report
-    with staged_directory(target, overwrite=overwrite) as staging:
+    read_by += [*read.files, *read.companions]  # and what these are symlinks to
+    with staged_directory(target, "checkpoint", overwrite=overwrite, sources=read_by) as staging:
         if read.build_companions:
             read.build_companions(staging)
         for path in read.companions:
@@ -111,20 +114,22 @@ def convert(
     return report
 
 
-def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Overwriting removes a folder: only one that a conversion wrote, and never the source.
+def sources_of(source: Path, options: Options) -> list[Path]:
+    """All files and folders that a conversion reads, as far as they are on this machine under these names."""
+    given = (options.adapter, options.vision_tower, options.tokenizer, options.projector)
+    return [source, *(path for path in (Path(name).expanduser() for name in given if name) if path.exists())]
+
+
+def check_target(target: Path, sources: list[Path], *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse, before anything is read, a target that could not be written.
 
     Raises:
-        PmodError: `target` exists and may not be replaced.
+        PmodError: `target` exists and may be neither replaced nor kept.
     """
-    if target.exists() and not target.is_dir():
-        raise PmodError(f"{target} is a file", hint="choose a folder with --out")
-    refuse_existing(target, overwrite)
-    if not target.exists():
-        return
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise PmodError(f"{target} is the source or holds it", hint="choose another folder with --out")
-    if any(target.iterdir()) and not (target / PROVENANCE).is_file():
+    refuse_existing(target, overwrite or resume)
+    if not resume:
+        check_replaceable(target, "checkpoint", sources)
+    elif target.exists() and not (target / PROVENANCE).is_file():
         raise PmodError(
             f"{target} was not written by pmod convert: it lacks {PROVENANCE}",
             hint="choose another folder with --out, or remove it yourself",

@@ -15,6 +15,7 @@ from typing import Any
 from pmod_cli.checkpoints.aliases import ALIASES, bundled_path
 from pmod_cli.checkpoints.files import missing_files
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.folders import heal
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED_PATTERNS = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]  # of repositories without safetensors
@@ -63,6 +64,7 @@ def resolve(
         PmodError: there is no such folder, alias or repository, or it is neither cached nor reachable.
     """
     folder = Path(name).expanduser()
+    heal(folder)
     if folder.is_dir():
         _require_complete(folder, name, weights)
         return Resolved(folder, name, "folder")

@@ -236,7 +236,7 @@ def convert(
         "checkpoints",
         f"{found.alias or (found.repo or str(found.path.resolve())).split('/')[-1]}-{to}",
     )
-    checkpoints.check_target(found.path, target, overwrite or resume)
+    checkpoints.check_target(target, checkpoints.sources_of(found.path, options), overwrite=overwrite, resume=resume)
     source = checkpoints.read_source(found.path, options)
     settings = choose_settings(wanted, target_flops, source)
     with view.written_bytes() as written:
@@ -251,7 +251,7 @@ def convert(
             origin=origin,
             progress=written,
         )
-    if not dry_run and to in ("pmod", "stock"):
+    if not dry_run and to == "pmod":  # an export is for other programs
         state.record_current(target)
     if as_json:
         output.print_json(view.as_json(report, dry_run))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pmod_cli.core import folders, output
+from pmod_cli.core.atomic import write_text
 from pmod_cli.core.errors import PmodError
 
 CURRENT = Path(".pmod", "current")
@@ -20,6 +22,7 @@ def default_model() -> Path | None:
         if not name:
             continue
         path = Path(name).expanduser()
+        folders.heal(path)
         if not path.is_dir():
             raise PmodError(
                 f"{source} names the checkpoint {name}, and there is no such folder",
@@ -30,11 +33,15 @@ def default_model() -> Path | None:
 
 
 def record_current(path: Path) -> None:
-    """Make `path` the default of --model in this directory. Written under a temporary name, then renamed."""
-    CURRENT.parent.mkdir(exist_ok=True)
-    temporary = CURRENT.with_name(f"current.{os.getpid()}.tmp")
-    temporary.write_text(f"{_relative_to_here(path)}\n", encoding="utf-8")
-    temporary.replace(CURRENT)
+    """Make `path` the default of --model in this directory.
+
+    A directory that cannot be written gives a warning only: what was made is made, wherever the command was called.
+    """
+    try:
+        CURRENT.parent.mkdir(exist_ok=True)
+        write_text(CURRENT, f"{_relative_to_here(path)}\n")
+    except OSError as error:
+        output.warn(f"{CURRENT} cannot be written here ({error.strerror}): name the model with --model {path}")
 
 
 def _read_current() -> str | None:

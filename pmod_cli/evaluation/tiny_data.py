@@ -42,13 +42,13 @@ def rows(task: str, questions: int) -> dict[str, list[Any]]:
 def _write(task: str, questions: int, target: Path) -> None:
     from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-    from pmod_cli.core.atomic import staged_directory
+    from pmod_cli.core.folders import staged_directory
 
     text = Value("string")
     columns = {"question_id": Value("int64"), "image": Image(), "question": text, "answer": text, "answers": List(text)}
     split = Dataset.from_dict(rows(task, questions), features=Features(columns))
     try:
-        with staged_directory(target, wait=True) as staged:  # of several processes, one draws
+        with staged_directory(target, "data", wait=True) as staged:  # of several processes, one draws
             DatasetDict({"test": split}).save_to_disk(staged)
     except PmodError:
         if not target.is_dir():  # else another process has drawn the same questions meanwhile

@@ -9,7 +9,8 @@ asks whether the patches that the bundled model keeps are those that answers are
 import argparse
 from pathlib import Path
 
-from pmod_cli.core.atomic import staged_directory, write_json
+from pmod_cli.core.atomic import write_json
+from pmod_cli.core.folders import staged_directory
 from pmod_cli.data.documents import TASKS, draw, seed_of
 
 
@@ -20,7 +21,7 @@ def write_rows(folder: Path, task: str, count: int) -> None:
         PmodError: the folder exists.
     """
     rows, index = [], 0
-    with staged_directory(folder) as staging:
+    with staged_directory(folder, "data") as staging:
         while len(rows) < count:
             document = draw(task, seed_of("test", index))
             index += 1

@@ -128,7 +128,7 @@ def test_overwrite_never_removes_what_is_not_ours(stock_model, tmp_path):
         convert(stock_model(), tmp_path / "photos", PmodSettings(), overwrite=True)
     source = tmp_path / "photos" / "model"
     shutil.copytree(stock_model(), source)
-    with pytest.raises(PmodError, match="the source or holds it"):
+    with pytest.raises(PmodError, match="this run reads"):
         convert(source, tmp_path / "photos", PmodSettings(), overwrite=True)
     assert (tmp_path / "photos" / "cat.jpg").exists()
 

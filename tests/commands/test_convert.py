@@ -86,3 +86,30 @@ def test_list_and_no_name(workdir, capsys):
     assert json.loads(capsys.readouterr().out)["aliases"]["tiny-llava-next"]["repo"] == "bundled"
     assert main(["convert"]) == 2
     assert "--list" in capsys.readouterr().err
+
+
+def test_an_export_is_not_the_current_model(stock_model, workdir):
+    """Later commands would silently use it."""
+    assert main(["convert", str(stock_model()), "-o", "out"]) == 0
+    for to in ("stock", "remote-code"):  # `published` goes the same way, and takes 32 layers
+        assert main(["convert", "out", "--to", to, "-o", f"export-{to}", "-q"]) == 0
+    assert Path(".pmod/current").read_text() == "out\n"
+
+
+def test_a_directory_that_cannot_be_written_is_no_failure(stock_model, workdir, capsys, monkeypatch):
+    source, place = stock_model(), workdir / "here"
+    place.mkdir()
+    (place / ".pmod").touch()  # in the way of the folder, so that it cannot be written by root either
+    monkeypatch.chdir(place)
+    assert main(["convert", str(source), "-o", str(workdir / "out"), "-q"]) == 0
+    assert "warning: .pmod/current cannot be written here" in capsys.readouterr().err
+    assert (workdir / "out" / "config.json").is_file()
+
+
+def test_a_symlink_to_what_would_be_replaced(stock_model, workdir, capsys):
+    """`b` reads the weights of `a`: to replace `a` by a conversion of `b` would leave neither."""
+    assert main(["convert", str(stock_model()), "-o", "a", "--to", "stock", "--copy", "-q"]) == 0
+    assert main(["convert", "a", "-o", "b", "--to", "stock", "--symlink", "-q"]) == 0
+    assert main(["convert", "b", "-o", "a", "--overwrite", "-q"]) == 2
+    assert "this run reads" in capsys.readouterr().err
+    assert main(["convert", "b", "-o", "c", "-q"]) == 0

@@ -1,9 +1,14 @@
 """The default of --model: $PMOD_MODEL, then what was written last in this directory."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pmod_cli.core import extras, output, state
 from pmod_cli.core.errors import PmodError
+from tests.conftest import ROOT
 
 
 def test_nothing_written_yet(workdir):
@@ -29,6 +34,23 @@ def test_a_checkpoint_that_is_gone_is_named(workdir):
     state.record_current(workdir / "gone")
     with pytest.raises(PmodError, match=r"current names the checkpoint gone"):
         state.default_model()
+
+
+def test_a_directory_that_cannot_be_written_gives_a_warning(workdir, capsys):
+    (workdir / ".pmod").write_text("a file, so that nobody can write into it, root included")
+    state.record_current(workdir / "runs")
+    assert "cannot be written here" in capsys.readouterr().err
+    assert (workdir / ".pmod").is_file()
+
+
+def test_what_a_killed_command_left_goes_with_the_next(workdir):
+    code = "import os\nfrom pathlib import Path\nfrom pmod_cli.core import state\nos.fsync = lambda _: os.abort()\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code + "state.record_current(Path('runs'))"], env=environment)
+    assert not (workdir / ".pmod" / "current").exists()
+    assert list((workdir / ".pmod").iterdir())
+    state.record_current(workdir / "runs")
+    assert [path.name for path in (workdir / ".pmod").iterdir()] == ["current"]
 
 
 def test_missing_extra_names_the_install_command():

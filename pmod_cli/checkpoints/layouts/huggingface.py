@@ -64,7 +64,10 @@ def small_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in MADE_NEW
+        if path.is_file()
+        and path.suffix in COPIED_SUFFIXES
+        and path.name not in MADE_NEW
+        and not path.name.startswith(".")
     )
 
 

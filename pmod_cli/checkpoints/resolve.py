@@ -68,6 +68,12 @@ def resolve(
     if folder.is_dir():
         _require_complete(folder, name, weights)
         return Resolved(folder, name, "folder")
+    if folder.is_file():
+        whole = (folder.parent / "config.json").is_file()
+        raise PmodError(
+            f"{name} is a file, and a checkpoint is a folder with config.json and its weights",
+            hint=f"name the folder that holds it: {folder.parent}" if whole else "name the folder of a checkpoint",
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise PmodError(f"there is no folder {name}", hint="pmod convert --list shows the names that are known")
     base, _, suffix = name.partition("@")
@@ -81,6 +87,24 @@ def resolve(
     repo = alias.repo if alias else base
     path, origin = _from_hub(repo, suffix or revision, name, offline, weights, cache_dir)
     return Resolved(path, name, origin, alias=base if alias else None, repo=repo, commit=path.name)
+
+
+def find_here(name: str) -> Resolved | None:
+    """As `resolve`, but nothing is fetched: None where the hub would be asked for the model.
+
+    Raises:
+        PmodError: as `resolve`, which offline includes a model that is not in the cache.
+    """
+    from huggingface_hub import constants
+
+    base, _, revision = name.partition("@")
+    repo = ALIASES[base].repo if base in ALIASES else base
+    may_be_on_hub = repo is not None and repo.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if may_be_on_hub and not Path(name).expanduser().exists() and not constants.HF_HUB_OFFLINE:
+        cached = _cached(repo, revision or None, None)
+        if cached is None or missing_files(cached):
+            return None
+    return resolve(name)
 
 
 def _require_complete(folder: Path, name: str, weights: bool) -> None:

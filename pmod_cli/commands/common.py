@@ -10,6 +10,7 @@ import typer
 
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.hardware import find_accelerator
 
 DTYPES = {
     "auto": "auto",
@@ -114,9 +115,6 @@ def pick_device(device: str) -> str:
     """`auto` becomes the accelerator that is there, else cpu, and is named on stderr."""
     if device != "auto":
         return device
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    chosen = accelerator.type if accelerator is not None else "cpu"
-    output.note(f"device: {chosen} ({'found' if accelerator is not None else 'no accelerator found'})")
-    return chosen
+    found = find_accelerator()
+    output.note(f"device: {found or 'cpu'} ({'found' if found else 'no accelerator found'})")
+    return found or "cpu"

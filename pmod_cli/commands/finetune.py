@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,12 +24,16 @@ from pmod_cli.commands.common import (
     model_or_default,
     pick_device,
 )
-from pmod_cli.commands.finetune_eval import check_tasks, evaluate
-from pmod_cli.commands.finetune_show import Watching, show_check, show_plan, show_report, silence_transformers
+from pmod_cli.commands.finetune_eval import evaluate
+from pmod_cli.commands.finetune_plan import refuse_unfit, show_plan
+from pmod_cli.commands.finetune_show import Watching, show_check, show_report, silence_transformers
 from pmod_cli.commands.sweep import run_sweep
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import INTERRUPTED, PmodError
 from pmod_cli.core.extras import require
+
+if TYPE_CHECKING:
+    from pmod_cli.training.settings import Settings
 
 EXAMPLES = """\
 pmod finetune --recipe tiny
@@ -184,28 +188,33 @@ def finetune(
     if settings.model.llm is None:
         settings.model.name = _lasting_name(model_or_default(settings.model.name))
     require("train", "accelerate", "peft")
+    if check_data:
+        _check_data(settings, as_json)
+        return
+
+    from pmod_cli.training.fleet import Fleet
+    from pmod_cli.training.preflight import Intent, preflight
+
+    elsewhere = dry_run and gpu is not None
+    fleet = Fleet(num_processes, num_machines, machine_rank, main_process_ip, main_process_port, accelerate_config)
+    launched = "LOCAL_RANK" in os.environ
+    wanted, device = device, "cuda" if elsewhere else pick_device(device)
+    if wanted == "auto" and device == "cpu" and num_processes > 1:
+        raise PmodError(
+            f"--num-processes {num_processes}: each process takes a GPU of its own, and none was found",
+            hint="--device cpu shares the cores; --dry-run --gpu NAME plans for a machine that has GPUs",
+        )
+    lacking = preflight(Intent(settings, fleet, device, out, resume, overwrite, launched), elsewhere=elsewhere)
     silence_transformers()
     if dry_run:
-        from pmod_cli.training.plan import plan
-
-        show_plan(plan(settings, processes=num_processes, device=device, gpu=gpu, utilization=utilization), as_json)
-        return
-    device = pick_device(device)
-    check_tasks(settings.eval)
-    if check_data:
-        from pmod_cli.training.dataset import check_all
-
-        show_check(check_all(settings), as_json)
+        _plan(settings, num_processes, device, gpu, utilization, out, lacking, as_json)
         return
 
     from pmod_cli.training import folder
-    from pmod_cli.training.launch import Fleet, launch
+    from pmod_cli.training.launch import launch
     from pmod_cli.training.run import finetune as run
 
-    fleet = Fleet(num_processes, num_machines, machine_rank, main_process_ip, main_process_port, accelerate_config)
-    if num_machines > 1 and out is None:
-        raise PmodError("--num-machines needs --out, a folder that all machines share")
-    if engine is not None and not fleet.is_launch and "LOCAL_RANK" not in os.environ:
+    if engine is not None and not fleet.is_launch and not launched:
         output.warn(f"--engine {engine}: one process shares nothing; it is used with --num-processes")
     out = out or Path("runs", f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
     if fleet.is_launch:
@@ -244,6 +253,40 @@ def finetune(
         if settings.eval and machine_rank == 0:
             evaluate(out, settings.eval, device, limit=settings.eval_limit, quiet=quiet)
     show_report(report, as_json, quiet)
+
+
+def _plan(
+    settings: Settings,
+    processes: int,
+    device: str,
+    gpu: str | None,
+    utilization: float,
+    out: Path | None,
+    lacking: list[str],
+    as_json: bool,
+) -> None:
+    from pmod_cli.training.plan import plan
+
+    found = plan(
+        settings,
+        processes=processes,
+        device=device,
+        gpu=gpu,
+        utilization=utilization,
+        out=out or Path("runs"),
+        lacking=lacking,
+    )
+    show_plan(found, as_json)
+    for sentence in lacking:
+        output.note(f"it could not start on this machine: {sentence}")
+    refuse_unfit(found)
+
+
+def _check_data(settings: Settings, as_json: bool) -> None:
+    silence_transformers()
+    from pmod_cli.training.dataset import check_all
+
+    show_check(check_all(settings), as_json)
 
 
 def _merge(folder: Path, model: str | None, as_json: bool) -> None:

@@ -10,22 +10,8 @@ from pathlib import Path
 
 from pmod_cli.core import output
 from pmod_cli.core.errors import INTERRUPTED, PARTIAL, PmodError
-from pmod_cli.core.extras import require
 
 EVAL = "eval"  # in the run folder
-
-
-def check_tasks(tasks: list[str]) -> None:
-    """Refuse, before the training, tasks that could not be scored after it.
-
-    Raises:
-        PmodError: an unknown task; the [eval] extra is not installed.
-    """
-    if tasks:
-        require("eval", "lmms_eval")
-        from pmod_cli.evaluation.suite import resolve
-
-        resolve(tasks)
 
 
 def evaluate(out: Path, tasks: list[str], device: str, *, limit: int | None = None, quiet: bool = False) -> None:

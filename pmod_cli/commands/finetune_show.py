@@ -1,4 +1,4 @@
-"""What `pmod finetune` shows: steps as they come, a plan, a report."""
+"""What `pmod finetune` shows: steps as they come, a look at the data, a report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from rich.table import Table
 
 from pmod_cli.core import output
 
-GIB = 2**30
 if TYPE_CHECKING:
     from pmod_cli.data.check import DataReport
-    from pmod_cli.training.plan import Plan
     from pmod_cli.training.run import FinetuneReport
     from pmod_cli.training.settings import Settings
     from pmod_cli.training.watch import Step
@@ -57,75 +55,6 @@ class Watching:
 
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def show_plan(plan: Plan, as_json: bool) -> None:
-    """One table: what is trained, what it takes, p-MoD beside stock."""
-    if as_json:
-        output.print_json(_plan_json(plan))
-        return
-    table = Table("part", "parameters", "trained", "learning rate")
-    for part, numbers in plan.parameters.items():
-        rate = f"{plan.learning_rates[part]:g}" if numbers.trained else "frozen"
-        table.add_row(part, f"{numbers.parameters:,}", f"{numbers.trained:,}", rate)
-    output.stdout.print(table)
-
-    columns = (plan.pmod, plan.stock)
-    table = Table(f"{plan.model} on {plan.devices} x {plan.device.name}", "p-MoD", "stock", caption=_caption(plan))
-    for part in ("weights", "optimizer", "gradients", "activations", "logits", "total"):
-        name = "memory of one device, peak" if part == "total" else f"  {part}"
-        table.add_row(name, *(f"{getattr(cost.memory, part) / GIB:.2f} GiB" for cost in columns))
-    fits = {True: "yes", False: "no", None: "not known"}
-    table.add_row(f"fits {plan.device.memory / GIB:.0f} GiB", *(fits[cost.fits] for cost in columns))
-    table.add_section()
-    table.add_row("steps", *[f"{plan.steps:,}"] * 2)
-    table.add_row("rows, a step and in all", *[f"{plan.rows_per_step:,}; {plan.rows_per_step * plan.steps:,}"] * 2)
-    table.add_row("tokens", *[f"{plan.tokens:,}"] * 2)
-    table.add_row("vision tokens a layer keeps", *(f"{cost.mean_retention:.2%}" for cost in columns))
-    table.add_row("training FLOPs", *(f"{cost.flops:.3g}" for cost in columns))
-    table.add_row(
-        f"hours at {plan.utilization:.0%} of peak",
-        *("not known" if cost.hours is None else f"{cost.hours:.1f}" for cost in columns),
-    )
-    output.stdout.print(table)
-
-
-def _caption(plan: Plan) -> str:
-    name = {"p-mod": "p-MoD", "stock": "stock"}[plan.runs_as]
-    source = plan.device.source
-    return f"this run is the {name} column; data: {plan.data.source}; device: {source}"
-
-
-def _plan_json(plan: Plan) -> dict:
-    def cost(column) -> dict:
-        memory = {f"{part}_bytes": number for part, number in asdict(column.memory).items()}
-        return {
-            "memory_bytes": column.memory.total,
-            **memory,
-            "fits": column.fits,
-            "flops": column.flops,
-            "hours": column.hours,
-            "mean_retention_ratio": column.mean_retention,
-        }
-
-    return {
-        "schema_version": 1,
-        "model": plan.model,
-        "runs_as": plan.runs_as,
-        "parameters": {
-            part: {**asdict(numbers), "learning_rate": plan.learning_rates.get(part)}
-            for part, numbers in plan.parameters.items()
-        },
-        "data": asdict(plan.data),
-        "steps": plan.steps,
-        "rows_per_step": plan.rows_per_step,
-        "rows": plan.rows_per_step * plan.steps,
-        "tokens": plan.tokens,
-        "device": {"name": plan.device.name, "count": plan.devices, "memory_bytes": plan.device.memory},
-        "utilization": plan.utilization,
-        "pmod": cost(plan.pmod),
-        "stock": cost(plan.stock),
-    }
 
 
 def show_check(report: DataReport, as_json: bool) -> None:

@@ -113,8 +113,6 @@ def check_all(settings: Settings) -> DataReport:
 
 def _images(settings: Settings) -> int:
     """Different images of the run: as many as it was told, else as it uses."""
-    if settings.data.rows is None and settings.train.max_steps is None:
-        raise PmodError("synthetic documents have no end: expected train.max_steps or data.rows", hint="--max-steps 9")
     return settings.data.rows or settings.train.max_steps * settings.rows_per_step(processes())
 
 

@@ -9,6 +9,7 @@ config.json, *.safetensors   the result; config.json comes last
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,20 +51,37 @@ def open_run(out: Path, settings: Settings, processes: int, *, resume: bool, ove
     """Take ``out`` for a run: new, empty, or holding this very run.
 
     Raises:
-        PmodError: ``out`` holds something else, a run with other settings or of another number of processes.
+        PmodError: as ``check_free``.
     """
+    check_free(out, settings, processes, resume=resume, overwrite=overwrite)
     saved = out / SETTINGS
     if overwrite and saved.is_file():
         shutil.rmtree(out)
-    if saved.is_file():
-        _check_saved(out, load_settings(saved), settings, processes, resume)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PmodError(f"{out} exists and is not a run of pmod finetune", hint="choose another --out")
     if is_checkpoint(out):
         return
     (out / STATE).mkdir(parents=True, exist_ok=True)
     write_json(out / STATE / PROCESSES, {"processes": processes})
     write_text(saved, dump(settings))
+
+
+def check_free(out: Path, settings: Settings, processes: int, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that ``open_run`` could not take. Nothing is changed.
+
+    Raises:
+        PmodError: ``out`` holds something else, a run with other settings or of another number of processes; nothing
+            can be written there.
+    """
+    saved = out / SETTINGS
+    if saved.is_file():
+        if not overwrite:
+            _check_saved(out, load_settings(saved), settings, processes, resume)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PmodError(f"{out} exists and is not a run of pmod finetune", hint="choose another --out")
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise PmodError(f"{out} cannot be made: {above} is a file", hint="choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PmodError(f"nothing can be written into {above}", hint="choose another --out")
 
 
 def _check_saved(out: Path, saved: Settings, settings: Settings, processes: int, resume: bool) -> None:

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.training.fleet import Fleet
 from pmod_cli.training.parts import Part
 from pmod_cli.training.run import FinetuneReport
 from pmod_cli.training.summary import Summary
@@ -24,60 +25,18 @@ WORKER = "pmod_cli.commands.finetune_worker"
 PATIENCE = 600  # seconds that a save may take after a signal
 
 
-@dataclass(frozen=True)
-class Fleet:
-    """The processes of a run.
-
-    Args:
-        processes: on all machines together; one a GPU.
-        machines: each is given the same command, but for ``machine_rank``.
-        machine_rank: number of this machine, from 0.
-        main_ip: address of machine 0.
-        main_port: free port of machine 0.
-        accelerate_config: a file that ``accelerate config`` wrote; it then says all of this, and the engine.
-
-    Raises:
-        PmodError: numbers that do not fit each other.
-    """
-
-    processes: int = 1
-    machines: int = 1
-    machine_rank: int = 0
-    main_ip: str | None = None
-    main_port: int = 29500
-    accelerate_config: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.processes % self.machines:
-            raise PmodError(
-                f"--num-processes {self.processes} counts those of all machines: expected a multiple of "
-                f"--num-machines {self.machines}"
-            )
-        if self.machine_rank >= self.machines:
-            raise PmodError(f"--machine-rank {self.machine_rank}: expected less than --num-machines {self.machines}")
-        if self.machines > 1 and self.main_ip is None:
-            raise PmodError("--num-machines needs --main-process-ip, the address of machine 0")
-        if self.accelerate_config is not None and not self.accelerate_config.is_file():
-            raise PmodError(f"no such file: {self.accelerate_config}", hint="accelerate config --config_file FILE")
-
-    @property
-    def is_launch(self) -> bool:
-        """Whether a launcher is needed."""
-        return self.processes > 1 or self.accelerate_config is not None
-
-    def arguments(self, folder: Path) -> list[str]:
-        """What the launcher is told, the worker's job included."""
-        worker = ["-m", WORKER, str(folder)]
-        if self.accelerate_config is not None:
-            return ["--config_file", str(self.accelerate_config), *worker]
-        here = self.processes // self.machines
-        where = ["--standalone"]
-        if self.machines > 1:
-            where = ["--nnodes", str(self.machines), "--node-rank", str(self.machine_rank)]
-            where += ["--master-addr", str(self.main_ip), "--master-port", str(self.main_port)]
-        quiet = ",".join(f"{rank}:3" for rank in range(1, here))
-        logs = ["--log-dir", str(folder / "logs"), *(["--redirects", quiet] if quiet else [])]
-        return [*where, "--nproc-per-node", str(here), "--shutdown-timeout", str(PATIENCE), *logs, *worker]
+def launcher_arguments(fleet: Fleet, folder: Path) -> list[str]:
+    """What the launcher is told, the worker's job in ``folder`` included."""
+    worker = ["-m", WORKER, str(folder)]
+    if fleet.accelerate_config is not None:
+        return ["--config_file", str(fleet.accelerate_config), *worker]
+    where = ["--standalone"]
+    if fleet.machines > 1:
+        where = ["--nnodes", str(fleet.machines), "--node-rank", str(fleet.machine_rank)]
+        where += ["--master-addr", str(fleet.main_ip), "--master-port", str(fleet.main_port)]
+    quiet = ",".join(f"{rank}:3" for rank in range(1, fleet.here))
+    logs = ["--log-dir", str(folder / "logs"), *(["--redirects", quiet] if quiet else [])]
+    return [*where, "--nproc-per-node", str(fleet.here), "--shutdown-timeout", str(PATIENCE), *logs, *worker]
 
 
 def launch(fleet: Fleet, job: dict[str, Any], on_command: Callable[[str], None]) -> FinetuneReport:
@@ -95,7 +54,7 @@ def launch(fleet: Fleet, job: dict[str, Any], on_command: Callable[[str], None])
         folder = Path(scratch)
         (folder / "job.json").write_text(json.dumps(job))
         program = "torchrun" if fleet.accelerate_config is None else "accelerate launch"
-        arguments = fleet.arguments(folder)
+        arguments = launcher_arguments(fleet, folder)
         on_command(f"{program} {shlex.join(arguments)}")
         failure = _torchrun(arguments) if fleet.accelerate_config is None else _accelerate(arguments)
         return _outcome(folder, failure)

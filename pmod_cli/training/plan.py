@@ -1,6 +1,6 @@
 """What a run would do and need, p-MoD and stock: no weights are read, nothing is trained or written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from transformers import AutoProcessor, PretrainedConfig
 from pmod_cli.checkpoints import resolve
 from pmod_cli.checkpoints.aliases import ALIASES
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.check import check_rows
+from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.profiling.cost import meta_model
@@ -17,10 +17,13 @@ from pmod_cli.profiling.devices import Device, parse_memory
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject, load_subject
 from pmod_cli.profiling.training import TrainingMemory, training_flops, training_memory
-from pmod_cli.profiling.workload import Workload
+from pmod_cli.profiling.workload import Row, Workload
 from pmod_cli.training.cost import row_of, setup_of, this_device
 from pmod_cli.training.dataset import SyntheticDocuments
+from pmod_cli.training.disk import Disk, disk_of
 from pmod_cli.training.parts import Part, count, freeze
+from pmod_cli.training.preflight import check_settings
+from pmod_cli.training.remedies import Remedy, remedies
 from pmod_cli.training.settings import Settings
 
 SAMPLE = 16  # synthetic rows drawn to estimate the tokens of a row
@@ -84,6 +87,9 @@ class Plan:
         utilization: share of the peak that is reckoned with.
         pmod: cost as a p-MoD model.
         stock: cost as a stock model.
+        disk: what the run writes.
+        remedies: where the run does not fit its devices: what would make it fit.
+        lacking: what this machine lacks for the run, where it is planned for another one.
     """
 
     model: str
@@ -99,12 +105,27 @@ class Plan:
     utilization: float
     pmod: Cost
     stock: Cost
+    disk: Disk
+    remedies: list[Remedy] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
+
+    @property
+    def cost(self) -> Cost:
+        """That of this run."""
+        return self.pmod if self.runs_as == "p-mod" else self.stock
 
 
 def plan(
-    settings: Settings, *, processes: int = 1, device: str = "auto", gpu: str | None = None, utilization: float = 0.4
+    settings: Settings,
+    *,
+    processes: int = 1,
+    device: str = "auto",
+    gpu: str | None = None,
+    utilization: float = 0.4,
+    out: Path = Path("runs"),
+    lacking: list[str] | None = None,
 ) -> Plan:
-    """Work out a run.
+    """Work out a run. What it would be refused for without its weights, ``preflight`` tells first.
 
     Args:
         settings: the whole run.
@@ -112,14 +133,14 @@ def plan(
         device: auto, cpu, cuda or cuda:N; what is there, where ``gpu`` does not say otherwise.
         gpu: a GPU by name, or its memory.
         utilization: share of the device's peak arithmetic that is reached.
+        out: the run folder, or one above it.
+        lacking: what ``preflight`` has found this machine to lack.
 
     Raises:
-        PmodError: the model or the GPU is not known, or the settings do not fit.
+        PmodError: the model or the GPU is not known, the settings do not fit, or rows of the data cannot be used.
     """
-    try:
-        per_step = settings.rows_per_step(processes)
-    except ValueError as fault:
-        raise PmodError(str(fault), hint="change train.batch_size or train.global_batch_size") from None
+    check_settings(settings, processes)
+    per_step = settings.rows_per_step(processes)
     target = parse_memory(gpu) if gpu else this_device(device)
     on_gpu = gpu is not None or (device != "cpu" and torch.cuda.is_available())
     subject, name = _subject(settings)
@@ -129,25 +150,34 @@ def plan(
     sizes = Sizes.of(subject.stock)
     data = _data(settings, sizes, per_step)
     steps = settings.steps(data.rows, processes)
-    setup = setup_of(settings, processes, on_gpu)
     passes = steps * settings.accumulation(processes)  # of one device
     target_tokens = subject.pmod.settings.target_tokens
+    room = USABLE * target.memory
+
+    def batch_of(settings: Settings, tokens: float) -> list[Row]:
+        return [row_of(sizes, data.vision_tokens, tokens)] * settings.train.batch_size
+
+    def memory(settings: Settings, processes: int, retention: list[float] | None) -> TrainingMemory:
+        setup = setup_of(settings, processes, on_gpu)
+        return training_memory(sizes, batch_of(settings, data.longest), setup, retention, target_tokens)
 
     def cost(retention: list[float] | None) -> Cost:
-        batch = settings.train.batch_size
-        longest, mean = ([row_of(sizes, data.vision_tokens, tokens)] * batch for tokens in (data.longest, data.tokens))
-        memory = training_memory(sizes, longest, setup, retention, target_tokens)
-        flops = training_flops(sizes, mean, setup, retention, target_tokens).step * passes
+        needed = memory(settings, processes, retention)
+        setup = setup_of(settings, processes, on_gpu)
+        batch = batch_of(settings, data.tokens)
+        flops = training_flops(sizes, batch, setup, retention, target_tokens).step * passes
         return Cost(
-            memory=memory,
-            fits=memory.total <= USABLE * target.memory if target.memory else None,
+            memory=needed,
+            fits=needed.total <= room if target.memory else None,
             flops=float(flops) * processes,
             hours=flops / (target.flops * utilization) / 3600 if target.flops else None,
             mean_retention=1.0 if retention is None else sum(retention) / len(retention),
         )
 
-    parameters = _parameters(settings, subject.pmod if routed else subject.stock)
-    return Plan(
+    config = subject.pmod if routed else subject.stock
+    parameters = _parameters(settings, config)
+    own = subject.pmod.retention if routed else None
+    found = Plan(
         model=name,
         runs_as="p-mod" if routed else "stock",
         parameters=parameters,
@@ -161,6 +191,14 @@ def plan(
         utilization=utilization,
         pmod=cost(subject.pmod.retention),
         stock=cost(None),
+        disk=disk_of(settings, parameters, config, steps, None if gpu else out),
+        lacking=lacking or [],
+    )
+    if found.cost.fits is not False:
+        return found
+    return replace(
+        found,
+        remedies=remedies(settings, processes, lambda *changed: memory(*changed, own).total, room, on_gpu),
     )
 
 
@@ -223,8 +261,6 @@ def _sampled(settings: Settings, processor, per_step: int) -> DataShape:
     data = settings.data
     if data.kind == "synthetic":
         rows = data.rows or (settings.train.max_steps or 0) * per_step
-        if not rows:
-            raise PmodError("synthetic documents have no end: expected train.max_steps or data.rows")
         documents = SyntheticDocuments(data, SAMPLE)
         batch = Collator(processor)([documents[index] for index in range(SAMPLE)])
         lengths = batch["attention_mask"].sum(dim=1)
@@ -233,5 +269,7 @@ def _sampled(settings: Settings, processor, per_step: int) -> DataShape:
         return DataShape(rows, lengths.double().mean().item(), int(lengths.max()), vision, said)
     found = build_dataset(data, processor)
     report = check_rows(found)
+    if data.on_bad_row == "error":
+        refuse_bad(report)
     vision = report.tokens_per_row if report.with_images else 0.0
     return DataShape(len(found), report.tokens_per_row, report.longest, vision, f"{report.checked} rows of the data")

@@ -1,6 +1,5 @@
 """What a run needs beside the base installation: checked before anything is loaded or written."""
 
-import os
 from importlib.util import find_spec
 
 from pmod_cli.core.errors import PmodError
@@ -10,8 +9,13 @@ PACKAGES = {"peft": "peft", "bitsandbytes": "bitsandbytes", "deepspeed": "deepsp
 PACKAGES |= {"tensorboard": "tensorboard", "wandb": "wandb", "flash_attn": "flash-attn"}
 
 
-def check_requirements(settings: Settings, device: str) -> None:
+def check_requirements(settings: Settings, device: str, distributed: bool) -> None:
     """Refuse settings that this machine or installation cannot follow.
+
+    Args:
+        settings: the whole run.
+        device: cpu, cuda, cuda:N or mps.
+        distributed: whether several processes share the run; one alone shares nothing and needs no engine.
 
     Raises:
         PmodError: names the setting, what it needs, and what to do instead.
@@ -39,15 +43,25 @@ def check_requirements(settings: Settings, device: str) -> None:
                 hint="--set model.attention=sdpa",
             )
         _need("flash_attn", "model.attention: flash_attention_2", "--set model.attention=sdpa")
-    if train.engine.startswith("zero") and "LOCAL_RANK" in os.environ:  # one process shares nothing
+    if train.engine.startswith("zero") and distributed:
         if not cuda:
             raise PmodError(
                 f"train.engine: DeepSpeed ({train.engine}) needs CUDA GPUs, and the device is {device}",
                 hint="--engine ddp or --engine fsdp2",
             )
         _need("deepspeed", f"train.engine: {train.engine}", "--engine fsdp2")
-    if train.report_to != "none":
-        _need(train.report_to, f"train.report_to: {train.report_to}", "--report-to none")
+    check_report(settings)
+
+
+def check_report(settings: Settings) -> None:
+    """Refuse a log that needs a package which is not installed.
+
+    Raises:
+        PmodError: names the setting, and what to do instead.
+    """
+    where = settings.train.report_to
+    if where != "none":
+        _need(where, f"train.report_to: {where}", "--report-to none")
 
 
 def _need(module: str, setting: str, instead: str) -> None:

@@ -1,5 +1,6 @@
 """One fine-tuning run, from settings to a checkpoint. What it leaves where: see ``folder``."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from pmod_cli.training.calibration import calibrate_routers
 from pmod_cli.training.dataset import Counting, Data, open_data
 from pmod_cli.training.liger import use_liger
 from pmod_cli.training.parts import Part, count, freeze, repeat_in_backward
+from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.requirements import check_requirements
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import source_of, starting_checkpoint
@@ -87,11 +89,8 @@ def finetune(
         PmodError: ``out`` holds something else, or a run with other settings; something is missing that the settings
             need; the loss is not a number; memory or disk is full.
     """
-    check_requirements(settings, device)
-    try:
-        settings.accumulation(processes())
-    except ValueError as fault:
-        raise PmodError(str(fault), hint="change train.batch_size or train.global_batch_size") from None
+    check_requirements(settings, device, "LOCAL_RANK" in os.environ)
+    check_settings(settings, processes())
     source_of(settings)
     arguments = training_arguments(settings, out, device)
     _ = arguments.device  # joins the other processes

@@ -1,14 +1,14 @@
-"""What a run starts from: a checkpoint as it is, converted to p-MoD, or put together from a base language model."""
+"""What a run starts from: a checkpoint as it is, converted to p-MoD, or put together from a base language model.
+
+Imports no torch.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from huggingface_hub import hf_hub_download
-from safetensors.torch import save_file
-
 from pmod_cli.checkpoints import Options, convert, resolve, router_state
 from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.resolve import find_here
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.settings import Settings
@@ -42,6 +42,25 @@ def is_routed(settings: Settings) -> bool:
     return bool(settings.pmod.given) if settings.pmod.enabled is None else settings.pmod.enabled
 
 
+def check_start(settings: Settings, converted: Path) -> None:
+    """Refuse what ``starting_checkpoint`` would refuse, as far as the files are on this machine. Nothing is written.
+
+    Raises:
+        PmodError: as ``starting_checkpoint``.
+    """
+    model = settings.model
+    for name in (model.name, model.llm, model.vision_tower):
+        if name is not None and find_here(name) is None:
+            return
+    if model.projector is not None and _local_projector(model.projector) is None:
+        return
+    source, to_convert = source_of(settings)
+    if not to_convert or (converted / CONFIG).is_file() or (model.llm is not None and model.projector is None):
+        return
+    pmod = PmodSettings.from_dict(settings.pmod.given)
+    convert(source, converted, pmod, _options(settings, source, converted), dry_run=True)
+
+
 def starting_checkpoint(settings: Settings, converted: Path) -> Path:
     """The folder of the checkpoint that the run starts from.
 
@@ -57,28 +76,33 @@ def starting_checkpoint(settings: Settings, converted: Path) -> Path:
         return source
     if (converted / CONFIG).is_file():
         return converted
-    model = settings.model
-    options = Options(to="pmod" if is_routed(settings) else "stock")
-    if model.llm is not None:
-        tower = resolve(model.vision_tower).path
-        options = replace(
-            options,
-            vision_tower=str(tower),
-            projector=_projector(settings, source, tower, converted.with_name("projector.safetensors")),
-            anyres=model.kind == "llava_next",
-        )
-    convert(source, converted, PmodSettings.from_dict(settings.pmod.given), options, origin=model.llm or model.name)
+    origin = settings.model.llm or settings.model.name
+    options = _options(settings, source, converted)
+    convert(source, converted, PmodSettings.from_dict(settings.pmod.given), options, origin=origin)
     return converted
+
+
+def _options(settings: Settings, source: Path, converted: Path) -> Options:
+    """How the source is converted."""
+    model, options = settings.model, Options(to="pmod" if is_routed(settings) else "stock")
+    if model.llm is None:
+        return options
+    tower = resolve(model.vision_tower).path
+    projector = _projector(settings, source, tower, converted.with_name("projector.safetensors"))
+    return replace(options, vision_tower=str(tower), projector=projector, anyres=model.kind == "llava_next")
 
 
 def _projector(settings: Settings, llm: Path, tower: Path, new: Path) -> Path:
     """The file of the projector: given, on the hub, or written to ``new`` with random weights, as torch starts them."""
-    name = settings.model.projector
-    if name is not None:
-        path = Path(name).expanduser()
-        if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if (name := settings.model.projector) is not None:
+        if (path := _local_projector(name)) is not None:
             return path
+        from huggingface_hub import hf_hub_download
+
         return Path(hf_hub_download(name, PROJECTOR))
+    import torch
+    from safetensors.torch import save_file
+
     widths = read_json(tower / CONFIG), read_json(llm / CONFIG)
     inner, outer = (config.get("vision_config", config)["hidden_size"] for config in widths)
     torch.manual_seed(settings.train.seed)
@@ -92,6 +116,13 @@ def _projector(settings: Settings, llm: Path, tower: Path, new: Path) -> Path:
         new,
     )
     return new
+
+
+def _local_projector(name: str) -> Path | None:
+    """The file of a projector; None where ``name`` is a repository on the hub."""
+    path = Path(name).expanduser()
+    on_hub = not path.is_file() and not name.startswith((".", "/", "~")) and name.count("/") == 1
+    return None if on_hub else path
 
 
 def _check_routing(source: Path, settings: Settings) -> None:

@@ -118,3 +118,14 @@ def test_builtin_sizes(name, layers, hidden):
     assert (config.model_type, text.num_hidden_layers, text.hidden_size) == (ALIASES[name].kind, layers, hidden)
     assert config.image_token_index < text.vocab_size
     assert json.dumps(config.to_dict())
+
+
+def test_a_file_is_not_looked_for_on_the_hub(stock_model, tmp_path):
+    """Neither a file of a checkpoint, which names its folder, nor another one."""
+    config = stock_model() / "config.json"
+    with pytest.raises(PmodError, match="is a file, and a checkpoint is a folder") as caught:
+        resolve(str(config))
+    assert caught.value.hint == f"name the folder that holds it: {config.parent}"
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(PmodError, match=r"notes\.txt is a file"):
+        resolve(str(tmp_path / "notes.txt"))

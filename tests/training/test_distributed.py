@@ -17,7 +17,8 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
-from pmod_cli.training.launch import Fleet, launch
+from pmod_cli.training.fleet import Fleet
+from pmod_cli.training.launch import launch, launcher_arguments
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 
@@ -152,7 +153,7 @@ def test_numbers_that_do_not_fit(options, part):
 
 
 def test_the_command_of_a_machine_among_several(tmp_path):
-    words = Fleet(processes=16, machines=2, machine_rank=1, main_ip="node0").arguments(tmp_path)
+    words = launcher_arguments(Fleet(processes=16, machines=2, machine_rank=1, main_ip="node0"), tmp_path)
     line = " ".join(words)
     assert "--nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500 --nproc-per-node 8" in line
 

@@ -1,0 +1,166 @@
+"""What a run would be refused for, as far as it is known without its weights.
+
+``pmod finetune`` asks this before it imports torch or starts a process, with ``--dry-run`` and without: so a plan is
+approved only where the run starts. The library's ``finetune`` asks ``check_settings`` again for itself.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pmod_cli.core.errors import PmodError
+from pmod_cli.core.extras import require
+from pmod_cli.core.hardware import count_gpus, find_accelerator
+from pmod_cli.profiling.training import LORA_TARGETS
+from pmod_cli.training import folder
+from pmod_cli.training.fleet import Fleet
+from pmod_cli.training.requirements import check_report, check_requirements
+from pmod_cli.training.settings import Settings
+from pmod_cli.training.start import check_start
+
+
+@dataclass(frozen=True)
+class Intent:
+    """A run that is about to start.
+
+    Args:
+        settings: the whole run.
+        fleet: its processes.
+        device: what they run on: cpu, cuda, cuda:N or mps.
+        out: the run folder; None is a new one.
+        resume: as ``run.finetune`` takes it.
+        overwrite: as ``run.finetune`` takes it.
+        launched: whether another program, such as torchrun, has started this process as one of several.
+    """
+
+    settings: Settings
+    fleet: Fleet = field(default_factory=Fleet)
+    device: str = "cpu"
+    out: Path | None = None
+    resume: bool = True
+    overwrite: bool = False
+    launched: bool = False
+
+    @property
+    def processes(self) -> int | None:
+        """How many share the run; None where only another launcher knows."""
+        return None if self.launched or self.fleet.accelerate_config is not None else self.fleet.processes
+
+
+def preflight(run: Intent, *, elsewhere: bool = False) -> list[str]:
+    """Refuse a run that could not start.
+
+    Args:
+        run: what is about to start.
+        elsewhere: the run is planned for another machine: what this one lacks is told, not refused.
+
+    Returns:
+        What this machine lacks, one sentence each; empty where the run may start here.
+
+    Raises:
+        PmodError: the first thing that would end the run.
+    """
+    for check in ANYWHERE:
+        check(run)
+    lacking = []
+    for check in HERE:
+        try:
+            check(run)
+        except PmodError as fault:
+            if not elsewhere:
+                raise
+            lacking.append(fault.what)
+    return lacking
+
+
+def check_settings(settings: Settings, processes: int) -> None:
+    """What is wrong with the settings alone, on any machine.
+
+    Raises:
+        PmodError: the global batch does not come out even, the data have no end, or adapters are to go where no decoder
+            has a linear map.
+    """
+    try:
+        settings.accumulation(processes)
+    except ValueError as fault:
+        raise PmodError(str(fault), hint="change train.batch_size or train.global_batch_size") from None
+    if settings.data.kind == "synthetic" and settings.data.rows is None and settings.train.max_steps is None:
+        raise PmodError("synthetic documents have no end: expected train.max_steps or data.rows", hint="--max-steps 9")
+    if settings.lora.enabled and (unknown := [name for name in settings.lora.targets if name not in LORA_TARGETS]):
+        raise PmodError(f"lora.targets: the decoder has no {', '.join(unknown)}", hint=", ".join(LORA_TARGETS))
+
+
+def _settings(run: Intent) -> None:
+    if run.processes is not None:
+        check_settings(run.settings, run.processes)
+
+
+def _folder(run: Intent) -> None:
+    if run.fleet.machines > 1 and run.out is None:
+        raise PmodError("--num-machines needs --out, a folder that all machines share")
+    if run.out is not None and run.processes is not None and run.fleet.machine_rank == 0:
+        folder.check_free(run.out, run.settings, run.processes, resume=run.resume, overwrite=run.overwrite)
+
+
+def _report(run: Intent) -> None:
+    """Weights & Biases and TensorBoard run on any machine, so a plan for another one is held to them too."""
+    check_report(run.settings)
+
+
+def _tasks(run: Intent) -> None:
+    if run.settings.eval:
+        from pmod_cli.evaluation.suite import resolve
+
+        require("eval", "lmms_eval")
+        resolve(run.settings.eval)
+
+
+def _questions(run: Intent) -> None:
+    """A run that cannot be scored after the training says so before it."""
+    if run.settings.eval:
+        from pmod_cli.evaluation.data import require_data
+        from pmod_cli.evaluation.suite import resolve
+
+        require_data(resolve(run.settings.eval))
+
+
+def _devices(run: Intent) -> None:
+    kind, _, number = run.device.partition(":")
+    if kind == "mps" and find_accelerator() != "mps":
+        raise PmodError("the device is mps, and there is none on this machine", hint="--device cpu")
+    if kind != "cuda":
+        return
+    found, wanted = count_gpus(), run.fleet.here
+    if run.processes is not None and wanted > 1 and found < wanted:
+        raise PmodError(
+            f"{wanted} processes on this machine take a GPU each, and there are {found}",
+            hint=f"--num-processes {found * run.fleet.machines}" if found else "--device cpu --num-processes 2",
+        )
+    if found <= int(number or 0):
+        raise PmodError(
+            f"the device is {run.device}, and "
+            + (f"there are only {found} CUDA GPUs" if found else "no CUDA GPU can be used on this machine"),
+            hint="--device cpu" if not found else f"--device cuda:{found - 1}",
+        )
+
+
+def _packages(run: Intent) -> None:
+    check_requirements(run.settings, run.device, run.launched or run.fleet.is_launch)
+
+
+def _data(run: Intent) -> None:
+    data = run.settings.data
+    if data.kind != "llava":
+        return
+    path = Path(data.path).expanduser()
+    if not path.is_file():
+        raise PmodError(f"data.path: there is no file {path}", hint="--set data.path=FILE")
+    if data.images is not None and not Path(data.images).expanduser().is_dir():
+        raise PmodError(f"data.images: there is no folder {data.images}", hint="--set data.images=DIR")
+
+
+def _model(run: Intent) -> None:
+    check_start(run.settings, (run.out or Path("runs", run.settings.name)) / folder.STATE / folder.START)
+
+
+ANYWHERE = (_settings, _folder, _report, _tasks)
+HERE = (_devices, _packages, _data, _questions, _model)

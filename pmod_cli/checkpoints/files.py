@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 
 CONFIG = "config.json"
@@ -67,15 +68,11 @@ def read_json(path: Path) -> dict:
             raise PmodError(f"{path} names {twice!r} twice", hint=FETCH)
         return value
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+        value = json_text.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except FileNotFoundError:
         raise PmodError(f"{path.parent} has no {path.name}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
+    except ValueError as error:
         raise PmodError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise PmodError(f"{path} holds a {type(value).__name__}, expected an object")

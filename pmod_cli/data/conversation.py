@@ -96,7 +96,7 @@ def _turn(number: int, turn: Any, role_key: str, text_key: str) -> Turn:
     if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
         raise BadRow(f"turn {number}: expected an object with '{role_key}' and '{text_key}'")
     role, text = turn[role_key], turn[text_key]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"turn {number}: unknown role {role!r:.40}; expected one of {', '.join(ROLES)}")
     if isinstance(text, list):
         text = "".join(_part(number, part) for part in text)

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 
 ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("length", "<i4")])
@@ -85,7 +86,7 @@ def _line_rows(path: Path, file: BinaryIO, length_of: Callable[[object], int]) -
     for line in file:
         if not line.isspace():
             try:
-                length, any_good = length_of(json.loads(line)), True
+                length, any_good = length_of(json_text.loads(line)), True
             except ValueError:
                 length = -1
             yield start, len(line), length
@@ -135,6 +136,9 @@ def _array_rows(path: Path, file: BinaryIO, length_of: Callable[[object], int]) 
                 value, end = decoder.raw_decode(text, place)
                 if end < len(text) or not more():  # a number may go on in the next chunk
                     break
+            except RecursionError:
+                where = f"row {row}, which begins at byte {base + place}"
+                raise PmodError(f"the data file {path} is broken in {where}: {json_text.DEEPEST}") from None
             except ValueError as error:
                 if len(text) - place > LONGEST_ROW or not more():
                     reason = getattr(error, "msg", str(error))

@@ -1,6 +1,5 @@
 """Where rows come from: LLaVA's own JSON or JSONL with a folder of images, or a Hugging Face data set."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_messages, length_of
 from pmod_cli.data.index import open_index
@@ -58,7 +58,7 @@ class LlavaFile:
     def __getitem__(self, row: int) -> Conversation:
         start, size, _ = self._index[row].tolist()
         try:
-            return from_llava(json.loads(os.pread(self._descriptor(), size, start)))
+            return from_llava(json_text.loads(os.pread(self._descriptor(), size, start)))
         except ValueError as error:
             raise BadRow(f"not JSON: {error}") from None
 

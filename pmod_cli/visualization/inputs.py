@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import load_image
 
@@ -104,16 +105,14 @@ def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix.lower() == ".jsonl":
+        return enumerate(json_text.read_lines(path))
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise PmodError(f"{path}: expected a list of rows, found {type(rows).__name__}")
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = json_text.loads(path.read_bytes())
     except ValueError as error:  # json's, or a byte that is no UTF-8
         raise PmodError(f"{path}: not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise PmodError(f"{path}: expected a list of rows, found {type(rows).__name__}")
     return enumerate(rows)
 
 

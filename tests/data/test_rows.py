@@ -263,6 +263,8 @@ def test_every_kind_of_image_trains_or_is_named(tmp_path, pictures, kind):
         ({"conversations": []}, "the conversation is empty"),
         ({"conversations": [{"from": "human"}]}, "turn 0: expected an object with 'from' and 'value'"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0: unknown role 'bot'"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 0: unknown role ['human']"),
+        ({"conversations": [{"from": {}, "value": "x"}]}, "turn 0: unknown role {}"),
         ({"conversations": [{"from": "human", "value": 3}]}, "turn 0: 'value': expected text, found int"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "the assistant says nothing"),
         (said() | {"image": "a.png"}, "the row has 1 image, and 0 <image> places in its turns"),

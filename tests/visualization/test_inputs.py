@@ -50,6 +50,13 @@ def test_llava_rows(tmp_path):
     assert find_items([tmp_path / "rows.json"])[2].path == tmp_path / "b.png"
 
 
+def test_a_row_may_hold_the_other_line_separators(tmp_path):
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": "one\u2028two\u2029three\x85four"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (item,) = find_items([tmp_path / "rows.jsonl"])
+    assert item.question == "one\u2028two\u2029three\x85four"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pmod_cli.checkpoints import load_model, resolve, router_state
 from pmod_cli.checkpoints.convert import PROVENANCE
 from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.layouts import KINDS
+from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.downsample import downsample
@@ -98,14 +97,22 @@ def stock_source(path: Path) -> str | None:
             return name
         if router_state(folder) == "stock":
             return name or str(folder)
-        if (folder / PROVENANCE).is_file():
-            name = read_json(folder / PROVENANCE)["source"]
-        elif (folder / RUN_SETTINGS).is_file():
-            name = yaml.safe_load((folder / RUN_SETTINGS).read_text(encoding="utf-8"))["model"]["name"]
-        else:
-            return None
-        folder = Path(name)
+        name = _made_from(folder)
+        folder = None if name is None else Path(name)
     return None
+
+
+def _made_from(folder: Path) -> str | None:
+    """What a checkpoint names as its source, or None."""
+    if (folder / PROVENANCE).is_file():
+        name = read_json(folder / PROVENANCE).get("source")
+    elif (folder / RUN_SETTINGS).is_file():
+        settings = yaml_text.read(folder / RUN_SETTINGS).plain()
+        model = settings.get("model") if isinstance(settings, dict) else None
+        name = model.get("name") if isinstance(model, dict) else None
+    else:
+        return None
+    return name if isinstance(name, str) and name and "\0" not in name else None
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,16 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import yaml
 
 from pmod_cli import recipes
+from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.yaml_text import Located
 from pmod_cli.data.documents import TASKS
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.settings import PARTS, Settings
 
 BASE = "base"  # a recipe's first key may name the recipe that it changes
+LARGEST = {int: 2**31 - 1, float: 1e9}  # of any setting: beyond it a run would never end, or its numbers would
+LONGEST_NAME = 100  # characters
 
 
 class Entry(NamedTuple):
@@ -54,6 +58,7 @@ def load_settings(
             _assign(settings, entry)
         except ValueError as fault:
             faults.append(f"{entry.where}: {fault}")
+    faults += _not_a_name(settings.name)
     faults += _unknown("model.freeze", settings.model.freeze, PARTS)
     faults += _unknown("data.tasks", settings.data.tasks, TASKS)
     faults += settings.conflicts()
@@ -106,47 +111,50 @@ def _flatten(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterable[Entry]:
-    """The entries of a YAML file, after those of its base. Read as nodes, since only these know their lines."""
+    """The entries of a YAML file, after those of its base."""
     if path in above:
         raise PmodError(f"the recipe {path} is its own base: {' -> '.join(map(str, (*above, path)))}")
     try:
-        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        root = yaml_text.read(path)
     except OSError as error:
         raise PmodError(f"cannot read the recipe {path}: {error.strerror}", hint="pmod recipes ls") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PmodError(f"the recipe {path} is not YAML: {error}") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
+    if root.data is not None and not isinstance(root.data, dict):
         raise PmodError(f"the recipe {path} holds no mapping of keys to values")
-    entries = list(_walk(root, path, "")) if root is not None else []
+    entries = list(_walk(root, path, ""))
     base = next((entry for entry in entries if entry.key == BASE), None)
     if base is None:
         return entries
     if not isinstance(base.value, str):
         raise PmodError(f"{base.where}: {BASE}: expected the name of a recipe, got {base.value!r}")
-    beside = path.parent / base.value
-    below = _read(beside if beside.is_file() else recipes.find(base.value), (*above, path))
+    below = _read(_base_of(path, base), (*above, path))
     return [*(entry for entry in below if entry.key != "name"), *(entry for entry in entries if entry is not base)]
 
 
-def _walk(node: yaml.MappingNode, path: Path, prefix: str) -> Iterable[Entry]:
-    values = yaml.SafeLoader("")
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        if isinstance(value_node, yaml.MappingNode) and value_node.value:
-            yield from _walk(value_node, path, f"{key}.")
+def _base_of(path: Path, base: Entry) -> Path:
+    """The file of a base: in the folder of the recipe that names it, or below, else a shipped recipe."""
+    inside = Path(base.value)
+    if inside.is_absolute() or ".." in inside.parts or "\0" in base.value:
+        raise PmodError(f"{base.where}: {BASE}: {base.value!r:.100} lies outside the recipe's folder")
+    if (path.parent / inside).is_file():
+        return path.parent / inside
+    if inside.suffix in (recipes.SUFFIX, ".yml"):
+        raise PmodError(f"{base.where}: {BASE}: no such recipe beside it: {base.value!r:.100}", hint="pmod recipes ls")
+    return recipes.find(base.value)
+
+
+def _walk(tree: Located, path: Path, prefix: str) -> Iterable[Entry]:
+    for name, value in (tree.data or {}).items():
+        if isinstance(value.data, dict) and value.data:
+            yield from _walk(value, path, f"{prefix}{name}.")
         else:
-            value = values.construct_object(value_node, deep=True)
-            yield Entry(key, value, f"{path}, line {key_node.start_mark.line + 1}")
+            yield Entry(prefix + name, value.plain(), f"{path}, line {value.line}")
 
 
 def _override(text: str) -> Entry:
     key, equals, value = text.partition("=")
     if not equals:
         raise PmodError(f"--set {text}: expected key.path=value", hint="--set train.max_steps=100")
-    try:
-        return Entry(key.strip(), yaml.safe_load(value), f"--set {text}")
-    except yaml.YAMLError as error:
-        raise PmodError(f"--set {text}: the value is not YAML: {error}") from None
+    return Entry(key.strip(), yaml_text.parse(value, f"--set {text:.200}").plain(), f"--set {text}")
 
 
 def _assign(settings: Settings, entry: Entry) -> None:
@@ -157,8 +165,8 @@ def _assign(settings: Settings, entry: Entry) -> None:
         target = getattr(target, group, None)
     known = {field.name: field for field in fields(target)} if is_dataclass(target) else {}
     if name not in known:
-        nearest = get_close_matches(entry.key, _keys(), n=1)
-        raise ValueError(f"unknown key {entry.key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        nearest = get_close_matches(entry.key[:100], _keys(), n=1)
+        raise ValueError(f"unknown key {entry.key:.100}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
     if is_dataclass(getattr(target, name)):
         raise ValueError(f"{entry.key} is a group of settings, not a value")
     value = _fit(entry.value, get_type_hints(type(target))[name], entry.key)
@@ -174,17 +182,19 @@ def _fit(value: Any, kind: Any, key: str) -> Any:
         return None if value is None else _fit(value, get_args(kind)[0], key)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{key}: expected one of {', '.join(get_args(kind))}, got {value!r}")
+            raise ValueError(f"{key}: expected one of {', '.join(get_args(kind))}, got {value!r:.100}")
         return value
     if get_origin(kind) is list:
         if not isinstance(value, list):
-            raise ValueError(f"{key}: expected a list, got {value!r}")
+            raise ValueError(f"{key}: expected a list, got {value!r:.100}")
         return [_fit(item, get_args(kind)[0], key) for item in value]
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"{key}: expected {_NAMES[kind]}, got {value!r}")
+        raise ValueError(f"{key}: expected {_NAMES[kind]}, got {value!r:.100}")
+    if kind in LARGEST and not abs(value) <= LARGEST[kind]:  # which is false of what is no number, too
+        raise ValueError(f"{key}: expected {_NAMES[kind]} of at most {LARGEST[kind]:,.0f}, got {value!r:.100}")
     return value
 
 
@@ -198,3 +208,10 @@ def _keys() -> list[str]:
 def _unknown(key: str, values: list[str], allowed: tuple[str, ...]) -> list[str]:
     wrong = [value for value in values if value not in allowed]
     return [f"{key}: unknown {', '.join(wrong)}; expected some of {', '.join(allowed)}"] if wrong else []
+
+
+def _not_a_name(name: str) -> list[str]:
+    """The name of a recipe names the run folder: so it is a file name, and names no other folder."""
+    if 0 < len(name) <= LONGEST_NAME and name.isprintable() and not set(name) & set("/\\") and name not in (".", ".."):
+        return []
+    return [f"name: expected a file name of up to {LONGEST_NAME} characters without / and \\, got {name!r:.120}"]

@@ -64,7 +64,15 @@ def test_every_fault_is_reported_with_its_place_and_the_nearest_name(tmp_path):
         ("train.max_steps", "expected key.path=value"),
         ("train=5", "is a group of settings"),
         ("train.learning_rate=fast", "expected a number"),
-        ("train.learning_rate=.nan", "expected 0 or more"),
+        ("train.learning_rate=.nan", "expected a number of at most 1,000,000,000, got nan"),
+        ("train.learning_rate=.inf", "expected a number of at most"),
+        ("train.learning_rate=1e400", "expected a number of at most"),
+        ("train.max_steps=100000000000000000000", "a whole number of at most 2,147,483,647"),
+        ("train.epochs=1e20", "expected a number of at most"),
+        ("pmod.shift=.inf", "expected a number of at most"),
+        ("name=../../x", "expected a file name"),
+        ("name=..", "expected a file name"),
+        ('name="a\\nb"', "expected a file name"),
         ("model.precision=fp8", "expected one of auto, float32, bfloat16"),
         ("model.freeze=router", "expected a list"),
         ("model.freeze=[tower]", "unknown tower"),
@@ -91,6 +99,49 @@ def test_bad_values_are_refused(override, part):
 def test_bad_files_are_refused(tmp_path, text):
     with pytest.raises(PmodError, match=r"mine\.yaml"):
         load_settings(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: &a [*a]", "an alias names the very value"),
+        ("train: &t {seed: *t}", "an alias names the very value"),
+        ("train: !!python/object/apply:os.system [x]", "the tag tag:yaml.org,2002:python/object/apply:os.system is"),
+        ("train: {seed: !secret 3}", "the tag !secret is unknown"),
+        ("train: {seed: !!int x}", "'x' is not of the type int"),
+        ("train:\n  seed: 1\n  lr_schedule: linear\n  seed: 2", "line 4: the key 'seed' stands twice; first on line 2"),
+        ("train: {seed: 1}\ntrain: {seed: 2}", "line 2: the key 'train' stands twice"),
+        ("train: {? [a, b] : 1}", "expected a word as key"),
+        ("[" * 5000, "20 levels"),
+        ("train: " + "[" * 30 + "]" * 30, "20 levels"),
+        ("# " + "x" * 70_000, "65,536 bytes"),
+        ("name: ../../x", "expected a file name"),
+        ("base: /etc/passwd", "outside the recipe's folder"),
+        ("base: ../other.yaml", "outside the recipe's folder"),
+        ("base: other.yaml", "no such recipe beside it"),
+        ("train: {max_steps: 1e20}", "expected a whole number, got '1e20'"),
+    ],
+)
+def test_hostile_files_are_refused(tmp_path, text, part):
+    with pytest.raises(PmodError, match=r"mine\.yaml|^name") as caught:
+        load_settings(write(tmp_path, text))
+    assert part in caught.value.what
+    assert len(caught.value.what) < 600
+
+
+def test_aliases_that_stand_for_billions_of_values_end_at_a_limit(tmp_path):
+    """Ten levels of six."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 6)}]" for level in range(1, 11)]
+    with pytest.raises(PmodError, match="more than 10,000 values"):
+        load_settings(write(tmp_path, "\n".join(lines)))
+
+
+def test_an_alias_and_a_date_are_read(tmp_path):
+    text = "data: {tasks: &two [doc, chart]}\nmodel: {freeze: [router], name: 2026-01-02}\neval: *two\n"
+    settings = load_settings(write(tmp_path, text))
+    assert settings.data.tasks == settings.eval == ["doc", "chart"]
+    assert settings.model.name == "2026-01-02"
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
+from pmod_cli.core import yaml_text
 from tests.beds.tiny_llava_next.batches import Batch, TinyBatches
 from tests.beds.tiny_llava_next.grounding import Grounding
 from tests.beds.tiny_llava_next.model import build_model, build_processor, start_layer
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    folder = pretrain(yaml.safe_load(arguments.recipe.read_text()), arguments.out)
+    folder = pretrain(yaml_text.read(arguments.recipe).plain(), arguments.out)
     print(f"trained model: {folder}")
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pmod_cli import __version__
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.subjects import Subject
 from pmod_cli.evaluation.suite import Benchmark
@@ -89,7 +90,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {"pmod": __version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

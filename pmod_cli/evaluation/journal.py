@@ -1,17 +1,21 @@
 """Answers on the disk as they are made: lines are only ever added, one file per benchmark and process.
 
 A line names its answer by a key that is a digest of everything the answer depends on (see `questions.keys`). So a rerun
-may read the files of any earlier run, of any number of processes, and takes what fits.
+may read the files of any earlier run, of any number of processes, and takes what fits. The last field of a line is a
+digest of the others: a line that was cut, or in which a bit has flipped, is no answer, and its question is asked again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, get_type_hints
+
+from pmod_cli.core import json_text
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Answer:
         return not any(letter.isalnum() for letter in self.text)
 
 
+SUM = "sha256"  # of a line: the first 16 digits
+FIELDS = {"key": str, **get_type_hints(Answer), SUM: str}
+
+
 class Journal:
     """The answers of one benchmark by one model.
 
@@ -58,25 +66,53 @@ class Journal:
         self.path = folder / f"{benchmark}.{rank}.jsonl"
 
     def read(self) -> dict[str, Answer]:
-        """Every whole line of every process, by key. Where a question was answered twice, the first answer counts."""
+        """Every whole line of every process, by key. Where a question was answered twice, the first answer counts.
+
+        Lines that are not whole are passed over: a killed writer leaves one.
+        """
         answers: dict[str, Answer] = {}
         for path in sorted(self.folder.glob(f"{self.benchmark}.*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                    answers.setdefault(entry.pop("key"), Answer(**entry))
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    continue  # the writer was killed in the middle of this line
+            for _, line in json_text.lines(path.read_bytes()):
+                if (entry := _whole(line)) is not None:
+                    answers.setdefault(*entry)
         return answers
 
     def append(self, answers: Iterable[tuple[str, Answer]]) -> None:
         """Add a batch with a single write, so that a kill leaves at most one broken line."""
-        lines = (json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) for key, answer in answers)
+        lines = (_line({"key": key, **asdict(answer)}) for key, answer in answers)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+", buffering=0) as file:
             data = (("\n" if _ends_inside_a_line(file) else "") + "".join(f"{line}\n" for line in lines)).encode()
             while data:
                 data = data[file.write(data) :]
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return _text({**entry, SUM: _sum(_text(entry))})
+
+
+def _text(entry: dict[str, Any]) -> str:
+    """Read and written again, it is the same text."""
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False)
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _whole(line: bytes) -> tuple[str, Answer] | None:
+    """Key and answer of a line; None where it is not as it was written, or not of this layout."""
+    try:
+        entry = json_text.loads(line)
+        if not isinstance(entry, dict) or entry.keys() != FIELDS.keys():
+            return None
+        if not all(type(entry[name]) is kind for name, kind in FIELDS.items()):
+            return None
+        if entry.pop(SUM) != _sum(_text(entry)):
+            return None
+    except ValueError:  # no JSON, or a number beyond what a float holds
+        return None
+    return entry.pop("key"), Answer(**entry)
 
 
 def _ends_inside_a_line(file: BinaryIO) -> bool:

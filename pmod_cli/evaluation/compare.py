@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
-from pmod_cli.evaluation.statistics import Record
+from pmod_cli.evaluation.stored import read_records, read_run
 from pmod_cli.evaluation.suite import Benchmark
 
-RESULTS = "results.json"
-ANSWERS = "answers"
 OF_MODEL = ("dtype", "attention", "image_processor", "image_backend", "batch_size", "device")  # each changes answers
 OF_TASK = ("task_versions",)
 PACKAGES = ("lmms_eval", "torch", "transformers", "tokenizers", "pillow", "numpy", "datasets")
@@ -31,9 +27,9 @@ def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
         As `Report.results`, with `runs` (folder by label) and `unequal` (sentences: what else differs).
 
     Raises:
-        PmodError: a folder holds no run of this version, or there are fewer than two models.
+        PmodError: a folder holds no whole run of this version, or there are fewer than two models.
     """
-    opened = [_open(run) for run in runs]
+    opened = [read_run(run) for run in runs]
     columns = list(_columns(opened))
     if len(columns) < 2:
         raise PmodError("one model alone compares with nothing", hint="pmod eval --compare RUN RUN")
@@ -47,28 +43,16 @@ def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
         report.add_model(label, results["models"][inner])
     for label, folder, inner, results in columns:
         for task in results["tasks"]:
-            if inner in task["scores"]:
-                records = _records(folder, inner, task["name"]) if task["scores"][inner]["score"] is not None else []
-                report.add(benchmarks[task["name"]], label, task["scores"][inner], records)
+            if (entry := task["scores"].get(inner)) is not None:
+                scored = entry["score"] is not None
+                records = read_records(folder, inner, task["name"], entry["questions"]) if scored else []
+                report.add(benchmarks[task["name"]], label, entry, records)
     return {
         "schema_version": SCHEMA_VERSION,
         "runs": {label: str(folder) for label, folder, *_ in columns},
         "unequal": [*_unequal_settings(columns), *_unequal_questions(report)],
         **report.results(),
     }
-
-
-def _open(run: Path) -> tuple[Path, dict[str, Any]]:
-    folder = run.parent if run.name == RESULTS else run
-    if not (folder / RESULTS).is_file():
-        raise PmodError(f"{run} is no finished run: there is no {folder / RESULTS}", hint="pmod eval -o DIR makes one")
-    results = read_json(folder / RESULTS)
-    if results.get("schema_version") != SCHEMA_VERSION:
-        raise PmodError(
-            f"{folder / RESULTS} has schema version {results.get('schema_version')!r}, expected {SCHEMA_VERSION}",
-            hint="run the evaluation again; answers that are there are not asked again",
-        )
-    return folder, results
 
 
 def _columns(opened: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
@@ -84,14 +68,6 @@ def _columns(opened: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[st
                 label = f"{base} ({count})"
             taken.add(label)
             yield label, folder, inner, results
-
-
-def _records(folder: Path, label: str, benchmark: str) -> list[Record]:
-    path = folder / ANSWERS / label / f"{benchmark}.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise PmodError(f"{path} cannot be read, so this run cannot be compared: {error}") from error
 
 
 def _unequal_settings(columns: Sequence[tuple[str, Path, str, dict[str, Any]]]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 DRAWS = 1000
 UNKNOWN = (None, None)
+MOST_TASKS = 100  # of one benchmark; POPE has three
 CHUNK = 64  # draws made at once, to bound memory on benchmarks of ten thousand questions and more
 
 Record = Mapping[str, Any]  # one answered question: `task`, `doc_id` and lmms-eval's `item`
@@ -84,16 +85,21 @@ def summands(metric: str, records: Sequence[Record]) -> Summands | None:
     if not counted:
         return None
     try:
-        if metric == "mme_perception_score":
-            return _mme(counted)
-        if metric == "gpt_eval_score":
-            counted = _mmbench(counted)
-        if metric == "pope_f1_score":
-            return _per_task(counted, [_yes_or_no(record["item"]) for record in counted], _f1)
-        correct = {"seed_image": _seed, "mmmu_acc": _mmmu}.get(metric, float)
-        return _per_task(counted, [(correct(record["item"]), 1.0) for record in counted], _mean)
-    except (KeyError, TypeError, ValueError):
+        found = _summands(metric, counted)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return None  # a task that was passed through, with items of its own
+    return found if np.isfinite(found.columns).all() else None
+
+
+def _summands(metric: str, counted: Sequence[Record]) -> Summands:
+    if metric == "mme_perception_score":
+        return _mme(counted)
+    if metric == "gpt_eval_score":
+        counted = _mmbench(counted)
+    if metric == "pope_f1_score":
+        return _per_task(counted, [_yes_or_no(record["item"]) for record in counted], _f1)
+    correct = {"seed_image": _seed, "mmmu_acc": _mmmu}.get(metric, float)
+    return _per_task(counted, [(correct(record["item"]), 1.0) for record in counted], _mean)
 
 
 def _per_task(
@@ -101,6 +107,8 @@ def _per_task(
 ) -> Summands:
     """The mean over lmms-eval's tasks of a score of each; units are single questions."""
     tasks = list(dict.fromkeys(record["task"] for record in records))
+    if not 0 < len(tasks) <= MOST_TASKS:
+        raise ValueError(f"expected up to {MOST_TASKS} tasks, found {len(tasks)}")
     strata = np.array([tasks.index(record["task"]) for record in records])
     width = len(terms[0])
     columns = np.zeros((len(records), len(tasks), width))

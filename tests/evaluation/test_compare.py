@@ -119,3 +119,83 @@ def test_what_cannot_be_compared(tmp_path):
     (old / "results.json").write_text("{")
     with pytest.raises(PmodError, match="is not JSON"):
         compare([run, old])
+
+
+def test_answers_with_the_other_line_separators_are_read_back(tmp_path):
+    """As `runner` writes them, characters outside ASCII as they are."""
+    runs = [write_run(tmp_path / name, [1.0, 0.0, 1.0, 0.0]) for name in "ab"]
+    path = runs[1] / "answers" / "m" / "docvqa.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    rows[0]["answer"] = "one\u2028two\u2029three\x85four"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert compare(runs)["tasks"][0]["differences"]["b"]["changed_answers"] == 1
+
+
+def damage(value, keys, change):
+    """A copy of a JSON value in which `change` was made to the object that `keys` lead to."""
+    value = json.loads(json.dumps(value))
+    target = value
+    for key in keys:
+        target = target[key]
+    change(target)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("keys", "change", "said"),
+    [
+        ([], lambda it: it.pop("models"), "the key 'models' is missing"),
+        ([], lambda it: it.update(models=[]), "models: expected an object, found []"),
+        ([], lambda it: it.update(tasks={}), "tasks: expected a list, found {}"),
+        ([], lambda it: it.pop("settings"), "the key 'settings' is missing"),
+        (["software"], lambda it: it.pop("packages"), "software: the key 'packages' is missing"),
+        (["tasks", 0], lambda it: it.pop("title"), "tasks[0]: the key 'title' is missing"),
+        (["tasks", 0], lambda it: it.update(name="../../x"), "tasks[0].name: expected a file name"),
+        (["tasks", 0], lambda it: it.update(scale="1"), "tasks[0].scale: expected a number"),
+        (["tasks", 0, "scores", "m"], lambda it: it.pop("questions"), "scores.m: the key 'questions' is missing"),
+        (["tasks", 0, "scores", "m"], lambda it: it.update(score="high"), "scores.m.score: expected a number"),
+        (["tasks", 0, "scores", "m"], lambda it: it.update(score=None), "scores.m: the key 'error' is missing"),
+        (["tasks", 0, "scores", "m"], lambda it: it.update(limited=3), "scores.m.limited: expected true or false"),
+        (["tasks", 0, "scores", "m"], lambda it: it.update(seconds=[]), "scores.m.seconds: expected a number"),
+        (["tasks", 0, "scores", "m"], lambda it: it.update(questions=3), "holds 4 answers, and results.json names 3"),
+        (["models"], lambda it: it.update({"../m": it.pop("m")}), "models: expected file names as keys"),
+        (["models", "m"], lambda it: it.update(mean_retention="x"), "models.m.mean_retention: expected a number"),
+    ],
+)
+def test_a_key_that_is_missing_or_holds_something_else_is_named(tmp_path, keys, change, said):
+    runs = [write_run(tmp_path / name, [1.0, 0.0, 1.0, 0.0]) for name in "ab"]
+    path = runs[1] / "results.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()), keys, change)))
+    with pytest.raises(PmodError) as caught:
+        compare(runs)
+    assert said in caught.value.what
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda it: it.pop("answer"), "answer 0: the key 'answer' is missing"),
+        (lambda it: it.update(answer=["x"]), "answer 0.answer: expected text"),
+        (lambda it: it.update(doc_id=[]), "answer 0.doc_id: expected a count or text"),
+        (lambda it: it.update(item=10**40), "answer 0.item: expected a value without numbers beyond 1e15"),
+    ],
+)
+def test_a_record_that_holds_something_else_is_named(tmp_path, change, said):
+    runs = [write_run(tmp_path / name, [1.0, 0.0, 1.0, 0.0]) for name in "ab"]
+    path = runs[1] / "answers" / "m" / "docvqa.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    change(rows[0])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(PmodError, match=r"docvqa\.jsonl cannot be read") as caught:
+        compare(runs)
+    assert said in caught.value.what
+
+
+def test_items_that_are_no_numbers_leave_the_scores(tmp_path):
+    runs = [write_run(tmp_path / name, [1.0, 0.0, 1.0, 0.0]) for name in "ab"]
+    path = runs[1] / "answers" / "m" / "docvqa.jsonl"
+    path.write_text(path.read_text().replace('"item": 1.0', '"item": "nan"'))
+    (task,) = compare(runs)["tasks"]
+    assert (task["scores"]["b"]["score"], task["scores"]["b"]["low"]) == (50.0, None)
+    assert task["differences"]["b"]["low"] is None

@@ -103,7 +103,7 @@ def image_layout(image_processor: BaseImageProcessor, patch_size: int, height: i
     seen_h, seen_w = (side, side) if pad else (height, width)
     top, left = ((side - height) // 2, (side - width) // 2) if pad else (0, 0)
     rows, columns = _patch_spans(image_processor, patch_size, seen_h, seen_w)
-    part = _part("image", rows - top, columns - left, first=0)
+    part = numbered("image", rows - top, columns - left, first=0)
     return Layout(width, height, (part,))
 
 
@@ -116,7 +116,7 @@ def _anyres_layout(image_processor: BaseImageProcessor, patch_size: int, height:
     # Base: the whole image, its aspect ratio given up, in one square.
     square_h, square_w = _square(image_processor)
     rows, columns = _patch_spans(image_processor, patch_size, square_h, square_w)
-    base = _part("base", rows * (height / square_h), columns * (width / square_w), first=0)
+    base = numbered("base", rows * (height / square_h), columns * (width / square_w), first=0)
 
     # Tiles: aspect ratio kept, centred on a canvas of whole tiles.
     canvas_h, canvas_w = select_best_resolution((height, width), image_processor.image_grid_pinpoints)
@@ -135,11 +135,11 @@ def _anyres_layout(image_processor: BaseImageProcessor, patch_size: int, height:
     kept_r, kept_c = unpad_image(cells, (height, width)).shape[1:]
     rows = rows[(len(rows) - kept_r) // 2 :][:kept_r]
     columns = columns[(len(columns) - kept_c) // 2 :][:kept_c]
-    tiles = _part("tiles", rows, columns, first=base.size, newline=True)
+    tiles = numbered("tiles", rows, columns, first=base.size, newline=True)
     return Layout(width, height, (base, tiles), tile_grid)
 
 
-def _part(name: str, rows: np.ndarray, columns: np.ndarray, *, first: int, newline: bool = False) -> Part:
+def numbered(name: str, rows: np.ndarray, columns: np.ndarray, *, first: int, newline: bool = False) -> Part:
     """Number the cells row by row from `first`; with `newline` each row is one token longer than its cells."""
     indices = first + np.arange(len(rows) * (len(columns) + newline)).reshape(len(rows), len(columns) + newline)
     tokens, newlines = np.split(indices, [len(columns)], axis=1)

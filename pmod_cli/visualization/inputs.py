@@ -13,6 +13,7 @@ from PIL import Image
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import load_image
+from pmod_cli.visualization.checked import check_regions
 
 Region = tuple[float, float, float, float]
 ROWS = (".json", ".jsonl")
@@ -127,16 +128,13 @@ def _question(row: dict, where: str) -> str | None:
 
 
 def _regions(row: dict, where: str) -> tuple[Region, ...]:
-    boxes = row.get("boxes") or []
     try:
-        regions = tuple(tuple(float(edge) for edge in box) for box in boxes)
-        if any(len(box) != 4 or box[0] >= box[2] or box[1] >= box[3] for box in regions):
-            raise ValueError
-    except (TypeError, ValueError) as error:
+        return check_regions(row.get("boxes") or [])
+    except ValueError as error:
         raise PmodError(
-            f"{where}: `boxes` is expected to be a list of [x0, y0, x1, y1] in pixels of the image, x0 < x1 and y0 < y1"
+            f"{where}: `boxes` is expected to be a list of [x0, y0, x1, y1] in pixels of the image, x0 < x1 and "
+            f"y0 < y1; found {error}"
         ) from error
-    return regions
 
 
 def _named_apart(items: Sequence[Item]) -> Iterator[Item]:

@@ -24,16 +24,27 @@ MARGIN = 0.08  # inches
 LINE = 0.125  # inches a line of text
 TITLE_PT, TEXT_PT, SMALL_PT = 8.0, 7.0, 6.0
 PNG_LEVEL = 3  # of zlib: half the time of the usual 6, and a few hundredths more bytes
+MOST_SIDE, MOST_PIXELS = 65_000, 50_000_000  # of a page; what draws it ends at 2^16 a side
+MOST_LETTERS = 5_000  # of a text that is broken into lines; five lines hold a few hundred
 INK, QUIET, ALERT = "#1a1a1a", "#595959", "#a03800"
 
 
 class Page:
-    """A figure whose places are told in inches, x to the right and y down."""
+    """A figure whose places are told in inches, x to the right and y down.
+
+    Raises:
+        PmodError: it would have too many pixels to be drawn.
+    """
 
     def __init__(self, width: float, height: float, dpi: int) -> None:
         from matplotlib.figure import Figure
         from matplotlib.transforms import Affine2D
 
+        wide, high = round(width * dpi), round(height * dpi)
+        if max(wide, high) > MOST_SIDE or wide * high > MOST_PIXELS:
+            raise PmodError(
+                f"the picture would have {wide:,} × {high:,} pixels, too many to draw", hint="draw fewer layers"
+            )
         self.figure: Figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
         self._inches = Affine2D().scale(1 / width, -1 / height).translate(0, 1) + self.figure.transFigure
         self.pictures: list[tuple[float, float, float, float]] = []
@@ -62,7 +73,7 @@ class Page:
 
 def wrap(text: str, width: float, colour: str, most: int = 5) -> list[tuple[str, str]]:
     """At most `most` lines and their colour, none wider than `width` inches as the font draws it."""
-    text = " ".join(text.split())
+    text = " ".join(text[:MOST_LETTERS].split())
     letters = int(width / 0.03)  # as many as would fit of the narrowest; fewer until the widest line fits
     while True:
         lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")

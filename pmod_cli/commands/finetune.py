@@ -163,8 +163,7 @@ def finetune(
     if sweep:
         if seed is not None:
             raise PmodError("--seed: a sweep runs several seeds", hint="say how many with --seeds")
-        require("train", "accelerate")
-        silence_transformers()
+        require("train", "accelerate", "peft")
         run_sweep(
             sweep,
             out or Path("runs", sweep),

@@ -143,12 +143,10 @@ def plan(
     per_step = settings.rows_per_step(processes)
     target = parse_memory(gpu) if gpu else this_device(device)
     on_gpu = gpu is not None or (device != "cpu" and torch.cuda.is_available())
-    subject, name = _subject(settings)
-    routed = settings.pmod.enabled is not False and (
-        settings.pmod.enabled or bool(settings.pmod.given) or subject.routed
-    )
+    subject, name = subject_of(settings)
+    routed = subject.runs_routed
     sizes = Sizes.of(subject.stock)
-    data = _data(settings, sizes, per_step)
+    data = data_shape(settings, sizes, per_step)
     steps = settings.steps(data.rows, processes)
     passes = steps * settings.accumulation(processes)  # of one device
     target_tokens = subject.pmod.settings.target_tokens
@@ -203,13 +201,15 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
+    """The two configurations of a model, and whether a run would route it."""
+
     stock: PretrainedConfig
     pmod: PretrainedConfig
-    routed: bool
+    runs_routed: bool
 
 
-def _subject(settings: Settings) -> tuple[_Known, str]:
+def subject_of(settings: Settings) -> tuple[Known, str]:
     """The two configurations of the model, and what it is called."""
     model = settings.model
     name = model.name
@@ -218,7 +218,8 @@ def _subject(settings: Settings) -> tuple[_Known, str]:
         name = name if name in ALIASES else "llava-next-7b"
     found: Subject = load_subject(name, settings.pmod.given)
     shown = name if model.llm is None else f"{model.llm} and others, taken to have the sizes of {name}"
-    return _Known(found.stock, found.pmod, _holds_routers(name)), shown
+    asked = settings.pmod.enabled or bool(settings.pmod.given) or _holds_routers(name)
+    return Known(found.stock, found.pmod, settings.pmod.enabled is not False and asked), shown
 
 
 def _holds_routers(name: str) -> bool:
@@ -237,7 +238,17 @@ def _parameters(settings: Settings, config: PretrainedConfig) -> dict[str, Part]
     return count(add_adapters(model, settings))
 
 
-def _data(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
+def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
+    """What a run reads: from a sample of its data where they are here, else from what the settings say of them.
+
+    Args:
+        settings: the whole run.
+        sizes: of its model.
+        per_step: rows of an optimizer step.
+
+    Raises:
+        PmodError: rows cannot be used, or nothing says how many there are.
+    """
     data = settings.data
     vision = Workload().rows(sizes)[0].vision_tokens
     if data.kind == "synthetic" or (data.path and Path(data.path).expanduser().exists()) or data.kind == "hub":

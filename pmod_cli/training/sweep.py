@@ -20,6 +20,7 @@ from time import perf_counter, process_time
 from pmod_cli import recipes
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.settings import Settings
 
@@ -85,7 +86,7 @@ def sweep(
         PmodError: a recipe is wrong, a finished cell has other settings, or the sweep was interrupted.
     """
     tell = on_cell or (lambda cell, what: None)
-    wanted = {cell: _settings(cell, overrides) for cell in cells}  # a wrong recipe ends it here
+    wanted = prepared(cells, out, overrides, images, device)
     (out / CELLS).mkdir(parents=True, exist_ok=True)
     for cell, settings in wanted.items():
         if _result(out, cell, settings, images) is not None:
@@ -104,6 +105,22 @@ def sweep(
     return table(cells, out)
 
 
+def prepared(
+    cells: Sequence[Cell], out: Path, overrides: Sequence[str], images: int, device: str
+) -> dict[Cell, Settings]:
+    """The settings of the cells, when nothing speaks against any of them.
+
+    Raises:
+        PmodError: a recipe is wrong or cannot run here, or a finished cell has other settings.
+    """
+    wanted = {cell: _settings(cell, overrides) for cell in cells}
+    for cell in {cell.recipe: cell for cell in cells}.values():
+        preflight(Intent(wanted[cell], device=device))
+    for cell, settings in wanted.items():
+        _result(out, cell, settings, images)
+    return wanted
+
+
 def table(cells: Sequence[Cell], out: Path) -> dict:
     """What is known of each recipe so far: mean and spread (sample standard deviation) over its seeds, in percent.
 
@@ -112,7 +129,7 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
     rows = []
     for recipe in dict.fromkeys(cell.recipe for cell in cells):
         mine = [cell for cell in cells if cell.recipe == recipe]
-        results = [result for cell in mine if (result := _read(out, cell)) is not None]
+        results = [result for cell in mine if (result := read_result(out, cell)) is not None]
         good = [result for result in results if "failed" not in result]
         row = {
             "recipe": recipe.rpartition("/")[2],
@@ -222,7 +239,8 @@ def _settings(cell: Cell, overrides: Sequence[str]) -> Settings:
     return settings
 
 
-def _read(out: Path, cell: Cell) -> dict | None:
+def read_result(out: Path, cell: Cell) -> dict | None:
+    """The result of a cell in the folder of a sweep; None where it has none."""
     try:
         return json.loads((out / CELLS / f"{cell.name}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -231,7 +249,7 @@ def _read(out: Path, cell: Cell) -> dict | None:
 
 def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | None:
     """The result of a cell, if there is one; PmodError where it belongs to other settings."""
-    found = _read(out, cell)
+    found = read_result(out, cell)
     if found is None:
         return None
     changed = list(_changes(found["settings"], asdict(settings)))

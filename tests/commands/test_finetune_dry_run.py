@@ -157,3 +157,38 @@ def test_a_plan_on_images_of_ones_own(stock_model, workdir, capsys):
     data = ("--set", "data.kind=llava", "--set", "data.path=rows.json")
     assert call("-m", stock_model(), *QUICK, *data, "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["data"]["source"] == "1 rows of the data"
+
+
+def test_a_sweep_is_planned_cell_by_cell(workdir, capsys):
+    words = ("--sweep", "ablations", "--seeds", 2, "--device", "cpu", "-o", "sweep")
+    assert call(*words, "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["schema_version"], plan["cells"], plan["done"], plan["left"]) == (1, 40, 0, 40)
+    rows = {row["recipe"]: row for row in plan["rows"]}
+    assert (rows["p-mod"]["steps"], rows["p-mod"]["rows"], rows["p-mod"]["left"]) == (24, 384, [0, 1])
+    assert rows["shift-0.3"]["flops_per_cell"] < rows["p-mod"]["flops_per_cell"] < rows["stock"]["flops_per_cell"]
+    assert rows["stock"]["mean_retention"] == 1
+    assert not list(workdir.iterdir())
+
+    cells = workdir / "sweep" / "cells"
+    cells.mkdir(parents=True)
+    (cells / "p-mod-seed0.json").write_text(json.dumps(_result_of("ablations/p-mod", seed=0)))
+    assert call(*words, "--dry-run") == 0
+    assert "40 cells in sweep: 1 done, 39 left" in capsys.readouterr().out
+    for more in ((), ("--dry-run",)):  # the plan and the start
+        assert call(*words, *more, "--max-steps", 3) == 2
+        assert "holds cell p-mod-seed0 with other settings" in capsys.readouterr().err
+        assert call(*words, *more, "--report-to", "wandb") == 2
+        assert "wandb, which is not installed" in capsys.readouterr().err
+
+
+def _result_of(recipe: str, seed: int) -> dict:
+    from dataclasses import asdict
+
+    from pmod_cli import recipes
+    from pmod_cli.training.recipe import load_settings
+    from pmod_cli.training.sweep import IMAGES, SEED_STRIDE
+
+    settings = load_settings(recipes.find(recipe), [f"train.seed={seed}"])
+    settings.data.first += seed * SEED_STRIDE
+    return {"settings": asdict(settings), "images": IMAGES, "seed": seed, "cpu_seconds": 70.0}

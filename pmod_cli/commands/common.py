@@ -10,7 +10,7 @@ import typer
 
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.hardware import find_accelerator
+from pmod_cli.core.hardware import find_accelerator, require_device
 
 DTYPES = {
     "auto": "auto",
@@ -112,8 +112,13 @@ def model_or_default(model: str | None) -> str:
 
 
 def pick_device(device: str) -> str:
-    """`auto` becomes the accelerator that is there, else cpu, and is named on stderr."""
+    """`auto` becomes the accelerator that is there, else cpu, and is named on stderr.
+
+    Raises:
+        PmodError: another device was asked for than there is.
+    """
     if device != "auto":
+        require_device(device)
         return device
     found = find_accelerator()
     output.note(f"device: {found or 'cpu'} ({'found' if found else 'no accelerator found'})")

@@ -23,9 +23,11 @@ from pmod_cli.commands.common import (
     model_or_default,
     pick_device,
 )
+from pmod_cli.commands.eval_plan import show_plan
 from pmod_cli.core import output
 from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError
 from pmod_cli.core.extras import require
+from pmod_cli.core.hardware import require_attention, require_device
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.identity import EvalSettings
@@ -221,7 +223,11 @@ def eval(
     output.note(f"tasks: {', '.join(benchmark.task for benchmark in benchmarks)}")
     output.note(f"folder: {out}")
     _check_processes(num_processes, device, launched)
+    require_attention(attention, device)
     if dry_run:
+        from pmod_cli.evaluation.plan import plan
+
+        show_plan(plan(benchmarks, chosen, settings, out, processes=num_processes), as_json=shown_as == "json")
         return
 
     from pmod_cli.evaluation import processes
@@ -272,15 +278,7 @@ def _answer(
 def _check_processes(count: int, device: str, launched: bool) -> None:
     if count > 1 and launched:
         raise PmodError("--num-processes: torchrun or accelerate has started several processes already")
-    if count > 1 and device.startswith("cuda"):
-        import torch
-
-        if device != "cuda" or count > torch.cuda.device_count():
-            raise PmodError(
-                f"--num-processes {count}: each process takes a GPU of its own, and there are "
-                f"{1 if device != 'cuda' else torch.cuda.device_count()}",
-                hint="--num-processes 1 with a larger --batch-size keeps one GPU busy",
-            )
+    require_device(device, count)
 
 
 def _against(against: str | None, name: str, benchmarks: tuple[Benchmark, ...], offline: bool) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.extras import require
-from pmod_cli.core.hardware import count_gpus, find_accelerator
+from pmod_cli.core.hardware import require_device
 from pmod_cli.profiling.training import LORA_TARGETS
 from pmod_cli.training import folder
 from pmod_cli.training.fleet import Fleet
@@ -124,23 +124,7 @@ def _questions(run: Intent) -> None:
 
 
 def _devices(run: Intent) -> None:
-    kind, _, number = run.device.partition(":")
-    if kind == "mps" and find_accelerator() != "mps":
-        raise PmodError("the device is mps, and there is none on this machine", hint="--device cpu")
-    if kind != "cuda":
-        return
-    found, wanted = count_gpus(), run.fleet.here
-    if run.processes is not None and wanted > 1 and found < wanted:
-        raise PmodError(
-            f"{wanted} processes on this machine take a GPU each, and there are {found}",
-            hint=f"--num-processes {found * run.fleet.machines}" if found else "--device cpu --num-processes 2",
-        )
-    if found <= int(number or 0):
-        raise PmodError(
-            f"the device is {run.device}, and "
-            + (f"there are only {found} CUDA GPUs" if found else "no CUDA GPU can be used on this machine"),
-            hint="--device cpu" if not found else f"--device cuda:{found - 1}",
-        )
+    require_device(run.device, 1 if run.processes is None else run.fleet.here)
 
 
 def _packages(run: Intent) -> None:

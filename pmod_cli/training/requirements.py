@@ -3,10 +3,11 @@
 from importlib.util import find_spec
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.hardware import require_attention
 from pmod_cli.training.settings import Settings
 
 PACKAGES = {"peft": "peft", "bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "liger_kernel": "liger-kernel"}
-PACKAGES |= {"tensorboard": "tensorboard", "wandb": "wandb", "flash_attn": "flash-attn"}
+PACKAGES |= {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_requirements(settings: Settings, device: str, distributed: bool) -> None:
@@ -36,13 +37,7 @@ def check_requirements(settings: Settings, device: str, distributed: bool) -> No
                 f"model.liger_kernel needs a GPU, and the device is {device}", hint="--set model.liger_kernel=false"
             )
         _need("liger_kernel", "model.liger_kernel", "--set model.liger_kernel=false")
-    if model.attention == "flash_attention_2":
-        if not cuda:
-            raise PmodError(
-                f"model.attention: flash_attention_2 needs a CUDA GPU, and the device is {device}",
-                hint="--set model.attention=sdpa",
-            )
-        _need("flash_attn", "model.attention: flash_attention_2", "--set model.attention=sdpa")
+    require_attention(model.attention, device)
     if train.engine.startswith("zero") and distributed:
         if not cuda:
             raise PmodError(

@@ -165,3 +165,39 @@ def test_list_needs_no_extra(capsys, monkeypatch):
     assert "ok_vqa_val2014" in capsys.readouterr().out
     assert evaluate("--list", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 18
+
+
+def test_dry_run_prints_a_plan(converted, capsys):
+    words = ("--tasks", "tiny,pope", "--limit", 10, "--dry-run", "--data-root", ".")
+    assert evaluate(*words) == 2  # its data is not there
+    capsys.readouterr()
+    assert evaluate("--tasks", "tiny", "--limit", 10, "--against", "stock,random", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["schema_version"], plan["dry_run"]) == (1, True)
+    assert plan["folder"].startswith("runs/eval-tiny-pmod-")
+    assert [model["label"] for model in plan["models"]] == ["tiny-pmod", "stock", "random"]
+    assert [model["selection"] for model in plan["models"]] == ["router", "router", "random"]
+    assert [task["questions"] for task in plan["tasks"]] == [10] * 4
+    assert plan["questions"] == 4 * 10 * 3
+    assert plan["settings"]["seed"] == 0
+    assert evaluate("--tasks", "tiny", "--against", "none", "--dry-run") == 0
+    assert "4,000 questions in all to 1 model" in capsys.readouterr().out
+    assert evaluate("--tasks", "tiny_doc", "--limit", 0.25, "--against", "none", "--dry-run", "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 250
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "cuda"], "the device is cuda, and no CUDA GPU can be used"),
+        (["--device", "cuda", "--num-processes", "4"], "the device is cuda, and no CUDA GPU can be used"),
+        (["--attention", "foo"], "no attention kernel is called 'foo'"),
+        (["--attention", "flash_attention_2"], "needs a CUDA GPU, and the device is cpu"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_start_refuses(converted, capsys, words, said):
+    before = sorted(converted.parent.rglob("*"))
+    for more in ([], ["--dry-run"]):
+        assert evaluate("--tasks", "tiny_doc", "--limit", 1, "--against", "none", *words, *more) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(converted.parent.rglob("*")) == before

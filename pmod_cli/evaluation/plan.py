@@ -1,0 +1,57 @@
+"""What an evaluation would ask, of whom and how: nothing is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.evaluation.data import listing
+from pmod_cli.evaluation.identity import EvalSettings
+from pmod_cli.evaluation.subjects import Subject
+from pmod_cli.evaluation.suite import Benchmark
+
+
+def plan(
+    benchmarks: Sequence[Benchmark], subjects: Sequence[Subject], settings: EvalSettings, out: Path, *, processes: int
+) -> dict[str, Any]:
+    """The plan of an evaluation, as it is printed.
+
+    Args:
+        out: Folder of the run.
+        processes: That share the questions.
+
+    Returns:
+        Folder, models, tasks with the number of their questions (None where only lmms-eval knows it), and settings.
+    """
+    tasks = []
+    for benchmark, row in zip(benchmarks, listing(benchmarks, settings.data_root), strict=True):
+        shown = {key: row[key] for key in ("name", "task", "data", "metric", "here")}
+        tasks.append({**shown, "questions": _questions(benchmark, settings.limit)})
+    known = [task["questions"] for task in tasks]
+    return {
+        "schema_version": 1,
+        "dry_run": True,
+        "folder": str(out),
+        "models": [
+            {"label": one.label, "path": str(one.path), "routers": one.routers, "selection": one.selection}
+            for one in subjects
+        ],
+        "tasks": tasks,
+        "questions": None if None in known else sum(known) * len(subjects),
+        "settings": asdict(settings) | {"data_root": settings.data_root and str(settings.data_root)},
+        "processes": processes,
+    }
+
+
+def _questions(benchmark: Benchmark, limit: float | None) -> int | None:
+    """Questions of a benchmark under a limit, which holds for each of its tasks. Where they come in units, such as the
+    pairs of MME, a run asks the whole of the last one: a few more."""
+    asked = [source.rows for source in benchmark.data if "question" in source.columns] or [benchmark.rows]
+    if None in asked:
+        return None
+    if limit is None:
+        return sum(asked)
+    return sum(math.ceil(rows * limit) if limit < 1 else min(int(limit), rows) for rows in asked)

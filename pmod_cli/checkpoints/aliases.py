@@ -115,7 +115,7 @@ _QWEN_72B = {
     "rope_theta": 1_000_000.0,
 }
 _QWEN_110B = _QWEN_72B | {"intermediate_size": 49152, "num_key_value_heads": 8}
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (height, width) in pixels
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (height, width) in pixels
 
 ALIASES = {
     "tiny-llava-next": Alias(None, "llava_next"),
@@ -176,6 +176,4 @@ def builtin_config(name: str) -> LlavaConfig | LlavaNextConfig:
         "image_seq_length": 576,
         "tie_word_embeddings": False,
     }
-    return (
-        LlavaConfig(**common) if alias.kind == "llava" else LlavaNextConfig(image_grid_pinpoints=_PINPOINTS, **common)
-    )
+    return LlavaConfig(**common) if alias.kind == "llava" else LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **common)

@@ -47,9 +47,13 @@ def _dtype(name: str) -> str:
     return DTYPES[name]
 
 
+def _device_number(index: str) -> bool:
+    return index.isascii() and index.isdigit() and len(index) < 4
+
+
 def _device(name: str) -> str:
     kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not _device_number(index)):
         raise typer.BadParameter(f"{name!r} is not a device. Known: auto, cpu, cuda, cuda:N, mps")
     return name
 
@@ -80,7 +84,7 @@ DeviceOpt = Annotated[
 DtypeOpt = Annotated[
     str, typer.Option("--dtype", callback=_dtype, metavar="DTYPE", help="auto, bfloat16, float16 or float32.")
 ]
-SeedOpt = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything that is drawn.")]
+SeedOpt = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything that is drawn.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOpt = Annotated[
     bool, typer.Option("--quiet", "-q", callback=_quiet, is_eager=True, help="Print only the path or id of the result.")

@@ -40,6 +40,7 @@ pmod profile --report latency --random-weights --hidden-size 512 --threads 1
 """
 
 REPORTS = ("flops", "kv", "memory", "latency", "all")
+PICTURES = (".png", ".svg", ".pdf")
 FORMATS = ("table", "markdown", "csv", "json")
 DEFAULT_MODEL = "llava-next-7b"
 WORKLOAD = "Workload: one batch"
@@ -56,8 +57,8 @@ def _report(name: str) -> str:
     return name
 
 
-def _format(name: str) -> str:
-    if name not in FORMATS:
+def _format(name: str | None) -> str | None:
+    if name is not None and name not in FORMATS:
         raise typer.BadParameter(f"{name!r} is not a format. Known: {', '.join(FORMATS)}")
     return name
 
@@ -66,10 +67,14 @@ def _image_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     sizes = []
     for size in text.split(",") if text else ():
         width, by, height = size.strip().lower().partition("x")
-        if not (by and width.isdigit() and height.isdigit()):
+        if not (by and _side(width) and _side(height)):
             raise typer.BadParameter(f"{size!r} is not WIDTHxHEIGHT in pixels, as in 672x672")
         sizes.append((int(width), int(height)))
     return tuple(sizes)
+
+
+def _side(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _some_of(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
@@ -81,6 +86,7 @@ def _some_of(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
 
 
 def profile(
+    context: typer.Context,
     report: Annotated[
         str,
         typer.Option("--report", callback=_report, metavar="|".join(REPORTS), help="What to show; all is all counts."),
@@ -141,8 +147,9 @@ def profile(
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one page.")] = None,
     output_format: Annotated[
-        str, typer.Option("--format", callback=_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
-    ] = "table",
+        str | None,
+        typer.Option("--format", callback=_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}. (default: table)"),
+    ] = None,
     macs: Annotated[bool, typer.Option("--macs", help="Show multiply-adds instead of FLOPs.")] = False,
     schedule: Annotated[str | None, typer.Option(metavar="KIND", rich_help_panel=OVERRIDES, help=KINDS)] = None,
     shift: Annotated[
@@ -196,9 +203,18 @@ def profile(
 
     Counting needs no weights, no network for an alias, and no GPU. --report all is every count; latency is measured.
     """
-    output_format = "json" if as_json else output_format
+    if as_json and output_format not in (None, "json"):
+        raise PmodError(f"--json and --format {output_format} are two forms: give one of them")
+    output_format = "json" if as_json else output_format or "table"
     sizes = _image_sizes(image_size)
     chosen_phases, controls = _some_of(phases, PHASES, "phase"), _some_of(against, CONTESTANTS, "contestant")
+    _check_files(plot, html)
+    for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
+        if given is not None and report in ("latency", "memory"):
+            raise PmodError(
+                f"{flag} counts; it does not go with --report {report}", hint=f"leave --report {report} out"
+            )
+    _check_used(context, report, from_data is not None, sweep is not None)
     name = _model(model)
     from pmod_cli import profiling
     from pmod_cli.checkpoints import resolve
@@ -212,22 +228,12 @@ def profile(
         "target_tokens": target_tokens,
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    if plot is not None:
-        from pmod_cli.profiling import plots
-
-        plots.check_path(plot)
-    if html is not None and not html.absolute().parent.is_dir():
-        raise PmodError(f"--html {html}: there is no folder {html.parent}", hint=f"mkdir -p {html.parent}")
-    if runs is not None and sweep is None:
-        raise PmodError("--runs sets scores beside a sweep", hint="--sweep shift=0.3:0.7:0.05")
-    if html is not None and html.is_dir():
-        raise PmodError(f"--html {html} is a folder: expected a file", hint="--html cost.html")
-    for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
-        if given is not None and report in ("latency", "memory"):
-            raise PmodError(
-                f"{flag} counts; it does not go with --report {report}", hint=f"leave --report {report} out"
-            )
     subject = profiling.load_subject(name, overrides, revision=revision)
+    if subject.assumed:
+        output.note(
+            f"{subject.source} leaves out {', '.join(subject.assumed)}: these are transformers' defaults, and there "
+            "are no weights here to hold them to"
+        )
     subject = profiling.scaled(subject, hidden_size=hidden_size, layers=layers)
     if from_data is not None:
         shown = _average(subject, from_data, images_root, text_tokens, limit, dtype)
@@ -262,6 +268,50 @@ def profile(
     if result.unknown_operators:
         output.warn(f"operators that nobody counted: {', '.join(sorted(result.unknown_operators))}")
     _show(_profiled(result, latency, report, macs, gpu_memory), output_format, html, plot)
+
+
+# What an option is for: given elsewhere, it would be ignored.
+_USES = {
+    "--report latency": (
+        ("random_weights", "phases", "against", "repeats", "warmup", "threads", "device", "attention", "gpu"),
+        lambda report, data, sweep: report == "latency",
+    ),
+    "--report memory": (("gpu_memory",), lambda report, data, sweep: report in ("memory", "all") and not data | sweep),
+    "--from-data": (("images_root", "limit"), lambda report, data, sweep: data),
+    "--sweep": (("runs",), lambda report, data, sweep: sweep),
+    "a report of one batch": (
+        ("image_size", "images", "new_tokens", "batch_size", "sweep"),
+        lambda report, data, sweep: not data,
+    ),
+    "--report flops or all": (("macs",), lambda report, data, sweep: report in ("flops", "all") and not data | sweep),
+}
+
+
+def _check_used(context: typer.Context, report: str, data: bool, sweep: bool) -> None:
+    """Raises PmodError at an option that this call would ignore."""
+    for place, (names, applies) in _USES.items():
+        for name in names:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE" and not applies(report, data, sweep):
+                raise PmodError(
+                    f"--{name.replace('_', '-')} belongs to {place}: here it would change nothing",
+                    hint="leave it out, or see pmod profile --help",
+                )
+
+
+def _check_files(plot: Path | None, html: Path | None) -> None:
+    """Before anything heavy is imported.
+
+    Raises:
+        PmodError: a kind of picture that is not drawn, a folder that is not there, or one where a file has to be.
+    """
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise PmodError(f"--plot {plot}: the name ends in none of {', '.join(PICTURES)}", hint="--plot cost.png")
+    for file, flag, example in ((plot, "--plot", "cost.png"), (html, "--html", "cost.html")):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise PmodError(f"{flag} {file}: there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
+        if file is not None and file.is_dir():
+            raise PmodError(f"{flag} {file} is a folder: expected a file", hint=f"{flag} {example}")
 
 
 def _model(model: str | None) -> str:

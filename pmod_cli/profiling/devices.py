@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling.units import GIB, GIGA, MIB, TERA
 
+MOST_GB = 10**6  # of a device
+
 
 @dataclass(frozen=True)
 class Device:
@@ -71,10 +73,13 @@ def parse_memory(text: str) -> Device:
     Raises:
         PmodError: neither a size nor a known name.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip().lower(), re.ASCII)
     if match is None:
         return named_device(text)
     size = float(match[1])
-    if size <= 0:
-        raise PmodError(f"--gpu-memory {text} is no memory: expected a size above 0", hint="--gpu-memory 24GB")
+    if not 0 < size <= MOST_GB:
+        raise PmodError(
+            f"--gpu-memory {text:.60} is no memory: expected a size above 0 and up to {MOST_GB} GB",
+            hint="--gpu-memory 24GB",
+        )
     return Device(f"{size:g} GB", round(size * GIB), 0, 0, "--gpu-memory")

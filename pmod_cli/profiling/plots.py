@@ -11,14 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pmod_cli.core.atomic import write_bytes
-from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.scores import Scores
 from pmod_cli.profiling.sweep import Axis, Point
 from pmod_cli.profiling.units import GIGA, MIB, TERA, percent
 
 STOCK, PMOD, SECOND, THIRD, SCORE = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00", "#009e73"
-SUFFIXES = (".png", ".svg", ".pdf")
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -32,18 +30,6 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pmod",
 }
-
-
-def check_path(path: Path) -> None:
-    """Before anything is counted.
-
-    Raises:
-        PmodError: A kind of picture that is not drawn, or a folder that is not there.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise PmodError(f"--plot {path}: the name ends in none of {', '.join(SUFFIXES)}", hint="--plot cost.png")
-    if not path.absolute().parent.is_dir():
-        raise PmodError(f"--plot {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}")
 
 
 def layers_figure(result: Profile) -> Figure:

@@ -6,61 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmod_cli.checkpoints.layouts.defaults import DECODERS, LLAVA, MOST_LAYERS, TOWERS
 from pmod_cli.core.errors import PmodError
-
-# What a config.json leaves out is its class's default. Heads share no K and V unless they say so.
-_TEXT_DEFAULTS = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 32768,
-    },
-}
-_CLIP_L_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_TOWER_DEFAULTS = {
-    "clip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "image_size": 224,
-        "patch_size": 32,
-    },
-    "siglip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-}
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 @dataclass(frozen=True)
@@ -154,43 +101,43 @@ class Sizes:
         Raises:
             PmodError: A decoder or a vision tower of which nothing is known here.
         """
-        text = _get(config, "text_config") or {}
+        text = _get(config, "text_config") or LLAVA["text_config"]
         kind = _get(text, "model_type") or "llama"
-        if kind not in _TEXT_DEFAULTS:
+        if kind not in list(DECODERS):
             raise PmodError(
-                f"the decoder {kind} is unknown: expected one of {', '.join(_TEXT_DEFAULTS)}",
+                f"the decoder {kind!s:.60} is unknown: expected one of {', '.join(DECODERS)}",
                 hint="pmod profile --model llava-next-7b",
             )
 
-        def size(key: str) -> int:
-            return _positive(f"text_config.{key}", _get(text, key), _TEXT_DEFAULTS[kind].get(key))
+        def size(key: str, follows: int | None = None) -> int:
+            default = DECODERS[kind][key]
+            return _positive(f"text_config.{key}", _get(text, key), follows if default is None else default)
 
-        heads = size("num_attention_heads")
-        tied = _get(text, "tie_word_embeddings") or False
-        shared = _TEXT_DEFAULTS[kind].get("num_key_value_heads", heads)
-        kv_heads = _positive("text_config.num_key_value_heads", _get(text, "num_key_value_heads"), shared)
+        heads, hidden = size("num_attention_heads"), size("hidden_size")
+        kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise PmodError(
                 f"text_config.num_key_value_heads is {kv_heads}, which does not divide the {heads} query heads",
                 hint="name a LLaVA's config.json",
             )
+        tied = _get(config, "tie_word_embeddings")
         decoder = Decoder(
             layers=size("num_hidden_layers"),
-            hidden=size("hidden_size"),
+            hidden=hidden,
             inner=size("intermediate_size"),
             heads=heads,
             kv_heads=kv_heads,
-            head_size=_positive("text_config.head_dim", _get(text, "head_dim"), size("hidden_size") // heads),
+            head_size=size("head_dim", hidden // heads),
             vocabulary=size("vocab_size"),
             context=size("max_position_embeddings"),
-            tied=bool(tied if _get(config, "tie_word_embeddings") is None else _get(config, "tie_word_embeddings")),
+            tied=bool(_get(text, "tie_word_embeddings") if tied is None else tied),
         )
         anyres = str(_get(config, "model_type")).endswith("llava_next")
         return cls(decoder, _tower(config), _pinpoints(config) if anyres else None)
 
 
 def _pinpoints(config: Mapping[str, Any] | object) -> tuple[tuple[int, int], ...]:
-    found = _get(config, "image_grid_pinpoints") or _PINPOINTS
+    found = _get(config, "image_grid_pinpoints") or LLAVA["image_grid_pinpoints"]
     pairs = isinstance(found, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
     if not pairs:
         raise PmodError(
@@ -201,14 +148,14 @@ def _pinpoints(config: Mapping[str, Any] | object) -> tuple[tuple[int, int], ...
 
 
 def _tower(config: Mapping[str, Any] | object) -> Tower:
-    vision = _get(config, "vision_config") or _CLIP_L_336
+    vision = _get(config, "vision_config") or LLAVA["vision_config"]
     kind = _get(vision, "model_type") or "clip_vision_model"
-    if kind not in _TOWER_DEFAULTS:
+    if kind not in list(TOWERS):
         raise PmodError(
-            f"the vision tower {kind} is unknown: expected {' or '.join(_TOWER_DEFAULTS)}",
+            f"the vision tower {kind!s:.60} is unknown: expected {' or '.join(TOWERS)}",
             hint="profile counts LLaVA models with a CLIP or SigLIP tower",
         )
-    default = _TOWER_DEFAULTS[kind]
+    default = TOWERS[kind]
     size = {key: _positive(f"vision_config.{key}", _get(vision, key), default[key]) for key in default}
     if size["image_size"] < size["patch_size"]:
         raise PmodError(
@@ -224,7 +171,9 @@ def _tower(config: Mapping[str, Any] | object) -> Tower:
         patch=size["patch_size"],
         class_token=int(kind == "clip_vision_model"),
         features=len(layer) if isinstance(layer, Sequence) else 1,
-        dropped=int((_get(config, "vision_feature_select_strategy") or "default") == "default"),
+        dropped=int(
+            (_get(config, "vision_feature_select_strategy") or LLAVA["vision_feature_select_strategy"]) == "default"
+        ),
     )
 
 
@@ -235,6 +184,8 @@ def _positive(key: str, value: Any, default: int | None) -> int:
         raise PmodError(
             f"{key} is {value!r:.60}: expected a whole number of 1 or more", hint="name a LLaVA's config.json"
         )
+    if key.endswith("num_hidden_layers") and value > MOST_LAYERS:
+        raise PmodError(f"{key} is more than {MOST_LAYERS:,}, which no model has", hint="name a LLaVA's config.json")
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +13,31 @@ from transformers import LlavaConfig, LlavaNextConfig
 
 from pmod_cli.checkpoints import resolve
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
+from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.layouts.defaults import LLAVA, MOST_LAYERS, left_out
+from pmod_cli.checkpoints.layouts.huggingface import hold_to_weights
+from pmod_cli.checkpoints.layouts.original import is_original
+from pmod_cli.checkpoints.layouts.shapes import checked_shapes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
 from pmod_cli.profiling.sizes import Sizes
 
 STOCK = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 PMOD = {"llava": PmodLlavaConfig, "llava_next": PmodLlavaNextConfig}
+WIDEST = 2**20
+# What transformers raises at values that it does not foresee in a file, beside its own errors.
+REFUSALS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    ZeroDivisionError,
+    RecursionError,
+    NotImplementedError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +49,31 @@ class Subject:
         source: Where the configuration was read.
         stock: Configuration of the stock model.
         pmod: The same with p-MoD settings.
+        assumed: Sizes that are transformers' defaults, since neither the configuration nor weights say them.
     """
 
     name: str
     source: str
     stock: LlavaConfig | LlavaNextConfig
     pmod: PmodLlavaConfig | PmodLlavaNextConfig
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A configuration as it was read.
+
+    Args:
+        name: As given by the user.
+        source: Where it was read.
+        config: The dict of a config.json, with both of its parts.
+        assumed: Sizes that it leaves out and no weights confirm: transformers' defaults, as `text_config.head_dim 64`.
+    """
+
+    name: str
+    source: str
+    config: dict[str, Any]
+    assumed: tuple[str, ...] = ()
 
 
 def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision: str | None = None) -> Subject:
@@ -48,40 +85,83 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        PmodError: nothing has this name, the configuration is no LLaVA, or a setting is out of range.
+        PmodError: as `find_config` and `subject_of`.
     """
-    config, source = _read(name, revision)
-    kind = str(config.get("model_type")).removeprefix("pmod_")
-    if kind not in STOCK:
+    return subject_of(find_config(name, revision=revision), overrides)
+
+
+def find_config(name: str, *, revision: str | None = None) -> Found:
+    """The configuration behind a name. Where its weights are beside it, it is held to their headers.
+
+    Args:
+        name: As `load_subject` takes it.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        PmodError: nothing has this name, the configuration is no LLaVA's, or it says other sizes than the weights have.
+    """
+    path = Path(name).expanduser()
+    if name in ALIASES and not path.exists() and revision is None:
+        return Found(name, f"built-in configuration of {name}", builtin_config(name).to_dict())
+    file = path if path.is_file() else resolve(name, revision=revision, weights=False).path / CONFIG
+    config = read_json(file)
+    if is_original(config):
         raise PmodError(
-            f"{source} is not a LLaVA: model_type is {config.get('model_type')!r}, expected one of "
+            f"{file} is in the layout of the original code, which has to be converted first", hint="pmod convert NAME"
+        )
+    if not isinstance(kind := config.get("model_type"), str) or kind.removeprefix("pmod_") not in STOCK:
+        raise PmodError(
+            f"{file} is not a LLaVA: model_type is {kind!r:.60}, expected one of "
             f"{', '.join([*STOCK, *(f'pmod_{known}' for known in STOCK)])}",
             hint="pmod profile --model llava-next-7b",
         )
+    if not all(isinstance(config.get(part), dict | NoneType) for part in ("text_config", "vision_config")):
+        raise PmodError(f"{file}: text_config and vision_config are JSON objects", hint="name a LLaVA's config.json")
+    said = left_out(config)
+    whole = config | {part: config.get(part) or LLAVA[part] for part in ("text_config", "vision_config")}
+    try:
+        Sizes.of(whole)
+    except PmodError as error:
+        raise PmodError(f"{file}: {error.what}", hint=error.hint) from error
+    checked_shapes(whole, file)
+    held = file.name == CONFIG and hold_to_weights(file.parent, whole)
+    return Found(name, str(file), whole, () if held else tuple(said))
+
+
+def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject:
+    """Stock and p-MoD configuration.
+
+    Args:
+        found: What was read.
+        overrides: As `load_subject` takes them.
+
+    Raises:
+        PmodError: a setting is out of range, or transformers refuses the configuration.
+    """
+    config, name, overrides = found.config, found.name, overrides or {}
     own = config.get("pmod") or {}
-    if not all(isinstance(config.get(part, {}), dict | NoneType) for part in ("text_config", "vision_config")):
-        raise PmodError(f"{source}: text_config and vision_config are JSON objects", hint="name a LLaVA's config.json")
-    for key, value in (overrides or {}).items():
+    if not isinstance(own, dict):
+        raise PmodError(f"{found.source}: pmod is {own!r:.60}: expected a JSON object", hint="convert the model again")
+    for key, value in overrides.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise PmodError(f"{key} is {value}: expected a finite number", hint="pmod profile --help")
-    if not isinstance(own, dict):
-        raise PmodError(f"{source}: pmod is {own!r:.60}: expected a JSON object", hint="convert the model again")
-    try:
-        Sizes.of(config)
-    except PmodError as error:
-        raise PmodError(f"{source}: {error.what}", hint=error.hint) from error
+    kind = config["model_type"].removeprefix("pmod_")
     shared = {
         key: value
         for key, value in config.items()
         if key not in ("model_type", "architectures", "pmod", "router_state")
     }
     try:
-        settings = PmodSettings.from_dict({**_without_conflicts(own, overrides or {}), **(overrides or {})})
+        settings = PmodSettings.from_dict({**_without_conflicts(own, overrides), **overrides})
         return Subject(
-            name, source, STOCK[kind].from_dict(shared), PMOD[kind].from_dict({**shared, "pmod": settings.to_dict()})
+            name,
+            found.source,
+            STOCK[kind].from_dict(shared),
+            PMOD[kind].from_dict({**shared, "pmod": settings.to_dict()}),
+            found.assumed,
         )
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise PmodError(f"{name}: {str(error).splitlines()[0]}", hint="pmod profile --help") from error
+    except REFUSALS as error:
+        raise PmodError(f"{name}: {_first_line(error)}", hint="pmod profile --help") from error
 
 
 def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | None = None) -> Subject:
@@ -103,6 +183,9 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     for flag, number, least in (("--hidden-size", hidden_size, 64), ("--layers", layers, 2)):
         if number is not None and number < least:
             raise PmodError(f"{flag} {number} is too small: expected {least} or more", hint="pmod profile --help")
+    for what, number, most in (("layers", layers, MOST_LAYERS), ("hidden size", hidden_size, WIDEST)):
+        if number is not None and number > most:
+            raise PmodError(f"{what} {number} is more than {most:,}, which no model has", hint="pmod profile --help")
     if hidden_size is not None and hidden_size % 64:
         raise PmodError(
             f"--hidden-size {hidden_size} is no multiple of 64", hint=f"--hidden-size {hidden_size // 64 * 64 or 64}"
@@ -141,29 +224,12 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     kind = subject.stock.model_type
     try:
         return replace(subject, stock=STOCK[kind].from_dict(stock), pmod=PMOD[kind].from_dict(shared))
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise PmodError(f"{subject.name}: {str(error).splitlines()[0]}", hint="pmod profile --help") from error
+    except REFUSALS as error:
+        raise PmodError(f"{subject.name}: {_first_line(error)}", hint="pmod profile --help") from error
 
 
-def _read(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
-    """The configuration as a dict, and where it came from."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return _parse(path), str(path)
-    if name in ALIASES and not path.exists() and revision is None:
-        return builtin_config(name).to_dict(), f"built-in configuration of {name}"
-    file = resolve(name, revision=revision, weights=False).path / "config.json"
-    return _parse(file), str(file)
-
-
-def _parse(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PmodError(f"{file} is not JSON: {error}", hint="name a checkpoint folder or its config.json") from error
-    if not isinstance(config, dict):
-        raise PmodError(f"{file} holds no configuration: expected a JSON object", hint="name a model's config.json")
-    return config
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _without_conflicts(own: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

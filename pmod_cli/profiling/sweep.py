@@ -9,7 +9,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.kv_cache import kv_cache
 from pmod_cli.profiling.sizes import Sizes
-from pmod_cli.profiling.subject import load_subject
+from pmod_cli.profiling.subject import find_config, subject_of
 from pmod_cli.profiling.workload import Workload, layer_tokens
 
 NUMBERS = ("shift", "target-retention", "max-ratio", "min-ratio")
@@ -103,12 +103,12 @@ def sweep(
         workload: The batch; its image sizes give way where these are swept.
         overrides: Other settings, as `load_subject` takes them.
         dtype: Of the KV cache.
-        source: More for `load_subject`, such as `revision`.
+        source: More for `find_config`, such as `revision`.
 
     Raises:
         PmodError: A value that the schedule cannot have, or an image size that is none.
     """
-    points = []
+    points, found = [], find_config(name, **source)
     for value in axis.values:
         settings, batch = dict(overrides or {}), workload
         if axis.name == "image-size":
@@ -121,7 +121,7 @@ def sweep(
             )
         else:
             settings[KEYS.get(axis.name, axis.name)] = value
-        subject = load_subject(name, settings, **source)
+        subject = subject_of(found, settings)
         pmod, sizes = subject.pmod, Sizes.of(subject.stock)
         rows, target = batch.rows(sizes), pmod.settings.target_tokens
         stock = closed.prefill(sizes, rows)
@@ -149,7 +149,7 @@ def sweep(
 
 def _size(text: str) -> tuple[int, int]:
     width, by, height = text.lower().partition("x")
-    if not (by and width.isdigit() and height.isdigit()):
+    if not (by and all(side.isascii() and side.isdigit() and len(side) < 10 for side in (width, height))):
         raise PmodError(
             f"--sweep image-size: {text!r} is not WIDTHxHEIGHT in pixels", hint="image-size=336x336,672x672"
         )

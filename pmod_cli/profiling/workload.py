@@ -11,6 +11,8 @@ from pmod_cli.profiling.anyres import ImageTokens, image_tokens
 from pmod_cli.profiling.sizes import Sizes
 
 MOST_ROWS = 100_000
+MOST_PIXELS = 10**6  # on a side
+MOST_TOKENS = 10**9  # of text in a row: far beyond any context
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Workload:
                     f"--image-size {width}x{height} is empty: width and height are at least 1 pixel",
                     hint="pmod profile --image-size 672x672",
                 )
+            if max(width, height) > MOST_PIXELS:
+                raise PmodError(f"an image of {width} x {height} pixels has more than {MOST_PIXELS:,} on a side")
         for flag, number, least in (
             ("--images", self.images, 1),
             ("--text-tokens", self.text_tokens, 0),
@@ -57,8 +61,11 @@ class Workload:
                 f"--batch-size {self.batch_size} is more than {MOST_ROWS:,} rows",
                 hint="costs of equal rows are a multiple",
             )
-        if self.images > MOST_ROWS:
-            raise PmodError(f"--images {self.images} is more than {MOST_ROWS:,}", hint="pmod profile --help")
+        if (images := self.images * (self.batch_size or max(1, len(self.image_sizes)))) > MOST_ROWS:
+            raise PmodError(f"{images:,} images in a batch are more than {MOST_ROWS:,}", hint="pmod profile --help")
+        for what, number in (("text", self.text_tokens), ("new", self.new_tokens)):
+            if number > MOST_TOKENS:
+                raise PmodError(f"{number} {what} tokens are more than {MOST_TOKENS:,}", hint="pmod profile --help")
         if self.batch_size is not None and self.batch_size < len(self.image_sizes):
             raise PmodError(
                 f"--batch-size {self.batch_size} has no room for {len(self.image_sizes)} image sizes, one a row",

@@ -174,12 +174,29 @@ def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.Cap
         (["--shift", "nan"], "shift is nan: expected a finite number"),
         (["--batch-size", "100000000"], "is more than 100,000 rows"),
         (["-m", "heads.json"], "text_config.num_attention_heads is 0: expected a whole number of 1 or more"),
-        (["--runs", "somewhere"], "--runs sets scores beside a sweep"),
+        (["--runs", "somewhere"], "--runs belongs to --sweep"),
         (["--sweep", "shift=0.5", "--runs", "somewhere"], "there is no somewhere/results.json"),
         (["--sweep", "shift=0.4", "--runs", "run"], "(mean retention 0.537) is at no value of --sweep shift"),
         (["--sweep", "image-size=64x64", "--runs", "run"], "a run has no single image size"),
         (["--report", "memory", "--gpu-memory", "h900"], "no GPU is known as 'h900'"),
         (["--report", "memory", "--gpu-memory", "0GB"], "--gpu-memory 0GB is no memory"),
+        (["-m", "deep.json"], "deep.json is not JSON"),
+        (["-m", "nested.json"], "nested.json"),
+        (["-m", "rope.json"], "rope.json: the rotary embedding is '[1]', expected one of default, linear"),
+        (["-m", "rope2.json"], "rope2.json: the rotary embedding yarn lacks factor"),
+        (["--layers", "100000000"], "layers 100000000 is more than 1,000"),
+        (["--hidden-size", "64000000000"], "hidden size 64000000000 is more than 1,048,576"),
+        (["--images", "100000", "--batch-size", "100000"], "10,000,000,000 images in a batch are more than 100,000"),
+        (["--image-size", f"1x{10**8}"], "has more than 1,000,000 on a side"),
+        (["--image-size", "²x²"], "'²x²' is not WIDTHxHEIGHT"),
+        (["--new-tokens", "1" * 30], "new tokens are more than 1,000,000,000"),
+        (["--report", "memory", "--gpu-memory", "9" * 400 + "GB"], "is no memory"),
+        (["--report", "latency", "--device", "cuda:²"], "is not a device"),
+        (["--json", "--format", "csv"], "--json and --format csv are two forms"),
+        (["--threads", "2"], "--threads belongs to --report latency"),
+        (["--gpu-memory", "24GB"], "--gpu-memory belongs to --report memory"),
+        (["--limit", "2"], "--limit belongs to --from-data"),
+        (["--from-data", "rows.json", "--new-tokens", "2"], "--new-tokens belongs to a report of one batch"),
         (["--plot", "cost.gif"], "the name ends in none of .png, .svg, .pdf"),
         (["--plot", "nowhere/cost.png"], "there is no folder nowhere"),
         (["--html", "nowhere/cost.html"], "there is no folder nowhere"),
@@ -191,7 +208,7 @@ def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.Cap
         (["--schedule", "constant", "--shift", "0.4"], "a shift belongs to the schedules cosine and linear"),
         (["-m", "llava-1.5-7b", "--target-tokens", "vision_hr"], "vision_hr"),
         (["-m", "text.json"], "text.json is not JSON"),
-        (["-m", "list.json"], "list.json holds no configuration"),
+        (["-m", "list.json"], "list.json holds a list, expected an object"),
         (["-m", "bert.json"], "is not a LLaVA: model_type is 'bert'"),
         (["-m", "half.json"], "half.json: text_config and vision_config are JSON objects"),
         (["-m", "gemma.json"], "gemma.json: the decoder gemma is unknown: expected one of llama, mistral, qwen2"),
@@ -205,6 +222,11 @@ def test_bad_input_is_a_sentence(
     said = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
     Path("rows.json").write_text(json.dumps([{"image": "gone.png", "conversations": said}]))
     Path("list.json").write_text("[]")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("nested.json").write_text('{"model_type": "llava", "text_config": {"a": ' + "[" * 900 + "]" * 900 + "}}")
+    for name, rope in (("rope", {"rope_type": [1]}), ("rope2", {"rope_type": "yarn", "rope_theta": 1e4})):
+        config = {"model_type": "llava", "text_config": {"model_type": "llama", "rope_parameters": rope}}
+        Path(f"{name}.json").write_text(json.dumps(config))
     Path("heads.json").write_text('{"model_type": "llava", "text_config": {"num_attention_heads": 0}}')
     Path("bert.json").write_text('{"model_type": "bert"}')
     Path("half.json").write_text('{"model_type": "llava", "text_config": 3}')

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layouts.defaults import DECODERS as DECODER_DEFAULTS
 from pmod_cli.checkpoints.layouts.names import canonical
 from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, section
@@ -23,6 +24,7 @@ PARTS = ("language_model", "vision_tower", "multi_modal_projector")
 OURS = ("pmod", "router_state", "auto_map")  # what our layout adds to a stock config
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 MADE_NEW = (files.CONFIG, files.INDEX, files.PICKLED_INDEX, "pmod_provenance.json", "adapter_config.json")
+_ROUTER = re.compile(r"language_model\.model\.layers\.(\d+)\.router\.weight")
 _LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(?P<number>\d+)\.input_layernorm\.weight")
 
 
@@ -57,6 +59,34 @@ def read_huggingface(folder: Path, config: dict) -> Source:
         router_state=state,
         original_config=_original_config(folder) if settings else None,
     )
+
+
+def hold_to_weights(folder: Path, config: dict) -> bool:
+    """Whether a folder has whole, unquantised weights, to whose headers its config is then held.
+
+    Args:
+        folder: Where it is.
+        config: Stock or p-MoD, with both parts.
+
+    Raises:
+        PmodError: config and headers differ.
+    """
+    where = folder / files.CONFIG
+    quantised = config.get("quantization_config") or config["text_config"].get("quantization_config")
+    if quantised or files.missing_files(folder):
+        return False
+    tensors = files.read_tensors(folder)
+    _check_parts(tensors, config, folder)
+    check_shapes(tensors, config, where)
+    settings, _ = _settings(config, where)
+    found = {int(match[1]) for match in map(_ROUTER.fullmatch, map(canonical, tensors)) if match}
+    layers = config["text_config"].get("num_hidden_layers", DECODER_DEFAULTS["llama"]["num_hidden_layers"])
+    if settings is not None and found != set(_routed(settings, layers, where)):
+        raise PmodError(
+            f"{folder} holds routers in layers {_ranges(sorted(found))}, and pmod in {where} calls for other ones",
+            hint="convert it again",
+        )
+    return True
 
 
 def small_files(folder: Path) -> list[Path]:
@@ -109,6 +139,13 @@ def _settings(config: dict, where: Path) -> tuple[PmodSettings | None, str]:
     try:
         return PmodSettings.from_dict(config.get("pmod") or {}), state
     except (ValueError, TypeError) as error:
+        raise PmodError(f"{where}: {error}") from error
+
+
+def _routed(settings: PmodSettings, layers: int, where: Path) -> list[int]:
+    try:
+        return [layer for layer, routed in enumerate(settings.routed(layers)) if routed]
+    except ValueError as error:
         raise PmodError(f"{where}: {error}") from error
 
 

@@ -5,38 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pmod_cli.checkpoints.layouts.defaults import DECODERS, LLAVA, MOST_LAYERS, TOWERS, filled
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.layouts.values import check_values
 from pmod_cli.core.errors import PmodError
 
-# What a config.json leaves out is its class's default.
-_DECODER_DEFAULTS = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008},
-    "mistral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016},
-}
-_CLIP_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-}
 EMBEDDING = "language_model.model.embed_tokens.weight"
 _AT_MOST = 10**7
 
 
-def size(config: Mapping[str, Any], key: str, where: object, default: int | None = None) -> int:
+def size(config: Mapping[str, Any], key: str, where: object) -> int:
     """A positive whole number of a config.
 
     Raises:
-        PmodError: it is absent without a default, or something else.
+        PmodError: it is absent, something else, or larger than any model's.
     """
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _AT_MOST:
-        raise PmodError(f"{where}: {key} is {value!r}, expected a whole number above 0")
+    value, most = config.get(key), MOST_LAYERS if key == "num_hidden_layers" else _AT_MOST
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PmodError(f"{where}: {key} is {value!r:.60}, expected a whole number above 0")
+    if value > most:
+        raise PmodError(f"{where}: {key} is more than {most:,}, which no model has")
     return value
 
 
@@ -52,13 +40,12 @@ def section(config: Mapping[str, Any], key: str, where: object) -> dict:
 def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
     """Names (canonical) and shapes of a Llama, Mistral or Qwen2 decoder with its lm_head."""
     kind = text.get("model_type") or "llama"
-    nullable = ("head_dim", "num_key_value_heads")
-    text = {key: value for key, value in text.items() if value is not None or key not in nullable}
-    text = _DECODER_DEFAULTS[kind] | text
-    hidden, inner = size(text, "hidden_size", where, 4096), size(text, "intermediate_size", where)
-    vocabulary, heads = size(text, "vocab_size", where), size(text, "num_attention_heads", where, 32)
-    kv_heads = size(text, "num_key_value_heads", where, 32 if kind == "qwen2" else heads)
-    head = size(text, "head_dim", where, max(hidden // heads, 1))
+    text = filled(text, DECODERS[kind])
+    hidden, inner = size(text, "hidden_size", where), size(text, "intermediate_size", where)
+    vocabulary, heads = size(text, "vocab_size", where), size(text, "num_attention_heads", where)
+    shared = DECODERS[kind]["num_key_value_heads"] or text["num_key_value_heads"] is not None
+    kv_heads = size(text, "num_key_value_heads", where) if shared else heads
+    head = max(hidden // heads, 1) if text["head_dim"] is None else size(text, "head_dim", where)
     if hidden % heads:
         raise PmodError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     if heads % kv_heads:
@@ -86,14 +73,15 @@ def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[in
     }
     if not text.get("tie_word_embeddings"):
         shapes["language_model.lm_head.weight"] = (vocabulary, hidden)
-    for number in range(size(text, "num_hidden_layers", where, 32)):
+    for number in range(size(text, "num_hidden_layers", where)):
         shapes |= {f"language_model.model.layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes
 
 
-def clip_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
-    """Names (canonical) and shapes of a CLIP vision tower."""
-    vision = _CLIP_DEFAULTS | vision
+def tower_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
+    """Names (canonical) and shapes of a CLIP or SigLIP vision tower."""
+    kind = vision.get("model_type") or "clip_vision_model"
+    vision, is_clip = filled(vision, TOWERS[kind]), kind == "clip_vision_model"
     hidden, inner, channels, side, patch = (
         size(vision, key, where)
         for key in ("hidden_size", "intermediate_size", "num_channels", "image_size", "patch_size")
@@ -105,11 +93,11 @@ def clip_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[int
     layer |= {"mlp.fc1.weight": (inner, hidden), "mlp.fc2.weight": (hidden, inner)}
     layer |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in layer.items()}
     shapes = {
-        "embeddings.class_embedding": (hidden,),
         "embeddings.patch_embedding.weight": (hidden, channels, patch, patch),
-        "embeddings.position_embedding.weight": ((side // patch) ** 2 + 1, hidden),
+        "embeddings.position_embedding.weight": ((side // patch) ** 2 + is_clip, hidden),
     }
-    for norm in ("pre_layrnorm", "post_layernorm"):
+    shapes |= {"embeddings.class_embedding": (hidden,)} if is_clip else {"embeddings.patch_embedding.bias": (hidden,)}
+    for norm in ("pre_layrnorm", "post_layernorm") if is_clip else ("post_layernorm",):
         shapes |= {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
     for number in range(size(vision, "num_hidden_layers", where)):
         shapes |= {f"encoder.layers.{number}.{name}": shape for name, shape in layer.items()}
@@ -117,24 +105,38 @@ def clip_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[int
 
 
 def expected_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
-    """Names (canonical) and shapes of a whole stock LLaVA. A tower that is no CLIP is left out."""
+    """Names (canonical) and shapes of a whole stock LLaVA; without the head that some SigLIP towers have."""
     text, vision = section(config, "text_config", where), section(config, "vision_config", where)
     shapes = decoder_shapes(text, f"{where}: text_config")
+    shapes |= tower_shapes(vision, f"{where}: vision_config")
     hidden = shapes["language_model.model.norm.weight"][0]
     features = config.get("vision_feature_layer")
     joined = len(features) if isinstance(features, list) else 1
-    width = joined * size(vision, "hidden_size", f"{where}: vision_config", _CLIP_DEFAULTS["hidden_size"])
+    width = joined * shapes["vision_tower.embeddings.position_embedding.weight"][1]
     shapes |= {
         "multi_modal_projector.linear_1.weight": (hidden, width),
         "multi_modal_projector.linear_2.weight": (hidden, hidden),
     }
-    if config.get("multimodal_projector_bias", True):
+    if config.get("multimodal_projector_bias", LLAVA["multimodal_projector_bias"]):
         shapes |= {f"multi_modal_projector.linear_{n}.bias": (hidden,) for n in (1, 2)}
     if config.get("model_type") == "llava_next":
         shapes["image_newline"] = (hidden,)
-    if vision.get("model_type", "clip_vision_model") == "clip_vision_model":
-        shapes |= clip_shapes(vision, f"{where}: vision_config")
     return shapes
+
+
+def checked_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
+    """`expected_shapes` of a config whose values have been looked at, each for itself and side by side.
+
+    Raises:
+        PmodError: a value that cannot be.
+    """
+    section(config, "text_config", where), section(config, "vision_config", where)
+    check_values(config, where)
+    expected = expected_shapes(config, where)
+    image, rows = config.get("image_token_index", config.get("image_token_id")), expected[EMBEDDING][0]
+    if image is not None and not 0 <= image < rows:
+        raise PmodError(f"{where}: image_token_index {image} is no row of an embedding of {rows} rows")
+    return expected
 
 
 def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: object) -> None:
@@ -149,12 +151,7 @@ def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: obj
         PmodError: a tensor is absent, has another shape, is no floating-point number, or belongs to no such model.
     """
     by_name = {canonical(name): tensor for name, tensor in found.items()}
-    section(config, "text_config", where), section(config, "vision_config", where)
-    check_values(config, where)
-    expected = expected_shapes(config, where)
-    image, rows = config.get("image_token_index", config.get("image_token_id")), expected[EMBEDDING][0]
-    if image is not None and not 0 <= image < rows:
-        raise PmodError(f"{where}: image_token_index {image} is no row of an embedding of {rows} rows")
+    expected = checked_shapes(config, where)
     for name, shape in expected.items():
         if name not in by_name:
             continue
@@ -168,15 +165,14 @@ def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: obj
             )
     if missing := [name for name in expected if name not in by_name]:
         raise PmodError(f"{where} calls for {len(missing)} tensors that are absent: {', '.join(missing[:5])}")
-    ours = ["language_model.", "multi_modal_projector."]
-    if any(name.startswith("vision_tower.") for name in expected):
-        ours.append("vision_tower.")
+    ours = ("language_model.", "multi_modal_projector.", "vision_tower.")
     extra = [
         name
         for name in by_name
         if name not in expected
-        and name.startswith(tuple(ours))
+        and name.startswith(ours)
         and ".router." not in name
+        and not name.startswith("vision_tower.head.")  # of a SigLIP
         and name != "language_model.lm_head.weight"  # of a tied model
         and not OBSOLETE.fullmatch(name)
     ]

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from pmod_cli.checkpoints.aliases import CLIP_L_336
 from pmod_cli.checkpoints.layouts import published
+from pmod_cli.checkpoints.layouts.defaults import DECODERS
 from pmod_cli.checkpoints.layouts.normal import Source
 from pmod_cli.checkpoints.layouts.towers import KNOWN
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 
 TOWER = "openai/clip-vit-large-patch14-336"
-_TEXT_DEFAULTS = {
+_TEXT = {key: value for key, value in DECODERS["llama"].items() if value is not None} | {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
     "initializer_range": 0.02,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
     "pretraining_tp": 1,
-    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "use_cache": True,
 }
@@ -44,7 +38,7 @@ def published_config(
         raise PmodError(f"--to published: the published code has Llama decoders only, this one is {source.decoder}")
     if config["vision_config"].get("model_type", "clip_vision_model") != "clip_vision_model":
         raise PmodError("--to published: the published code has CLIP towers only")
-    layers = text.get("num_hidden_layers", _TEXT_DEFAULTS["num_hidden_layers"])
+    layers = text.get("num_hidden_layers", _TEXT["num_hidden_layers"])
     fields = published.write_settings(settings, layers)
     if source.original_config is not None:
         kept = {key: value for key, value in source.original_config.items() if not key.startswith("mod_")}
@@ -52,7 +46,7 @@ def published_config(
         dtype = {"torch_dtype": config["dtype"]} if "torch_dtype" in kept else {}
         return kept["vocab_size"], dict(sorted((kept | fields | dtype | named).items()))
     rows = _rows_before_images(config)
-    flat = {key: text.get(key, default) for key, default in _TEXT_DEFAULTS.items()}
+    flat = {key: text.get(key, default) for key, default in _TEXT.items()}
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":

@@ -7,7 +7,14 @@ from typing import Any
 
 from pmod_cli.core.errors import PmodError
 
-_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPES = {  # and what each of them cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "tanh")
 
@@ -133,5 +140,14 @@ def check_values(config: Mapping[str, Any], where: object) -> None:
                 f"{where}: {key} of the rotary embedding is {str(rope[key])[:60]!r}, expected {_POSITIVE[1]}"
             )
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPES:
+    if kind not in list(_ROPES):
         raise PmodError(f"{where}: the rotary embedding is {str(kind)[:60]!r}, expected one of {', '.join(_ROPES)}")
+    if absent := [key for key in _ROPES[kind] if rope.get(key) is None]:
+        raise PmodError(f"{where}: the rotary embedding {kind} lacks {', '.join(absent)}")
+    for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+        if rope.get(key) is not None and not _POSITIVE[0](rope[key]):
+            raise PmodError(f"{where}: {key} of the rotary embedding is {str(rope[key])[:60]!r}, expected a number")
+    for key in ("short_factor", "long_factor"):
+        value = rope.get(key)
+        if value is not None and not (isinstance(value, list) and all(map(_POSITIVE[0], value))):
+            raise PmodError(f"{where}: {key} of the rotary embedding is {str(value)[:60]!r}, expected numbers above 0")

@@ -1,0 +1,97 @@
+"""What a config.json leaves out is what transformers' own classes say."""
+
+import pytest
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from pmod_cli.checkpoints.layouts import defaults
+from pmod_cli.checkpoints.layouts.huggingface import DECODERS
+from pmod_cli.checkpoints.layouts.shapes import decoder_shapes, tower_shapes
+from pmod_cli.core.errors import PmodError
+from pmod_cli.profiling import Sizes
+from tests import factories
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+TOWERS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
+
+
+def test_every_decoder_and_tower_is_written_down():
+    assert set(DECODERS) == set(defaults.DECODERS) == set(CONFIGS)
+    assert set(defaults.TOWERS) == set(TOWERS)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        *((defaults.DECODERS[kind], CONFIGS[kind]) for kind in CONFIGS),
+        *((defaults.TOWERS[kind], TOWERS[kind]) for kind in TOWERS),
+    ],
+)
+def test_defaults_of_a_part(ours, theirs):
+    whole = theirs().to_dict()
+    assert {key: whole.get(key) for key in ours if ours[key] is not None} == {
+        key: value for key, value in ours.items() if value is not None
+    }
+
+
+@pytest.mark.parametrize("kind", [LlavaConfig, LlavaNextConfig])
+def test_defaults_of_the_whole(kind):
+    whole = kind().to_dict()
+    for key, value in defaults.LLAVA.items():
+        there = whole.get(key, value)  # LLaVA-1.5 has no pinpoints
+        assert value == ({name: there[name] for name in value} if isinstance(value, dict) else there), key
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("said", [{}, {"num_attention_heads": 64, "hidden_size": 8192}, {"head_dim": None}])
+def test_what_follows_from_what_is_said(kind, said):
+    theirs = CONFIGS[kind](**said)
+    config = {"model_type": "llava", "text_config": {"model_type": kind, **said}}
+    sizes = Sizes.of(config)
+    assert sizes == Sizes.of({"model_type": "llava", "text_config": theirs.to_dict()})
+    assert sizes.decoder.kv_heads == theirs.num_key_value_heads
+    shapes = decoder_shapes(config["text_config"], "config.json")
+    assert shapes == decoder_shapes(theirs.to_dict(), "config.json")
+    assert shapes["language_model.model.layers.0.self_attn.k_proj.weight"][0] == (
+        sizes.decoder.kv_heads * sizes.decoder.head_size
+    )
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_a_null_that_transformers_refuses_is_refused(kind):
+    with pytest.raises(PmodError, match="num_key_value_heads is None"):
+        decoder_shapes({"model_type": kind, "num_key_value_heads": None}, "config.json")
+
+
+def test_a_decoder_or_tower_of_a_hundred_million_layers_is_refused():
+    for config in (
+        {"text_config": {"num_hidden_layers": 10**8}},
+        {"vision_config": {"num_hidden_layers": 10**8, "model_type": "clip_vision_model"}},
+    ):
+        with pytest.raises(PmodError, match="num_hidden_layers is more than 1,000"):
+            Sizes.of({"model_type": "llava", **config})
+    with pytest.raises(PmodError, match="num_hidden_layers is more than 1,000"):
+        decoder_shapes({"num_hidden_layers": 10**8}, "config.json")
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_shapes_of_a_tower(kind):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"image_size": 32, "patch_size": 8}
+    if kind == "clip_vision_model":
+        tower = factories.model("llava").model.vision_tower
+        vision = tower.config.to_dict()
+    else:
+        tower = SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
+        vision = sizes | {"model_type": kind}
+    theirs = {name.removeprefix("vision_model."): tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
+    ours = {name.removeprefix("vision_tower."): shape for name, shape in tower_shapes(vision, "config.json").items()}
+    assert ours == theirs

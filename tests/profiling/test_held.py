@@ -1,0 +1,88 @@
+"""What `profile` counts is held to the weights beside the config.json; without weights, what was assumed is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pmod_cli.checkpoints.aliases import bundled_path
+from pmod_cli.checkpoints.convert import convert
+from pmod_cli.core.errors import PmodError
+from pmod_cli.profiling import Sizes, load_subject
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A p-MoD checkpoint of the bundled model."""
+    convert(bundled_path(), tmp_path / "pm")
+    return tmp_path / "pm"
+
+
+def change(folder: Path, part: str | None, key: str, value: object) -> None:
+    """Set a value of config.json; ... removes it."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    holder = config[part] if part else config
+    if value is ...:
+        del holder[key]
+    else:
+        holder[key] = value
+    file.unlink()  # not through a hard link
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "config.json"])
+@pytest.mark.parametrize(
+    ("part", "key", "value", "told"),
+    [
+        ("text_config", "hidden_size", ..., "hidden_size 4096 is no multiple|expected .*4096"),
+        ("text_config", "hidden_size", 224, "expected .*224"),
+        ("text_config", "num_hidden_layers", 16, "holds decoder layers 0-31, expected 0-15"),
+        ("text_config", "num_hidden_layers", 10**8, "num_hidden_layers is more than 1,000"),
+        ("text_config", "intermediate_size", ..., "expected .*11008"),
+        ("text_config", "vocab_size", 32000, "expected .*32000"),
+        ("text_config", "num_key_value_heads", 2, "expected .*56"),
+        ("text_config", "head_dim", 56, "expected .*224"),
+        ("vision_config", "num_hidden_layers", 4, "encoder.layers.3"),
+        ("vision_config", "hidden_size", ..., "expected .*768"),
+        ("vision_config", "patch_size", 16, "expected .*16"),
+        (None, "vision_config", ..., "expected .*1024"),
+        (None, "vision_feature_layer", [-2, -1], "expected .*224"),
+        (None, "pmod", {"schedule": "interleaved"}, "holds routers in layers"),
+    ],
+)
+def test_a_config_that_is_not_that_of_its_weights(checkpoint, part, key, value, told, whole):
+    change(checkpoint, part, key, value)
+    with pytest.raises(PmodError, match=told):
+        load_subject(str(checkpoint if whole else checkpoint / "config.json"))
+
+
+def test_a_default_that_the_weights_confirm_is_no_assumption(checkpoint):
+    whole = load_subject(str(checkpoint))
+    change(checkpoint, "text_config", "head_dim", ...)
+    change(checkpoint, "vision_config", "num_channels", ...)
+    short = load_subject(str(checkpoint))
+    assert short.assumed == ()
+    assert Sizes.of(short.stock) == Sizes.of(whole.stock)
+
+
+def test_without_weights_what_is_assumed_is_named(checkpoint, tmp_path, capsys):
+    from pmod_cli.cli import main
+
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copyfile(checkpoint / "config.json", alone / "config.json")
+    assert load_subject(str(alone)).assumed == ()
+    change(alone, "text_config", "intermediate_size", ...)
+    assert load_subject(str(alone)).assumed == ("text_config.intermediate_size 11008",)
+    assert main(["profile", "-m", str(alone), "--sweep", "shift=0.5", "--text-tokens", "9"]) == 0
+    assert "leaves out text_config.intermediate_size 11008" in capsys.readouterr().err
+    assert load_subject("llava-next-7b").assumed == ()  # its sizes are ours
+
+
+def test_a_config_of_the_original_code_is_no_config_of_defaults(tmp_path):
+    flat = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 5120}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    with pytest.raises(PmodError, match="layout of the original code"):
+        load_subject(str(tmp_path / "config.json"))

@@ -161,7 +161,8 @@ def visualize(
     beside = [suffix for suffix, wanted in ((".html", html), (".npz", npz)) if wanted]
     is_batch = len(items) > 1 or items[0].path != images[0]  # a folder or a list of one picture is a batch too
     if is_batch:
-        folder = out or Path(f"{images[0].resolve().stem if len(images) == 1 else 'pictures'}-pmod")
+        called = visualization.short_name(images[0].resolve().stem) if len(images) == 1 else "pictures"
+        folder = out or Path(f"{called}-pmod")
         targets = visualization.folder_targets(items, folder, ending, beside)
     else:
         targets = visualization.one_target(items[0], out, ending, beside)

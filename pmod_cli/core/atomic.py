@@ -6,6 +6,7 @@ under a lock, so that a rerun replaces what a killed run left. Whole folders: se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from typing import Any
 
 from pmod_cli.core.locks import locked
 
+LONGEST_NAME = 255  # bytes, on every file system in use
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` with `data`."""
@@ -23,10 +26,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Replace each path with its bytes; none of them before all are on the disk."""
-    temporaries = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    temporaries = {path: _beside(path, "tmp") for path in files}
     with ExitStack() as held:
         for path in sorted(files):  # in one order, so that two writers never wait for each other
-            held.enter_context(locked(path.with_name(f".{path.name}.lock"), wait=None))
+            held.enter_context(locked(_beside(path, "lock"), wait=None))
         try:
             for path, data in files.items():
                 with open(temporaries[path], "wb") as file:
@@ -42,6 +45,14 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         sync_folder(folder)
 
 
+def _beside(path: Path, ending: str) -> Path:
+    """A hidden name beside `path`, the same at every time; of a name that leaves no room for more, a digest."""
+    name = f".{path.name}.{ending}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.{ending}"
+    return path.with_name(name)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text`, UTF-8."""
     write_bytes(path, text.encode())
@@ -49,7 +60,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` with `value` as indented JSON; NaN is an error."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))  # a byte of a path that is no UTF-8
 
 
 def sync_folder(folder: Path) -> None:

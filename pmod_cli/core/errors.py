@@ -7,6 +7,7 @@ something about, into one; everything it does not know is a bug of ours and keep
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 BAD_INPUT = 2
@@ -82,6 +83,11 @@ def _explain_os_error(error: OSError) -> PmodError | None:
         return PmodError(f"no permission for {where}", hint="choose another folder with --out")
     if error.errno == errno.EROFS:
         return PmodError(f"{where} is on a read-only file system", hint="choose another folder with --out")
+    if error.errno == errno.ENAMETOOLONG:
+        name = os.path.basename(os.fspath(where))
+        return PmodError(
+            f"a name is too long for the file system: {name[:60]}…", hint="choose a shorter one with --out"
+        )
     if isinstance(error, FileNotFoundError) and error.filename:
         return PmodError(f"no such file or folder: {where}")
     if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError) and error.filename:

@@ -1,4 +1,8 @@
-"""Two streams: stdout carries the result and nothing else, stderr carries progress, notes, hints and errors."""
+"""Two streams: stdout carries the result and nothing else, stderr carries progress, notes, hints and errors.
+
+What is printed for people may hold the name of a file that somebody else chose: control characters are escaped on the
+way to either stream, in one place. What programs read, JSON and bare paths in a pipe, is left as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,37 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
+
+from pmod_cli.core.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+
+
+class _Printable(RenderHook):
+    """Renders everything with its text made printable; rich's own colours and cursor moves are no text."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Escaped(renderable) for renderable in renderables]
+
+
+class _Escaped:
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self._renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
 
 # Rich looks up sys.stdout and sys.stderr at every print, drops colour in pipes and honours NO_COLOR by itself.
 # A path or a name may hold `:b:`, which is no emoji.
 stdout = Console(highlight=False, emoji=False)
 stderr = Console(stderr=True, highlight=False, emoji=False)
+for _stream in (stdout, stderr):
+    _stream.push_render_hook(_Printable())
 
 _quiet = False
 _progress = True
@@ -59,13 +85,24 @@ def error(what: str, hint: str | None = None) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout, never coloured or wrapped."""
-    stdout.file.write(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=str) + "\n")
+    """One JSON object on stdout, never coloured or wrapped. Bytes that are no UTF-8 are half surrogates."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=str)
+    stdout.file.write(text.encode(errors="backslashreplace").decode() + "\n")
 
 
 def print_line(text: object) -> None:
-    """One unwrapped line on stdout, for a path or an id that another program reads."""
-    stdout.file.write(f"{text}\n")
+    """One unwrapped line on stdout, for a path or an id that another program reads. Only a terminal gets it escaped."""
+    if stdout.is_terminal:
+        stdout.file.write(f"{printable(str(text))}\n")
+        return
+    line = f"{text}\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # a path that is no UTF-8
+        stdout.file.flush()
+        stdout.file.buffer.write(os.fsencode(line))
+    else:
+        stdout.file.write(line)
 
 
 def shows_progress() -> bool:

@@ -47,13 +47,18 @@ def find_image(name: str, folder: Path | None) -> Path:
     Raises:
         BadRow: there is none, or it lies outside the folder.
     """
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise BadRow(f"{name} lies outside the image folder")
-    path = (folder or Path()) / relative
+    path = inside(name, folder)
     if not os.path.exists(path):  # False for a name that is too long, where `Path.exists` raises
         raise BadRow(f"no such image: {name}, in {folder}")
     return path
+
+
+def inside(name: str, folder: Path | None) -> Path:
+    """The path of ``name`` in the image folder, there or not. Raises BadRow where it lies outside."""
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise BadRow(f"{name} lies outside the image folder")
+    return (folder or Path()) / relative
 
 
 def reduced(image: Image.Image, padded: bool) -> Image.Image:

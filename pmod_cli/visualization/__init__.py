@@ -6,7 +6,7 @@ from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, att
 from pmod_cli.visualization.figure import MODES, PARTS, draw
 from pmod_cli.visualization.geometry import Layout, Part, image_layout
 from pmod_cli.visualization.html import html_page, save_html
-from pmod_cli.visualization.inputs import Item, check_pictures, find_items
+from pmod_cli.visualization.inputs import Item, check_pictures, find_items, short_name
 from pmod_cli.visualization.job import Drawn, Settings, check_saved, run
 from pmod_cli.visualization.page import check_format, save
 from pmod_cli.visualization.record import SelectionRecord, parse_layers
@@ -54,6 +54,7 @@ __all__ = [
     "save_html",
     "save_npz",
     "select",
+    "short_name",
     "summarise",
     "summary_lines",
 ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODES = ("kept", "weights", "depth", "schedule", "compare", "grid")
+ALL_LAYERS = ("depth", "schedule")  # modes that show every layer
 PARTS = ("separate", "merged", "base", "tiles")
 PART_NAMES = {"image": "", "base": "whole image", "tiles": "{}×{} tiles"}
 COLOUR_MAP = "cividis"  # the same order for every eye; light where there is much, so that print stays readable

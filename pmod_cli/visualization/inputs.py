@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from PIL import Image
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import load_image
+from pmod_cli.data.conversation import BadRow
+from pmod_cli.data.images import inside
 from pmod_cli.visualization.checked import check_regions
 
 Region = tuple[float, float, float, float]
 ROWS = (".json", ".jsonl")
 SAVED = ".npz"
+LONGEST_STEM = 220  # bytes
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,24 @@ def check_pictures(items: Iterable[Item]) -> None:
         raise PmodError(f"{len(faults)} pictures cannot be read: {told}", hint="remove them, or name the others")
 
 
+def short_name(name: str) -> str:
+    """The name, cut so that a number and an ending behind it still make a file name."""
+    while len(os.fsencode(name)) > LONGEST_STEM:
+        name = name[:-1]
+    return name
+
+
 def _expand(path: Path, image_folder: Path | None) -> Iterator[Item]:
     if path.is_dir():
         known = set(Image.registered_extensions())
         pictures = sorted(child for child in path.iterdir() if child.suffix.lower() in known and child.is_file())
         if not pictures:
             raise PmodError(f"{path}: no picture in this folder", hint="name a folder of .png or .jpg files")
-        yield from (Item(child, child.stem) for child in pictures)
+        yield from (Item(child, short_name(child.stem)) for child in pictures)
     elif path.suffix.lower() in ROWS and path.is_file():
         yield from _rows(path, image_folder or path.parent)
     else:
-        yield Item(path, path.stem)
+        yield Item(path, short_name(path.stem))
 
 
 def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
@@ -99,8 +110,11 @@ def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
         if not isinstance(image, str):
             raise PmodError(f"{where}: `image` is expected to be one file name, found {json.dumps(image)[:60]}")
         found = True
-        file = image_folder / image
-        yield Item(file, file.stem, _question(row, where), _regions(row, where))
+        try:
+            file = inside(image, image_folder)
+        except BadRow as error:
+            raise PmodError(f"{where}: {error.what}", hint="--image-folder names the folder of the images") from None
+        yield Item(file, short_name(file.stem), _question(row, where), _regions(row, where))
     if not found:
         raise PmodError(f"{path}: no row has an image", hint='a row is {"image": "a.png", "conversations": [...]}')
 
@@ -139,12 +153,13 @@ def _regions(row: dict, where: str) -> tuple[Region, ...]:
 
 def _named_apart(items: Sequence[Item]) -> Iterator[Item]:
     """Pictures of the same name, and several questions about one picture, get a number behind their name."""
-    taken: set[str] = {item.name for item in items}
-    used: set[str] = set()
+    taken = {item.name for item in items}
+    last: dict[str, int] = {}
     for item in items:
-        name, number = item.name, 1
-        while name in used or (number > 1 and name in taken):
+        number = last.get(item.name, 0) + 1
+        while number > 1 and f"{item.name}-{number}" in taken:
             number += 1
-            name = f"{item.name}-{number}"
-        used.add(name)
+        last[item.name] = number
+        name = item.name if number == 1 else f"{item.name}-{number}"
+        taken.add(name)
         yield replace(item, name=name)

@@ -9,9 +9,10 @@ from pathlib import Path
 from pmod_cli.core.atomic import write_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage, load_image
+from pmod_cli.core.text import printable
 from pmod_cli.visualization.archive import load_npz, npz_bytes
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
-from pmod_cli.visualization.figure import MODES, PARTS, draw
+from pmod_cli.visualization.figure import ALL_LAYERS, MODES, PARTS, draw
 from pmod_cli.visualization.html import html_page
 from pmod_cli.visualization.inputs import Item
 from pmod_cli.visualization.page import check_format, encode
@@ -45,6 +46,14 @@ class Settings:
         for flag, value, known in (("--mode", self.mode, MODES), ("--parts", self.parts, PARTS)):
             if value not in known:
                 raise PmodError(f"{flag} {value}: there is no such choice", hint=f"one of {', '.join(known)}")
+        if self.mode in ALL_LAYERS and self.layers.strip().lower() != "all":
+            layers = f"--layers {self.layers[:60]}"
+            raise PmodError(f"--mode {self.mode} shows all layers, yet {layers} was given", hint="leave --layers out")
+        for question in filter(None, (self.question, self.against_question)):
+            if any(
+                "\ud800" <= letter <= "\udfff" for letter in question
+            ):  # as Python holds other bytes of a command line
+                raise PmodError(f"the question is no UTF-8: {printable(question)[:60]}", hint="see `locale`")
 
 
 @dataclass(frozen=True)

@@ -117,19 +117,20 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
     if text.strip().lower() == "all":
         return list(range(num_layers))
     layers: set[int] = set()
+    shown = text if len(text) <= 60 else f"{text[:60]}…"
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
         if match is None:
             raise PmodError(
-                f"--layers {text!r}: {item.strip()!r} is neither a layer nor a range",
+                f"--layers {shown!r}: {item.strip()[:40]!r} is neither a layer nor a range",
                 hint="for example: --layers 2,14,26",
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise PmodError(f"--layers {text!r}: the range {item.strip()} runs backwards", hint=f"try {last}-{first}")
+            raise PmodError(f"--layers {shown!r}: the range {item.strip()} runs backwards", hint=f"try {last}-{first}")
         if last >= num_layers:
             raise PmodError(
-                f"--layers {text!r}: there is no layer {last}; the model's layers are 0..{num_layers - 1}",
+                f"--layers {shown!r}: there is no layer {last}; the model's layers are 0..{num_layers - 1}",
                 hint="--layers all draws every layer",
             )
         layers.update(range(first, last + 1))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.text import printable
 from pmod_cli.visualization.record import parse_layers
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def load_subject(found: Resolved, name: str, *, dtype: str, device: str) -> Subj
     state = router_state(found.path)
     attention = "eager" if state == "stock" else "sdpa"
     model, processor = load_model(found.path, dtype=dtype, device=device, attn_implementation=attention)
-    return Subject(found.path.resolve().name if found.origin == "folder" else name, model, processor, state)
+    shown = found.path.resolve().name if found.origin == "folder" else name
+    return Subject(printable(shown), model, processor, state)
 
 
 def _config(path: Path) -> PreTrainedConfig:

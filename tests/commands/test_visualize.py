@@ -76,6 +76,22 @@ def test_json_and_quiet(ready, capsys):
     ("arguments", "what", "hint"),
     [
         (["img.png", "--layers", "99"], "there is no layer 99; the model's layers are 0..3", "--layers all"),
+        (["img.png", "--layers", "9" * 5000], "is neither a layer nor a range", "2,14,26"),
+        (["img.png", "--layers", "100000000"], "there is no layer 100000000", "--layers all"),
+        (
+            ["img.png", "--layers", "2", "--mode", "depth"],
+            "--mode depth shows all layers, yet --layers 2 was given",
+            "",
+        ),
+        (
+            ["img.png", "--layers", "2-3", "--mode", "schedule"],
+            "--mode schedule shows all layers",
+            "leave --layers out",
+        ),
+        (["img.png", "--question", "caf\udcff"], r"the question is no UTF-8: caf\xff", ""),
+        (["img.png", "-o", "x" * 300 + ".png"], "a name is too long for the file system: xxx", "--out"),
+        (["x" * 300], "a name is too long for the file system: xxx", ""),
+        (["\x1b[31mred\udcff.png"], r"\x1b[31mred\xff.png: no such image file", ""),
         (["img.png", "--layers", "x"], "'x' is neither a layer nor a range", "2,14,26"),
         (["none.png"], "none.png: no such image file", ""),
         (["words.png"], "words.png is not an image", ""),
@@ -101,6 +117,29 @@ def test_bad_input_is_a_sentence(ready, stock_model, capsys, arguments, what, hi
     assert what in message
     assert hint in message
     assert names(ready) == before
+
+
+def test_names_of_any_bytes_and_length(ready, capfd):
+    """A name that would clear the screen, one that is no UTF-8, and the longest there can be."""
+    picture = (ready / "img.png").read_bytes()
+    names_in = [f"pictures/{name}.png" for name in ("a\x1b[2J\udcff", "x" * 251)]
+    (ready / "pictures").mkdir()
+    for name in names_in:
+        (ready / name).write_bytes(picture)
+    options = ("--html", "--npz", "--layers", 3, "--max-new-tokens", 0, "--model", "routed", "--device", "cpu")
+    for name in names_in:
+        assert call("visualize", name, *options) == 0
+    written = capfd.readouterr()
+    assert "\x1b" not in written.out + written.err
+    assert r"wrote a\x1b[2J\xff-pmod.npz" in written.out
+    stems = ["a\x1b[2J\udcff-pmod", "x" * 220 + "-pmod"]
+    assert names(ready) == sorted(
+        ["img.png", "pictures", "routed", *(stem + end for stem in stems for end in (".html", ".npz", ".png"))]
+    )
+    (ready / "routed").rename(ready / "r\x1b[31m")
+    options = (*options[:-4], "--model", "r\x1b[31m", "--device", "cpu")
+    assert call("visualize", "pictures", *options, "--json") == 0
+    assert json.loads(capfd.readouterr().out)["images"][0]["model"] == r"r\x1b[31m"
 
 
 def test_rows_become_a_folder_with_statistics_and_are_drawn_again(ready, capsys):

@@ -1,12 +1,13 @@
 """A file is the old one or the new one; what killed runs left goes with the next good one."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pmod_cli.core.atomic import write_files, write_json, write_text
+from pmod_cli.core.atomic import write_bytes, write_files, write_json, write_text
 
 
 def names(folder):
@@ -57,3 +58,17 @@ def test_writers_of_one_file_take_turns(tmp_path):
         list(pool.map(lambda text: write_text(path, text), texts))
     assert path.read_text() in texts
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("length", [244, 250, 255])
+def test_the_longest_name_is_written_and_leaves_nothing_beside_it(tmp_path, length):
+    path = tmp_path / ("x" * length)
+    write_bytes(path, b"first")
+    write_bytes(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert [found.name for found in tmp_path.iterdir() if not found.name.endswith(".lock")] == [path.name]
+
+
+def test_json_holds_a_path_that_is_no_utf8(tmp_path):
+    write_json(tmp_path / "a.json", {"file": "b\udcff.png"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"file": "b\udcff.png"}

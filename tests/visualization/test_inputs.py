@@ -1,6 +1,7 @@
 """Folders and LLaVA rows become items; what cannot be read is said before anything starts."""
 
 import json
+import time
 
 import pytest
 from PIL import Image
@@ -95,3 +96,27 @@ def test_every_bad_picture_is_named_at_once(tmp_path):
     with pytest.raises(PmodError, match=r"2 pictures cannot be read: .*bad\.png.*worse\.png"):
         check_pictures(find_items([tmp_path]))
     check_pictures(find_items([tmp_path / "good.png"]))
+
+
+def test_long_names_leave_room_for_an_ending(tmp_path):
+    for name in ("é" * 125, "é" * 124 + "ff", "y" * 250):
+        picture(tmp_path / f"{name}.png")
+    names = [item.name for item in find_items([tmp_path])]
+    assert len(set(names)) == 3
+    assert all(len(f"{name}-pmod.html".encode()) <= 255 for name in names)
+
+
+def test_many_rows_of_one_picture_are_named_in_no_time(tmp_path):
+    rows = [{"image": "a.png"}] * 20_000 + [{"image": "a-3.png"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    started = time.process_time()
+    names = [item.name for item in find_items([tmp_path / "rows.json"])]
+    assert time.process_time() - started < 5
+    assert (names[:3], names[-1], len(set(names))) == (["a", "a-2", "a-4"], "a-3", 20_001)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../b.png"])
+def test_rows_name_no_picture_outside_their_folder(tmp_path, name):
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": name}]))
+    with pytest.raises(PmodError, match=r"row 0: .*\.png lies outside the image folder"):
+        find_items([tmp_path / "rows.json"])

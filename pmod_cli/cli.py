@@ -18,6 +18,7 @@ import typer
 from pmod_cli import __version__
 from pmod_cli.core import output
 from pmod_cli.core.errors import BAD_INPUT, INTERRUPTED, RUN_FAILED, explain
+from pmod_cli.core.flags import as_flags
 
 VERBS = {
     "convert": "Turn a stock LLaVA checkpoint into a p-MoD checkpoint, without copying its weights.",
@@ -99,18 +100,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `pmod` and return its exit code: 0, 1 run failed, 2 bad usage, 3 partial, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     completion_words = os.environ.get("COMP_WORDS", "").split()[1:]
-    command = typer.main.get_command(build_app(_verb_in(arguments or completion_words)))
+    verb = _verb_in(arguments or completion_words)
+    command = typer.main.get_command(build_app(verb))
     output.hush_libraries()
     try:
         result: Any = command.main(args=arguments, prog_name="pmod", standalone_mode=False)
     except BaseException as error:
-        return _report(error)
+        return _report(error, _options_of(command, verb))
     if result == INTERRUPTED:  # Typer turns Ctrl-C into this exit code, silently
-        return _report(KeyboardInterrupt())
+        return _report(KeyboardInterrupt(), {})
     return result if isinstance(result, int) else 0
 
 
-def _report(error: BaseException) -> int:
+def _options_of(command: Any, verb: str | None) -> dict[str, str]:
+    """The options of a verb by the names that the library knows them by: those of its arguments, and recipe keys."""
+    options = {}
+    for parameter in getattr(command, "commands", {verb: None}).get(verb, command).params:
+        flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        if flags:
+            options[parameter.name] = min(flags, key=len)
+    return options | getattr(sys.modules.get(f"pmod_cli.commands.{verb}"), "SETTINGS", {})
+
+
+def _report(error: BaseException, options: dict[str, str]) -> int:
     """Print what is known about an error on stderr and return the exit code."""
     if os.environ.get("PMOD_DEBUG") == "1" and not isinstance(error, SystemExit):
         raise error
@@ -127,7 +139,9 @@ def _report(error: BaseException) -> int:
     known = explain(error)
     if known is None:
         raise error
-    output.error(known.what, known.hint)
+    takes_settings = "overrides" in options
+    what, hint = (text and as_flags(text, options, settings=takes_settings) for text in (known.what, known.hint))
+    output.error(what, hint)
     return known.code
 
 

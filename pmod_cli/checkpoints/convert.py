@@ -33,6 +33,7 @@ from pmod_cli.checkpoints.writing import place, stream
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
+from pmod_cli.core.units import disk_size
 from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"
@@ -190,7 +191,8 @@ def _check_space(report: ConversionReport, target: Path) -> None:
     needed = report.streamed_bytes + report.copied_bytes
     if needed > report.free_bytes:
         raise PmodError(
-            f"{_existing(target)} has {report.free_bytes / 1e9:.1f} GB free, and this needs {needed / 1e9:.1f} GB",
+            f"{_existing(target)} has {disk_size(report.free_bytes)} free, and this needs {disk_size(needed)}: "
+            f"{disk_size(needed - report.free_bytes)} more",
             hint="choose another disk with --out",
         )
 

@@ -14,6 +14,7 @@ from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.plan import Plan
 from pmod_cli.checkpoints.transforms import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.core.units import memory_size
 from pmod_cli.model import PmodSettings
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _forward(plan: Plan, folder: Path) -> str:
     size = sum((folder / name).stat().st_size for name in plan.layout.names)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 1.2 * size > free:
-        return f"no forward pass: it takes {1.2 * size / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
+        return f"no forward pass: it takes {memory_size(1.2 * size)} of memory, and {memory_size(free)} are free"
     config = {key: value for key, value in plan.config.items() if key not in OURS}
     kind = plan.source.kind
     every = PmodSettings(schedule="list", values=(1.0,) * plan.num_layers, max_ratio=2.0)

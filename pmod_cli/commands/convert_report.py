@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from pmod_cli.core import output
+from pmod_cli.core.units import disk_size
 
 if TYPE_CHECKING:
     from pmod_cli.checkpoints import ConversionReport
@@ -26,7 +27,7 @@ def print_aliases(aliases: dict, as_json: bool) -> None:
     for name, row in rows.items():
         number = row["parameters"]
         size = f"{number / 1e9:.1f}B" if number > 1e9 else f"{number / 1e6:.1f}M"
-        gigabytes = f"{_size(2 * number):>8}"
+        gigabytes = f"{disk_size(2 * number):>8}"
         output.print_line(f"{name:22}{row['repo']:38}{row['layers']:3} layers {size:>7} {gigabytes}")
 
 
@@ -42,7 +43,7 @@ def print_report(report: ConversionReport, dry_run: bool) -> None:
     table.add_row("would write" if dry_run else "wrote", str(report.target))
     kinds = f"{report.model_type} over {report.decoder}, {total} layers"
     table.add_row("model", f"{kinds}, {routed} of them with a router" if report.settings else kinds)
-    table.add_row("reads" if dry_run else "read", f"{_size(report.read_bytes)} in the {report.layout} layout")
+    table.add_row("reads" if dry_run else "read", f"{disk_size(report.read_bytes)} in the {report.layout} layout")
     for names, what in (
         (report.linked, "the same bytes as the source"),
         (report.symlinked, "they point to the source: keep it where it is"),
@@ -50,11 +51,11 @@ def print_report(report: ConversionReport, dry_run: bool) -> None:
         if names:
             table.add_row("linked", f"{_files(names)}: {what}")
     if report.copied:
-        table.add_row("copied", f"{_files(report.copied)}, {_size(report.copied_bytes)}")
+        table.add_row("copied", f"{_files(report.copied)}, {disk_size(report.copied_bytes)}")
     if report.streamed:
-        table.add_row("rewritten", f"{_files(report.streamed)}, {_size(report.streamed_bytes)}")
+        table.add_row("rewritten", f"{_files(report.streamed)}, {disk_size(report.streamed_bytes)}")
     table.add_row("written", f"{report.router_parameters:,} router parameters and {len(report.written)} small files")
-    table.add_row("disk", f"{_size(report.free_bytes)} free {'now' if dry_run else 'before'}")
+    table.add_row("disk", f"{disk_size(report.free_bytes)} free {'now' if dry_run else 'before'}")
     if report.settings:
         ratios = f"{report.retention[0]:.2f} → {report.retention[-1]:.2f}, mean {report.mean_retention:.4f}"
         shift = report.settings["shift"]
@@ -91,14 +92,6 @@ def written_bytes() -> Iterator[Callable[[int], None]]:
 
 def _files(names: list[str]) -> str:
     return f"{len(names)} weight file{'s' if len(names) != 1 else ''}"
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError
 
 
 def _chart(retention: list[float]) -> str:

@@ -45,6 +45,19 @@ pmod finetune --sweep ablations --seeds 3
 pmod finetune --merge runs/lora
 pmod finetune --recipe runs/stock/config.yaml -o runs/stock
 """
+SETTINGS = {  # those of a recipe that have an option of their own
+    "model.name": "--model",
+    "model.precision": "--dtype",
+    "train.max_steps": "--max-steps",
+    "train.batch_size": "--batch-size",
+    "train.learning_rate": "--learning-rate",
+    "train.seed": "--seed",
+    "train.report_to": "--report-to",
+    "train.engine": "--engine",
+    "data.on_bad_row": "--on-bad-row",
+    "eval": "--eval",
+    "eval_limit": "--eval-limit",
+}
 DATA, PROCESSES, PLAN = "Data", "Several GPUs and machines", "Planning (--dry-run)"
 
 
@@ -147,19 +160,20 @@ def finetune(
     """
     from pmod_cli.training.recipe import dump, load_settings
 
-    flags = {
-        "model.name": ("--model", model),
-        "model.precision": ("--dtype", None if dtype == "auto" else dtype),
-        "train.max_steps": ("--max-steps", max_steps),
-        "train.batch_size": ("--batch-size", batch_size),
-        "train.learning_rate": ("--learning-rate", learning_rate),
-        "train.seed": ("--seed", seed),
-        "train.report_to": ("--report-to", report_to),
-        "train.engine": ("--engine", engine),
-        "data.on_bad_row": ("--on-bad-row", on_bad_row),
-        "eval": ("--eval", eval_tasks.split(",") if eval_tasks else None),
-        "eval_limit": ("--eval-limit", eval_limit),
+    given = {
+        "model.name": model,
+        "model.precision": None if dtype == "auto" else dtype,
+        "train.max_steps": max_steps,
+        "train.batch_size": batch_size,
+        "train.learning_rate": learning_rate,
+        "train.seed": seed,
+        "train.report_to": report_to,
+        "train.engine": engine,
+        "data.on_bad_row": on_bad_row,
+        "eval": eval_tasks.split(",") if eval_tasks else None,
+        "eval_limit": eval_limit,
     }
+    flags = {key: (SETTINGS[key], value) for key, value in given.items()}
     if sweep:
         if seed is not None:
             raise PmodError("--seed: a sweep runs several seeds", hint="say how many with --seeds")
@@ -170,7 +184,7 @@ def finetune(
             seeds=seeds,
             overrides=[
                 *(overrides or ()),
-                *(f"{key}={value}" for key, (_, value) in flags.items() if value is not None),
+                *(f"{key}={value}" for key, value in given.items() if value is not None),
             ],
             device=pick_device(device),
             dry_run=dry_run,
@@ -285,7 +299,7 @@ def _check_data(settings: Settings, as_json: bool) -> None:
     silence_transformers()
     from pmod_cli.training.dataset import check_all
 
-    show_check(check_all(settings), as_json)
+    show_check(check_all(settings), as_json, skips=settings.data.on_bad_row == "skip")
 
 
 def _merge(folder: Path, model: str | None, as_json: bool) -> None:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from pmod_cli.training.plan import Plan
     from pmod_cli.training.remedies import Remedy
 
-FLAGS = {"train.batch_size": "--batch-size", "train.engine": "--engine"}  # settings that have one of their own
-
 
 def show_plan(plan: Plan, as_json: bool) -> None:
     """One table: what is trained, what it takes, p-MoD beside stock."""
@@ -125,9 +123,6 @@ def refuse_unfit(plan: Plan) -> None:
 
 
 def _flags(remedy: Remedy, processes: int) -> str:
-    """A remedy as one would type it."""
-    words = [
-        f"{FLAGS[key]} {value}" if key in FLAGS else f"--set {key}={str(value).lower()}"
-        for key, value in remedy.settings.items()
-    ]
-    return " ".join([*words, *([f"--num-processes {remedy.processes}"] if remedy.processes != processes else [])])
+    """A remedy as the words of the command."""
+    words = [f"`{key}={str(value).lower()}`" for key, value in remedy.settings.items()]
+    return " ".join([*words, *([f"`num_processes={remedy.processes}`"] if remedy.processes != processes else [])])

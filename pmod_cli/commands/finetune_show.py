@@ -57,9 +57,9 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def show_check(report: DataReport, as_json: bool) -> None:
-    """What a look at every row has found; bad ones end in an error."""
-    from pmod_cli.data.check import refuse_bad
+def show_check(report: DataReport, as_json: bool, *, skips: bool) -> None:
+    """What a look at every row has found; bad ones end in an error, unless the run leaves them out."""
+    from pmod_cli.data.check import describe_bad, refuse_bad
 
     if as_json:
         output.print_json({"schema_version": 1, **asdict(report)})
@@ -73,7 +73,10 @@ def show_check(report: DataReport, as_json: bool) -> None:
         table.add_row("without a label", f"{report.without_labels:,}")
         table.add_row("cannot be used", f"{report.num_bad:,}")
         output.stdout.print(table)
-    refuse_bad(report)
+    if skips and report.num_bad:
+        output.warn(f"{describe_bad(report)}\n  the run leaves them out, as data.on_bad_row says")
+    else:
+        refuse_bad(report)
 
 
 def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:

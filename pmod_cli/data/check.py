@@ -90,17 +90,19 @@ def check_rows(
 
 def refuse_bad(report: DataReport) -> None:
     """Raises PmodError, naming the bad rows of a report, where there are any."""
-    if not report.num_bad:
-        return
+    if report.num_bad:
+        hint = "leave bad ones out with `data.on_bad_row=skip`"
+        looked = "" if report.checked == report.rows else "look at all rows with `check_data=True`; "
+        raise PmodError(describe_bad(report), hint=looked + hint)
+
+
+def describe_bad(report: DataReport) -> str:
+    """Which rows cannot be used, and why; the first ones."""
     lines = [f"row {row}: {reason}" for row, reason in report.bad[:5]]
     if report.num_bad > len(lines):
         lines.append(f"and {report.num_bad - len(lines)} more")
-    raise PmodError(
-        f"{report.num_bad} of {report.checked} rows looked at in {report.name} cannot be used:\n  "
-        + "\n  ".join(lines),
-        hint=("" if report.checked == report.rows else "look at all rows with --check-data; ")
-        + "leave bad ones out with --on-bad-row skip",
-    )
+    head = f"{report.num_bad} of {report.checked} rows looked at in {report.name} cannot be used:"
+    return "\n  ".join([head, *lines])
 
 
 def _take(report: DataReport, part: DataReport, total: int, on_progress: Callable[[int, int], None] | None) -> None:

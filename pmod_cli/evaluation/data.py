@@ -11,6 +11,7 @@ from typing import Any
 from pmod_cli.checkpoints.resolve import HUB_ANSWERS_WITHIN, within
 from pmod_cli.core.atomic import write_text
 from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.core.units import disk_size
 from pmod_cli.evaluation import mirror
 from pmod_cli.evaluation.sources import Source
 from pmod_cli.evaluation.suite import KNOWN, Benchmark
@@ -39,8 +40,8 @@ def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None)
         return
     lacking = list(dict.fromkeys(missing.values()))
     titles = ", ".join(benchmark.title for benchmark in lacking)
-    listed = ", ".join(f"{source} ({_size(source.megabytes or 0)})" for source in missing)
-    total = _size(sum(source.megabytes or 0 for source in missing))
+    listed = ", ".join(f"{source} ({disk_size(1e6 * (source.megabytes or 0))})" for source in missing)
+    total = disk_size(1e6 * sum(source.megabytes or 0 for source in missing))
     place = "on this machine, nor can the hub be reached" if data_root is None else f"whole in {data_root}"
     raise PmodError(
         f"the data of {titles} is not {place}: {listed}; {total} in all",
@@ -84,7 +85,7 @@ def fetch(
     fetched: list[str] = []
     for repository, sources in repositories.items():
         if on_progress is not None:
-            on_progress(f"{repository}: {_size(sum(source.megabytes or 0 for source in sources))}")
+            on_progress(f"{repository}: {disk_size(1e6 * sum(source.megabytes or 0 for source in sources))}")
         _, digests = mirror.download(sources, data_root / repository)
         files = sorted({file for source in sources for file in mirror.find(source, data_root)})
         sums = {file.relative_to(data_root).as_posix(): _sha256(file) for file in files}
@@ -151,7 +152,7 @@ def _require_space(sources: Iterable[Source], data_root: Path) -> None:
     free = shutil.disk_usage(data_root).free
     if needed > free:
         raise PmodError(
-            f"{data_root} has {_size(free / 1e6)} free, the data takes {_size(needed / 1e6)}",
+            f"{data_root} has {disk_size(free)} free, the data takes {disk_size(needed)}",
             hint="free some space, choose another --data-root, or fetch fewer tasks",
         )
 
@@ -165,7 +166,3 @@ def _add_checksums(data_root: Path, sums: dict[str, str]) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _size(megabytes: float) -> str:
-    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"

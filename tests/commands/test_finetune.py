@@ -100,7 +100,7 @@ def test_the_papers_run_is_planned_without_a_file_of_it(workdir, capsys):
     assert 0.5 < plan["pmod"]["hours"] / plan["stock"]["hours"] < 0.65
     assert call(*words, "--gpu", "rtx-4090") == 1
     shown = capsys.readouterr().out
-    assert "fits 24.0 GiB" in shown
+    assert "fits 24 GiB" in shown
     assert "no" in shown
     assert list(workdir.iterdir()) == []
 
@@ -195,11 +195,19 @@ def test_check_data_names_a_bad_row_and_trains_nothing(stock_model, workdir, cap
     captured = capsys.readouterr()
     assert "cannot be used" in captured.out
     assert "gone.png" in captured.err
+    assert "leave bad ones out with --on-bad-row skip" in captured.err
+    assert "--check-data" not in captured.err
     assert "Traceback" not in captured.err
     assert call(*words, "--json") == 2
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["num_bad"]) == (3, 1)
     assert sorted(workdir.rglob("*")) == before
+
+    assert call(*words, "--on-bad-row", "skip") == 0  # what it would advise is what it was told
+    skipped = capsys.readouterr().err
+    assert "gone.png" in skipped
+    assert "the run leaves them out" in skipped
+    assert "--on-bad-row" not in skipped
 
     (workdir / "rows.json").write_text(json.dumps([rows[0], rows[2]]))
     assert call(*words) == 0

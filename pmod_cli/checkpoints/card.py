@@ -50,7 +50,10 @@ model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
 processor = AutoProcessor.from_pretrained("THIS_FOLDER")
 ```
 """,
-    "published": "In the layout of the published code (MCG-NJU/p-MoD): its `load_pretrained_model` reads it.\n",
+    "published": """\
+In the layout of the published code (MCG-NJU/p-MoD): its `load_pretrained_model` reads it. `mm_vision_tower` in
+config.json names the vision tower: a hub id, or the folder `vision_tower` here; then start the program in this folder.
+""",
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.checkpoints.files import read_json
+from pmod_cli.checkpoints.files import read_json, refuse_outside
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"
 TEMPLATES = Path(__file__).parent / "chat_templates"
+MODEL_FILE = "tokenizer.model"  # SentencePiece: no library writes it, it is only carried on
 TOKENIZER_FILES = (
-    "tokenizer.model",
+    MODEL_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -27,7 +28,14 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+_CLIP = {
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+_VOCABULARIES = (MODEL_FILE, "tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": tokenizer.unk_token or "<pad>"})
     image, pad = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.pad_token_id
-    model_file = folder / "tokenizer.model"
+    model_file = folder / MODEL_FILE
     found = model_file if model_file.is_file() else None
     return Vocabulary(tokenizer, image, _grown(rows, max(image, pad)), pad, found)
 
@@ -86,6 +94,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory() as aside:
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
+                refuse_outside(folder, folder / name)
                 shutil.copyfile(folder / name, Path(aside, name))
         config = read_json(folder / "tokenizer_config.json") if Path(aside, "tokenizer_config.json").is_file() else {}
         known = isinstance(config.get("tokenizer_class"), str)
@@ -145,6 +154,31 @@ def write_companions(
     ).save_pretrained(folder)
 
 
+def carry_model_file(source: Path, target: Path) -> None:
+    """Copy the tokenizer.model of a checkpoint, if it has one, beside what a processor has saved of its tokenizer."""
+    if (source / MODEL_FILE).is_file():
+        refuse_outside(source, source / MODEL_FILE)
+        shutil.copyfile(source / MODEL_FILE, target / MODEL_FILE)
+
+
+def clip_preprocessor(folder: Path, side: int) -> dict[str, Any]:
+    """preprocessor_config.json of a CLIP tower of `side` pixels, with the mean and deviation of a LLaVA's processor.
+
+    Args:
+        folder: Holds the processor's files; without any, the values are those of every OpenAI CLIP.
+        side: Of the tower's input in pixels.
+    """
+    values: dict[str, Any] = {}
+    if (folder / "processor_config.json").is_file():
+        values = read_json(folder / "processor_config.json").get("image_processor") or {}
+    if not values and (folder / "preprocessor_config.json").is_file():
+        values = read_json(folder / "preprocessor_config.json")
+    kept = {key: values[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in values}
+    flags = ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
+    sizes = {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
+    return {**_CLIP, **dict.fromkeys(flags, True), **sizes, **kept}
+
+
 def restore_original(folder: Path, rows: int) -> None:
     """Make a folder's tokenizer the original code's again: no tokens behind the embedding's rows, no processor.
 
@@ -170,7 +204,7 @@ def restore_original(folder: Path, rows: int) -> None:
         config["added_tokens_decoder"] = {key: token for key, token in decoder.items() if int(key) < rows}
         if config.get("pad_token") in removed:
             config["pad_token"] = config.get("unk_token")
-        if (folder / "tokenizer.model").is_file():
+        if (folder / MODEL_FILE).is_file():
             config["tokenizer_class"] = "LlamaTokenizer"
         write_json(path, config | {"padding_side": "right"})
 

@@ -20,16 +20,16 @@ from pmod_cli import __version__
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.adapters import keep_apart, merged, read_config
 from pmod_cli.checkpoints.card import model_card
-from pmod_cli.checkpoints.companions import restore_original
+from pmod_cli.checkpoints.companions import MODEL_FILE, clip_preprocessor, restore_original
 from pmod_cli.checkpoints.layouts import Source, read_source
-from pmod_cli.checkpoints.layouts.to_published import tower_folder
+from pmod_cli.checkpoints.layouts.to_published import TOWER_FOLDER
 from pmod_cli.checkpoints.options import ConversionReport, Options
 from pmod_cli.checkpoints.plan import ROUTERS, Plan, make_plan
 from pmod_cli.checkpoints.remote_code import FILE as MODELING
 from pmod_cli.checkpoints.remote_code import modeling_source
 from pmod_cli.checkpoints.routers import write_routers
 from pmod_cli.checkpoints.verify import verify
-from pmod_cli.checkpoints.writing import place, stream
+from pmod_cli.checkpoints.writing import Layout, place, stream
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
@@ -38,6 +38,7 @@ from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"
 CARD = "README.md"
+NO_MODEL_FILE = f"there is no {MODEL_FILE}, and the published code reads no other tokenizer: put it beside config.json"
 
 
 def convert(
@@ -98,10 +99,11 @@ def convert(
             write_routers(staging / ROUTERS, plan.routers, plan.router_dtype, options.router_std, options.seed)
         _write_index(plan, staging)
         if options.to == "published":
+            if plan.tower:
+                _write_tower(plan, staging, progress)
             restore_original(staging, plan.config["vocab_size"])
-            if tower := tower_folder(read, plan.config):
-                (staging / tower).mkdir()
-                write_json(staging / tower / files.CONFIG, read.config["vision_config"])
+            if not (staging / MODEL_FILE).is_file():
+                report = replace(report, notes=[*report.notes, NO_MODEL_FILE])
         if options.adapter is not None and not options.merge:
             keep_apart(options.adapter, staging / "adapter")
         if options.to == "remote-code":
@@ -165,7 +167,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
         router_state=plan.router_state,
         num_layers=plan.num_layers,
         read_bytes=sum(path.stat().st_size for path in plan.source.files),
-        streamed_bytes=plan.layout.streamed_bytes,
+        streamed_bytes=plan.streamed_bytes,
         copied_bytes=0 if link == "symlink" or same else sum(sizes.values()),
         free_bytes=shutil.disk_usage(_existing(target)).free,
         linked=unchanged if same else [],
@@ -229,6 +231,15 @@ def _write_index(plan: Plan, staging: Path) -> None:
     if names != [files.SINGLE]:
         index = {"metadata": {"total_size": plan.total_bytes()}, "weight_map": plan.weight_map()}
         (staging / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tower(plan: Plan, staging: Path, progress: Callable[[int], None]) -> None:
+    """The tower as a CLIP of its own, with its preprocessor: what the published code loads by name."""
+    folder, vision = staging / TOWER_FOLDER, plan.source.config["vision_config"]
+    folder.mkdir()
+    write_json(folder / files.CONFIG, {"architectures": ["CLIPVisionModel"], **vision})
+    write_json(folder / "preprocessor_config.json", clip_preprocessor(staging, vision["image_size"]))
+    stream(Layout(streamed={files.SINGLE: plan.tower}), folder, progress)
 
 
 def _provenance(report: ConversionReport, plan: Plan) -> dict:

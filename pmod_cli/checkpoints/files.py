@@ -79,6 +79,27 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def refuse_outside(folder: Path, path: Path) -> None:
+    """Hold a file that is to be copied to its folder: a symbolic link could bring any file of the machine along.
+
+    Links within the folder are fine, and those of a snapshot of the Hugging Face cache to the blobs of its repository.
+
+    Args:
+        folder: The checkpoint.
+        path: A file in it.
+
+    Raises:
+        PmodError: it is a link to somewhere else.
+    """
+    real, home = path.resolve(), folder.resolve()
+    blobs = [parent.parent / "blobs" for parent in (home, *home.parents) if parent.name == "snapshots"]
+    if not real.is_relative_to(home) and not any(real.is_relative_to(place) for place in blobs):
+        raise PmodError(
+            f"{path} is a symbolic link out of its folder, to {real}: its contents would go into the result",
+            hint="put the file itself in its place, if it belongs there",
+        )
+
+
 def shard_names(folder: Path) -> list[str]:
     """Weight files in order. A single file wins over an index, as it does when the checkpoint is loaded.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts import KINDS, Part, Source
 from pmod_cli.checkpoints.layouts.names import canonical, to_original
-from pmod_cli.checkpoints.layouts.to_published import published_config
+from pmod_cli.checkpoints.layouts.to_published import own_tower, published_config
 from pmod_cli.checkpoints.options import DTYPES, Options
 from pmod_cli.checkpoints.remote_code import auto_map
 from pmod_cli.checkpoints.writing import Layout, lay_out
@@ -33,6 +33,7 @@ class Plan:
         router_dtype: Their dtype.
         router_state: Of the result.
         routed_layers: Layers with a router.
+        tower: The vision tower by the names of a CLIP, where it gets a folder of its own.
     """
 
     source: Source
@@ -44,6 +45,12 @@ class Plan:
     router_dtype: str
     router_state: str
     routed_layers: list[int]
+    tower: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of weights that are written anew."""
+        return self.layout.streamed_bytes + sum(part.result.nbytes for part in self.tower.values())
 
     @property
     def num_layers(self) -> int:
@@ -102,9 +109,10 @@ def make_plan(source: Source, settings: PmodSettings | None, options: Options) -
     if options.dtype:
         parts = {name: replace(part, dtype=_cast(part, dtype)) for name, part in parts.items()}
     routers = _new_routers(source, routed)
-    config = _config(source, settings, options)
+    config, tower = _config(source, settings, options), {}
     if options.to == "published":
         rows, config = published_config(source, settings, config, routed)
+        tower = own_tower(source, parts, config)
         parts = {to_original(name, routed): _resized(name, part, rows) for name, part in parts.items()}
         routers = {to_original(name, routed): shape for name, shape in routers.items()}
     layout = lay_out(parts, source, max_shard_bytes=options.max_shard_bytes, routers=ROUTERS if routers else None)
@@ -119,6 +127,7 @@ def make_plan(source: Source, settings: PmodSettings | None, options: Options) -
         router_dtype=dtype,
         router_state="stock" if settings is None else source.router_state if trained else "untrained",
         routed_layers=routed,
+        tower=tower,
     )
 
 

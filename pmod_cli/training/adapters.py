@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from pmod_cli.checkpoints import load_model
+from pmod_cli.checkpoints.companions import carry_model_file
 from pmod_cli.core.errors import PmodError
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
 from pmod_cli.training.recipe import load_settings
@@ -79,13 +80,15 @@ def merge(out: Path, *, name: str | None = None) -> str:
     settings.model.name = name or settings.model.name
     adapter = adapter_of(out) or _newest(out)
     with tempfile.TemporaryDirectory(dir=out, prefix=".merge-") as scratch:
-        model, processor = load_model(starting_checkpoint(settings, Path(scratch) / "start"), dtype="auto")
+        start = starting_checkpoint(settings, Path(scratch) / "start")
+        model, processor = load_model(start, dtype="auto")
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(model.dtype)
         if hasattr(merged.config, "router_state"):
             merged.config.router_state = "trained"
         with publishing(out) as staging:
             merged.save_pretrained(staging)
             processor.save_pretrained(staging)
+            carry_model_file(start, staging)
             if adapter != out / ADAPTER:
                 copy_adapter(adapter, staging / ADAPTER)
     return adapter.name

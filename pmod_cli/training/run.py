@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainerStat
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from pmod_cli.checkpoints import load_model
+from pmod_cli.checkpoints.companions import carry_model_file
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
 from pmod_cli.training import folder
@@ -219,6 +220,7 @@ def publish(settings: Settings, source: Path, data: Data, report: FinetuneReport
             model, _ = load_model(last, dtype=dtype)
             model.save_pretrained(staging)
             data.processor.save_pretrained(staging)
+            carry_model_file(source, staging)
     if settings.lora.enabled and settings.lora.merge:
         merge(out)
     folder.close_run(out)

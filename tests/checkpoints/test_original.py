@@ -136,6 +136,7 @@ REFUSED = {
     "no projector of two layers": ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
     "image start tokens": ({"mm_use_im_start_end": True}, "mm_use_im_start_end is true"),
     "another merge": ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio 'anyres_max_9'"),
+    "tiles that are scaled down": ({"max_num_patches": 9}, "max_num_patches is 9"),
     "no tower": ({"mm_vision_tower": "nobody/nowhere"}, "the vision tower nobody/nowhere"),
     "tower is a number": ({"mm_vision_tower": 3}, "mm_vision_tower is 3"),
     "wrong width": ({"hidden_size": 64}, "has shape"),

@@ -1,12 +1,15 @@
 """The published p-MoD layout: golden checkpoints give the golden logits, go back bit by bit, and settings are exact."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.checkpoints.files import read_tensors
@@ -209,3 +212,36 @@ def test_a_model_saved_by_training_goes_to_every_layout(stock_model, tmp_path):
     convert(tmp_path / "published", tmp_path / "back")
     again, _ = load_model(tmp_path / "back")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_tower_that_is_no_hub_id_is_written_whole(stock_model, tmp_path):
+    """Config, weights and preprocessor of a CLIP, as `from_pretrained` of the published code's tower wants them."""
+    settings = PmodSettings(schedule="list", values=(1.0, 0.4, 1.0, 0.4))
+    report = convert(stock_model("llava"), tmp_path / "published", settings, replace(PUBLISHED, dtype="float16"))
+    assert any("there is no tokenizer.model" in note for note in report.notes)
+    tower, folder = load_model(stock_model("llava"))[0].model.vision_tower, tmp_path / "published" / "vision_tower"
+    written, loading = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype="float16")
+    assert not any(loading.values())
+    expected = tower.half().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.state_dict().items())
+    assert all(name.startswith("vision_model.") for name in load_file(folder / "model.safetensors"))
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)
+    ours = load_model(stock_model("llava"))[1].image_processor
+    picture = Image.effect_mandelbrot((50, 60), (-2, -1.5, 1, 1.5), 30).convert("RGB")
+    assert torch.equal(*(p(picture, return_tensors="pt").pixel_values for p in (pixels, ours)))
+    files = [folder / "model.safetensors", *(tmp_path / "published" / name for name in report.streamed)]
+    assert report.streamed_bytes == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+
+def test_the_towers_folder_has_one_name(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llava15", tmp_path / "golden")
+    shutil.copytree(tmp_path / "golden" / "ckpt", source)
+    (tmp_path / "golden" / "vision_tower").rename(tmp_path / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "model.safetensors"}))
+    convert(source, tmp_path / "pmod", options=Options(vision_tower=str(tmp_path / "model.safetensors")))
+    convert(tmp_path / "pmod", tmp_path / "published", options=PUBLISHED)
+    assert json.loads((tmp_path / "published/config.json").read_text())["mm_vision_tower"] == "vision_tower"
+    assert (tmp_path / "published" / "vision_tower" / "model.safetensors").is_file()
+    assert (tmp_path / "published" / "model.safetensors").is_file()

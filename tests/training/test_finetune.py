@@ -90,7 +90,10 @@ def test_the_loss_falls(routed, tmp_path):
 
 
 def test_the_run_folder_is_a_checkpoint_with_trained_routers(routed, tmp_path):
+    (routed / "tokenizer.model").write_bytes(b"sentences")  # no library of ours writes one: it is carried on
     report = finetune(run_settings(routed), tmp_path / "run")
+    (routed / "tokenizer.model").unlink()
+    assert (report.path / "tokenizer.model").read_bytes() == b"sentences"
     assert (report.status, report.step, report.path) == ("finished", 3, tmp_path / "run")
     assert router_state(routed) == "untrained"
     assert router_state(report.path) == "trained"

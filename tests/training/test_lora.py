@@ -80,7 +80,10 @@ def test_the_merged_model_answers_as_the_adapted_one(routed, tmp_path):
     batch = Collator(processor)([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
     with torch.no_grad():
         expected = adapted(**batch).logits
+    (routed / "tokenizer.model").write_bytes(b"sentences")
     merge(report.path)
+    (routed / "tokenizer.model").unlink()
+    assert (report.path / "tokenizer.model").read_bytes() == b"sentences"
     merged, _ = load_model(report.path)
     with torch.no_grad():
         assert torch.allclose(merged(**batch).logits, expected, atol=1e-4)

@@ -90,8 +90,12 @@ def hold_to_weights(folder: Path, config: dict) -> bool:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """Tokenizer, processor and generation files: copied, so that editing one never reaches the source."""
-    return sorted(
+    """Tokenizer, processor and generation files: copied, so that editing one never reaches the source.
+
+    Raises:
+        PmodError: one of them is a link out of the folder.
+    """
+    found = sorted(
         path
         for path in folder.iterdir()
         if path.is_file()
@@ -99,6 +103,9 @@ def small_files(folder: Path) -> list[Path]:
         and path.name not in MADE_NEW
         and not path.name.startswith(".")
     )
+    for path in found:
+        files.refuse_outside(folder, path)
+    return found
 
 
 def check_decoder(config: dict, where: Path) -> None:

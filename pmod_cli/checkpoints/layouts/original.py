@@ -156,13 +156,15 @@ def _whole(
             f"{folder} holds no tokenizer, so none is written: add one, or convert again with --tokenizer FOLDER"
         )
     square = config.get("image_aspect_ratio") == "pad"
+    generation = folder / "generation_config.json"
+    files.refuse_outside(folder, generation)
     return Source(
         folder=folder,
         layout="original",
         config=stock,
         parts=parts,
         files={},
-        companions=[path for path in [folder / "generation_config.json"] if path.is_file()],
+        companions=[generation] if generation.is_file() else [],
         build_companions=partial(
             write_companions, vocabulary=vocabulary, config=stock, pixels=pixels, pad_to_square=square
         ),
@@ -191,6 +193,11 @@ def _image_config(config: dict, where: Path) -> dict:
         )
     if config.get("mm_use_im_start_end"):
         raise PmodError(f"{where}: mm_use_im_start_end is true; start and end tokens of images are not supported")
+    if config.get("max_num_patches") is not None:
+        raise PmodError(
+            f"{where}: max_num_patches is {config['max_num_patches']!r:.60}: the original code then scales "
+            "the features of large images down to so many tiles (anyres_max), which the Hugging Face layout cannot say"
+        )
     strategies = {"patch": "default", "cls_patch": "full"}
     feature = config.get("mm_vision_select_feature", "patch")
     if not isinstance(feature, str) or feature not in strategies:

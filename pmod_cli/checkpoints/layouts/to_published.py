@@ -5,11 +5,13 @@ from __future__ import annotations
 from pmod_cli.checkpoints.aliases import CLIP_L_336
 from pmod_cli.checkpoints.layouts import published
 from pmod_cli.checkpoints.layouts.defaults import DECODERS
-from pmod_cli.checkpoints.layouts.normal import Source
+from pmod_cli.checkpoints.layouts.names import canonical
+from pmod_cli.checkpoints.layouts.normal import Part, Source
 from pmod_cli.checkpoints.layouts.towers import KNOWN
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 
+TOWER_FOLDER = "vision_tower"
 TOWER = "openai/clip-vit-large-patch14-336"
 _TEXT = {key: value for key, value in DECODERS["llama"].items() if value is not None} | {
     "attention_bias": False,
@@ -85,13 +87,24 @@ def _rows_before_images(config: dict) -> int | None:
     return image if isinstance(image, int) and 0 < rows - image <= 64 and image > rows // 2 else None
 
 
-def tower_folder(source: Source, config: dict) -> str | None:
-    """Name of a folder with the tower's configuration to write beside the published config, which only names it.
+def own_tower(source: Source, parts: dict[str, Part], config: dict) -> dict[str, Part]:
+    """Tensors of the tower by the names of a CLIP, to be written beside the published config, which only names it.
 
-    None where the name is a hub id: then the published code fetches that configuration itself.
+    None of them where the name is a hub id: then the published code fetches the tower itself. Else config names the
+    folder.
+
+    Args:
+        source: The model.
+        parts: Tensors of the result by their names in the Hugging Face layout.
+        config: As `published_config` made it.
     """
     name = config["mm_vision_tower"]
     sizes = {key: source.config["vision_config"].get(key) for key in CLIP_L_336}
-    if name in KNOWN and sizes != KNOWN[name]:
-        config["mm_vision_tower"] = name = "vision_tower"
-    return None if "/" in name else name
+    if "/" in name and not (name in KNOWN and sizes != KNOWN[name]):
+        return {}
+    config["mm_vision_tower"] = TOWER_FOLDER
+    prefix = "vision_tower."
+    names = {canonical(name): part for name, part in parts.items()}
+    return {
+        f"vision_model.{name.removeprefix(prefix)}": part for name, part in names.items() if name.startswith(prefix)
+    }

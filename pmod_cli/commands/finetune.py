@@ -252,6 +252,7 @@ def finetune(
                 resume=resume,
                 overwrite=overwrite,
                 on_open=lambda: output.note(f"run folder: {out}"),
+                on_note=output.warn,
                 on_step=watching.update,
             )
     if report.status == "interrupted":

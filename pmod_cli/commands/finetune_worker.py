@@ -37,6 +37,7 @@ def main(folder: Path) -> int:
                 resume=job["resume"],
                 overwrite=job["overwrite"],
                 on_open=lambda: output.note(f"run folder: {job['named']}"),
+                on_note=output.warn,
                 on_step=watching.update,
             )
     except BaseException as error:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
-from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.digests import blob_name, file_sha256, weights_sha256
+from pmod_cli.checkpoints.files import CONFIG
 from pmod_cli.evaluation import mirror
 from pmod_cli.evaluation.sources import Source
 
-BLOB = re.compile(r"[0-9a-f]{64}")  # the Hugging Face cache names a large file by the SHA-256 of its bytes
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PROCESSOR_FILES = (
     "chat_template.jinja",
@@ -91,8 +87,8 @@ def checkpoint(folder: Path, commit: str | None) -> dict[str, Any]:
         "path": str(folder),
         "commit": commit,
         "weights_sha256": weights_sha256(folder),
-        "config_sha256": _sha256(folder / files.CONFIG),
-        "processor_sha256": {name: _sha256(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()},
+        "config_sha256": file_sha256(folder / CONFIG),
+        "processor_sha256": {name: file_sha256(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()},
     }
 
 
@@ -111,7 +107,7 @@ def data(sources: Iterable[Source], root: Path | None) -> list[dict[str, Any]]:
             {
                 "name": path.name,
                 "bytes": path.stat().st_size,
-                "sha256": sums.get(path.relative_to(root).as_posix()) if root else _blob_name(path),
+                "sha256": sums.get(path.relative_to(root).as_posix()) if root else blob_name(path),
             }
             for path in paths
         ]
@@ -125,55 +121,6 @@ def data(sources: Iterable[Source], root: Path | None) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def weights_sha256(folder: Path) -> str:
-    """One digest of a checkpoint's weights: SHA-256 over the SHA-256 of each weight file, in the order of their names.
-
-    A file of the Hugging Face cache is named by its SHA-256, so neither it nor a hard link to it, as `pmod convert`
-    makes them, is read. Others are read whole, several at a time, once in the life of the process: seconds for a 7B
-    model that is about to be read anyway.
-    """
-    paths = [folder / name for name in files.shard_names(folder)]
-    known = _linked_blobs() if any(path.stat().st_nlink > 1 for path in paths) else {}
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda path: _digest(path, known), paths)
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _digest(file: Path, known: dict[tuple[int, int], str]) -> str:
-    state = file.stat()
-    named = _blob_name(file) or known.get((state.st_dev, state.st_ino))
-    return named or _read_digest(file.resolve(), state.st_size, state.st_mtime_ns)
-
-
-def _linked_blobs() -> dict[tuple[int, int], str]:
-    """The SHA-256 of the large files of models in the Hugging Face cache, by device and inode."""
-    from huggingface_hub import constants
-
-    found = {}
-    for path in Path(constants.HF_HUB_CACHE).glob("models--*/blobs/*"):
-        if BLOB.fullmatch(path.name):
-            state = path.stat()
-            found[state.st_dev, state.st_ino] = path.name
-    return found
-
-
-def _blob_name(file: Path) -> str | None:
-    """The SHA-256 of a file of the Hugging Face cache."""
-    blob = file.resolve()
-    return blob.name if BLOB.fullmatch(blob.name) and blob.parent.name == "blobs" else None
-
-
-@cache
-def _read_digest(file: Path, size: int, modified_ns: int) -> str:
-    """Size and time are what makes a changed file another entry."""
-    return _sha256(file)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _commit_of_checkout() -> str | None:

@@ -12,6 +12,7 @@ from pmod_cli.checkpoints.companions import carry_model_file
 from pmod_cli.core.errors import PmodError
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
 from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.resume import SOURCE, check_adapter, newest_whole
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import starting_checkpoint
 
@@ -70,7 +71,7 @@ def merge(out: Path, *, name: str | None = None) -> str:
         What was merged: the adapter folder's name.
 
     Raises:
-        PmodError: ``out`` is no LoRA run, or has no adapter yet.
+        PmodError: ``out`` is no LoRA run, has no adapter yet, or its adapter was trained on other weights.
     """
     if not (out / SETTINGS).is_file():
         raise PmodError(f"{out} is not a run of pmod finetune", hint="name the run folder: pmod finetune --merge DIR")
@@ -79,6 +80,7 @@ def merge(out: Path, *, name: str | None = None) -> str:
         raise PmodError(f"{out} is no LoRA run: its weights were trained themselves, there is nothing to merge")
     settings.model.name = name or settings.model.name
     adapter = adapter_of(out) or _newest(out)
+    check_adapter(settings, adapter, out)
     with tempfile.TemporaryDirectory(dir=out, prefix=".merge-") as scratch:
         start = starting_checkpoint(settings, Path(scratch) / "start")
         model, processor = load_model(start, dtype="auto")
@@ -95,17 +97,18 @@ def merge(out: Path, *, name: str | None = None) -> str:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy the adapter alone out of a training checkpoint."""
+    """Copy the adapter alone out of a training checkpoint, and the digests of the weights it was trained on."""
     target.mkdir()
-    for path in source.glob("adapter_*"):
+    record = source / SOURCE if (source / SOURCE).is_file() else source.parent / SOURCE
+    for path in [*source.glob("adapter_*"), *([record] if record.is_file() else [])]:
         shutil.copyfile(path, target / path.name)
 
 
 def _newest(out: Path) -> Path:
-    found = sorted((out / STATE).glob("checkpoint-*/adapter_config.json"), key=lambda path: int(path.parent.name[11:]))
-    if not found:
+    found, _ = newest_whole(out / STATE)
+    if found is None or not (found / "adapter_config.json").is_file():
         raise PmodError(
             f"{out} has no adapter yet: the run has not saved one",
             hint=f"go on with it: pmod finetune --recipe {out / SETTINGS} --out {out}",
         )
-    return found[-1].parent
+    return found

@@ -24,6 +24,7 @@ from pmod_cli.training.liger import use_liger
 from pmod_cli.training.parts import Part, count, freeze, repeat_in_backward
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.requirements import check_requirements
+from pmod_cli.training.resume import hold_source, set_damaged_aside
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import source_of, starting_checkpoint
 from pmod_cli.training.summary import Summary, write_reports
@@ -69,6 +70,7 @@ def finetune(
     resume: bool = True,
     overwrite: bool = False,
     on_open: Callable[[], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> FinetuneReport:
     """Train a p-MoD model, or a stock LLaVA, and leave a checkpoint in ``out``.
@@ -84,11 +86,13 @@ def finetune(
         overwrite: remove an earlier run in ``out`` first.
         on_open: is told, in the first process, when ``out`` has been taken for the run: nothing is refused any more
             for its settings.
+        on_note: is told, in the first process, what a run that goes on has to know about where it goes on from.
         on_step: is told of each finished step.
 
     Raises:
-        PmodError: ``out`` holds something else, or a run with other settings; something is missing that the settings
-            need; the loss is not a number; memory or disk is full.
+        PmodError: ``out`` holds something else, or a run with other settings; a run cannot go on, since none of its
+            training checkpoints is whole or its adapters belong to other weights; something is missing that the
+            settings need; the loss is not a number; memory or disk is full.
     """
     check_requirements(settings, device, "LOCAL_RANK" in os.environ)
     check_settings(settings, processes())
@@ -100,6 +104,10 @@ def finetune(
             folder.open_run(out, settings, processes(), resume=resume, overwrite=overwrite)
             if on_open is not None:
                 on_open()
+            if not folder.is_finished(out, settings):
+                notes = [*set_damaged_aside(out / folder.STATE), hold_source(settings, out / folder.STATE)]
+                for note in filter(None, notes if on_note is not None else ()):
+                    on_note(note)
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
         data = open_data(settings, AutoProcessor.from_pretrained(source, local_files_only=True), out)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.training.dataset import COUNTS, Counting
 from pmod_cli.training.parts import parameter_groups
+from pmod_cli.training.resume import list_files
 from pmod_cli.training.settings import TrainArgs
 from pmod_cli.training.text_only import BlankImage
 from pmod_cli.training.watch import Watch
@@ -116,6 +117,7 @@ class PmodTrainer(Trainer):
             del self._staging
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            list_files(staging / target.name)
             shutil.rmtree(target, ignore_errors=True)
             (staging / target.name).rename(target)
             rotate_checkpoints(str(target.parent), self.args.save_total_limit)

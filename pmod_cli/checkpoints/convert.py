@@ -33,6 +33,7 @@ from pmod_cli.checkpoints.writing import Layout, place, stream
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
+from pmod_cli.core.text import printable
 from pmod_cli.core.units import disk_size
 from pmod_cli.model import PmodSettings
 
@@ -109,7 +110,7 @@ def convert(
         if options.to == "remote-code":
             (staging / MODELING).write_text(modeling_source(), encoding="utf-8")
         write_json(staging / files.CONFIG, plan.config)
-        (staging / CARD).write_text(model_card(report), encoding="utf-8")
+        (staging / CARD).write_text(printable(model_card(report)), encoding="utf-8")
         report = _with_files(report, ways, staging)
         write_json(staging / PROVENANCE, _provenance(report, plan))
         if options.verify:
@@ -250,16 +251,16 @@ def _provenance(report: ConversionReport, plan: Plan) -> dict:
         "schema_version": 2,
         "made_by": f"pmod {__version__}",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "source": report.source,
+        "source": printable(report.source),
         "source_layout": report.layout,
         "to": report.to,
         "settings": report.settings,
         "retention": report.retention,
         "router_init": plan.options.router_init,
         "dtype": plan.options.dtype,
-        "adapter": str(plan.options.adapter) if plan.options.adapter else None,
+        "adapter": printable(str(plan.options.adapter)) if plan.options.adapter else None,
         "versions": {name: version(name) for name in ("safetensors", "transformers")},
-        "source_files_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
+        "source_files_sha256": {printable(path.name): hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
         "source_shards": {
             path.name: {"bytes": path.stat().st_size, "header_sha256": _digest(path)} for path in plan.source.files
         },

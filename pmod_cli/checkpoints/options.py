@@ -9,6 +9,7 @@ from pathlib import Path
 from pmod_cli.core.errors import PmodError
 
 OUTPUTS = ("pmod", "stock", "published", "remote-code")
+LARGEST = 1000.0  # deviation of routers: beyond it their logits soon leave 16 bits
 LINKS = ("hard", "copy", "symlink")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -65,8 +66,8 @@ class Options:
     @property
     def router_std(self) -> float:
         """Standard deviation of new routers; 0 for zeros."""
-        match = re.fullmatch(r"normal:(\d+(?:\.\d*)?(?:[eE]-?\d+)?)", self.router_init)
-        if match is None and self.router_init != "zero":
+        match = re.fullmatch(r"normal:(\d+(?:\.\d*)?(?:[eE]-?\d+)?)", self.router_init, re.ASCII)
+        if self.router_init != "zero" and (match is None or float(match[1]) > LARGEST):
             raise PmodError(f"--router-init {self.router_init!r}: expected zero, or normal:STD such as normal:0.02")
         return float(match[1]) if match else 0.0
 

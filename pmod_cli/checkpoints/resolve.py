@@ -61,11 +61,13 @@ def resolve(
         cache_dir: Hugging Face cache, instead of the one that HF_HOME sets.
 
     Raises:
-        PmodError: there is no such folder, alias or repository, or it is neither cached nor reachable.
+        PmodError: there is no such folder, alias or repository, it is neither cached nor reachable, or it is none that
+            has revisions and one was given.
     """
     folder = Path(name).expanduser()
     heal(folder)
     if folder.is_dir():
+        _refuse_revision(revision, f"{name} is a folder")
         _require_complete(folder, name, weights)
         return Resolved(folder, name, "folder")
     if folder.is_file():
@@ -83,6 +85,7 @@ def resolve(
     if alias is None and "/" not in base:
         raise _unknown(name)
     if alias is not None and alias.repo is None:
+        _refuse_revision(suffix or revision, f"{base} is part of this program")
         return Resolved(bundled_path(base), name, "bundled", alias=base)
     repo = alias.repo if alias else base
     path, origin = _from_hub(repo, suffix or revision, name, offline, weights, cache_dir)
@@ -105,6 +108,11 @@ def find_here(name: str) -> Resolved | None:
         if cached is None or missing_files(cached):
             return None
     return resolve(name)
+
+
+def _refuse_revision(revision: str | None, found: str) -> None:
+    if revision:
+        raise PmodError(f"{found}, and has no revision {revision!r}", hint="leave `revision` out, or name a hub id")
 
 
 def _require_complete(folder: Path, name: str, weights: bool) -> None:

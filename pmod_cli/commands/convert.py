@@ -35,6 +35,7 @@ pmod convert llava-1.5-7b --adapter ./my-lora
 pmod convert ./my-pmod --to published -o my-pmod-for-the-authors-code
 pmod convert --list
 """
+ARGUMENTS = {"mean": "target_retention", "values": "ratios"}  # settings whose options have another name
 METHOD, RESULT, PARTS = "What to keep", "What to write", "What to read"
 
 
@@ -195,6 +196,10 @@ def convert(
     name = name or llm
     if name is None:
         raise PmodError("no model named", hint="pmod convert --list, or pmod convert --help")
+    if not merge and adapter is None:
+        raise PmodError("--no-merge keeps an --adapter apart, and none was given")
+    if to == "stock" and router_init != "zero":
+        raise PmodError("--to stock has no routers for --router-init", hint="leave one of them out")
     if copy and symlink:
         raise PmodError("--copy and --symlink exclude each other")
     if (ratios is not None) != (schedule == "list"):
@@ -228,6 +233,12 @@ def convert(
         "target_tokens": target_tokens,
     }
     wanted = {key: value for key, value in wanted.items() if value is not None}
+    if to == "stock" and (wanted or target_flops is not None):
+        names = sorted([*wanted, *([] if target_flops is None else ["target_flops"])])
+        raise PmodError(
+            f"--to stock writes a plain LLaVA, without {', '.join(f'`{ARGUMENTS.get(name, name)}`' for name in names)}",
+            hint="leave one of them out",
+        )
     choose_settings(wanted, target_flops, None)  # what is wrong whatever the model is, before anything is fetched
     found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
     origin = f"{found.repo}@{found.commit}" if found.repo else found.alias or str(found.path)
@@ -275,10 +286,10 @@ def _bytes(text: str | None) -> int | None:
     """`5GB` and the like, decimal."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]) if match else 0
     if size < 1:
-        raise PmodError(f"--max-shard-size {text!r}: expected a size such as 5GB or 500MB")
+        raise PmodError(f"--max-shard-size {text[:60]!r}: expected a size such as 5GB or 500MB")
     return size
 
 

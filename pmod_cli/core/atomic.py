@@ -54,8 +54,8 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` with `text`, UTF-8."""
-    write_bytes(path, text.encode())
+    """Replace `path` with `text`, UTF-8. A path in it that is no UTF-8 is escaped, in JSON in JSON's own way."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

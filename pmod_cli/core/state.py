@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pmod_cli.core import folders, output
-from pmod_cli.core.atomic import write_text
+from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 
 CURRENT = Path(".pmod", "current")
@@ -39,14 +39,14 @@ def record_current(path: Path) -> None:
     """
     try:
         CURRENT.parent.mkdir(exist_ok=True)
-        write_text(CURRENT, f"{_relative_to_here(path)}\n")
+        write_bytes(CURRENT, os.fsencode(f"{_relative_to_here(path)}\n"))
     except OSError as error:
         output.warn(f"{CURRENT} cannot be written here ({error.strerror}): name the model with --model {path}")
 
 
 def _read_current() -> str | None:
     try:
-        return CURRENT.read_text(encoding="utf-8").strip()
+        return os.fsdecode(CURRENT.read_bytes()).strip("\n")
     except FileNotFoundError:
         return None
 

@@ -103,6 +103,8 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
     path = Path(name).expanduser()
     if name in ALIASES and not path.exists() and revision is None:
         return Found(name, f"built-in configuration of {name}", builtin_config(name).to_dict())
+    if path.is_file() and revision is not None:
+        raise PmodError(f"{name} is a file, and has no revision {revision!r}", hint="leave `revision` out")
     file = path if path.is_file() else resolve(name, revision=revision, weights=False).path / CONFIG
     config = read_json(file)
     if is_original(config):

@@ -129,3 +129,9 @@ def test_a_file_is_not_looked_for_on_the_hub(stock_model, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(PmodError, match=r"notes\.txt is a file"):
         resolve(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize("name", ["tiny-llava-next@main", "tiny-llava-next", "."])
+def test_what_has_no_revisions_takes_none(name, workdir):
+    with pytest.raises(PmodError, match="has no revision 'main'"):
+        resolve(name, revision=None if "@" in name else "main")

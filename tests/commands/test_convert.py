@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pmod_cli.checkpoints import files
 from pmod_cli.cli import main
+from pmod_cli.core import state
 from tests.conftest import ROOT
 
 
@@ -77,6 +79,29 @@ def test_the_hugging_face_layout_needs_no_torch(stock_model, workdir):
     )
     command = [sys.executable, "-c", code, "convert", str(stock_model()), "--target-flops", "0.6"]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_a_path_that_is_no_utf8(stock_model, workdir, capfdbinary):
+    """Its bytes come back as they are where programs read them, and escaped where people do."""
+    name = b"model-\xff\xe9"
+    Path(os.fsdecode(name)).symlink_to(stock_model("llava"))
+    assert main(["convert", os.fsdecode(name), "-o", os.fsdecode(name + b"-pmod"), "-q"]) == 0
+    assert capfdbinary.readouterr().out == name + b"-pmod\n"
+    assert Path(".pmod/current").read_bytes() == name + b"-pmod\n"
+    assert state.default_model() == Path(os.fsdecode(name + b"-pmod"))
+    assert main(["convert", str(state.default_model()), "--to", "stock", "-o", os.fsdecode(name + b"-stock")]) == 0
+    out, err = capfdbinary.readouterr()
+    assert b"model-\\xff\\xe9-stock" in out
+    assert b"source: model-\\xff\\xe9-pmod (folder)" in err
+    provenance = files.read_json(Path(os.fsdecode(name + b"-stock"), "pmod_provenance.json"))
+    assert provenance["source"] == r"model-\xff\xe9-pmod"
+
+
+def test_a_target_whose_name_is_too_long(stock_model, workdir, capsys):
+    for length in (248, 249, 250, 256):
+        assert main(["convert", str(stock_model("llava")), "-o", "n" * length]) == 2
+        assert "too long" in capsys.readouterr().err
+    assert list(workdir.iterdir()) == []
 
 
 def test_list_and_no_name(workdir, capsys):

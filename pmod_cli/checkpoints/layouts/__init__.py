@@ -34,6 +34,12 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
         return read_original(folder, config, options)
     model_type = config.get("model_type")
     if model_type in [*KINDS, *(ours for ours, _ in KINDS.values())]:
+        for name in ("vision_tower", "tokenizer"):
+            if getattr(options, name) is not None:
+                raise PmodError(
+                    f"{where}: a checkpoint with its own {name.replace('_', ' ')}: `{name}` is for the original layout",
+                    hint=f"leave `{name}` out",
+                )
         return read_huggingface(folder, config)
     if model_type in list(DECODERS):
         raise PmodError(f"{where}: mm_vision_tower is absent, so this is a language model without its vision part")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -96,14 +96,20 @@ def _verb_in(words: Sequence[str]) -> str | None:
     return word if word in VERBS else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `pmod` and return its exit code: 0, 1 run failed, 2 bad usage, 3 partial, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None, *, on_ready: Callable[[], None] = lambda: None) -> int:
+    """Run `pmod` and return its exit code: 0, 1 run failed, 2 bad usage, 3 partial, 130 interrupted.
+
+    Args:
+        arguments: The words behind `pmod`; by default those of the process.
+        on_ready: Called when the modules are loaded: from here on every exception is handled here.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     completion_words = os.environ.get("COMP_WORDS", "").split()[1:]
     verb = _verb_in(arguments or completion_words)
     command = typer.main.get_command(build_app(verb))
     output.hush_libraries()
     try:
+        on_ready()
         result: Any = command.main(args=arguments, prog_name="pmod", standalone_mode=False)
     except BaseException as error:
         return _report(error, _options_of(command, verb))

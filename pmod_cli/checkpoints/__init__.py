@@ -3,7 +3,7 @@
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config, bundled_path
 from pmod_cli.checkpoints.convert import check_target, convert, sources_of
 from pmod_cli.checkpoints.layouts import Source, read_source
-from pmod_cli.checkpoints.loading import load_model, router_state
+from pmod_cli.checkpoints.loading import load_model, load_processor, router_state
 from pmod_cli.checkpoints.options import ConversionReport, Options
 from pmod_cli.checkpoints.resolve import Resolved, resolve
 
@@ -18,6 +18,7 @@ __all__ = [
     "check_target",
     "convert",
     "load_model",
+    "load_processor",
     "read_source",
     "resolve",
     "router_state",

@@ -49,7 +49,7 @@ def load_model(
     if is_original(read_json(path / CONFIG)) or not shard_names(path)[0].endswith(".safetensors"):
         raise PmodError(f"{path} is in a layout that has to be converted first", hint=f"pmod convert {path}")
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
 
@@ -63,11 +63,29 @@ def load_model(
             use_safetensors=True,
             quantization_config=quantization,
         )
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except (ValueError, ImportError) as error:
         raise PmodError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    processor = load_processor(path)
     _refuse_differences(path, info)
     return (model if quantization else model.to(device)).eval(), processor
+
+
+def load_processor(path: Path) -> ProcessorMixin:
+    """The processor of a checkpoint: its tokenizer, its image processor and its chat template.
+
+    Raises:
+        PmodError: one of its files is missing or damaged.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # on a damaged file tokenizers raises a plain Exception, transformers nearly anything
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise PmodError(
+            f"the tokenizer or the image processor in {path} cannot be loaded: {type(error).__name__}: {first:.300}",
+            hint="fetch or convert the checkpoint again",
+        ) from error
 
 
 def _refuse_differences(path: Path, info: dict) -> None:

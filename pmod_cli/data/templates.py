@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import IMAGE, BadRow, Turn
 
@@ -243,11 +244,14 @@ class _Own:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **self.variables,
+        texts, spans = chat.rendered(
+            lambda: render_jinja_template(
+                conversations=[messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.variables,
+            ),
+            text_of=lambda made: made[0][0],
         )
         return Rendered(texts[0], list(spans[0]), begins=not (self.begin and texts[0].startswith(self.begin)))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 
 IMAGE = "<image>"  # lmms-eval's mark for the place of an image, in tasks that interleave images and text
@@ -41,7 +42,7 @@ def render(processor: Any, question: str, images: int) -> str:
     unless the number of marks differs from the number of images.
 
     Raises:
-        PmodError: the checkpoint has no chat template.
+        PmodError: the checkpoint has no chat template, or one that fails.
     """
     if not getattr(processor, "chat_template", None):
         raise PmodError(
@@ -52,7 +53,8 @@ def render(processor: Any, question: str, images: int) -> str:
         content = [{"type": "text", "text": question}]
     else:
         content = [{"type": "image"}] * images + [{"type": "text", "text": question.replace(IMAGE, "").strip()}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": content}]
+    return chat.rendered(lambda: processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def prepare(processor: Any, index: int, question: str, images: Sequence[Image]) -> Row:

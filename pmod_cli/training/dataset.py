@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
-from transformers import AutoProcessor
 
+from pmod_cli.checkpoints import load_processor
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import DataReport, check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
@@ -107,7 +107,7 @@ def check_all(settings: Settings) -> DataReport:
     """
     if settings.data.kind == "synthetic":
         raise PmodError("data.kind: synthetic documents are drawn, there is nothing to check")
-    processor = AutoProcessor.from_pretrained(source_of(settings)[0], local_files_only=True)
+    processor = load_processor(source_of(settings)[0])
     return check_rows(build_dataset(settings.data, processor), sample=None)
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 
-from pmod_cli.checkpoints import resolve
+from pmod_cli.checkpoints import load_processor, resolve
 from pmod_cli.checkpoints.aliases import ALIASES
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import check_rows, refuse_bad
@@ -254,7 +254,7 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
     if data.kind == "synthetic" or (data.path and Path(data.path).expanduser().exists()) or data.kind == "hub":
         source = resolve(settings.model.name, weights=False).path if settings.model.name else None
         if source is not None:
-            processor = AutoProcessor.from_pretrained(source, local_files_only=True)
+            processor = load_processor(source)
             return _sampled(settings, processor, per_step)
     rows = data.rows or (settings.train.max_steps or 0) * per_step
     if not rows:

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainerState
+from transformers import AutoConfig, PreTrainedModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from pmod_cli.checkpoints import load_model
+from pmod_cli.checkpoints import load_model, load_processor
 from pmod_cli.checkpoints.companions import carry_model_file
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
@@ -109,7 +109,7 @@ def finetune(
                 for note in filter(None, notes if on_note is not None else ()):
                     on_note(note)
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
-        data = open_data(settings, AutoProcessor.from_pretrained(source, local_files_only=True), out)
+        data = open_data(settings, load_processor(source), out)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
     if folder.is_finished(out, settings):
         return FinetuneReport(out, "already finished", steps, steps)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.visualization.geometry import Layout, image_layout
@@ -179,5 +180,6 @@ def _prompt(processor: ProcessorMixin, image: Image.Image, question: str) -> Bat
     content = [{"type": "text", "text": question.replace(IMAGE_MARK, processor.image_token)}]
     if IMAGE_MARK not in question:
         content.insert(0, {"type": "image"})
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": content}]
+    text = chat.rendered(lambda: processor.apply_chat_template(messages, add_generation_prompt=True))
     return processor(images=image, text=text, return_tensors="pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli.checkpoints import ALIASES, builtin_config, resolve
+from pmod_cli.checkpoints import ALIASES, builtin_config, load_processor, resolve
 from pmod_cli.core.errors import PmodError
 
 REPO = ALIASES["llava-next-7b"].repo
@@ -135,3 +135,11 @@ def test_a_file_is_not_looked_for_on_the_hub(stock_model, tmp_path):
 def test_what_has_no_revisions_takes_none(name, workdir):
     with pytest.raises(PmodError, match="has no revision 'main'"):
         resolve(name, revision=None if "@" in name else "main")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"type": "none"}}', "\x00"])
+def test_a_damaged_tokenizer_is_a_sentence(stock_model, tmp_path, text):
+    shutil.copytree(stock_model(), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(text)
+    with pytest.raises(PmodError, match=r"the tokenizer or the image processor in .*model cannot be loaded"):
+        load_processor(tmp_path / "model")

@@ -265,10 +265,16 @@ def _answer(
     progress: bool,
 ) -> dict[str, Any]:
     """The part of the command that several processes do together."""
+    from pmod_cli.evaluation import tiny_data
     from pmod_cli.evaluation.runner import evaluate
 
     output.set_quiet(quiet or not processes.first)
     output.set_progress(progress)
+    if processes.first:
+        tiny_data.draw(
+            benchmarks,
+            lambda folder: output.warn(f"waiting for another process, which draws the questions in {folder}"),
+        )
     with _Bars() as bars:
         return evaluate(
             benchmarks, chosen, settings, out, overwrite=overwrite, processes=processes, on_progress=bars.show

@@ -142,7 +142,12 @@ def finetune(
     ] = 0.4,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run in --out.")] = True,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume", help="Go on with an unfinished run in --out, which is the default, or not."
+        ),
+    ] = None,
     overwrite: OverwriteOpt = False,
     dry_run: DryRunOpt = False,
     print_config: Annotated[
@@ -159,6 +164,12 @@ def finetune(
     that every other command takes in the end.
     """
     from pmod_cli.training.recipe import dump, load_settings
+
+    if overwrite and resume:
+        raise PmodError(
+            "--overwrite starts anew and --resume goes on: they exclude each other", hint="give one of them"
+        )
+    resume = resume is not False
 
     given = {
         "model.name": model,

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data import documents, glyphs
 from pmod_cli.evaluation.suite import TINY_QUESTIONS as QUESTIONS
+from pmod_cli.evaluation.suite import Benchmark
 
 LAYOUT = 1  # raise it when the columns change
 
 
-def folder(task: str, questions: int = QUESTIONS) -> Path:
+def draw(benchmarks: Iterable[Benchmark], on_wait: Callable[[Path], None]) -> None:
+    """Draw the questions of the tiny tasks among some benchmarks, unless they are there.
+
+    Args:
+        on_wait: Called once where another process is drawing them, with the folder, before it is waited for.
+    """
+    for benchmark in benchmarks:
+        if benchmark.group == "tiny":
+            folder(benchmark.task.removeprefix("tiny_"), on_wait=on_wait)
+
+
+def folder(task: str, questions: int = QUESTIONS, on_wait: Callable[[Path], None] = lambda folder: None) -> Path:
     """The data set of one tiny task as `datasets.load_from_disk` reads it, drawn on the first call.
 
     Args:
         task: `doc`, `chart`, `attribute` or `presence`.
         questions: Number of test documents, one question each.
+        on_wait: As in `draw`.
     """
     target = _cache() / f"tiny-tasks-{_version()}" / f"{task}-{questions}"
     if not target.is_dir():
-        _write(task, questions, target)
+        _write(task, questions, target, on_wait)
     return target
 
 
@@ -39,7 +53,7 @@ def rows(task: str, questions: int) -> dict[str, list[Any]]:
     }
 
 
-def _write(task: str, questions: int, target: Path) -> None:
+def _write(task: str, questions: int, target: Path, on_wait: Callable[[Path], None]) -> None:
     from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
     from pmod_cli.core.folders import staged_directory
@@ -47,12 +61,17 @@ def _write(task: str, questions: int, target: Path) -> None:
     text = Value("string")
     columns = {"question_id": Value("int64"), "image": Image(), "question": text, "answer": text, "answers": List(text)}
     split = Dataset.from_dict(rows(task, questions), features=Features(columns))
-    try:
-        with staged_directory(target, "data", wait=True) as staged:  # of several processes, one draws
-            DatasetDict({"test": split}).save_to_disk(staged)
-    except PmodError:
-        if not target.is_dir():  # else another process has drawn the same questions meanwhile
-            raise
+    for wait in (False, True):
+        try:
+            with staged_directory(target, "data", wait=wait) as staged:  # of several processes, one draws
+                DatasetDict({"test": split}).save_to_disk(staged)
+            return
+        except PmodError:
+            if target.is_dir():  # another process has drawn the same questions meanwhile
+                return
+            if wait:
+                raise
+            on_wait(target)
 
 
 def _version() -> str:

@@ -46,6 +46,12 @@ def test_two_steps_after_convert(stock_model, workdir, capsys):
     assert "already finished" in captured.err
 
 
+def test_overwrite_and_resume_exclude_each_other(stock_model, workdir, capsys):
+    assert call("finetune", "-m", stock_model(), "-o", "run", "--overwrite", "--resume", *QUICK) == 2
+    assert "they exclude each other" in capsys.readouterr().err
+    assert not (workdir / "run").exists()
+
+
 def test_interrupted_run_says_how_to_go_on(stock_model, workdir):
     words = ["finetune", "-m", stock_model(), "-o", "run", "--batch-size", 1, "--max-steps", 5000, "--device", "cpu"]
     process = subprocess.Popen(

@@ -27,6 +27,7 @@ from pmod_cli.commands.eval_plan import show_plan
 from pmod_cli.core import output
 from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError
 from pmod_cli.core.extras import require
+from pmod_cli.core.folders import staging_of
 from pmod_cli.core.hardware import require_attention, require_device
 
 if TYPE_CHECKING:
@@ -246,10 +247,11 @@ def eval(
         _print_results({"folder": str(out), **results}, shown_as)
     if results["failed"]:
         scored = any(score["score"] is not None for task in results["tasks"] for score in task["scores"].values())
-        failed = results["failed"]
+        failed, where = results["failed"], staging_of(out) if overwrite else out
+        kept = f"; {out} was not replaced, and what was answered is in {where}" if overwrite else ""
         raise PmodError(
-            f"{len(failed)} of {len(benchmarks) * len(chosen)} benchmark runs failed: {failed[0]}",
-            hint=f"the whole log: {out / 'lmms-eval.log'}",
+            f"{len(failed)} of {len(benchmarks) * len(chosen)} benchmark runs failed: {failed[0]}{kept}",
+            hint=f"the whole log: {where / 'lmms-eval.log'}",
             code=PARTIAL if scored else RUN_FAILED,
         )
 

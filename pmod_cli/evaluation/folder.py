@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.files import read_json
+from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.report import SCHEMA_VERSION
 from pmod_cli.evaluation.suite import Benchmark
 
+KIND = "evaluation"
 RESULTS = "results.json"
-LOCK = ".lock"
 WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv")
 
 
 class RunFolder:
-    """A context that holds the folder's lock, which the system drops where the run dies.
+    """A context in which no other run writes to the folder.
 
     Args:
-        path: The folder; made where it is not there.
+        out: The folder; made where it is not there.
         processes: Those of the run. The one of rank 0 locks and prepares; the others wait, and fail where it fails.
+        overwrite: Write a successor beside the folder, which takes its place when it is whole. A successor that a run
+            left which was stopped goes on.
+
+    Attributes:
+        path: Where this run writes: the folder itself, or the successor.
     """
 
-    def __init__(self, path: Path, processes: Processes = ALONE) -> None:
-        self.path, self._processes = path, processes
+    def __init__(self, out: Path, processes: Processes = ALONE, *, overwrite: bool = False) -> None:
+        self.out, self.overwrite, self._processes = out, overwrite, processes
+        self.path = folders.staging_of(out) if overwrite else out
         self.identity: dict[str, Any] = {}
-        self._lock: int | None = None
+        self._held = ExitStack()
+        self._successor: Path | None = None  # once it is ours
 
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._held:
+            if error and self._successor and not (self._successor / "journal").exists():
+                folders.discard(self._successor)
 
-    def prepare(self, identity: Mapping[str, Any], benchmarks: Iterable[Benchmark], overwrite: bool) -> None:
-        """Lock the folder, and check that what it holds is this run's.
+    def prepare(
+        self, identity: Mapping[str, Any], benchmarks: Iterable[Benchmark], sources: Iterable[Path] = ()
+    ) -> None:
+        """Lock the folder, and check that what it holds is this run's, or may be replaced by this run.
+
+        Args:
+            sources: What the run reads.
 
         Raises:
-            PmodError: another run is at work there, or has left results of other models, settings or tasks.
+            PmodError: another run is at work there, or has left results of other models, settings or tasks; or what is
+                there was not written by `pmod eval`.
         """
         self.identity, error = dict(identity), None
-        if self._processes.rank == 0:
+        if self._processes.first:
             try:
-                self._prepare(benchmarks, overwrite)
+                self._prepare(benchmarks, sources)
             except (PmodError, OSError) as cause:
                 error = cause
         if (error := self._processes.gather(error)[0]) is not None:
             raise error
+
+    def finish(self, whole: bool) -> None:
+        """Put a successor in its place, if it is whole."""
+        self._processes.gather(None)  # nobody writes any more
+        if self._successor and whole:
+            folders.replace(self._successor, folders.real_path(self.out))
+            self._successor = None
 
     def log(self, rank: int) -> Path:
         """What lmms-eval says, and the tracebacks."""
@@ -71,29 +91,33 @@ class RunFolder:
         """The questions that two models answer differently."""
         return self.path / "changed" / label / f"{benchmark}.jsonl"
 
-    def _prepare(self, benchmarks: Iterable[Benchmark], overwrite: bool) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PmodError(
-                f"another run is writing to {self.path}", hint="wait for it, or choose another folder with -o"
-            ) from None
-        if overwrite:
-            for name in WRITTEN:
-                shutil.rmtree(self.path / name) if (self.path / name).is_dir() else (self.path / name).unlink(True)
-        elif (self.path / RESULTS).exists():
-            self._refuse_another_run(read_json(self.path / RESULTS), benchmarks)
+    def _prepare(self, benchmarks: Iterable[Benchmark], sources: Iterable[Path]) -> None:
+        real = self._held.enter_context(folders.held(self.out))
+        if self.overwrite:
+            folders.check_replaceable(self.out, KIND, sources)
+            self._successor = folders.successor(real, KIND)
+            if (self.path / RESULTS).exists() and self._differs(read_json(self.path / RESULTS), benchmarks):
+                folders.successor(real, KIND, fresh=True)
+        else:
+            folders.take(real, KIND)
+            if (self.path / RESULTS).exists():
+                self._refuse_another_run(read_json(self.path / RESULTS), benchmarks)
+        logs = [self.log(rank).name for rank in range(self._processes.size)]
+        folders.mark(self.path, KIND, [*WRITTEN, *logs])
 
     def _refuse_another_run(self, before: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> None:
-        held = f"{self.path} holds another run"
-        hint = "replace it with --overwrite, or choose another folder with -o"
+        if differs := self._differs(before, benchmarks):
+            hint = "replace it with --overwrite, or choose another folder with -o"
+            raise PmodError(f"{self.path} holds another run, {differs}", hint=hint)
+
+    def _differs(self, before: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> str | None:
+        """How earlier results are those of another run."""
         if before.get("schema_version") != SCHEMA_VERSION:
-            raise PmodError(f"{held}, of schema version {before.get('schema_version')}", hint=hint)
+            return f"of schema version {before.get('schema_version')}"
         known = before.get("identity", {})
         if differs := [name for name, value in self.identity.items() if known.get(name) != value]:
-            raise PmodError(f"{held}, with other {', '.join(differs)}", hint=hint)
+            return f"with other {', '.join(differs)}"
         asked = {benchmark.name for benchmark in benchmarks}
         if others := [task["name"] for task in before["tasks"] if task["name"] not in asked]:
-            raise PmodError(f"{held}, of {', '.join(others)} too", hint=f"add them to --tasks, or {hint}")
+            return f"of {', '.join(others)} too: add that to --tasks"
+        return None

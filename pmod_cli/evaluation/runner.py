@@ -44,20 +44,24 @@ def evaluate(
 
     Args:
         out: Folder of the run; what is in it is described in docs/eval.md.
-        overwrite: Throw away what another run left there.
+        overwrite: Replace what another run left there, when this one is whole. Until then, and where a task fails, its
+            results are in the folder that `core.folders.staging_of(out)` names.
         processes: This process among those that answer together. All call this; the report is that of rank 0, and
             empty in the others.
         on_progress: Called in each process.
 
     Raises:
-        PmodError: `out` holds a run of something else, or one that is still going on; a model cannot be loaded. A task
-            that fails is in the report instead.
+        PmodError: `out` holds a run of something else, or one that is still going on, or is not to be replaced; a model
+            cannot be loaded. A task that fails is in the report instead.
         OSError: answers or results cannot be written.
     """
-    with RunFolder(out, processes) as folder:
+    sources = [*(subject.path for subject in subjects), *([settings.data_root] if settings.data_root else [])]
+    with RunFolder(out, processes, overwrite=overwrite) as folder:
         identity = run_identity(subjects, settings) if processes.first else {}  # reads weights, so once
-        folder.prepare(identity, benchmarks, overwrite)
-        return _evaluate(benchmarks, subjects, settings, folder, processes, on_progress)
+        folder.prepare(identity, benchmarks, sources)
+        results = _evaluate(benchmarks, subjects, settings, folder, processes, on_progress)
+        folder.finish(whole=not results.get("failed"))
+        return results
 
 
 def _evaluate(

@@ -14,7 +14,8 @@ import pytest
 
 from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.folders import MARKER, check_replaceable, held, replace, staged_directory, successor
+from pmod_cli.core.folders import check_replaceable, held, replace, staged_directory, successor
+from pmod_cli.core.markers import MARKER, mark
 from tests.conftest import ROOT
 
 
@@ -177,7 +178,7 @@ def test_a_successor_of_a_killed_run_is_kept(tmp_path):
         assert (staging / "hours").exists()
         with pytest.raises(PmodError, match="pmod was stopped while it made"):
             successor(real, "evaluation")
-        folders.mark(staging, "data", ["hours"])
+        mark(staging, "data", ["hours"])
         replace(staging, real)
     assert names(target) == ["hours"]
     assert names(tmp_path) == ["target"]

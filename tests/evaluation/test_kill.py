@@ -178,12 +178,12 @@ def test_a_dead_process_ends_its_run(stock_model, workdir):
 def test_what_a_process_refuses_is_said_once(stock_model, workdir):
     run = Run(stock_model(), workdir / "run", processes=1)
     with RunFolder(workdir / "run") as held:
-        held.prepare({}, [], overwrite=False)
+        held.prepare({}, [])
         command = forks.start([*run.arguments, "--num-processes", "2"], workdir)
         command.join(120)
     said = (workdir / "log").read_text()
     assert command.exitcode == 2, said
-    assert said.count("another run is writing to run") == 1
+    assert said.count("another run is writing run") == 1
     assert "Traceback" not in said
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import bundled_path
-from pmod_cli.evaluation import suite
+from pmod_cli.evaluation import runner, suite
 from pmod_cli.evaluation.folder import RunFolder
 from pmod_cli.evaluation.suite import PAPER
 from tests.evaluation import forks, mirrors
@@ -81,9 +81,9 @@ def test_a_full_disk_is_a_sentence(workdir, stock_model):
 
 def test_two_runs_into_one_folder(workdir, stock_model, capsys):
     with RunFolder(workdir / "run") as held:
-        held.prepare({}, [], overwrite=False)
+        held.prepare({}, [])
         assert evaluate("-t", "tiny_doc", "--limit", 2, "-m", stock_model(), "-o", "run") == 2
-    assert "another run is writing to run" in capsys.readouterr().err
+    assert "another run is writing run" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_run(workdir, stock_model, capsys):
@@ -101,6 +101,65 @@ def test_a_folder_with_another_run(workdir, stock_model, capsys):
     assert evaluate("-t", "tiny_chart", "--overwrite", *command) == 0
     (task,) = results_of(workdir / "run")["tasks"]
     assert next(iter(task["scores"].values()))["answers_found"] == 0
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_folder_that_is_not_of_an_evaluation(workdir, stock_model, capsys, overwrite):
+    """Its own `answers`, `journal`, `changed` and `results.md` are somebody's."""
+    names = (
+        "answers/model/tiny_doc.jsonl",
+        "journal/mine",
+        "changed/mine",
+        "results.md",
+        "results.csv",
+        "results.json",
+    )
+    for name in names:
+        (workdir / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / "mine" / name).write_text("x")
+    assert evaluate("-t", "tiny_doc", "--limit", 2, "-m", stock_model(), "-o", "mine", *overwrite) == 2
+    assert "mine was not written by pmod eval" in capsys.readouterr().err
+    assert all((workdir / "mine" / name).read_text() == "x" for name in names)
+    assert [path.name for path in workdir.iterdir()] == ["mine"]
+
+
+def test_a_foreign_file_among_our_results(workdir, stock_model, capsys):
+    command = ["-t", "tiny_doc", "--limit", 2, "-m", stock_model(), "-o", "run", "-q"]
+    assert evaluate(*command) == 0
+    (workdir / "run" / "thesis.txt").write_text("x")
+    assert evaluate(*command, "--overwrite") == 2
+    assert "did not write: thesis.txt" in capsys.readouterr().err
+    assert (workdir / "run" / "results.json").is_file()
+
+
+def test_old_results_stay_until_the_new_ones_are_whole(workdir, stock_model, monkeypatch, capsys):
+    """Interrupted or with a failed task, an overwriting run has changed nothing; repeated, it goes on."""
+    command = ["-t", "tiny_doc,tiny_chart", "-m", stock_model(), "-o", "run", "-q", "--limit"]
+    assert evaluate(*command, 2) == 0
+    before = (workdir / "run" / "results.json").read_bytes()
+    score = runner.score
+
+    def stopped(benchmark, *others, **options):
+        if benchmark.name == "tiny_chart":
+            raise KeyboardInterrupt
+        return score(benchmark, *others, **options)
+
+    def failing(benchmark, *others, **options):
+        if benchmark.name == "tiny_chart":
+            raise ValueError("no score")
+        return score(benchmark, *others, **options)
+
+    for broken, code in ((stopped, 130), (failing, 3)):
+        monkeypatch.setattr(runner, "score", broken)
+        assert evaluate(*command, 3, "--overwrite") == code
+        assert (workdir / "run" / "results.json").read_bytes() == before
+    assert "run was not replaced" in capsys.readouterr().err
+    monkeypatch.setattr(runner, "score", score)
+    assert evaluate(*command, 3, "--overwrite") == 0
+    assert [path.name for path in workdir.iterdir()] == ["run"]
+    for task in results_of(workdir / "run")["tasks"]:
+        (entry,) = task["scores"].values()
+        assert entry["questions"] == entry["answers_found"] == 3
 
 
 def test_the_same_command_goes_on_in_the_same_folder(workdir, stock_model, capsys):

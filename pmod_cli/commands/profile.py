@@ -183,7 +183,8 @@ def profile(
     repeats: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURING, help="Timed rounds.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, rich_help_panel=MEASURING, help="Rounds before them.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=MEASURING, help="CPU threads. (default: torch's choice)")
+        int | None,
+        typer.Option(min=1, max=4096, rich_help_panel=MEASURING, help="CPU threads. (default: torch's choice)"),
     ] = None,
     device: DeviceOpt = "auto",
     attention: Annotated[

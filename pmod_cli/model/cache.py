@@ -5,6 +5,7 @@ decoding stay stock. Tokens after a prefill (decode, later text) are appended by
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
+
+# What transformers calls the cache on its way through decoder and layers: `cache` since 5.24, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+
+
+def take_cache(kwargs: dict) -> Cache | None:
+    """Takes the cache of a step out of its keyword arguments, under either name.
+
+    Raises:
+        ValueError: There is a cache under another name: it would go past routing unseen.
+    """
+    old, new = kwargs.pop("past_key_values", None), kwargs.pop("cache", None)
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            raise ValueError(f"this transformers hands the cache on as {name}, a name that p-MoD does not know")
+    return old if new is None else new
 
 
 class _RoutedSlots:

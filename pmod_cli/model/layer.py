@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from .cache import routed_cache_layer
+from .cache import CACHE_NAME, routed_cache_layer, take_cache
 from .routing import Routing, token_weights
 from .settings import PmodSettings
 
@@ -55,7 +55,6 @@ class RoutedLayer:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         routing: Routing | None = None,
@@ -67,17 +66,22 @@ class RoutedLayer:
         Args:
             routing: Of this prefill, or None in a step without vision tokens.
             step_valid: `(B, N)` bool, real tokens of a later step that has padding; else None.
+            kwargs: The cache, as `cache` or `past_key_values`, and what the stock layer takes besides.
+
+        Raises:
+            ValueError: The step is to be cached, but no cache has come this far.
         """
+        cache = take_cache(kwargs)
+        if use_cache and cache is None:
+            raise ValueError("this step is to be cached, and the layer got no cache: later steps would be wrong")
         if routing is not None and self.router is not None:
-            return self._routed_forward(
-                hidden_states, routing, attention_mask, position_embeddings, past_key_values, **kwargs
-            )
+            return self._routed_forward(hidden_states, routing, attention_mask, position_embeddings, cache, **kwargs)
         if self.training and torch.is_grad_enabled() and self.router is not None:
             # Text-only step: the router takes part with weight zero, or distributed training would wait for it. Here,
             # since FSDP2 has a layer's weights at hand only while the layer runs.
             hidden_states = hidden_states + 0.0 * self.router(hidden_states[:, :1])
-        if self.selects and past_key_values is not None:
-            cache_layer = routed_cache_layer(past_key_values, self.self_attn.layer_idx)
+        if self.selects and cache is not None:
+            cache_layer = routed_cache_layer(cache, self.self_attn.layer_idx)
             if cache_layer.skipped or cache_layer.valid is not None:
                 attention_mask = cache_layer.own_mask(self.self_attn.config, hidden_states, step_valid)
             if step_valid is not None:
@@ -86,9 +90,9 @@ class RoutedLayer:
             hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -98,7 +102,7 @@ class RoutedLayer:
         routing: Routing,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs,
     ) -> Tensor:
         layer_idx = self.self_attn.layer_idx
@@ -110,20 +114,20 @@ class RoutedLayer:
         if routing.recorder is not None:
             routing.recorder.add(layer_idx, routing, gathered, weights, logits)
         if gathered is None:
-            return self._process(hidden_states, scale, attention_mask, position_embeddings, past_key_values, **kwargs)
+            return self._process(hidden_states, scale, attention_mask, position_embeddings, cache, **kwargs)
         index, valid = gathered.index.unsqueeze(-1), gathered.valid  # (B, M, 1)
         x, x_scale = _take(hidden_states, index), scale.gather(1, index)
         # Causality is all the mask there is: fillers stand last. No position_ids: gaps in them would be read as the
         # borders of packed sequences; the rotary tables carry them.
-        if past_key_values is None:
+        if cache is None:
             mask = create_causal_mask(self.self_attn.config, x, None, None)
         else:
-            cache_layer = routed_cache_layer(past_key_values, layer_idx)
+            cache_layer = routed_cache_layer(cache, layer_idx)
             mask = cache_layer.own_mask(self.self_attn.config, x, None)
             croppable = 0 if routing.padded or valid is not None else routing.tail
             cache_layer.expect(valid, hidden_states.shape[1] - x.shape[1], croppable)
         tables = tuple(_take(table.expand(len(x), -1, -1), index) for table in position_embeddings)
-        kept = self._process(x, x_scale, mask, tables, past_key_values, **kwargs)
+        kept = self._process(x, x_scale, mask, tables, cache, **kwargs)
         if valid is not None:  # fillers are skipped tokens
             kept = torch.where(valid.unsqueeze(-1), kept, x * x_scale if self.string else x)
         skipped = hidden_states * scale if self.string else hidden_states.clone()
@@ -135,15 +139,15 @@ class RoutedLayer:
         scale: Tensor,  # (B, M, 1)
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs,
     ) -> Tensor:
         """Attention and the weighted MLP, `(B, M, D)`."""
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(x),
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_embeddings=position_embeddings,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         h = x + attended

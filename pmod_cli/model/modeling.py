@@ -25,6 +25,7 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .cache import CACHE_NAME, take_cache
 from .configuration import PmodLlavaConfig, PmodLlavaNextConfig
 from .layer import PmodLlamaDecoderLayer, PmodMistralDecoderLayer, PmodQwen2DecoderLayer, Router
 from .routing import SELECTIONS, Routing
@@ -41,15 +42,16 @@ class RoutedDecoder:
         else:
             super()._init_weights(module)
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
         """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        cache = take_cache(kwargs)
         return super().forward(
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            step_valid=_padding_of_step(attention_mask, past_key_values, inputs_embeds),
+            step_valid=_padding_of_step(attention_mask, cache, inputs_embeds),
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -94,7 +96,8 @@ class RoutedLlava:
             raise ValueError(f"{type(decoder).__name__} decoders cannot be routed: known are {known}")
         decoder.__class__, layer_class = DECODERS[type(decoder)]
         decoder._no_split_modules = set(type(decoder)._no_split_modules)
-        _CAN_RECORD_REGISTRY[decoder] = decoder._can_record_outputs  # hidden states are captured by class
+        # What hidden states are captured from is kept by the name of the class; 5.23 made that a dict of its own kind.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
         decoder.selection, decoder.selection_seed, decoder.selection_recorder = "router", 0, None
         layers = zip(decoder.layers, config.retention, config.settings.routed(len(decoder.layers)), strict=True)
         for layer, ratio, routed in layers:
@@ -106,7 +109,6 @@ class RoutedLlava:
         input_ids=None,
         pixel_values=None,
         attention_mask=None,
-        past_key_values=None,
         inputs_embeds=None,
         vision_mask=None,
         **kwargs,
@@ -119,14 +121,14 @@ class RoutedLlava:
         Raises:
             ValueError: Merged embeddings start a sequence without a `vision_mask`, or the attention mask is not 2D.
         """
-        routing = None
+        cache, routing = take_cache(kwargs), None
         if (pixel_values is not None and len(pixel_values)) or kwargs.get("mm_encoder_outputs"):
             if vision_mask is None:
                 vision_mask = self._placeholders(input_ids, inputs_embeds)
             if self.config.settings.target_tokens == "vision_hr":
                 vision_mask, kwargs = self._high_resolution(vision_mask, pixel_values, kwargs)
                 pixel_values = None
-        elif inputs_embeds is not None and vision_mask is None and not _has_tokens(past_key_values):
+        elif inputs_embeds is not None and vision_mask is None and not _has_tokens(cache):
             raise ValueError(
                 "inputs_embeds without images need vision_mask, a (B, N) bool tensor of the merged vision tokens "
                 "(all False for text): without it every layer would be plain"
@@ -149,9 +151,9 @@ class RoutedLlava:
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             routing=routing,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -219,7 +221,7 @@ class RoutedGeneration:
         return generation_config, model_kwargs
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
         """The 2D mask, unchanged: layers hold different tokens, so each makes its own."""
         return attention_mask
 

@@ -9,7 +9,7 @@ from pmod_cli import __version__
 from pmod_cli import model as package
 
 FILE = "modeling_pmod.py"
-_START = "modeling"
+_FIRST, _START = "versions", "modeling"
 _CLASSES = {"pmod_llava": "PmodLlava", "pmod_llava_next": "PmodLlavaNext"}
 
 
@@ -25,23 +25,36 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def modeling_source() -> str:
-    """The modules that `modeling` needs, in the order of their imports, with the imports among them left out."""
-    imports: dict[str, None] = {}
-    bodies = []
-    for name in _modules(_START, []):
-        text = (Path(package.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
-        bodies.append(f"# {'-' * 8} pmod_cli/model/{name}.py\n\n{_body(text, imports)}")
-    future = [line for line in imports if line.startswith("from __future__")]
-    rest = sorted(line for line in imports if line not in future)
-    head = (
-        f'"""p-MoD for transformers. Generated from pmod_cli/model, pmod {__version__} (Apache-2.0): do not edit."""\n'
+    """The modules that `modeling` needs, in the order of their imports, with the imports among them left out.
+
+    `versions` comes first: a release of transformers that is too old is named before anything of it is imported.
+    """
+    names = [_FIRST, *(name for name in _modules(_START, []) if name != _FIRST)]
+    imports: dict[str, dict[str, None]] = {name: {} for name in names}
+    first, *bodies = (
+        f"# {'-' * 8} pmod_cli/model/{name}.py\n\n{_body(_source(name), imports[name])}" for name in names
     )
-    return "\n".join([head, *future, *rest, "", "", "\n\n\n".join(bodies)]) + "\n"
+    rest = sorted({line for name in names[1:] for line in imports[name]} - imports[_FIRST].keys())
+    stock = [line for line in rest if line.startswith(("import transformers", "from transformers"))]
+    guarded = ["try:", *(f"    {line}" for line in stock), "except ImportError as error:"]
+    guarded.append('    raise UnsupportedTransformers(f"lacks what p-MoD builds on ({error})") from error')
+    head = f'"""p-MoD for transformers. Generated from pmod_cli/model, pmod {__version__} (Apache-2.0): do not edit."""'
+    blocks = [
+        "\n".join([head, "", *sorted(imports[_FIRST]), *(line for line in rest if line not in stock)]),
+        first,
+        "\n".join(guarded),
+        *bodies,
+    ]
+    return "\n\n\n".join(blocks) + "\n"
+
+
+def _source(name: str) -> str:
+    return (Path(package.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
 
 
 def _modules(name: str, found: list[str]) -> list[str]:
     """`found`, with a module behind all that it imports from the package."""
-    tree = ast.parse((Path(package.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(_source(name))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level and node.module not in found:
             _modules(node.module, found)

@@ -68,6 +68,8 @@ def explain(error: BaseException) -> PmodError | None:
         )
     if _instance_of(error, "safetensors", "SafetensorError"):
         return PmodError(f"a safetensors file cannot be read: {text}", hint="fetch or convert the checkpoint again")
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "transformers":
+        return PmodError(text.splitlines()[0], hint="pmod env shows what is installed; the README, what is tested")
     if isinstance(error, OSError):
         return _explain_os_error(error)
     return None

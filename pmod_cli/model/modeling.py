@@ -29,6 +29,7 @@ from .cache import CACHE_NAME, take_cache
 from .configuration import PmodLlavaConfig, PmodLlavaNextConfig
 from .layer import PmodLlamaDecoderLayer, PmodMistralDecoderLayer, PmodQwen2DecoderLayer, Router
 from .routing import SELECTIONS, Routing
+from .selfcheck import check_release
 
 
 class RoutedDecoder:
@@ -81,7 +82,21 @@ DECODERS = {
 }
 
 
-class RoutedLlava:
+class CheckedRelease:
+    """Mixin: loading weights under a transformers newer than any tested one checks a small model first."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """The stock method.
+
+        Raises:
+            UnsupportedTransformers: This release of transformers does not do what routing builds on.
+        """
+        check_release(*GENERATION[cls.config_class], list(DECODERS))
+        return super().from_pretrained(*args, **kwargs)
+
+
+class RoutedLlava(CheckedRelease):
     """Mixin in front of `LlavaModel` and `LlavaNextModel`: finds the vision tokens of a prefill."""
 
     def _route_decoder(self, config: PmodLlavaConfig | PmodLlavaNextConfig) -> None:
@@ -182,7 +197,7 @@ class RoutedLlava:
         return vision_mask.masked_scatter(vision_mask, routed), {**kwargs, "mm_encoder_outputs": outputs}
 
 
-class RoutedGeneration:
+class RoutedGeneration(CheckedRelease):
     """Mixin in front of the stock `...ForConditionalGeneration`: what `generate` must know."""
 
     def set_selection(self, selection: str, *, seed: int = 0) -> None:
@@ -270,6 +285,13 @@ class PmodLlavaNextForConditionalGeneration(RoutedGeneration, LlavaNextForCondit
         self.model = PmodLlavaNextModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+
+GENERATION = {
+    PmodLlavaConfig: (PmodLlavaForConditionalGeneration, LlavaForConditionalGeneration),
+    PmodLlavaNextConfig: (PmodLlavaNextForConditionalGeneration, LlavaNextForConditionalGeneration),
+}
+"""Ours and the stock class that it extends."""
 
 
 def _is_2d(mask) -> bool:

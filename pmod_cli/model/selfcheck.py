@@ -1,7 +1,7 @@
 """What a transformers that is newer than any tested one has to show before a checkpoint is loaded.
 
-On small random models: at ratio 1 the p-MoD model equals the stock one (logits, hidden states, generated tokens), and at
-ratio 0.5 a cached step equals the same step without a cache. Costs a second, once per class and process.
+On small random models: at ratio 1 the p-MoD model equals the stock one (logits, hidden states, generated tokens), and
+at ratio 0.5 a cached step equals the same step without a cache. Costs a second, once per class and process.
 """
 
 import logging
@@ -37,7 +37,7 @@ def check_release(ours: type[PreTrainedModel], stock: type[PreTrainedModel], dec
         )
     _checked.add(ours)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             for decoder in decoders:
                 _check(ours, stock, decoder)
     except UnsupportedTransformers:
@@ -51,7 +51,9 @@ def check_release(ours: type[PreTrainedModel], stock: type[PreTrainedModel], dec
 def _check(ours: type[PreTrainedModel], stock: type[PreTrainedModel], decoder: type) -> None:
     plain = _fill(_small(stock, decoder))
     whole = _small(ours, decoder, pmod={"schedule": "constant", "mean": 1.0, "max_ratio": 1.5})
-    _require(not whole.load_state_dict(plain.state_dict(), strict=False).unexpected_keys, "names weights in another way")
+    _require(
+        not whole.load_state_dict(plain.state_dict(), strict=False).unexpected_keys, "names weights in another way"
+    )
     inputs = _inputs(plain)
     outputs = [model(**inputs, output_hidden_states=True, use_cache=True) for model in (plain, whole)]
     _require(torch.equal(*(output.logits for output in outputs)), "gives other logits at ratio 1")
@@ -105,7 +107,7 @@ def _small(cls: type[PreTrainedModel], decoder: type, **extra) -> PreTrainedMode
         **anyres,
         **extra,
     )
-    return cls(config).eval()
+    return cls(config).float().eval()
 
 
 def _fill(model: PreTrainedModel) -> PreTrainedModel:

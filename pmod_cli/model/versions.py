@@ -18,7 +18,8 @@ class UnsupportedTransformers(ImportError):
         oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
         super().__init__(
             f"transformers {version('transformers')} {reason}; p-MoD is tested with {oldest} to {newest}: "
-            f"pip install 'transformers>={oldest},<{NEWEST[0]}.{NEWEST[1] + 1}'"
+            f"pip install 'transformers>={oldest},<{NEWEST[0]}.{NEWEST[1] + 1}'",
+            name="transformers",
         )
 
 

@@ -3,7 +3,10 @@
 PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell command -v python$(version))) python3)
 STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
 
-.PHONY: setup demo test bench soak lint format reference lock clean
+# A process a core; one that has nothing left takes tests from another.
+SPREAD := -n $(shell nproc) --dist worksteal
+
+.PHONY: setup demo test test-slow coverage types bench soak lint format reference lock clean
 
 setup: $(STAMP)
 
@@ -19,8 +22,16 @@ demo: setup
 
 # The everyday suite, a process a core; then, alone on the machine, the tests that hold a command to a time.
 test: setup
-	.venv/bin/python -m pytest -n $(shell nproc) -m "not soak and not timing"
+	.venv/bin/python -m pytest $(SPREAD) -m "not slow and not soak and not timing"
 	.venv/bin/python -m pytest -m "timing and not soak"
+
+# What takes too long for every day and is not cut short either; CI runs it after `test`.
+test-slow: setup
+	.venv/bin/python -m pytest $(SPREAD) -m "slow and not soak"
+
+# Both tiers, with the share of lines and branches that they reach. Processes that tests start are counted too.
+coverage: setup
+	.venv/bin/python -m pytest $(SPREAD) -m "not soak and not timing" --cov --cov-report=term:skip-covered
 
 # Speed and memory against the stock model on the same weights: prints the ratios, fails past a bound. Not part of `test`.
 bench: setup
@@ -33,6 +44,10 @@ soak: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# Types, where they are held: see [tool.mypy] in pyproject.toml.
+types: setup
+	.venv/bin/mypy
 
 format: setup
 	.venv/bin/ruff check --fix .

@@ -24,6 +24,8 @@ os.environ.update(
     COLUMNS="100",
     NO_COLOR="1",
 )
+# Without bytecode every process that a test starts would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "PMOD_MODEL", "PMOD_DEBUG", "FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(_name, None)
 

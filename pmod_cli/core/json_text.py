@@ -28,8 +28,8 @@ def loads(data: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
         value = json.loads(data, object_pairs_hook=object_pairs_hook, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError(DEEPEST) from None
-    half = ("\\ud", "\\uD") if isinstance(data, str) else (b"\\ud", b"\\uD")
-    if any(mark in data for mark in half):
+    half = any(mark in data if isinstance(data, str) else mark.encode() in data for mark in ("\\ud", "\\uD"))
+    if half:
         json.dumps(value, ensure_ascii=False, default=str).encode()  # UnicodeEncodeError is a ValueError
     return value
 

@@ -10,6 +10,7 @@ from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.loading import load_tasks
 from tests.evaluation import mirrors
 
+pytestmark = pytest.mark.slow
 TINY = ("tiny_doc", "tiny_chart", "tiny_attribute", "tiny_presence")
 MIRRORED = ("mme", "gqa", "docvqa", "chartqa", "ai2d", "sqa")
 QUESTIONS = 8  # per task

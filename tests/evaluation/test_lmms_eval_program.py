@@ -13,7 +13,7 @@ from pmod_cli.model import PmodSettings
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("kind", ["stock", "pmod"])
+@pytest.mark.parametrize("kind", [pytest.param("stock", marks=pytest.mark.slow), "pmod"])
 def test_the_program_of_lmms_eval(stock_model, workdir, kind):
     path = stock_model()
     if kind == "pmod":

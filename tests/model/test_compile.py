@@ -7,6 +7,7 @@ from transformers import CompileConfig
 
 from tests.model.models import ROUTED_FROM_START, ROWS, batch, pmod_model
 
+pytestmark = pytest.mark.slow
 CLOSE = {"atol": 1e-4, "rtol": 0}
 TEXT = "what is the value of a?"
 SIZES = [(64, 64), (64, 32), (20, 50), (48, 64)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
@@ -100,7 +100,7 @@ def print_line(text: object) -> None:
         line.encode()
     except UnicodeEncodeError:  # a path that is no UTF-8
         stdout.file.flush()
-        stdout.file.buffer.write(os.fsencode(line))
+        cast(TextIO, stdout.file).buffer.write(os.fsencode(line))
     else:
         stdout.file.write(line)
 

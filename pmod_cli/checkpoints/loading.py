@@ -44,6 +44,7 @@ def load_model(
         PmodError: files or tensors are missing, or tensors have another shape than the config says.
     """
     path = Path(path)
+    refuse_bytes(path)
     if missing := missing_files(path):
         raise PmodError(f"{path} lacks {', '.join(missing)}", hint="name another model with --model")
     if is_original(read_json(path / CONFIG)) or not shard_names(path)[0].endswith(".safetensors"):
@@ -76,6 +77,7 @@ def load_processor(path: Path) -> ProcessorMixin:
     Raises:
         PmodError: one of its files is missing or damaged.
     """
+    refuse_bytes(path)
     from transformers import AutoProcessor
 
     try:
@@ -86,6 +88,17 @@ def load_processor(path: Path) -> ProcessorMixin:
             f"the tokenizer or the image processor in {path} cannot be loaded: {type(error).__name__}: {first:.300}",
             hint="fetch or convert the checkpoint again",
         ) from error
+
+
+def refuse_bytes(path: Path) -> None:
+    """Raises PmodError at a path that is no UTF-8: transformers and safetensors can neither read nor write there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise PmodError(
+            f"the path {path} is no UTF-8, and transformers cannot read or write there",
+            hint="rename it, or name it by a symbolic link",
+        ) from None
 
 
 def _refuse_differences(path: Path, info: dict) -> None:

@@ -133,10 +133,11 @@ class Sizes:
             tied=bool(_get(text, "tie_word_embeddings") if tied is None else tied),
         )
         anyres = str(_get(config, "model_type")).endswith("llava_next")
-        return cls(decoder, _tower(config), _pinpoints(config) if anyres else None)
+        tower = _tower(config)
+        return cls(decoder, tower, _pinpoints(config, tower.tile) if anyres else None)
 
 
-def _pinpoints(config: Mapping[str, Any] | object) -> tuple[tuple[int, int], ...]:
+def _pinpoints(config: Mapping[str, Any] | object, tile: int) -> tuple[tuple[int, int], ...]:
     found = _get(config, "image_grid_pinpoints") or LLAVA["image_grid_pinpoints"]
     pairs = isinstance(found, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
     if not pairs:
@@ -144,7 +145,13 @@ def _pinpoints(config: Mapping[str, Any] | object) -> tuple[tuple[int, int], ...
             f"image_grid_pinpoints is {found!r:.60}: expected a list of [height, width] in pixels",
             hint="name a LLaVA-NeXT's config.json",
         )
-    return tuple(tuple(_positive("image_grid_pinpoints", side, None) for side in pair) for pair in found)
+    points = tuple(tuple(_positive("image_grid_pinpoints", side, None) for side in pair) for pair in found)
+    if small := [list(pair) for pair in points if min(pair) < tile]:
+        raise PmodError(
+            f"image_grid_pinpoints has {small[0]}, which is less than one tile of {tile} x {tile} pixels",
+            hint="name a LLaVA-NeXT's config.json",
+        )
+    return points
 
 
 def _tower(config: Mapping[str, Any] | object) -> Tower:

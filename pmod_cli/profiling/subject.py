@@ -119,7 +119,6 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
         )
     if not all(isinstance(config.get(part), dict | NoneType) for part in ("text_config", "vision_config")):
         raise PmodError(f"{file}: text_config and vision_config are JSON objects", hint="name a LLaVA's config.json")
-    said = left_out(config)
     whole = config | {part: config.get(part) or LLAVA[part] for part in ("text_config", "vision_config")}
     try:
         Sizes.of(whole)
@@ -127,7 +126,7 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
         raise PmodError(f"{file}: {error.what}", hint=error.hint) from error
     checked_shapes(whole, file)
     held = file.name == CONFIG and hold_to_weights(file.parent, whole)
-    return Found(name, str(file), whole, () if held else tuple(said))
+    return Found(name, str(file), whole, () if held else tuple(left_out(config)))
 
 
 def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject:

@@ -7,6 +7,7 @@ approved only where the run starts. The library's ``finetune`` asks ``check_sett
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pmod_cli.checkpoints.loading import refuse_bytes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.extras import require
 from pmod_cli.core.hardware import require_device
@@ -97,6 +98,8 @@ def _settings(run: Intent) -> None:
 def _folder(run: Intent) -> None:
     if run.fleet.machines > 1 and run.out is None:
         raise PmodError("--num-machines needs --out, a folder that all machines share")
+    if run.out is not None:
+        refuse_bytes(run.out)
     if run.out is not None and run.processes is not None and run.fleet.machine_rank == 0:
         folder.check_free(run.out, run.settings, run.processes, resume=run.resume, overwrite=run.overwrite)
 

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pmod_cli.checkpoints import files
+import pytest
+
+from pmod_cli.checkpoints import files, load_model
 from pmod_cli.cli import main
 from pmod_cli.core import state
+from pmod_cli.core.errors import PmodError
 from tests.conftest import ROOT
 
 
@@ -94,6 +97,8 @@ def test_a_path_that_is_no_utf8(stock_model, workdir, capfdbinary):
     assert b"model-\\xff\\xe9-stock" in out
     assert b"source: model-\\xff\\xe9-pmod (folder)" in err
     provenance = files.read_json(Path(os.fsdecode(name + b"-stock"), "pmod_provenance.json"))
+    with pytest.raises(PmodError, match="no UTF-8, and transformers cannot read"):
+        load_model(state.default_model())
     assert provenance["source"] == r"model-\xff\xe9-pmod"
 
 

@@ -1,6 +1,7 @@
 """`pmod finetune --dry-run` tells the truth: it refuses what the start refuses, in the same words, and at once."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -27,6 +28,7 @@ REFUSED = {
     "a log without its package": (["--report-to", "wandb"], "train.report_to: wandb needs wandb"),
     "a foreign folder": (["-o", "there"], "there exists and is not a run of pmod finetune"),
     "a folder below a file": (["-o", "there/thesis.txt/run"], "there/thesis.txt is a file"),
+    "a folder whose name is no UTF-8": (["-o", os.fsdecode(b"m\xff")], r"the path m\xff is no UTF-8"),
     "another run": (["-o", "taken"], "taken holds a run with other settings"),
     "more processes than GPUs": (["--num-processes", "8", "--device", "auto"], "and none was found"),
     "a GPU": (["--device", "cuda"], "no CUDA GPU can be used"),

@@ -86,3 +86,19 @@ def test_a_config_of_the_original_code_is_no_config_of_defaults(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(flat))
     with pytest.raises(PmodError, match="layout of the original code"):
         load_subject(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "told"),
+    [
+        ("vision_config", "image_size", ..., r"\[48, 96\], which is less than one tile of 224 x 224"),
+        ("text_config", "model_type", {"a": 1}, "the decoder .* is unknown"),
+        ("vision_config", "model_type", ["a"], "the vision tower .* is unknown"),
+    ],
+)
+def test_a_config_alone_that_no_model_can_have(checkpoint, part, key, value, told):
+    for file in checkpoint.glob("*.safetensors*"):
+        file.unlink()
+    change(checkpoint, part, key, value)
+    with pytest.raises(PmodError, match=told):
+        load_subject(str(checkpoint))

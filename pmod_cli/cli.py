@@ -123,8 +123,9 @@ def _options_of(command: Any, verb: str | None) -> dict[str, str]:
     options = {}
     for parameter in getattr(command, "commands", {verb: None}).get(verb, command).params:
         flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        options |= {flag[2:].replace("-", "_"): flag for flag in flags}
         if flags:
-            options[parameter.name] = min(flags, key=len)
+            options.setdefault(parameter.name, min(flags, key=len))
     return options | getattr(sys.modules.get(f"pmod_cli.commands.{verb}"), "SETTINGS", {})
 
 

@@ -186,7 +186,7 @@ def test_torch_and_safetensors_errors_become_sentences(tmp_path):
 
     known = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert known.code == errors.RUN_FAILED
-    assert "--batch-size" in known.hint
+    assert "`batch_size`" in known.hint
     (tmp_path / "broken.safetensors").write_bytes(b"not a header")
     with pytest.raises(safetensors.SafetensorError) as caught:
         safetensors.safe_open(tmp_path / "broken.safetensors", framework="np")

@@ -48,7 +48,7 @@ def explain(error: BaseException) -> PmodError | None:
     if _instance_of(error, "torch", "OutOfMemoryError") or isinstance(error, MemoryError) or "can't allocate" in text:
         return PmodError(
             f"out of memory: {text.splitlines()[0] if text else 'the allocation failed'}",
-            hint="lower --batch-size, or use --dtype bfloat16",
+            hint="lower `batch_size`, or use `dtype=bfloat16`",
             code=RUN_FAILED,
         )
     if _instance_of(error, "huggingface_hub.errors", "GatedRepoError"):
@@ -82,14 +82,12 @@ def _explain_os_error(error: OSError) -> PmodError | None:
     if error.errno == errno.EDQUOT:
         return PmodError(f"the disk quota does not allow {where}", hint="free some space, then repeat", code=RUN_FAILED)
     if error.errno in (errno.EACCES, errno.EPERM):
-        return PmodError(f"no permission for {where}", hint="choose another folder with --out")
+        return PmodError(f"no permission for {where}", hint="choose another folder")
     if error.errno == errno.EROFS:
-        return PmodError(f"{where} is on a read-only file system", hint="choose another folder with --out")
+        return PmodError(f"{where} is on a read-only file system", hint="choose another folder")
     if error.errno == errno.ENAMETOOLONG:
         name = os.path.basename(os.fspath(where))
-        return PmodError(
-            f"a name is too long for the file system: {name[:60]}…", hint="choose a shorter one with --out"
-        )
+        return PmodError(f"a name is too long for the file system: {name[:60]}…", hint="choose a shorter one")
     if isinstance(error, FileNotFoundError) and error.filename:
         return PmodError(f"no such file or folder: {where}")
     if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError) and error.filename:

@@ -101,14 +101,14 @@ def check_replaceable(target: Path, kind: str, sources: Iterable[Path] = ()) -> 
     for source in sources:
         if (read := _inside(source, target)) is not None:
             raise PmodError(
-                f"this run reads {read}, and {target} is what it would replace", hint="choose another folder with --out"
+                f"this run reads {read}, and {target} is what it would replace", hint="choose another folder with `out`"
             )
     require_kind(target, kind)
     if others := list(foreign(target)):
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise PmodError(
             f"{target} holds what {WRITERS[kind]} did not write: {', '.join(others[:3])}{more}",
-            hint="move that elsewhere, or choose another folder with --out",
+            hint="move that elsewhere, or choose another folder with `out`",
         )
 
 
@@ -212,7 +212,7 @@ def staged_directory(
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """Raises PmodError where `target` exists and `overwrite` is false."""
     if target.exists() and not overwrite:
-        raise PmodError(f"{target} exists", hint="replace it with --overwrite, or choose another folder with --out")
+        raise PmodError(f"{target} exists", hint="replace it with `overwrite=True`, or choose another `out`")
 
 
 def settle(folder: Path) -> None:

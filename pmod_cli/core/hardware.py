@@ -59,17 +59,17 @@ def require_device(device: str, processes: int = 1) -> None:
     """
     kind, _, number = device.partition(":")
     if kind == "mps" and find_accelerator() != "mps":
-        raise PmodError("the device is mps, and there is none on this machine", hint="--device cpu")
+        raise PmodError("the device is mps, and there is none on this machine", hint="`device=cpu`")
     if kind != "cuda":
         return
     found = count_gpus()
     if processes > 1 and (number or found < processes):
         there = f"the device is {device} alone" if number else f"there are {found}"
-        one = "one process with a larger --batch-size keeps one GPU busy" if found else "--device cpu"
+        one = "one process with a larger `batch_size` keeps one GPU busy" if found else "`device=cpu`"
         raise PmodError(f"{processes} processes on this machine take a GPU each, and {there}", hint=one)
     if found <= int(number or 0):
         there = f"there are only {found} CUDA GPUs" if found else "no CUDA GPU can be used on this machine"
-        raise PmodError(f"the device is {device}, and {there}", hint="--device cuda" if found else "--device cpu")
+        raise PmodError(f"the device is {device}, and {there}", hint="`device=cuda`" if found else "`device=cpu`")
 
 
 def require_attention(kernel: str, device: str) -> None:

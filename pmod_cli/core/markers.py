@@ -36,7 +36,7 @@ def is_new(target: Path) -> bool:
         PmodError: it is a file.
     """
     if target.exists() and not target.is_dir():
-        raise PmodError(f"{target} is a file", hint="choose a folder with --out")
+        raise PmodError(f"{target} is a file", hint="choose a folder with `out`")
     return not target.is_dir() or all(path.name in _IGNORED for path in target.iterdir())
 
 
@@ -49,12 +49,12 @@ def require_kind(target: Path, kind: str) -> None:
     if (found := kind_of(target)) is None:
         raise PmodError(
             f"{target} was not written by {WRITERS[kind]}: it lacks {MARKER}",
-            hint="choose another folder with --out; if an older pmod wrote it, remove it yourself",
+            hint="choose another folder with `out`; if an older pmod wrote it, remove it yourself",
         )
     if found != kind:
         raise PmodError(
             f"{target} was written by {WRITERS.get(found, found)}, not by {WRITERS[kind]}",
-            hint="choose another folder with --out",
+            hint="choose another folder with `out`",
         )
 
 

@@ -26,7 +26,7 @@ def default_model() -> Path | None:
         if not path.is_dir():
             raise PmodError(
                 f"{source} names the checkpoint {name}, and there is no such folder",
-                hint="name another with --model, or write one: pmod convert tiny-llava-next",
+                hint="name another with `model`, or write one: pmod convert tiny-llava-next",
             )
         return path
     return None
@@ -41,7 +41,7 @@ def record_current(path: Path) -> None:
         CURRENT.parent.mkdir(exist_ok=True)
         write_bytes(CURRENT, os.fsencode(f"{_relative_to_here(path)}\n"))
     except OSError as error:
-        output.warn(f"{CURRENT} cannot be written here ({error.strerror}): name the model with --model {path}")
+        output.warn(f"{CURRENT} cannot be written here ({error.strerror}): name the model yourself: {path}")
 
 
 def _read_current() -> str | None:

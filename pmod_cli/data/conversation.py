@@ -17,7 +17,7 @@ class BadRow(PmodError):
         # A DataLoader worker hands an exception over as text, with the worker's traceback before it.
         super().__init__(
             what.rsplit(f"{__name__}.{type(self).__name__}: ", 1)[-1].strip(),
-            hint="look at all rows with --check-data; leave bad ones out with --on-bad-row skip",
+            hint="look at all rows with `check_data=True`; leave bad ones out with `data.on_bad_row=skip`",
         )
 
 

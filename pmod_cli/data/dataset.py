@@ -187,7 +187,7 @@ class Rows(Dataset):
                 break
         raise PmodError(
             f"{tried} rows from row {index} on of {self.source.name} cannot be used, one after the other",
-            hint="look at them with --check-data",
+            hint="look at them with `check_data=True`",
         )
 
     def _in_place_of(self, index: int) -> Iterator[int]:

@@ -30,7 +30,7 @@ def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None)
     """
     benchmarks = list(benchmarks)
     if data_root is not None and not data_root.is_dir():
-        raise PmodError(f"--data-root {data_root}: no such folder", hint=_fetch_command(benchmarks, data_root))
+        raise PmodError(f"`data_root={data_root}`: no such folder", hint=_fetch_command(benchmarks, data_root))
     missing = {
         source: benchmark for benchmark in benchmarks for source in benchmark.data if not mirror.find(source, data_root)
     }
@@ -46,7 +46,7 @@ def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None)
     raise PmodError(
         f"the data of {titles} is not {place}: {listed}; {total} in all",
         hint=f"where there is a network: {_fetch_command(lacking, data_root)}"
-        + ("; then copy DIR here and add --data-root DIR" if data_root is None else f"; then copy {data_root} here")
+        + ("; then copy DIR here and add `data_root=DIR`" if data_root is None else f"; then copy {data_root} here")
         + ". `pmod eval --tasks tiny` needs no data",
     )
 
@@ -72,14 +72,14 @@ def fetch(
     benchmarks = list(benchmarks)
     if others := [benchmark.name for benchmark in benchmarks if not benchmark.data and benchmark.group != "tiny"]:
         raise PmodError(
-            f"--fetch-data knows the data of the paper's benchmarks, not that of {', '.join(others)}",
+            f"`fetch_data` knows the data of the paper's benchmarks, not that of {', '.join(others)}",
             hint="hf download REPOSITORY --repo-type dataset --local-dir DIR/REPOSITORY",
         )
     repositories: dict[str, list[Source]] = {}
     for source in dict.fromkeys(source for benchmark in benchmarks for source in benchmark.data):
         repositories.setdefault(source.repository, []).append(source)
     if constants.HF_HUB_OFFLINE:
-        raise PmodError("--fetch-data needs a network, and --offline or HF_HUB_OFFLINE forbids it")
+        raise PmodError("`fetch_data` needs a network, and `offline=True` or HF_HUB_OFFLINE forbids it")
     data_root.mkdir(parents=True, exist_ok=True)
     _require_space([source for sources in repositories.values() for source in sources], data_root)
     fetched: list[str] = []
@@ -153,7 +153,7 @@ def _require_space(sources: Iterable[Source], data_root: Path) -> None:
     if needed > free:
         raise PmodError(
             f"{data_root} has {disk_size(free)} free, the data takes {disk_size(needed)}",
-            hint="free some space, choose another --data-root, or fetch fewer tasks",
+            hint="free some space, choose another `data_root`, or fetch fewer tasks",
         )
 
 

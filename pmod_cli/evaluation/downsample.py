@@ -46,7 +46,7 @@ def downsample(model: Any, processor: Any, retention: float) -> dict[str, Any]:
     embeddings = next((module for module in modules if isinstance(module, CLIPVisionEmbeddings)), None)
     if embeddings is None:
         tower = type(model.model.vision_tower).__name__
-        raise PmodError(f"--against downsample knows CLIP vision towers; this model has a {tower}")
+        raise PmodError(f"`against=downsample` knows CLIP vision towers; this model has a {tower}")
     patch, whole = embeddings.patch_size, embeddings.image_size // embeddings.patch_size
     side = patches_per_side(retention, whole)
     _resize_positions(embeddings, side)

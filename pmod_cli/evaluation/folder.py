@@ -107,7 +107,7 @@ class RunFolder:
 
     def _refuse_another_run(self, before: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> None:
         if differs := self._differs(before, benchmarks):
-            hint = "replace it with --overwrite, or choose another folder with -o"
+            hint = "replace it with `overwrite=True`, or choose another folder with `out`"
             raise PmodError(f"{self.path} holds another run, {differs}", hint=hint)
 
     def _differs(self, before: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> str | None:
@@ -119,5 +119,5 @@ class RunFolder:
             return f"with other {', '.join(differs)}"
         asked = {benchmark.name for benchmark in benchmarks}
         if others := [task["name"] for task in before["tasks"] if task["name"] not in asked]:
-            return f"of {', '.join(others)} too: add that to --tasks"
+            return f"of {', '.join(others)} too: add that to `tasks`"
         return None

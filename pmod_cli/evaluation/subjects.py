@@ -59,7 +59,7 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
     for other in against:
         if other in CONTROLS and main.routers == "stock":
             raise PmodError(
-                f"--against {other}: {name} is a plain LLaVA, which keeps every vision token",
+                f"`against={other}`: {name} is a plain LLaVA, which keeps every vision token",
                 hint=f"pmod convert {name}",
             )
         if other in SELECTIONS:
@@ -68,8 +68,8 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
             source = stock_source(main.path)
             if source is None:
                 raise PmodError(
-                    f"--against {other}: {main.path} does not say what it was made from",
-                    hint="--against FOLDER names a stock model",
+                    f"`against={other}`: {main.path} does not say what it was made from",
+                    hint="`against=FOLDER` names a stock model",
                 )
             stock = _subject(source, None, offline, label=other)
             subjects.append(stock if other == "stock" else replace(stock, tokens_left=_mean_retention(main.path)))

@@ -136,7 +136,7 @@ def tokenizer_of(subject: Subject) -> Callable[[str], int]:
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise PmodError(
             f"{subject.name} has no tokenizer here to count text with ({subject.source})",
-            hint="--text-tokens 200 gives every row as many, or --model names a checkpoint folder",
+            hint="`text_tokens=200` gives every row as many, or `model` names a checkpoint folder",
         )
     from transformers import AutoTokenizer
 

@@ -63,7 +63,7 @@ def named_device(name: str) -> Device:
     wanted = re.sub(r"[\s_]+", "-", name.strip().lower())
     if wanted not in DEVICES:
         near = difflib.get_close_matches(wanted, DEVICES, n=3, cutoff=0.4) or list(DEVICES)
-        raise PmodError(f"no GPU is known as {name!r}. Near: {', '.join(near)}", hint="--gpu-memory 24GB names a size")
+        raise PmodError(f"no GPU is known as {name!r}. Near: {', '.join(near)}", hint="24GB names a size")
     return DEVICES[wanted]
 
 
@@ -79,7 +79,7 @@ def parse_memory(text: str) -> Device:
     size = float(match[1])
     if not 0 < size <= MOST_GB:
         raise PmodError(
-            f"--gpu-memory {text:.60} is no memory: expected a size above 0 and up to {MOST_GB} GB",
-            hint="--gpu-memory 24GB",
+            f"{text:.60} is no memory: expected a size above 0 and up to {MOST_GB} GB",
+            hint="such as 24GB",
         )
-    return Device(f"{size:g} GB", round(size * GIB), 0, 0, "--gpu-memory")
+    return Device(f"{size:g} GB", round(size * GIB), 0, 0, "as given")

@@ -139,7 +139,7 @@ def measure(
     peaks = named_device(settings.gpu) if settings.gpu else None
     on_gpu = settings.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
-        raise PmodError(f"there is no device {settings.device} on this machine", hint="--device cpu")
+        raise PmodError(f"there is no device {settings.device} on this machine", hint="`device=cpu`")
     dtype = settings.dtype
     if folder is None:
         dtype = ("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype
@@ -152,7 +152,7 @@ def measure(
             else:
                 contestants = loaded_contestants(subject, folder, dtype=dtype, **how)
         except (ValueError, ImportError) as error:
-            raise PmodError(f"{subject.name}: {str(error).splitlines()[0]}", hint="--attention sdpa") from error
+            raise PmodError(f"{subject.name}: {str(error).splitlines()[0]}", hint="`attention=sdpa`") from error
         model = contestants.stock
         result = profile(subject, workload, dtype=str(model.dtype).removeprefix("torch."))
         names = [STOCK, *(name for name in NAMES if name in settings.names and name != STOCK)]
@@ -192,7 +192,7 @@ def _check_memory(subject: Subject, dtype: str, device: str) -> None:
         raise PmodError(
             f"random weights of {subject.name} in {dtype} take {needed / GIB:.1f} GiB, and {device} has "
             f"{there / GIB:.1f}",
-            hint="make the model narrower: --hidden-size 512",
+            hint="make the model narrower: `hidden_size=512`",
         )
 
 

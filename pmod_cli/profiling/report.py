@@ -122,7 +122,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         raise PmodError(
             f"the prompt does not fit: {longest.vision_tokens} vision + {workload.text_tokens} text + "
             f"{workload.new_tokens} new tokens, and the context of {subject.name} is {context}",
-            hint="lower --text-tokens, --new-tokens, --images or --image-size",
+            hint="lower `text_tokens`, `new_tokens`, `images` or `image_size`",
         )
     try:
         stock_model, pmod_model = meta_model(stock), meta_model(pmod)

@@ -39,12 +39,12 @@ def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[Point]) -> Sc
         PmodError: No run, a run at none of the values, two runs at one, or no task in common.
     """
     if axis.name == "image-size":
-        raise PmodError("--runs: a run has no single image size", hint="sweep a setting of the schedule")
+        raise PmodError("`runs`: a run has no single image size", hint="sweep a setting of the schedule")
     found: dict[int, tuple[str, dict[str, float]]] = {}
     for run in runs:
         file = run if run.name == RESULTS else run / RESULTS
         if not file.is_file():
-            raise PmodError(f"--runs {run}: there is no {file}", hint="pmod eval -o DIR makes one")
+            raise PmodError(f"`runs={run}`: there is no {file}", hint="pmod eval -o DIR makes one")
         results = read_json(file)
         for label, model in results.get("models", {}).items():
             if not model.get("pmod") or model.get("selection") != "router":
@@ -53,12 +53,12 @@ def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[Point]) -> Sc
             index = next((i for i, point in enumerate(points) if _same(ratios, point.retention)), None)
             if index is None:
                 raise PmodError(
-                    f"--runs {run}: the schedule of {label} (mean retention {sum(ratios) / len(ratios):.3f}) is at no "
-                    f"value of --sweep {axis.name}",
+                    f"`runs={run}`: the schedule of {label} (mean retention {sum(ratios) / len(ratios):.3f}) is at no "
+                    f"value of `sweep={axis.name}`",
                     hint="sweep over the values that were evaluated, with the same other settings and number of layers",
                 )
             if index in found:
-                raise PmodError(f"--runs: {found[index][0]} and {run} have the same schedule", hint="name one of them")
+                raise PmodError(f"`runs`: {found[index][0]} and {run} have the same schedule", hint="name one of them")
             found[index] = (
                 str(run),
                 {
@@ -70,7 +70,7 @@ def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[Point]) -> Sc
     asked = [set(scores) for _, scores in found.values()]
     tasks = tuple(sorted(set.intersection(*asked))) if asked else ()
     if not tasks:
-        raise PmodError("--runs: no p-MoD model, or no task that all of them were asked", hint="pmod eval --tasks tiny")
+        raise PmodError("`runs`: no p-MoD model, or no task that all of them were asked", hint="pmod eval --tasks tiny")
     means = {index: sum(scores[task] for task in tasks) / len(tasks) for index, (_, scores) in found.items()}
     return Scores(tasks, tuple(means.get(index) for index in range(len(points))))
 

@@ -181,15 +181,15 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     """
     if hidden_size is None and layers is None:
         return subject
-    for flag, number, least in (("--hidden-size", hidden_size, 64), ("--layers", layers, 2)):
+    for name, number, least in (("hidden_size", hidden_size, 64), ("layers", layers, 2)):
         if number is not None and number < least:
-            raise PmodError(f"{flag} {number} is too small: expected {least} or more", hint="pmod profile --help")
+            raise PmodError(f"`{name}={number}` is too small: expected {least} or more", hint="pmod profile --help")
     for what, number, most in (("layers", layers, MOST_LAYERS), ("hidden size", hidden_size, WIDEST)):
         if number is not None and number > most:
             raise PmodError(f"{what} {number} is more than {most:,}, which no model has", hint="pmod profile --help")
     if hidden_size is not None and hidden_size % 64:
         raise PmodError(
-            f"--hidden-size {hidden_size} is no multiple of 64", hint=f"--hidden-size {hidden_size // 64 * 64 or 64}"
+            f"`hidden_size={hidden_size}` is no multiple of 64", hint=f"`hidden_size={hidden_size // 64 * 64 or 64}`"
         )
     shared = subject.pmod.to_dict()
     for key in ("model_type", "architectures", "dtype"):
@@ -205,8 +205,8 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
         heads = hidden_size // head
         if heads % group:
             raise PmodError(
-                f"--hidden-size {hidden_size} makes {heads} heads, which do not share K and V in groups of {group}",
-                hint=f"--hidden-size {64 * group}, or a multiple of it",
+                f"`hidden_size={hidden_size}` makes {heads} heads, which do not share K and V in groups of {group}",
+                hint=f"`hidden_size={64 * group}`, or a multiple of it",
             )
         text |= {
             "hidden_size": hidden_size,

@@ -70,12 +70,12 @@ def parse_axis(text: str) -> Axis:
     """
     name, _, values = text.partition("=")
     name = name.strip().replace("_", "-")
-    example = "--sweep shift=0.3:0.7:0.05, --sweep schedule=cosine,linear or --sweep image-size=336x336,672x672"
+    example = "`sweep=shift=0.3:0.7:0.05`, `sweep=schedule=cosine,linear` or `sweep=image-size=336x336,672x672`"
     if name not in NAMES:
-        raise PmodError(f"--sweep {text}: {name!r} cannot be swept. Known: {', '.join(NAMES)}", hint=example)
+        raise PmodError(f"`sweep={text}`: {name!r} cannot be swept. Known: {', '.join(NAMES)}", hint=example)
     listed = [value.strip() for value in values.split(",") if value.strip()]
     if not listed:
-        raise PmodError(f"--sweep {text} has no values", hint=example)
+        raise PmodError(f"`sweep={text}` has no values", hint=example)
     if name not in NUMBERS:
         return Axis(name, tuple(dict.fromkeys(listed)))
     try:
@@ -84,10 +84,10 @@ def parse_axis(text: str) -> Axis:
         first, last, step = (float(part) for part in values.split(":"))
     except ValueError:
         raise PmodError(
-            f"--sweep {text}: expected first:last:step, or numbers with commas between them", hint=example
+            f"`sweep={text}`: expected first:last:step, or numbers with commas between them", hint=example
         ) from None
     if not all(map(math.isfinite, (first, last, step))) or step <= 0 or last < first or (last - first) / step > MOST:
-        raise PmodError(f"--sweep {text}: the range has no end, or more than {MOST} steps", hint=example)
+        raise PmodError(f"`sweep={text}`: the range has no end, or more than {MOST} steps", hint=example)
     number = math.floor((last - first) / step + 1e-9) + 1
     return Axis(name, tuple(round(first + index * step, 9) for index in range(number)))
 
@@ -151,6 +151,6 @@ def _size(text: str) -> tuple[int, int]:
     width, by, height = text.lower().partition("x")
     if not (by and all(side.isascii() and side.isdigit() and len(side) < 10 for side in (width, height))):
         raise PmodError(
-            f"--sweep image-size: {text!r} is not WIDTHxHEIGHT in pixels", hint="image-size=336x336,672x672"
+            f"`sweep=image-size`: {text!r} is not WIDTHxHEIGHT in pixels", hint="image-size=336x336,672x672"
         )
     return int(width), int(height)

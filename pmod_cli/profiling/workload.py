@@ -42,23 +42,23 @@ class Workload:
         for width, height in self.image_sizes:
             if min(width, height) < 1:
                 raise PmodError(
-                    f"--image-size {width}x{height} is empty: width and height are at least 1 pixel",
+                    f"`image_size={width}x{height}` is empty: width and height are at least 1 pixel",
                     hint="pmod profile --image-size 672x672",
                 )
             if max(width, height) > MOST_PIXELS:
                 raise PmodError(f"an image of {width} x {height} pixels has more than {MOST_PIXELS:,} on a side")
-        for flag, number, least in (
-            ("--images", self.images, 1),
-            ("--text-tokens", self.text_tokens, 0),
-            ("--new-tokens", self.new_tokens, 0),
-            ("--batch-size", 1 if self.batch_size is None else self.batch_size, 1),
+        for name, number, least in (
+            ("images", self.images, 1),
+            ("text_tokens", self.text_tokens, 0),
+            ("new_tokens", self.new_tokens, 0),
+            ("batch_size", 1 if self.batch_size is None else self.batch_size, 1),
         ):
             if number < least:
                 wrong = "negative" if number < 0 else "no prompt"
-                raise PmodError(f"{flag} {number} is {wrong}: expected {least} or more", hint="pmod profile --help")
+                raise PmodError(f"`{name}={number}` is {wrong}: expected {least} or more", hint="pmod profile --help")
         if self.batch_size is not None and self.batch_size > MOST_ROWS:
             raise PmodError(
-                f"--batch-size {self.batch_size} is more than {MOST_ROWS:,} rows",
+                f"`batch_size={self.batch_size}` is more than {MOST_ROWS:,} rows",
                 hint="costs of equal rows are a multiple",
             )
         if (images := self.images * (self.batch_size or max(1, len(self.image_sizes)))) > MOST_ROWS:
@@ -68,8 +68,8 @@ class Workload:
                 raise PmodError(f"{number} {what} tokens are more than {MOST_TOKENS:,}", hint="pmod profile --help")
         if self.batch_size is not None and self.batch_size < len(self.image_sizes):
             raise PmodError(
-                f"--batch-size {self.batch_size} has no room for {len(self.image_sizes)} image sizes, one a row",
-                hint=f"--batch-size {len(self.image_sizes)}, or fewer sizes in --image-size",
+                f"`batch_size={self.batch_size}` has no room for {len(self.image_sizes)} image sizes, one a row",
+                hint=f"`batch_size={len(self.image_sizes)}`, or fewer sizes in `image_size`",
             )
 
     def rows(self, sizes: Sizes) -> list[Row]:

@@ -73,8 +73,8 @@ def part_groups(layout: Layout, parts: str) -> list[list[Part]]:
     chosen = [part for part in present if part.name == parts]
     if not chosen:
         raise PmodError(
-            f"--parts {parts}: this image has only {' and '.join(part.name for part in present)}",
-            hint="--parts separate",
+            f"`parts={parts}`: this image has only {' and '.join(part.name for part in present)}",
+            hint="`parts=separate`",
         )
     return [chosen]
 
@@ -131,7 +131,7 @@ def _draw_compare(
 ) -> Figure:
     """The rows of one record above those of another, and what they have in common."""
     if against is None:
-        raise PmodError("compare needs something to compare with", hint="--against MODEL or --against-question TEXT")
+        raise PmodError("compare needs something to compare with", hint="`against=MODEL` or `against_question=TEXT`")
     common, chance = in_common(record, against)
     total = record.layout.size
     headings = []

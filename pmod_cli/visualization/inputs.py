@@ -113,7 +113,7 @@ def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
         try:
             file = inside(image, image_folder)
         except BadRow as error:
-            raise PmodError(f"{where}: {error.what}", hint="--image-folder names the folder of the images") from None
+            raise PmodError(f"{where}: {error.what}", hint="`image_folder` names the folder of the images") from None
         yield Item(file, short_name(file.stem), _question(row, where), _regions(row, where))
     if not found:
         raise PmodError(f"{path}: no row has an image", hint='a row is {"image": "a.png", "conversations": [...]}')

@@ -43,12 +43,12 @@ class Settings:
     answer_only: bool = False
 
     def __post_init__(self) -> None:
-        for flag, value, known in (("--mode", self.mode, MODES), ("--parts", self.parts, PARTS)):
+        for name, value, known in (("mode", self.mode, MODES), ("parts", self.parts, PARTS)):
             if value not in known:
-                raise PmodError(f"{flag} {value}: there is no such choice", hint=f"one of {', '.join(known)}")
+                raise PmodError(f"`{name}={value}`: there is no such choice", hint=f"one of {', '.join(known)}")
         if self.mode in ALL_LAYERS and self.layers.strip().lower() != "all":
-            layers = f"--layers {self.layers[:60]}"
-            raise PmodError(f"--mode {self.mode} shows all layers, yet {layers} was given", hint="leave --layers out")
+            layers = f"`layers={self.layers[:60]}`"
+            raise PmodError(f"`mode={self.mode}` shows all layers, yet {layers} was given", hint="leave `layers` out")
         for question in filter(None, (self.question, self.against_question)):
             if any(
                 "\ud800" <= letter <= "\udfff" for letter in question
@@ -79,7 +79,7 @@ def check_saved(items: Sequence[Item], against: Path | None, settings: Settings)
             record = load_npz(item.path)
             parse_layers(settings.layers, record.num_layers)
             if settings.against_question:
-                raise PmodError(f"{item.path} is saved: it cannot be asked another question", hint="--against B.npz")
+                raise PmodError(f"{item.path} is saved: it cannot be asked another question", hint="`against=B.npz`")
             if settings.mode == "compare" and other:
                 in_common(record, other)
 

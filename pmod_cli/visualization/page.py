@@ -131,5 +131,5 @@ def check_format(path: Path) -> str:
     """ "png" or "svg", from the path's ending. Raises PmodError for any other."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise PmodError(f"{path}: pictures are written as .png or .svg", hint=f"-o {path.with_suffix('.png')}")
+        raise PmodError(f"{path}: pictures are written as .png or .svg", hint=f"`out={path.with_suffix('.png')}`")
     return kind

@@ -122,16 +122,16 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
         if match is None:
             raise PmodError(
-                f"--layers {shown!r}: {item.strip()[:40]!r} is neither a layer nor a range",
-                hint="for example: --layers 2,14,26",
+                f"`layers={shown!r}`: {item.strip()[:40]!r} is neither a layer nor a range",
+                hint="for example: `layers=2,14,26`",
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise PmodError(f"--layers {shown!r}: the range {item.strip()} runs backwards", hint=f"try {last}-{first}")
+            raise PmodError(f"`layers={shown!r}`: the range {item.strip()} runs backwards", hint=f"try {last}-{first}")
         if last >= num_layers:
             raise PmodError(
-                f"--layers {shown!r}: there is no layer {last}; the model's layers are 0..{num_layers - 1}",
-                hint="--layers all draws every layer",
+                f"`layers={shown!r}`: there is no layer {last}; the model's layers are 0..{num_layers - 1}",
+                hint="`layers=all` draws every layer",
             )
         layers.update(range(first, last + 1))
     return sorted(layers)

@@ -47,7 +47,7 @@ def check_subject(found: Resolved, name: str, *, layers: str, parts: str) -> Non
     config = _config(found.path)
     parse_layers(layers, config.text_config.num_hidden_layers)
     if parts in ("base", "tiles") and not hasattr(config, "image_grid_pinpoints"):
-        raise PmodError(f"--parts {parts}: {name} is a LLaVA-1.5, which sees one picture", hint="--parts separate")
+        raise PmodError(f"`parts={parts}`: {name} is a LLaVA-1.5, which sees one picture", hint="`parts=separate`")
 
 
 def check_pair(first: Resolved, second: Resolved) -> None:

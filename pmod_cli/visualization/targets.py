@@ -37,14 +37,14 @@ def folder_targets(items: Sequence[Item], folder: Path, ending: str, beside: Seq
         PmodError: the folder is a file, or a picture would replace what it is made from.
     """
     if folder.is_file() or folder.suffix.lower() in (".png", ".svg"):
-        raise PmodError(f"{folder} is a file, expected a folder for {len(items)} pictures", hint="--out FOLDER")
+        raise PmodError(f"{folder} is a file, expected a folder for {len(items)} pictures", hint="`out=FOLDER`")
     _check_writable(next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()))
     return _checked([folder / f"{item.name}-pmod.{ending}" for item in items], items, beside)
 
 
 def _check_writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK):
-        raise PmodError(f"{folder}: nothing can be written into this folder", hint="choose another with --out")
+        raise PmodError(f"{folder}: nothing can be written into this folder", hint="choose another with `out`")
 
 
 def _checked(targets: list[Path], items: Sequence[Item], beside: Sequence[str]) -> list[Path]:
@@ -53,9 +53,9 @@ def _checked(targets: list[Path], items: Sequence[Item], beside: Sequence[str]) 
         check_format(target)
         for written in (target, *(target.with_suffix(ending) for ending in beside)):
             if written.is_dir():
-                raise PmodError(f"{written} is a folder, expected a file to write", hint="choose another with --out")
+                raise PmodError(f"{written} is a folder, expected a file to write", hint="choose another with `out`")
             if written.resolve() in sources:
                 raise PmodError(
-                    f"{written} is the picture to look at, and would be replaced", hint="choose another with --out"
+                    f"{written} is the picture to look at, and would be replaced", hint="choose another with `out`"
                 )
     return targets

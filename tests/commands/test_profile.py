@@ -179,7 +179,7 @@ def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.Cap
         (["--sweep", "shift=0.4", "--runs", "run"], "(mean retention 0.537) is at no value of --sweep shift"),
         (["--sweep", "image-size=64x64", "--runs", "run"], "a run has no single image size"),
         (["--report", "memory", "--gpu-memory", "h900"], "no GPU is known as 'h900'"),
-        (["--report", "memory", "--gpu-memory", "0GB"], "--gpu-memory 0GB is no memory"),
+        (["--report", "memory", "--gpu-memory", "0GB"], "0GB is no memory"),
         (["-m", "deep.json"], "deep.json is not JSON"),
         (["-m", "nested.json"], "nested.json"),
         (["-m", "rope.json"], "rope.json: the rotary embedding is '[1]', expected one of default, linear"),

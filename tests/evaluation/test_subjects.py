@@ -37,7 +37,7 @@ def test_columns(stock_model, converted):
 
 def test_what_cannot_be_compared(stock_model, converted, tmp_path):
     for control in ("random", "downsample"):
-        with pytest.raises(PmodError, match=f"--against {control}.*keeps every vision token"):
+        with pytest.raises(PmodError, match=f"`against={control}`.*keeps every vision token"):
             subjects.choose(str(stock_model()), [control])
     with pytest.raises(PmodError, match="no folder"):
         subjects.choose(str(converted), [str(tmp_path / "gone")])

@@ -112,7 +112,7 @@ def test_other_parts(parts):
     record = anyres_record(84, 168)
     for mode in ("kept", "weights", "depth"):
         assert_nothing_overlaps(draw(record, [0, 3], mode, parts=parts))
-    with pytest.raises(PmodError, match="--parts tiles: this image has only image"):
+    with pytest.raises(PmodError, match="`parts=tiles`: this image has only image"):
         draw(cropped_record(84, 84), [3], parts="tiles")
 
 

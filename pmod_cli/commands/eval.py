@@ -228,7 +228,8 @@ def eval(
     if dry_run:
         from pmod_cli.evaluation.plan import plan
 
-        show_plan(plan(benchmarks, chosen, settings, out, processes=num_processes), as_json=shown_as == "json")
+        found = plan(benchmarks, chosen, settings, out, processes=num_processes, overwrite=overwrite)
+        show_plan(found, as_json=shown_as == "json")
         return
 
     from pmod_cli.evaluation import processes

@@ -112,6 +112,19 @@ def check_replaceable(target: Path, kind: str, sources: Iterable[Path] = ()) -> 
         )
 
 
+def check_writable(target: Path) -> None:
+    """Refuse a folder that cannot be made or written. Nothing is changed.
+
+    Raises:
+        PmodError: a file is in its way, or nothing can be written there.
+    """
+    above = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise PmodError(f"{target} cannot be made: {above} is a file", hint="choose another `out`")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PmodError(f"nothing can be written into {above}", hint="choose another `out`")
+
+
 def successor(target: Path, kind: str, *, fresh: bool = False) -> Path:
     """The folder that is to replace `target`, while it is `held`: new, or as a killed run of the same kind left it.
 

@@ -10,6 +10,7 @@ from typing import Any
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.markers import is_new, require_kind
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.report import SCHEMA_VERSION
 from pmod_cli.evaluation.suite import Benchmark
@@ -62,11 +63,26 @@ class RunFolder:
         self.identity, error = dict(identity), None
         if self._processes.first:
             try:
-                self._prepare(benchmarks, sources)
+                self._prepare(list(benchmarks), list(sources))
             except (PmodError, OSError) as cause:
                 error = cause
         if (error := self._processes.gather(error)[0]) is not None:
             raise error
+
+    def check(self, identity: Mapping[str, Any], benchmarks: Iterable[Benchmark], sources: Iterable[Path] = ()) -> None:
+        """Refuse what `prepare` would refuse, but for another run at work. Nothing is changed.
+
+        Raises:
+            PmodError: as `prepare`.
+        """
+        self.identity = dict(identity)
+        if self.overwrite:
+            folders.check_replaceable(self.out, KIND, sources)
+        elif not is_new(self.out):
+            require_kind(self.out, KIND)
+        folders.check_writable(self.out)
+        if not self.overwrite and (self.out / RESULTS).exists():
+            self._refuse_another_run(read_json(self.out / RESULTS), benchmarks)
 
     def finish(self, whole: bool) -> None:
         """Put a successor in its place, if it is whole."""
@@ -92,16 +108,15 @@ class RunFolder:
         return self.path / "changed" / label / f"{benchmark}.jsonl"
 
     def _prepare(self, benchmarks: Iterable[Benchmark], sources: Iterable[Path]) -> None:
+        folders.check_writable(self.out)
         real = self._held.enter_context(folders.held(self.out))
+        self.check(self.identity, benchmarks, sources)
         if self.overwrite:
-            folders.check_replaceable(self.out, KIND, sources)
             self._successor = folders.successor(real, KIND)
             if (self.path / RESULTS).exists() and self._differs(read_json(self.path / RESULTS), benchmarks):
                 folders.successor(real, KIND, fresh=True)
         else:
             folders.take(real, KIND)
-            if (self.path / RESULTS).exists():
-                self._refuse_another_run(read_json(self.path / RESULTS), benchmarks)
         logs = [self.log(rank).name for rank in range(self._processes.size)]
         folders.mark(self.path, KIND, [*WRITTEN, *logs])
 

@@ -67,6 +67,11 @@ def run_identity(subjects: Sequence[Subject], settings: EvalSettings) -> dict[st
     }
 
 
+def sources_of(subjects: Iterable[Subject], settings: EvalSettings) -> list[Path]:
+    """The folders that a run reads."""
+    return [*(subject.path for subject in subjects), *([settings.data_root] if settings.data_root else [])]
+
+
 def answerer(described: Mapping[str, Any], settings: EvalSettings) -> str:
     """Digest of a loaded model and of what is around it; the batch size is no part of it.
 

@@ -9,23 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.evaluation.data import listing
-from pmod_cli.evaluation.identity import EvalSettings
+from pmod_cli.evaluation.folder import RESULTS, RunFolder
+from pmod_cli.evaluation.identity import EvalSettings, run_identity, sources_of
 from pmod_cli.evaluation.subjects import Subject
 from pmod_cli.evaluation.suite import Benchmark
 
 
 def plan(
-    benchmarks: Sequence[Benchmark], subjects: Sequence[Subject], settings: EvalSettings, out: Path, *, processes: int
+    benchmarks: Sequence[Benchmark],
+    subjects: Sequence[Subject],
+    settings: EvalSettings,
+    out: Path,
+    *,
+    processes: int = 1,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """The plan of an evaluation, as it is printed.
 
     Args:
         out: Folder of the run.
         processes: That share the questions.
+        overwrite: As `runner.evaluate` takes it.
 
     Returns:
         Folder, models, tasks with the number of their questions (None where only lmms-eval knows it), and settings.
+
+    Raises:
+        PmodError: the folder is not for this run.
     """
+    identity = run_identity(subjects, settings) if (out / RESULTS).exists() and not overwrite else {}
+    RunFolder(out, overwrite=overwrite).check(identity, benchmarks, sources_of(subjects, settings))
     tasks = []
     for benchmark, row in zip(benchmarks, listing(benchmarks, settings.data_root), strict=True):
         shown = {key: row[key] for key in ("name", "task", "data", "metric", "here")}

@@ -16,7 +16,7 @@ from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, one_line, write_traceback
 from pmod_cli.evaluation.flips import flips
 from pmod_cli.evaluation.folder import RESULTS, RunFolder
-from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity
+from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity, sources_of
 from pmod_cli.evaluation.journal import Journal
 from pmod_cli.evaluation.outcome import Outcome
 from pmod_cli.evaluation.processes import ALONE, Processes
@@ -55,10 +55,9 @@ def evaluate(
             cannot be loaded. A task that fails is in the report instead.
         OSError: answers or results cannot be written.
     """
-    sources = [*(subject.path for subject in subjects), *([settings.data_root] if settings.data_root else [])]
     with RunFolder(out, processes, overwrite=overwrite) as folder:
         identity = run_identity(subjects, settings) if processes.first else {}  # reads weights, so once
-        folder.prepare(identity, benchmarks, sources)
+        folder.prepare(identity, benchmarks, sources_of(subjects, settings))
         results = _evaluate(benchmarks, subjects, settings, folder, processes, on_progress)
         folder.finish(whole=not results.get("failed"))
         return results

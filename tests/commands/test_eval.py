@@ -201,3 +201,30 @@ def test_a_dry_run_refuses_what_the_start_refuses(converted, capsys, words, said
         assert evaluate("--tasks", "tiny_doc", "--limit", 1, "--against", "none", *words, *more) == 2
         assert said in capsys.readouterr().err
     assert sorted(converted.parent.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_a_folder_that_the_start_refuses(converted, capsys):
+    here = converted.parent
+    (here / "there").mkdir()
+    (here / "there" / "thesis.txt").write_text("years")
+    words = ("--tasks", "tiny_doc", "--limit", 1, "--against", "none", "-q")
+    assert evaluate(*words, "-o", "run") == 0
+    before = sorted(here.rglob("*"))
+    for more, said in (
+        (["-o", "there"], "there was not written by pmod eval"),
+        (["-o", "there", "--overwrite"], "there was not written by pmod eval"),
+        (["-o", "tiny-pmod", "--overwrite"], "this run reads"),
+        (["-o", "there/thesis.txt/run"], "there/thesis.txt is a file"),
+        (["-o", "run", "--seed", 1], "run holds another run, with other seed"),
+    ):
+        for dry in (["--dry-run"], []):
+            capsys.readouterr()
+            assert evaluate(*words, *more, *dry) == 2
+            printed = capsys.readouterr()
+            assert said in printed.err
+            assert printed.out == ""
+    assert {path for path in here.rglob("*") if not path.name.startswith(".")} == {
+        path for path in before if not path.name.startswith(".")
+    }
+    assert evaluate(*words, "-o", "run", "--dry-run") == 0
+    assert evaluate(*words, "-o", "run", "--seed", 1, "--overwrite", "--dry-run") == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import typer
 from pmod_cli.core import output
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.core.extras import require
-from pmod_cli.core.hardware import find_accelerator
 
 EXAMPLES = """\
 pmod demo
@@ -26,7 +24,6 @@ pmod demo --out /tmp/demo --max-steps 20 --limit 50
 STOCK = "tiny-llava-next"
 PAPER_MODEL = "llava-next-7b"
 DONE = "done.json"
-WORTH_SHARING = 50  # questions of a task: fewer are answered before a second process has started
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def demo(
     max_steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Optimizer steps of the training; default the recipe's.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 100,
 ) -> None:
     """Convert, train, evaluate, profile and draw the bundled model, into one folder.
 
@@ -56,8 +53,7 @@ def demo(
     require("train", "accelerate")
     require("eval", "lmms_eval", "datasets")
     out.mkdir(parents=True, exist_ok=True)
-    processes = _eval_processes(limit)
-    steps = list(_steps(out, max_steps, limit, processes, question=_draw_image(out / "image.png")))
+    steps = list(_steps(out, max_steps, limit, question=_draw_image(out / "image.png")))
     done = _read_done(out)
     for number, step in enumerate(steps, 1):
         if step.command in done:
@@ -73,18 +69,9 @@ def demo(
     output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --layers 8-31")
 
 
-def _eval_processes(limit: int) -> int:
-    """Processes that share the questions: matrices this small gain little from a second thread, and answers do not
-    depend on the number of processes."""
-    if limit < WORTH_SHARING or find_accelerator() is not None:
-        return 1
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _steps(out: Path, max_steps: int | None, limit: int, processes: int, *, question: str) -> Iterator[Step]:
+def _steps(out: Path, max_steps: int | None, limit: int, *, question: str) -> Iterator[Step]:
     converted, trained = str(out / "converted"), str(out / "p-mod")
     shorter = ("--max-steps", str(max_steps)) if max_steps else ()
-    shared = ("--num-processes", str(processes)) if processes > 1 else ()
     yield Step(
         "convert", "A stock LLaVA-NeXT becomes a p-MoD model.", ("convert", STOCK, "-o", converted, "--overwrite")
     )
@@ -97,10 +84,7 @@ def _steps(out: Path, max_steps: int | None, limit: int, processes: int, *, ques
     yield Step(
         "eval",
         "It is scored beside the stock model, itself before training, and a random selection of as many tokens.",
-        (
-            *("eval", "-t", "tiny", "-m", trained, "--against", columns, "--limit", str(limit), *shared),
-            *("-o", str(out / "eval")),
-        ),
+        ("eval", "-t", "tiny", "-m", trained, "--against", columns, "--limit", str(limit), "-o", str(out / "eval")),
     )
     yield Step("profile", "What it saves, at the size of the paper's model.", ("profile", "-m", PAPER_MODEL))
     yield Step(

@@ -7,18 +7,6 @@ import pytest
 pytest.importorskip("lmms_eval", reason="needs the eval extra")
 
 
-def test_many_questions_are_shared_by_a_process_a_core(tmp_path, monkeypatch):
-    from pmod_cli.commands import demo
-
-    monkeypatch.setattr(demo.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    monkeypatch.setattr(demo, "find_accelerator", lambda: None)
-    assert [demo._eval_processes(limit) for limit in (1, 200)] == [1, 2]
-    steps = {step.name: step.command for step in demo._steps(tmp_path, None, 200, 2, question="what?")}
-    assert "--limit 200 --num-processes 2 -o" in steps["eval"]
-    monkeypatch.setattr(demo, "find_accelerator", lambda: "cuda")
-    assert demo._eval_processes(200) == 1
-
-
 def test_demo_runs_all_verbs_and_goes_on(pmod, workdir):
     arguments = ("demo", "--out", "all", "--max-steps", 1, "--limit", 1)
     first = pmod(*arguments, cwd=workdir, timeout=600)

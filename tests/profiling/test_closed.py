@@ -27,7 +27,12 @@ SCHEDULES = {
     "shifted": {"shift": 0.3, "max_ratio": 0.7, "min_ratio": 0.1},
     "every layer routed": {"max_ratio": 1.1, "schedule": "constant", "mean": 1.0},
 }
-LARGE = list(zip([name for name in ALIASES if not name.startswith(("tiny", "p-mod"))], cycle(SCHEDULES)))
+NAMES = [name for name in ALIASES if not name.startswith(("tiny", "p-mod"))]
+LARGEST = ("llava-1.5-13b", "llava-next-34b", "llava-next-72b", "llava-next-110b")  # half of the time
+LARGE = [
+    pytest.param(name, schedule, marks=[pytest.mark.slow] if name in LARGEST else [])
+    for name, schedule in zip(NAMES, cycle(SCHEDULES))
+]
 
 
 def torchs_count(config: PreTrainedConfig, rows: list[Row], target_tokens: str | None) -> int:

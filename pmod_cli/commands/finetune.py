@@ -31,6 +31,7 @@ from pmod_cli.commands.sweep import run_sweep
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import INTERRUPTED, PmodError
 from pmod_cli.core.extras import require
+from pmod_cli.core.folders import staging_of
 
 if TYPE_CHECKING:
     from pmod_cli.training.settings import Settings
@@ -268,9 +269,10 @@ def finetune(
             )
     if report.status == "interrupted":
         again = f" --num-processes {num_processes}" if num_processes > 1 else ""
+        again, where = (f"{again} --overwrite", staging_of(out)) if overwrite else (again, out)
         raise PmodError(
-            f"interrupted after step {report.step} of {report.max_steps}; the run is saved in {out}",
-            hint=f"go on with: pmod finetune --recipe {out / folder.SETTINGS} --out {out}{again}",
+            f"interrupted after step {report.step} of {report.max_steps}; the run is saved in {where}",
+            hint=f"go on with: pmod finetune --recipe {where / folder.SETTINGS} --out {out}{again}",
             code=INTERRUPTED,
         )
     if folder.is_checkpoint(out):

@@ -157,7 +157,7 @@ def replace(staging: Path, target: Path) -> None:
         PmodError: `target` may not be replaced, any more.
         OSError: the file system refuses. In both cases `target` is as it was, and the successor too.
     """
-    settle(staging)
+    settle(staging, like=staging / MARKER)
     check_replaceable(target, str(kind_of(staging)))
     old = _beside(target, "replaced")
     if not os.path.lexists(target):
@@ -228,10 +228,10 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise PmodError(f"{target} exists", hint="replace it with `overwrite=True`, or choose another `out`")
 
 
-def settle(folder: Path) -> None:
-    """Bring to the disk what was written to a marked folder, with the access that new files have here: safetensors lets
-    only the owner read. A file with a second name was there before and is left alone."""
-    usual = (folder / MARKER).stat().st_mode & 0o777
+def settle(folder: Path, like: Path) -> None:
+    """Bring to the disk what was written to a folder. Where only the owner may read a file, as safetensors writes them,
+    it gets the access of the file `like`. A file with a second name was there before and is left alone."""
+    usual = like.stat().st_mode & 0o777
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             if path.is_symlink() or path.stat().st_nlink > 1:

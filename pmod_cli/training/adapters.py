@@ -1,7 +1,7 @@
 """LoRA through peft: low-rank adapters on the decoder; routers, and other parts that are not frozen, trained whole."""
 
 import shutil
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from pmod_cli.checkpoints import load_model
 from pmod_cli.checkpoints.companions import carry_model_file
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.folders import held
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.resume import SOURCE, check_adapter, newest_whole
@@ -75,14 +76,23 @@ def merge(out: Path, *, name: str | None = None) -> str:
     """
     if not (out / SETTINGS).is_file():
         raise PmodError(f"{out} is not a run of pmod finetune", hint="name the run folder: pmod finetune --merge DIR")
+    with held(out):
+        return fold(out, name=name)
+
+
+def fold(out: Path, *, name: str | None = None) -> str:
+    """``merge``, by who holds the run folder already."""
     settings = load_settings(out / SETTINGS)
     if not settings.lora.enabled:
         raise PmodError(f"{out} is no LoRA run: its weights were trained themselves, there is nothing to merge")
     settings.model.name = name or settings.model.name
     adapter = adapter_of(out) or _newest(out)
     check_adapter(settings, adapter, out)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".merge-") as scratch:
-        start = starting_checkpoint(settings, Path(scratch) / "start")
+    scratch = out / STATE / "merge"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        start = starting_checkpoint(settings, scratch / "start")
         model, processor = load_model(start, dtype="auto")
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(model.dtype)
         if hasattr(merged.config, "router_state"):
@@ -93,6 +103,10 @@ def merge(out: Path, *, name: str | None = None) -> str:
             carry_model_file(start, staging)
             if adapter != out / ADAPTER:
                 copy_adapter(adapter, staging / ADAPTER)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            scratch.parent.rmdir()  # unless there is training state in it
     return adapter.name
 
 

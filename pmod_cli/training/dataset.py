@@ -18,13 +18,13 @@ from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.grouping import ModalityBatches
 from pmod_cli.data.rows import row
 from pmod_cli.training.arguments import processes
+from pmod_cli.training.folder import SKIPPED
 from pmod_cli.training.settings import DataArgs, Settings
 from pmod_cli.training.start import source_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-SKIPPED = "skipped_rows.jsonl"  # in the run folder
 COUNTS = "counts"  # in a batch: its `Counts`
 
 

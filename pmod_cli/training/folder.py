@@ -12,11 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pmod_cli.core import folders
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.markers import MARKER, is_new, mark
 from pmod_cli.training.recipe import differences, dump, load_settings
 from pmod_cli.training.settings import Settings
 
@@ -30,6 +32,9 @@ SUMMARY = "training_summary.json"
 CURVES = "training_curves.png"
 TENSORBOARD = "tensorboard"
 CARD = "README.md"
+SKIPPED = "skipped_rows.jsonl"  # rows that could not be used
+KIND = "run"
+WRITTEN = (SETTINGS, STATE, ADAPTER, LOG, SUMMARY, CURVES, TENSORBOARD, CARD, SKIPPED)
 
 
 def is_checkpoint(out: Path) -> bool:
@@ -47,41 +52,92 @@ def adapter_of(out: Path) -> Path | None:
     return out / ADAPTER if (out / ADAPTER / "adapter_config.json").is_file() else None
 
 
-def open_run(out: Path, settings: Settings, processes: int, *, resume: bool, overwrite: bool) -> None:
-    """Take ``out`` for a run: new, empty, or holding this very run.
+class RunFolder:
+    """A context in which no other run writes to ``out``.
 
-    Raises:
-        PmodError: as ``check_free``.
+    Args:
+        out: the run folder.
+        overwrite: write a successor beside it, which takes its place when it is whole. One that a run left which was
+            stopped goes on, if it has the same settings.
+
+    Attributes:
+        path: where the run writes: ``out`` itself, or the successor. The same in all processes of a run.
     """
-    check_free(out, settings, processes, resume=resume, overwrite=overwrite)
-    saved = out / SETTINGS
-    if overwrite and saved.is_file():
-        shutil.rmtree(out)
-    if is_checkpoint(out):
-        return
-    (out / STATE).mkdir(parents=True, exist_ok=True)
-    write_json(out / STATE / PROCESSES, {"processes": processes})
-    write_text(saved, dump(settings))
+
+    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+        self.out, self.overwrite = out, overwrite
+        self.path = folders.staging_of(out) if overwrite else out
+        self._held = ExitStack()
+        self._successor: Path | None = None  # once it is ours
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._held:
+            if error and self._successor and not any((self._successor / STATE).glob("checkpoint-*")):
+                folders.discard(self._successor)
+
+    def open(self, settings: Settings, processes: int, *, resume: bool) -> None:
+        """Take the folder for a run: new, empty, holding this very run, or to be replaced. Called by one process.
+
+        Raises:
+            PmodError: as ``check_free``; another run is at work there.
+        """
+        real = self._held.enter_context(folders.held(self.out))
+        check_free(self.out, settings, processes, resume=resume, overwrite=self.overwrite)
+        if self.overwrite:
+            fresh = not resume or not _goes_on(folders.staging_of(self.out), settings, processes)
+            self._successor = folders.successor(real, KIND, fresh=fresh)
+        self.path.mkdir(parents=True, exist_ok=True)
+        mark(self.path, KIND, WRITTEN)
+        if is_checkpoint(self.path):
+            return
+        (self.path / STATE).mkdir(exist_ok=True)
+        write_json(self.path / STATE / PROCESSES, {"processes": processes})
+        write_text(self.path / SETTINGS, dump(settings))
+
+    def finish(self) -> None:
+        """Put a successor, which is whole, in its place. Called by the process that opened the folder."""
+        if self._successor is not None:
+            folders.replace(self._successor, folders.real_path(self.out))
+            self._successor = None
 
 
 def check_free(out: Path, settings: Settings, processes: int, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that ``open_run`` could not take. Nothing is changed.
+    """Refuse a folder that ``RunFolder.open`` could not take. Nothing is changed.
 
     Raises:
-        PmodError: ``out`` holds something else, a run with other settings or of another number of processes; nothing
-            can be written there.
+        PmodError: ``out`` holds something else, a run with other settings or of another number of processes; it is to
+            be replaced, and the run reads it, or not all of it was written by a run; nothing can be written there.
     """
-    saved = out / SETTINGS
-    if saved.is_file():
-        if not overwrite:
-            _check_saved(out, load_settings(saved), settings, processes, resume)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if overwrite:
+        folders.check_replaceable(out, KIND, sources_of(settings))
+    elif (out / SETTINGS).is_file():
+        _check_saved(out, load_settings(out / SETTINGS), settings, processes, resume)
+    elif not is_new(out):
         raise PmodError(f"{out} exists and is not a run of pmod finetune", hint="choose another --out")
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not above.is_dir():
         raise PmodError(f"{out} cannot be made: {above} is a file", hint="choose another --out")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PmodError(f"nothing can be written into {above}", hint="choose another --out")
+
+
+def sources_of(settings: Settings) -> list[Path]:
+    """The files and folders on this machine that a run reads."""
+    model, data = settings.model, settings.data
+    names = (model.name, model.llm, model.vision_tower, model.projector, data.path, data.images)
+    return [path for path in (Path(name).expanduser() for name in names if name) if path.exists()]
+
+
+def _goes_on(successor: Path, settings: Settings, processes: int) -> bool:
+    """Whether a successor that was left is of this very run."""
+    try:
+        _check_saved(successor, load_settings(successor / SETTINGS), settings, processes, resume=True)
+    except (PmodError, OSError):
+        return False
+    return True
 
 
 def _check_saved(out: Path, saved: Settings, settings: Settings, processes: int, resume: bool) -> None:
@@ -112,11 +168,14 @@ def publishing(out: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
+    mark(out, KIND, [*WRITTEN, *(path.name for path in staging.iterdir())])
+    folders.settle(staging, like=out / MARKER)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", ADAPTER)):
         target = out / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
+    staging.rmdir()
 
 
 def close_run(out: Path) -> None:

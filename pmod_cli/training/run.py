@@ -16,7 +16,7 @@ from pmod_cli.checkpoints.companions import carry_model_file
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
 from pmod_cli.training import folder
-from pmod_cli.training.adapters import add_adapters, copy_adapter, merge
+from pmod_cli.training.adapters import add_adapters, copy_adapter, fold
 from pmod_cli.training.arguments import precision, processes, training_arguments
 from pmod_cli.training.calibration import calibrate_routers
 from pmod_cli.training.dataset import Counting, Data, open_data
@@ -83,7 +83,8 @@ def finetune(
         out: the run folder.
         device: cpu, cuda, cuda:N or mps.
         resume: go on with what is in ``out``; otherwise ``out`` must be new.
-        overwrite: remove an earlier run in ``out`` first.
+        overwrite: replace an earlier run in ``out`` when this one is whole. Until then it is in the folder that
+            ``core.folders.staging_of(out)`` names, and goes on from there when it is repeated.
         on_open: is told, in the first process, when ``out`` has been taken for the run: nothing is refused any more
             for its settings.
         on_note: is told, in the first process, what a run that goes on has to know about where it goes on from.
@@ -97,11 +98,26 @@ def finetune(
     check_requirements(settings, device, "LOCAL_RANK" in os.environ)
     check_settings(settings, processes())
     source_of(settings)
+    with folder.RunFolder(out, overwrite=overwrite) as opened:
+        return _run(settings, opened, device, resume, on_open, on_step, on_note)
+
+
+def _run(
+    settings: Settings,
+    opened: folder.RunFolder,
+    device: str,
+    resume: bool,
+    on_open: Callable[[], None] | None,
+    on_step: Callable[[Step], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> FinetuneReport:
+    out = opened.path
     arguments = training_arguments(settings, out, device)
+    arguments.run_name = opened.out.name
     _ = arguments.device  # joins the other processes
     with PartialState().main_process_first():
         if PartialState().is_main_process:
-            folder.open_run(out, settings, processes(), resume=resume, overwrite=overwrite)
+            opened.open(settings, processes(), resume=resume)
             if on_open is not None:
                 on_open()
             if not folder.is_finished(out, settings):
@@ -112,7 +128,11 @@ def finetune(
         data = open_data(settings, load_processor(source), out)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
     if folder.is_finished(out, settings):
-        return FinetuneReport(out, "already finished", steps, steps)
+        if PartialState().is_main_process:
+            folder.close_run(out)  # the start of a run that has nothing to do
+            opened.finish()
+        PartialState().wait_for_everyone()
+        return FinetuneReport(opened.out, "already finished", steps, steps)
 
     checkpoint = get_last_checkpoint(str(out / folder.STATE))
     set_seed(settings.train.seed)  # of new adapters
@@ -138,7 +158,7 @@ def finetune(
     finished = state.global_step >= steps
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     report = FinetuneReport(
-        path=out,
+        path=opened.out,
         status="finished" if finished else "interrupted",
         step=state.global_step,
         max_steps=steps,
@@ -151,7 +171,8 @@ def finetune(
     )
     if finished and trainer.is_world_process_zero():
         del trainer, model
-        publish(settings, source, data, report, state)
+        publish(settings, source, data, out, report, state)
+        opened.finish()
     PartialState().wait_for_everyone()
     return report
 
@@ -211,12 +232,13 @@ def calibration_batches(data: Data, images: int, device: str) -> Iterator[dict[s
             yield {name: batch[name].to(device) for name in names}
 
 
-def publish(settings: Settings, source: Path, data: Data, report: FinetuneReport, state: TrainerState) -> None:
+def publish(
+    settings: Settings, source: Path, data: Data, out: Path, report: FinetuneReport, state: TrainerState
+) -> None:
     """Make the run folder the checkpoint that the run was for, from its last training checkpoint.
 
     All engines leave that one in the same form, and a process that dies here is repeated from it.
     """
-    out = report.path
     last = Path(get_last_checkpoint(str(out / folder.STATE)))
     with folder.publishing(out) as staging:
         write_reports(staging, settings, report, state)
@@ -230,7 +252,7 @@ def publish(settings: Settings, source: Path, data: Data, report: FinetuneReport
             data.processor.save_pretrained(staging)
             carry_model_file(source, staging)
     if settings.lora.enabled and settings.lora.merge:
-        merge(out)
+        fold(out)
     folder.close_run(out)
 
 

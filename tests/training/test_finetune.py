@@ -187,8 +187,9 @@ def test_a_run_with_other_settings_is_not_continued(routed, tmp_path):
 
 def test_a_folder_that_is_no_run_is_left_alone(routed, tmp_path):
     (tmp_path / "precious").write_text("x")
-    with pytest.raises(PmodError, match="is not a run"):
-        finetune(run_settings(routed), tmp_path, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(PmodError, match=r"is not a run|was not written by pmod finetune"):
+            finetune(run_settings(routed), tmp_path, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 

@@ -195,6 +195,7 @@ def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.Cap
         (["--json", "--format", "csv"], "--json and --format csv are two forms"),
         (["--threads", "2"], "--threads belongs to --report latency"),
         (["--gpu-memory", "24GB"], "--gpu-memory belongs to --report memory"),
+        (["--report", "memory", "--plot", "a.png"], "--plot belongs to --sweep, or a report of layers"),
         (["--limit", "2"], "--limit belongs to --from-data"),
         (["--from-data", "rows.json", "--new-tokens", "2"], "--new-tokens belongs to a report of one batch"),
         (["--plot", "cost.gif"], "the name ends in none of .png, .svg, .pdf"),
@@ -338,3 +339,13 @@ def test_a_measured_report(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     for held in latency["cache"].values():
         assert held["held_bytes"] == held["counted_bytes"]
     assert sum(latency["first_token_share_by_part"]["p-mod"].values()) == pytest.approx(1)
+
+
+def test_what_is_wrong_whatever_the_model_is_is_said_before_anything_heavy_is_imported(workdir: Path) -> None:
+    for words in (["--plot", "x.jpg"], ["--html", "nowhere/x.html"], ["--json", "--format", "csv"], ["--threads", "2"]):
+        code = f"import sys; from pmod_cli.cli import main; assert main(['profile', *{words}]) == 2; "
+        heavy = "print(sorted({'torch', 'transformers', 'matplotlib', 'fvcore'} & set(sys.modules)))"
+        done = subprocess.run(
+            [sys.executable, "-c", code + heavy], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        assert done.stdout == "[]\n", words

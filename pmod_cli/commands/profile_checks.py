@@ -1,0 +1,97 @@
+"""What is wrong with a call of `pmod profile` whatever the model is: said before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from pmod_cli.core.errors import PmodError
+
+REPORTS = ("flops", "kv", "memory", "latency", "all")
+PICTURES = (".png", ".svg", ".pdf")
+FORMATS = ("table", "markdown", "csv", "json")
+PHASES = ("prefill", "first-token", "decode", "train", "train-checkpointed")
+CONTESTANTS = ("stock", "random", "uniform")
+
+
+def known_report(name: str) -> str:
+    if name not in REPORTS:
+        raise typer.BadParameter(f"{name!r} is not a report. Known: {', '.join(REPORTS)}")
+    return name
+
+
+def known_format(name: str | None) -> str | None:
+    if name is not None and name not in FORMATS:
+        raise typer.BadParameter(f"{name!r} is not a format. Known: {', '.join(FORMATS)}")
+    return name
+
+
+def image_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for size in text.split(",") if text else ():
+        width, by, height = size.strip().lower().partition("x")
+        if not (by and _side(width) and _side(height)):
+            raise typer.BadParameter(f"{size!r} is not WIDTHxHEIGHT in pixels, as in 672x672")
+        sizes.append((int(width), int(height)))
+    return tuple(sizes)
+
+
+def _side(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def some_of(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is no {what}. Known: {', '.join(known)}")
+    return names
+
+
+# What an option is for: given elsewhere, it would be ignored.
+_USES = {
+    "--report latency": (
+        ("random_weights", "phases", "against", "repeats", "warmup", "threads", "device", "attention", "gpu"),
+        lambda report, data, sweep: report == "latency",
+    ),
+    "--report memory": (("gpu_memory",), lambda report, data, sweep: report in ("memory", "all") and not data | sweep),
+    "--from-data": (("images_root", "limit"), lambda report, data, sweep: data),
+    "--sweep": (("runs",), lambda report, data, sweep: sweep),
+    "a report of one batch": (
+        ("image_size", "images", "new_tokens", "batch_size", "sweep"),
+        lambda report, data, sweep: not data,
+    ),
+    "--sweep, or a report of layers": (
+        ("plot",),
+        lambda report, data, sweep: sweep or (not data and report not in ("latency", "memory")),
+    ),
+    "--report flops or all": (("macs",), lambda report, data, sweep: report in ("flops", "all") and not data | sweep),
+}
+
+
+def check_used(context: typer.Context, report: str, data: bool, sweep: bool) -> None:
+    """Raises PmodError at an option that this call would ignore."""
+    for place, (names, applies) in _USES.items():
+        for name in names:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE" and not applies(report, data, sweep):
+                raise PmodError(
+                    f"--{name.replace('_', '-')} belongs to {place}: here it would change nothing",
+                    hint="leave it out, or see pmod profile --help",
+                )
+
+
+def check_files(plot: Path | None, html: Path | None) -> None:
+    """Before anything heavy is imported.
+
+    Raises:
+        PmodError: a kind of picture that is not drawn, a folder that is not there, or one where a file has to be.
+    """
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise PmodError(f"--plot {plot}: the name ends in none of {', '.join(PICTURES)}", hint="--plot cost.png")
+    for file, flag, example in ((plot, "--plot", "cost.png"), (html, "--html", "cost.html")):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise PmodError(f"{flag} {file}: there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
+        if file is not None and file.is_dir():
+            raise PmodError(f"{flag} {file} is a folder: expected a file", hint=f"{flag} {example}")

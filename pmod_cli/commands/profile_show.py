@@ -1,0 +1,183 @@
+"""What `pmod profile` shows: a report as tables, JSON, CSV, Markdown, a picture or a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pmod_cli.core import output
+from pmod_cli.core.errors import PmodError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from pmod_cli import profiling
+    from pmod_cli.profiling.latency import Latency
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A report before it is given a form.
+
+    Args:
+        title: The model.
+        headline: What was profiled.
+        tables: For people.
+        notes: What their words mean.
+        json: One object.
+        rows: For CSV.
+        figure: Draws it; None where there is nothing to draw.
+        caption: What the figure shows, in words.
+    """
+
+    title: str
+    headline: str
+    tables: list[Table]
+    notes: list[str]
+    json: dict[str, Any]
+    rows: list[dict[str, Any]]
+    figure: Callable[[], Figure] | None = None
+    caption: str = ""
+
+
+def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
+    """Files first, so that stdout says nothing that a full disk would make untrue."""
+    if plot is not None:
+        from pmod_cli.profiling import plots
+
+        plots.save(shown.figure(), plot)
+        output.note(f"plot: {plot}")
+    if html is not None:
+        from pmod_cli.core.atomic import write_text
+        from pmod_cli.profiling import plots
+        from pmod_cli.profiling.page import to_html
+
+        figures = [] if shown.figure is None else [(shown.caption, plots.to_svg(shown.figure()))]
+        write_text(html, to_html(shown.title, shown.headline, figures, shown.tables, shown.notes))
+        output.note(f"page: {html}")
+    if form == "json":
+        output.print_json(shown.json)
+    elif form in ("csv", "markdown"):
+        from pmod_cli.profiling import exports
+
+        text = (
+            exports.to_csv(shown.rows)
+            if form == "csv"
+            else exports.to_markdown(shown.headline, shown.tables, shown.notes)
+        )
+        output.stdout.file.write(text)
+    else:
+        output.stdout.print(shown.headline + "\n", soft_wrap=True, markup=False)
+        for table in shown.tables:
+            output.stdout.print(table, "")
+        for line in shown.notes:
+            output.stdout.print(line, style="dim", soft_wrap=True, markup=False)
+
+
+def profiled(
+    result: profiling.Profile, latency: Latency | None, report: str, macs: bool, gpu_memory: str | None
+) -> Shown:
+    from pmod_cli.profiling import (
+        CONVENTIONS,
+        devices,
+        latency_report,
+        memory_report,
+        plots,
+        tables,
+        to_json,
+    )
+
+    said, notes = to_json(result, latency, macs=macs), []
+    rows = said["layers"]
+    if latency is not None:
+        shown = [latency_report.latency_table(result, latency), latency_report.cache_table(result, latency)]
+        shown += [latency_report.parts_table(latency)] if latency.parts else []
+        notes, rows = latency_report.notes(latency), said["latency"]["phases"]
+    else:
+        shown = [] if report == "memory" else tables.sections(result, report, macs=macs)
+    if report in ("flops", "all"):
+        unit = "1 MAC" if macs else "2 FLOPs"
+        notes = [f"{unit} a multiply-add of matrix products; all else counts 0."]
+        notes += [f"{name}: {counted}" for name, counted in CONVENTIONS.items()]
+    if report in ("memory", "all"):
+        gpus = [devices.parse_memory(gpu_memory)] if gpu_memory else None
+        memory = memory_report.predict(result, gpus)
+        shown += memory_report.tables(result, memory)
+        notes += memory_report.NOTES
+        said["memory"] = memory_report.to_json(memory)
+        if report == "memory":
+            rows = memory_report.rows(memory)
+    drawn = None if report in ("latency", "memory") else lambda: plots.layers_figure(result)
+    caption = "Retention ratio, FLOPs and KV cache of each decoder layer, p-MoD beside stock"
+    return Shown(result.subject.name, tables.headline(result), shown, notes, said, rows, drawn, caption)
+
+
+def swept(
+    name: str,
+    text: str,
+    workload: profiling.Workload,
+    overrides: dict[str, Any],
+    dtype: str,
+    revision: str | None,
+    runs: str | None,
+) -> Shown:
+    from pmod_cli.profiling import exploration, plots
+    from pmod_cli.profiling.schema import SCHEMA_VERSION
+    from pmod_cli.profiling.scores import read_scores
+    from pmod_cli.profiling.sweep import parse_axis, sweep
+
+    axis = parse_axis(text)
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    points = sweep(name, axis, workload, overrides, dtype, revision=revision)
+    scores = read_scores([Path(run.strip()) for run in runs.split(",") if run.strip()], axis, points) if runs else None
+    notes = [f"retention: mean ratio over the layers; V: vision tokens; KV cache in {dtype}"]
+    if scores:
+        notes.append(f"score: mean of {', '.join(scores.tasks)}, by the runs with the same schedule")
+    rows = exploration.sweep_rows(axis, points, scores)
+    said = {"schema_version": SCHEMA_VERSION, "model": {"name": name}, "sweep": {"setting": axis.name, "points": rows}}
+    return Shown(
+        title=name,
+        headline=f"{name}: {axis.name} over {len(points)} values, {workload.text_tokens} text tokens",
+        tables=[exploration.sweep_table(axis, points, scores)],
+        notes=notes,
+        json=said,
+        rows=rows,
+        figure=lambda: plots.sweep_figure(axis, points, scores),
+        caption=f"Prefill FLOPs and KV cache over {axis.name}",
+    )
+
+
+def averaged(
+    subject: profiling.Subject,
+    file: Path,
+    images: Path | None,
+    text_tokens: int | None,
+    limit: int | None,
+    dtype: str,
+) -> Shown:
+    from pmod_cli.profiling import dataset, exploration
+    from pmod_cli.profiling.report import cache_dtype
+    from pmod_cli.profiling.schema import SCHEMA_VERSION
+    from pmod_cli.profiling.sizes import Sizes
+
+    if text_tokens is not None and text_tokens < 0:
+        raise PmodError(f"--text-tokens {text_tokens} is negative: expected 0 or more", hint="pmod profile --help")
+    count_text = dataset.tokenizer_of(subject) if text_tokens is None else lambda _: text_tokens
+    sizes = Sizes.of(subject.stock)
+    rows = dataset.read_rows(file, images, sizes, count_text, limit)
+    dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
+    settings = subject.pmod.settings
+    means = dataset.average(sizes, rows, subject.pmod.retention, settings.target_tokens, dtype)
+    said = exploration.average_json(means)
+    counted = "as given" if text_tokens is not None else "by the model's tokenizer, without a chat template"
+    return Shown(
+        title=subject.name,
+        headline=f"{subject.name} over {file}: {len(rows):,} rows",
+        tables=exploration.average_tables(means),
+        notes=[f"text tokens {counted}; of an image only the header is read; KV cache in {dtype}"],
+        json={"schema_version": SCHEMA_VERSION, "model": {"name": subject.name}, "data": {"file": str(file)} | said},
+        rows=[{"file": str(file)} | said],
+    )

@@ -95,7 +95,7 @@ def keep_apart(folder: Path, target: Path) -> None:
     config = read_config(folder)
     tensors = files.read_file(_weights(folder))
     if (folder / FULL).is_file() or any(map(_ORIGINAL.fullmatch, tensors)):
-        raise PmodError(f"{folder} names its weights as the original code does: it can only be merged", hint="--merge")
+        raise PmodError(f"{folder} names its weights as the original code does: it can only be merged", hint="`merge`")
     target.mkdir()
     shutil.copyfile(_weights(folder), target / _weights(folder).name)
     write_json(target / CONFIG, config | {"base_model_name_or_path": ".."})
@@ -105,7 +105,7 @@ def _weights(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise PmodError(f"{folder} has no {WEIGHTS[0]}", hint="--adapter takes the folder that peft wrote")
+    raise PmodError(f"{folder} has no {WEIGHTS[0]}", hint="`adapter` takes the folder that peft wrote")
 
 
 def _module(name: str) -> str:

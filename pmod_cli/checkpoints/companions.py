@@ -104,7 +104,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         except Exception as error:  # the tokenizers library raises plain Exception
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PmodError(
-                f"the tokenizer in {folder} cannot be read: {first}", hint="give one that can with --tokenizer FOLDER"
+                f"the tokenizer in {folder} cannot be read: {first}", hint="give one that can with `tokenizer=FOLDER`"
             ) from error
 
 

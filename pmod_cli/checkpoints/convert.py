@@ -136,7 +136,7 @@ def check_target(target: Path, sources: list[Path], *, overwrite: bool, resume: 
     elif target.exists() and not (target / PROVENANCE).is_file():
         raise PmodError(
             f"{target} was not written by pmod convert: it lacks {PROVENANCE}",
-            hint="choose another folder with --out, or remove it yourself",
+            hint="choose another folder with `out`, or remove it yourself",
         )
 
 
@@ -196,7 +196,7 @@ def _check_space(report: ConversionReport, target: Path) -> None:
         raise PmodError(
             f"{_existing(target)} has {disk_size(report.free_bytes)} free, and this needs {disk_size(needed)}: "
             f"{disk_size(needed - report.free_bytes)} more",
-            hint="choose another disk with --out",
+            hint="choose another disk with `out`",
         )
 
 
@@ -211,7 +211,7 @@ def _finished(report: ConversionReport, plan: Plan, target: Path) -> ConversionR
     if changed:
         raise PmodError(
             f"{target} exists and was made otherwise: {', '.join(changed)} differ",
-            hint="replace it with --overwrite, or choose another folder with --out",
+            hint="replace it with `overwrite=True`, or choose another folder with `out`",
         )
     report = replace(report, notes=[*report.notes, f"{target} was there already, made the same way: kept"])
     return replace(report, verified=verify(plan, target)) if plan.options.verify else report

@@ -46,7 +46,7 @@ def load_model(
     path = Path(path)
     refuse_bytes(path)
     if missing := missing_files(path):
-        raise PmodError(f"{path} lacks {', '.join(missing)}", hint="name another model with --model")
+        raise PmodError(f"{path} lacks {', '.join(missing)}", hint="name another model with `model`")
     if is_original(read_json(path / CONFIG)) or not shard_names(path)[0].endswith(".safetensors"):
         raise PmodError(f"{path} is in a layout that has to be converted first", hint=f"pmod convert {path}")
 

@@ -54,13 +54,13 @@ class Options:
     offline: bool = False
 
     def __post_init__(self) -> None:
-        for flag, value, known in (
-            ("--to", self.to, OUTPUTS),
+        for name, value, known in (
+            ("to", self.to, OUTPUTS),
             ("link", self.link, LINKS),
-            ("--dtype", self.dtype, (None, *DTYPES)),
+            ("dtype", self.dtype, (None, *DTYPES)),
         ):
             if value not in known:
-                raise PmodError(f"{flag} {value!r}: expected one of {', '.join(filter(None, known))}")
+                raise PmodError(f"`{name}={value!r}`: expected one of {', '.join(filter(None, known))}")
         _ = self.router_std
 
     @property
@@ -68,7 +68,7 @@ class Options:
         """Standard deviation of new routers; 0 for zeros."""
         match = re.fullmatch(r"normal:(\d+(?:\.\d*)?(?:[eE]-?\d+)?)", self.router_init, re.ASCII)
         if self.router_init != "zero" and (match is None or float(match[1]) > LARGEST):
-            raise PmodError(f"--router-init {self.router_init!r}: expected zero, or normal:STD such as normal:0.02")
+            raise PmodError(f"`router_init={self.router_init!r}`: expected zero, or normal:STD such as normal:0.02")
         return float(match[1]) if match else 0.0
 
 

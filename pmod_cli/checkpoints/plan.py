@@ -150,7 +150,7 @@ def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
     except ValueError as error:
         raise PmodError(f"the settings do not fit {layers} decoder layers: {error}") from error
     if settings.target_tokens == "vision_hr" and source.kind != "llava_next":
-        raise PmodError("--target-tokens vision_hr needs anyres images, that is, a LLaVA-NeXT model", hint="vision_all")
+        raise PmodError("`target_tokens=vision_hr` needs anyres images, that is, a LLaVA-NeXT model", hint="vision_all")
     return [layer for layer, is_routed in enumerate(routed) if is_routed]
 
 
@@ -205,7 +205,7 @@ def _norm_dtype(source: Source) -> str:
     dtypes = {part.source.dtype for name, part in source.parts.items() if name.endswith(LAYER)}
     if len(dtypes) != 1:
         raise PmodError(
-            f"the decoder layers differ in dtype: {', '.join(sorted(dtypes))}", hint="--dtype makes them one"
+            f"the decoder layers differ in dtype: {', '.join(sorted(dtypes))}", hint="`dtype` makes them one"
         )
     return dtypes.pop()
 

@@ -80,7 +80,7 @@ def resolve(
         raise PmodError(f"there is no folder {name}", hint="pmod convert --list shows the names that are known")
     base, _, suffix = name.partition("@")
     if suffix and revision:
-        raise PmodError(f"two revisions: {suffix!r} in the name and {revision!r} in --revision; give one")
+        raise PmodError(f"two revisions: {suffix!r} in the name and {revision!r} in `revision`; give one")
     alias = ALIASES.get(base)
     if alias is None and "/" not in base:
         raise _unknown(name)

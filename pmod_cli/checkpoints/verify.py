@@ -1,4 +1,4 @@
-"""`--verify`: what was written is read again and held to its source, to the model's shapes, and to a forward pass."""
+"""What was written is read again and held to its source, to the model's shapes, and to a forward pass."""
 
 from __future__ import annotations
 
@@ -181,4 +181,4 @@ def _config(values: dict) -> PreTrainedConfig:
 
 
 def _differs(path: Path, how: str) -> PmodError:
-    return PmodError(f"{path} is not what it should be: {how}", hint="convert again with --overwrite", code=RUN_FAILED)
+    return PmodError(f"{path} is not what it should be: {how}", hint="convert again: `overwrite=True`", code=RUN_FAILED)

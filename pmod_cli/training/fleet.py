@@ -32,13 +32,13 @@ class Fleet:
     def __post_init__(self) -> None:
         if self.processes % self.machines:
             raise PmodError(
-                f"--num-processes {self.processes} counts those of all machines: expected a multiple of "
-                f"--num-machines {self.machines}"
+                f"`num_processes={self.processes}` counts those of all machines: expected a multiple of "
+                f"`num_machines={self.machines}`"
             )
         if self.machine_rank >= self.machines:
-            raise PmodError(f"--machine-rank {self.machine_rank}: expected less than --num-machines {self.machines}")
+            raise PmodError(f"`machine_rank={self.machine_rank}`: expected less than `num_machines={self.machines}`")
         if self.machines > 1 and self.main_ip is None:
-            raise PmodError("--num-machines needs --main-process-ip, the address of machine 0")
+            raise PmodError("`num_machines` needs `main_process_ip`, the address of machine 0")
         if self.accelerate_config is not None and not self.accelerate_config.is_file():
             raise PmodError(f"no such file: {self.accelerate_config}", hint="accelerate config --config_file FILE")
 

@@ -260,7 +260,7 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
     if not rows:
         raise PmodError(
             f"{data.path} is not here, and neither data.rows nor train.max_steps says how much it is",
-            hint="--set data.rows=100000",
+            hint="`data.rows=100000`",
         )
     tokens = min(vision + TEXT_TOKENS, data.max_length or vision + TEXT_TOKENS)
     said = f"{data.path} is not here: {rows:,} rows of one large image and {TEXT_TOKENS} text tokens are assumed"

@@ -85,7 +85,9 @@ def check_settings(settings: Settings, processes: int) -> None:
     except ValueError as fault:
         raise PmodError(str(fault), hint="change train.batch_size or train.global_batch_size") from None
     if settings.data.kind == "synthetic" and settings.data.rows is None and settings.train.max_steps is None:
-        raise PmodError("synthetic documents have no end: expected train.max_steps or data.rows", hint="--max-steps 9")
+        raise PmodError(
+            "synthetic documents have no end: expected train.max_steps or data.rows", hint="`train.max_steps=99`"
+        )
     if settings.lora.enabled and (unknown := [name for name in settings.lora.targets if name not in LORA_TARGETS]):
         raise PmodError(f"lora.targets: the decoder has no {', '.join(unknown)}", hint=", ".join(LORA_TARGETS))
 
@@ -97,7 +99,7 @@ def _settings(run: Intent) -> None:
 
 def _folder(run: Intent) -> None:
     if run.fleet.machines > 1 and run.out is None:
-        raise PmodError("--num-machines needs --out, a folder that all machines share")
+        raise PmodError("`num_machines` needs `out`, a folder that all machines share")
     if run.out is not None:
         refuse_bytes(run.out)
     if run.out is not None and run.processes is not None and run.fleet.machine_rank == 0:
@@ -140,9 +142,9 @@ def _data(run: Intent) -> None:
         return
     path = Path(data.path).expanduser()
     if not path.is_file():
-        raise PmodError(f"data.path: there is no file {path}", hint="--set data.path=FILE")
+        raise PmodError(f"data.path: there is no file {path}", hint="`data.path=FILE`")
     if data.images is not None and not Path(data.images).expanduser().is_dir():
-        raise PmodError(f"data.images: there is no folder {data.images}", hint="--set data.images=DIR")
+        raise PmodError(f"data.images: there is no folder {data.images}", hint="`data.images=DIR`")
 
 
 def _model(run: Intent) -> None:

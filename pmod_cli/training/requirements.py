@@ -23,28 +23,28 @@ def check_requirements(settings: Settings, device: str, distributed: bool) -> No
     """
     model, train, cuda = settings.model, settings.train, device.startswith("cuda")
     if settings.lora.enabled:
-        _need("peft", "lora.enabled", "train all weights with --set lora.enabled=false")
+        _need("peft", "lora.enabled", "train all weights with `lora.enabled=false`")
     if model.quantize != "none":
         if not cuda:
             raise PmodError(
                 f"model.quantize: {model.quantize} needs a CUDA GPU, and the device is {device}",
-                hint="LoRA without it: --set model.quantize=none",
+                hint="LoRA without it: `model.quantize=none`",
             )
-        _need("bitsandbytes", "model.quantize", "LoRA without it: --set model.quantize=none")
+        _need("bitsandbytes", "model.quantize", "LoRA without it: `model.quantize=none`")
     if model.liger_kernel:
         if not cuda:
             raise PmodError(
-                f"model.liger_kernel needs a GPU, and the device is {device}", hint="--set model.liger_kernel=false"
+                f"model.liger_kernel needs a GPU, and the device is {device}", hint="`model.liger_kernel=false`"
             )
-        _need("liger_kernel", "model.liger_kernel", "--set model.liger_kernel=false")
+        _need("liger_kernel", "model.liger_kernel", "`model.liger_kernel=false`")
     require_attention(model.attention, device)
     if train.engine.startswith("zero") and distributed:
         if not cuda:
             raise PmodError(
                 f"train.engine: DeepSpeed ({train.engine}) needs CUDA GPUs, and the device is {device}",
-                hint="--engine ddp or --engine fsdp2",
+                hint="`train.engine=ddp` or `train.engine=fsdp2`",
             )
-        _need("deepspeed", f"train.engine: {train.engine}", "--engine fsdp2")
+        _need("deepspeed", f"train.engine: {train.engine}", "`train.engine=fsdp2`")
     check_report(settings)
 
 
@@ -56,7 +56,7 @@ def check_report(settings: Settings) -> None:
     """
     where = settings.train.report_to
     if where != "none":
-        _need(where, f"train.report_to: {where}", "--report-to none")
+        _need(where, f"train.report_to: {where}", "`train.report_to=none`")
 
 
 def _need(module: str, setting: str, instead: str) -> None:

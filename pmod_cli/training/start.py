@@ -30,7 +30,7 @@ def source_of(settings: Settings) -> tuple[Path, bool]:
     if settings.pmod.enabled is False and not stock:
         raise PmodError(
             f"{model.name} is a p-MoD checkpoint, and pmod.enabled is false: a baseline is a stock model",
-            hint="name the stock model with --model",
+            hint="name the stock model with `model`",
         )
     if not stock:
         _check_routing(source, settings)

@@ -258,7 +258,7 @@ def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | No
     if changed:
         raise PmodError(
             f"{out} holds cell {cell.name} with other settings:\n  " + "\n  ".join(changed),
-            hint=f"choose another --out, or remove {out / CELLS / cell.name}.json",
+            hint=f"choose another `out`, or remove {out / CELLS / cell.name}.json",
         )
     return found
 

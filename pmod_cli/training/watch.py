@@ -148,7 +148,7 @@ class Watch(TrainerCallback):
             raise PmodError(
                 f"the loss is {self.last_loss} at step {state.global_step + 1}: training has diverged. "
                 f"The last good training checkpoint is the newest in {args.output_dir}",
-                hint="lower --learning-rate or train.router_learning_rate, or use --dtype float32",
+                hint="lower `train.learning_rate` or `train.router_learning_rate`, or use `model.precision=float32`",
                 code=RUN_FAILED,
             )
 

@@ -153,7 +153,7 @@ def _whole(
     notes = []
     if vocabulary.tokenizer is None:
         notes.append(
-            f"{folder} holds no tokenizer, so none is written: add one, or convert again with --tokenizer FOLDER"
+            f"{folder} holds no tokenizer, so none is written: add one, or convert again with the folder of one"
         )
     square = config.get("image_aspect_ratio") == "pad"
     generation = folder / "generation_config.json"

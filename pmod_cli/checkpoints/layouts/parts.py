@@ -32,7 +32,7 @@ def read_parts(folder: Path, config: dict, options: Options) -> Source:
     if decoder not in list(_MODEL_TYPES):
         raise PmodError(f"{where}: model_type is {decoder!r}, expected a language model: {', '.join(_MODEL_TYPES)}")
     if any(key in config for key in ("vision_config", "mm_vision_tower")):
-        raise PmodError(f"{where} is a LLaVA's already, expected a language model's", hint="leave out --projector")
+        raise PmodError(f"{where} is a LLaVA's already, expected a language model's", hint="leave out `projector`")
     tensors, projector = files.read_tensors(folder), files.read_file(options.projector)
     added = {}
     for name, tensor in projector.items():  # the original code's prefixes vary

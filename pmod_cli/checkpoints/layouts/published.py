@@ -96,7 +96,7 @@ def write_settings(settings: PmodSettings, num_layers: int) -> dict:
         PmodError: it cannot.
     """
     if not settings.string:
-        raise _inexpressible("--no-string: it always scales skipped tokens")
+        raise _inexpressible("`string=False`: it always scales skipped tokens")
     ratios = settings.retention(num_layers)
     routed = [layer for layer, is_routed in enumerate(settings.routed(num_layers)) if is_routed]
     for name, factor in _candidates(settings, ratios, num_layers):
@@ -160,4 +160,4 @@ def _read_norm(norm: object) -> dict:
 
 
 def _inexpressible(what: str) -> PmodError:
-    return PmodError(f"the published code has no setting for {what}", hint="--to pmod keeps every setting")
+    return PmodError(f"the published code has no setting for {what}", hint="`to=pmod` keeps every setting")

@@ -37,9 +37,9 @@ def published_config(
     """
     text = config["text_config"]
     if source.decoder != "llama":
-        raise PmodError(f"--to published: the published code has Llama decoders only, this one is {source.decoder}")
+        raise PmodError(f"`to=published`: the published code has Llama decoders only, this one is {source.decoder}")
     if config["vision_config"].get("model_type", "clip_vision_model") != "clip_vision_model":
-        raise PmodError("--to published: the published code has CLIP towers only")
+        raise PmodError("`to=published`: the published code has CLIP towers only")
     layers = text.get("num_hidden_layers", _TEXT["num_hidden_layers"])
     fields = published.write_settings(settings, layers)
     if source.original_config is not None:

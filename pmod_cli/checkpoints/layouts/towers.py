@@ -49,7 +49,7 @@ def find_tower(name: object, folder: Path, *, weights: bool, offline: bool) -> P
     except PmodError as error:
         raise PmodError(
             f"the vision tower {name}, which {folder} {'needs' if weights else 'names'}, is not here: {error.what}",
-            hint="give its folder with --vision-tower",
+            hint="give its folder with `vision_tower`",
         ) from error
 
 

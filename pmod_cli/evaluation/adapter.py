@@ -69,7 +69,9 @@ class PmodModel(lmms):
             from pmod_cli.checkpoints import load_model, resolve
 
             if pretrained is None:
-                raise PmodError("the model has no name", hint="--model_args pretrained=FOLDER")
+                raise PmodError(
+                    "the model has no name", hint="python -m lmms_eval --model pmod --model_args pretrained=FOLDER"
+                )
             device = device_of_rank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             model, processor = load_model(
                 resolve(str(pretrained)).path, dtype=dtype, device=device, attn_implementation=attn_implementation

@@ -9,7 +9,6 @@ config.json, *.safetensors   the result; config.json comes last
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -116,12 +115,8 @@ def check_free(out: Path, settings: Settings, processes: int, *, resume: bool, o
     elif (out / SETTINGS).is_file():
         _check_saved(out, load_settings(out / SETTINGS), settings, processes, resume)
     elif not is_new(out):
-        raise PmodError(f"{out} exists and is not a run of pmod finetune", hint="choose another --out")
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not above.is_dir():
-        raise PmodError(f"{out} cannot be made: {above} is a file", hint="choose another --out")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise PmodError(f"nothing can be written into {above}", hint="choose another --out")
+        raise PmodError(f"{out} exists and is not a run of pmod finetune", hint="choose another `out`")
+    folders.check_writable(out)
 
 
 def sources_of(settings: Settings) -> list[Path]:
@@ -143,20 +138,21 @@ def _goes_on(successor: Path, settings: Settings, processes: int) -> bool:
 def _check_saved(out: Path, saved: Settings, settings: Settings, processes: int, resume: bool) -> None:
     if not resume:
         raise PmodError(
-            f"{out} already holds a run, and --no-resume was given", hint="choose another --out, or add --overwrite"
+            f"{out} already holds a run, and `resume=False` was given",
+            hint="choose another `out`, or `overwrite=True`",
         )
     changed = differences(saved, settings)
     if changed:
         raise PmodError(
             f"{out} holds a run with other settings:\n  " + "\n  ".join(changed),
-            hint=f"go on with its own: pmod finetune --recipe {out / SETTINGS} --out {out}; or choose another --out",
+            hint=f"go on with its own: pmod finetune --recipe {out / SETTINGS} --out {out}; or choose another `out`",
         )
     record = out / STATE / PROCESSES
     before = json.loads(record.read_text())["processes"] if record.is_file() else processes
     if before != processes and any((out / STATE).glob("checkpoint-*")):
         raise PmodError(
             f"{out} holds a run of {before} processes, and this one has {processes}: its rows would be dealt otherwise",
-            hint=f"go on with --num-processes {before}, or choose another --out",
+            hint=f"go on with `num_processes={before}`, or choose another `out`",
         )
 
 

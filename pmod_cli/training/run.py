@@ -263,16 +263,16 @@ def _out_of_memory(error: BaseException, settings: Settings) -> PmodError | None
         return None
     train, model, lower = settings.train, settings.model, []
     if train.batch_size > 1:
-        lower.append(f"--batch-size {train.batch_size // 2} (and twice the train.gradient_accumulation)")
+        lower.append(f"`train.batch_size={train.batch_size // 2}` (and twice the train.gradient_accumulation)")
     if not model.gradient_checkpointing:
-        lower.append("--set model.gradient_checkpointing=true, which goes on from the last training checkpoint")
+        lower.append("`model.gradient_checkpointing=true`, which goes on from the last training checkpoint")
     if not settings.lora.enabled:
-        lower.append("--set lora.enabled=true")
+        lower.append("`lora.enabled=true`")
     if settings.data.max_length is None or settings.data.max_length > 1024:
         lower.append("a lower data.max_length")
     said = (text.splitlines() or ["the allocation failed"])[0]
     return PmodError(
         f"out of memory with train.batch_size {train.batch_size}: {said}",
-        hint="any of: " + "; ".join(lower) + ". --dry-run estimates what fits" if lower else "a larger device",
+        hint="any of: " + "; ".join(lower) + ". `dry_run` estimates what fits" if lower else "a larger device",
         code=RUN_FAILED,
     )

@@ -136,7 +136,7 @@ class PmodTrainer(Trainer):
         kept = f"{before} stays" if before else "there is no earlier one"
         return PmodError(
             f"the disk is full: the training checkpoint of step {self.state.global_step} could not be saved; {kept}",
-            hint="free some space, then repeat the same command with the same --out",
+            hint="free some space, then repeat the same command with the same `out`",
             code=RUN_FAILED,
         )
 

@@ -1,10 +1,16 @@
 """Messages of the library name its arguments; the command line prints them as the options of the verb."""
 
+import ast
+import re
+
 import pytest
 
 from pmod_cli.core.flags import as_flags
+from tests.conftest import ROOT
 
 OPTIONS = {"out": "--out", "overwrite": "--overwrite", "resume": "--resume", "train.batch_size": "--batch-size"}
+FLAG = re.compile(r"(?<![\w-])--?[a-z]")
+COMMAND = re.compile(r"(?:pmod [a-z]|hf [a-z]|accelerate |pip |sha256sum |mkdir |python -m )[^;`]*")
 
 
 @pytest.mark.parametrize(
@@ -22,3 +28,19 @@ OPTIONS = {"out": "--out", "overwrite": "--overwrite", "resume": "--resume", "tr
 )
 def test_arguments_become_options(said, shown):
     assert as_flags(said, OPTIONS, settings=True) == shown
+
+
+def test_the_library_speaks_of_no_flags():
+    """No error that it raises names an option: outside whole commands, which begin with a program's name."""
+    found = []
+    for path in sorted((ROOT / "pmod_cli").rglob("*.py")):
+        if "commands" in path.parts or path.name in ("cli.py", "recipe.py"):  # recipe.py repeats what was typed
+            continue
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("PmodError", "BadRow"):
+                texts = [part.value for part in ast.walk(call) if isinstance(part, ast.Constant)]
+                message = " ".join(text for text in texts if isinstance(text, str))
+                message = COMMAND.sub("", message)
+                if FLAG.search(message):
+                    found.append(f"{path.name}: {message}")
+    assert not found, "\n".join(found)

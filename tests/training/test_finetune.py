@@ -179,7 +179,7 @@ def test_a_run_with_other_settings_is_not_continued(routed, tmp_path):
     finetune(run_settings(routed, max_steps=1), tmp_path / "run")
     with pytest.raises(PmodError, match=r"train\.seed: 0 -> 1"):
         finetune(run_settings(routed, max_steps=1, seed=1), tmp_path / "run")
-    with pytest.raises(PmodError, match="--no-resume"):
+    with pytest.raises(PmodError, match="`resume=False`"):
         finetune(run_settings(routed, max_steps=1), tmp_path / "run", resume=False)
     again = finetune(run_settings(routed, max_steps=1, seed=1), tmp_path / "run", overwrite=True)
     assert again.status == "finished"

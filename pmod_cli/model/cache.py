@@ -39,7 +39,7 @@ class _RoutedSlots:
         self.valid: Tensor | None = None  # (B, slots or more) bool, True ahead; None while every slot is real
         self.skipped = 0  # tokens of the sequence, padding included, that have no slot
         self.croppable = 0  # slots at the end that stand for the last tokens of the sequence, one to one
-        self._incoming: tuple[Tensor | None, int, int] = (None, 0, 0)
+        self._incoming: tuple[Tensor | None, int, int] | None = None  # None: tokens that are all kept and real
 
     def expect(self, valid: Tensor | None, skipped: int = 0, croppable: int = 0) -> None:
         """Announces the next `update`: validity of its slots, tokens left out, and croppable slots at its end."""
@@ -53,6 +53,8 @@ class _RoutedSlots:
             states: The tokens that are about to be processed; only shape, dtype and device are used.
             valid: `(B, M)` bool, or None if all of them are real.
         """
+        if valid is None and not self.is_initialized and hides_the_future(config):
+            return None
         keys = self._keys_seen(valid, states)
         if states.shape[1] == 1 and config._attn_implementation == "sdpa":
             # Decoding: a single query sees whatever is there. Built here, as each layer of each step needs its own.
@@ -110,21 +112,22 @@ class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
         return _Slots(self.slots, self.slots + arriving)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        valid, skipped, croppable = self._incoming
-        if valid is None and not skipped:
+        if self._incoming is None:
             self.croppable += key_states.shape[-2]
         else:
-            self.croppable = croppable
-            self._incoming = (None, 0, 0)
+            valid, skipped, self.croppable = self._incoming
+            self._incoming = None
             self.skipped += skipped
-        if valid is not None:
-            self.valid = self._keys_seen(valid, valid)
+            if valid is not None:
+                self.valid = self._keys_seen(valid, valid)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _keys_seen(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
         """`(B, slots + M)` bool: which slots will be real when `states` have arrived; None if all are."""
         if valid is None:
             return None if self.valid is None else self._known(self.slots + states.shape[1])
+        if self.valid is None and not self.slots:
+            return valid
         if self.valid is None:
             known = torch.ones((len(valid), self.slots), dtype=torch.bool, device=valid.device)
         else:
@@ -156,18 +159,20 @@ class RoutedStaticLayer(_RoutedSlots, StaticLayer):
         return _Slots(self.slots, self.keys.shape[-2], True) if self.is_initialized else _Slots(0, arriving)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        full, self.max_cache_len = self.max_cache_len, self.max_cache_len - self._incoming[1]
+        full = self.max_cache_len
+        if self._incoming is not None:
+            self.max_cache_len -= self._incoming[1]
         self.cumulative_length = torch.zeros_like(self.cumulative_length)
         super().lazy_initialization(key_states, value_states)
         self.max_cache_len = full
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         first = not self.is_initialized
-        valid, skipped, _ = self._incoming
-        if not first and (valid is not None or skipped):
+        if not first and self._incoming is not None:
             raise ValueError("a static cache takes one prefill: give images and padding with the first forward only")
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        self._incoming = (None, 0, 0)
+        valid, skipped, _ = self._incoming or (None, 0, 0)
+        self._incoming = None
         self.skipped += skipped
         if valid is not None:
             behind = self.keys.shape[-2] - valid.shape[1]
@@ -197,6 +202,14 @@ class _Slots(NamedTuple):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.total, 0
+
+
+def hides_the_future(config) -> bool:
+    """Whether the attention kernel is causal by itself where it gets no mask and every key is one of the queries' own.
+
+    `create_causal_mask` says the same at a cost in every layer, and builds the square where a model is exported.
+    """
+    return config._attn_implementation == "sdpa" or "flash" in config._attn_implementation
 
 
 def routed_cache_layer(cache: Cache, layer_idx: int) -> RoutedDynamicLayer | RoutedStaticLayer:

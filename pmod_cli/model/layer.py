@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from .cache import CACHE_NAME, routed_cache_layer, take_cache
+from .cache import CACHE_NAME, hides_the_future, routed_cache_layer, take_cache
 from .routing import Routing, token_weights
 from .settings import PmodSettings
 
@@ -108,7 +108,7 @@ class RoutedLayer:
         layer_idx = self.self_attn.layer_idx
         logits = self.router(hidden_states).squeeze(-1)  # (B, N)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = token_weights(logits, routing.target, self.weight_norm)  # (B, N)
+        weights = token_weights(logits, routing.plain, self.weight_norm)  # (B, N)
         scale = weights.to(hidden_states.dtype).unsqueeze(-1)  # (B, N, 1)
         gathered = routing.gather_plan(weights, self.ratio, layer_idx) if self.selects else None
         if routing.recorder is not None:
@@ -116,22 +116,24 @@ class RoutedLayer:
         if gathered is None:
             return self._process(hidden_states, scale, attention_mask, position_embeddings, cache, **kwargs)
         index, valid = gathered.index.unsqueeze(-1), gathered.valid  # (B, M, 1)
-        x, x_scale = _take(hidden_states, index), scale.gather(1, index)
+        rows = index.expand(-1, -1, hidden_states.shape[-1])
+        x, x_scale = hidden_states.gather(1, rows), scale.gather(1, index)
         # Causality is all the mask there is: fillers stand last. No position_ids: gaps in them would be read as the
         # borders of packed sequences; the rotary tables carry them.
+        config = self.self_attn.config
         if cache is None:
-            mask = create_causal_mask(self.self_attn.config, x, None, None)
+            mask = None if hides_the_future(config) else create_causal_mask(config, x, None, None)
         else:
             cache_layer = routed_cache_layer(cache, layer_idx)
-            mask = cache_layer.own_mask(self.self_attn.config, x, None)
+            mask = cache_layer.own_mask(config, x, None)
             croppable = 0 if routing.padded or valid is not None else routing.tail
             cache_layer.expect(valid, hidden_states.shape[1] - x.shape[1], croppable)
-        tables = tuple(_take(table.expand(len(x), -1, -1), index) for table in position_embeddings)
+        tables = routing.rotary_tables(position_embeddings, index)
         kept = self._process(x, x_scale, mask, tables, cache, **kwargs)
         if valid is not None:  # fillers are skipped tokens
             kept = torch.where(valid.unsqueeze(-1), kept, x * x_scale if self.string else x)
         skipped = hidden_states * scale if self.string else hidden_states.clone()
-        return skipped.scatter_(1, index.expand(-1, -1, hidden_states.shape[-1]), kept)
+        return skipped.scatter_(1, rows, kept)
 
     def _process(
         self,
@@ -164,8 +166,3 @@ class PmodMistralDecoderLayer(RoutedLayer, MistralDecoderLayer):
 
 class PmodQwen2DecoderLayer(RoutedLayer, Qwen2DecoderLayer):
     """Qwen1.5 and Qwen2."""
-
-
-def _take(states: Tensor, index: Tensor) -> Tensor:
-    """Rows of `(B, N, D)` at `(B, M, 1)`, as `(B, M, D)`."""
-    return states.gather(1, index.expand(-1, -1, states.shape[-1]))

@@ -114,10 +114,14 @@ class RoutedLlava(CheckedRelease):
         # What hidden states are captured from is kept by the name of the class; 5.23 made that a dict of its own kind.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
         decoder.selection, decoder.selection_seed, decoder.selection_recorder = "router", 0, None
-        layers = zip(decoder.layers, config.retention, config.settings.routed(len(decoder.layers)), strict=True)
+        settings = config.settings
+        layers = zip(decoder.layers, config.retention, settings.routed(len(decoder.layers)), strict=True)
         for layer, ratio, routed in layers:
             layer.__class__ = layer_class
-            layer.add_routing(config.settings, ratio, routed)
+            layer.add_routing(settings, ratio, routed)
+        # What a forward reads, as plain attributes: a traced graph cannot take settings apart.
+        self.spares_base_image = settings.target_tokens == "vision_hr"
+        self.routed_ratios = tuple(dict.fromkeys(layer.ratio for layer in decoder.layers if layer.selects))
 
     def forward(
         self,
@@ -140,7 +144,7 @@ class RoutedLlava(CheckedRelease):
         if (pixel_values is not None and len(pixel_values)) or kwargs.get("mm_encoder_outputs"):
             if vision_mask is None:
                 vision_mask = self._placeholders(input_ids, inputs_embeds)
-            if self.config.settings.target_tokens == "vision_hr":
+            if self.spares_base_image:
                 vision_mask, kwargs = self._high_resolution(vision_mask, pixel_values, kwargs)
                 pixel_values = None
         elif inputs_embeds is not None and vision_mask is None and not _has_tokens(cache):
@@ -158,8 +162,8 @@ class RoutedLlava(CheckedRelease):
                 seed=decoder.selection_seed,
                 recorder=decoder.selection_recorder,
             )
-            if any(num_vision for num_vision, *_ in routing.counts):
-                routing.prepare(layer.ratio for layer in decoder.layers if layer.selects)
+            if routing.any_target:
+                routing.prepare(self.routed_ratios)
             else:
                 routing = None
         return super().forward(

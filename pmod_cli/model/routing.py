@@ -16,21 +16,20 @@ from .schedule import kept_tokens
 SELECTIONS = ("router", "random", "uniform")
 
 
-def token_weights(logits: Tensor, target: Tensor, norm: tuple[str, float, float]) -> Tensor:
+def token_weights(logits: Tensor, plain: Tensor, norm: tuple[str, float, float]) -> Tensor:
     """Weights w = scale * activation(logit) + bias of the routed tokens; 1 for all others (paper, Eq. 3 and Table 4).
 
     Args:
         logits: `(B, N)`, the routers' output, float32 or float64.
-        target: `(B, N)` bool, the tokens that are routed. Softmax runs over them alone.
+        plain: `(B, N)` bool, the tokens that are not routed. Softmax leaves them out.
         norm: (activation, scale, bias), see `PmodSettings.weight_norm`.
     """
     activation, scale, bias = norm
     if activation == "softmax":
-        masked = logits.masked_fill(~target, torch.finfo(logits.dtype).min)
-        active = masked.softmax(dim=-1)
+        active = logits.masked_fill(plain, torch.finfo(logits.dtype).min).softmax(dim=-1)
     else:
         active = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda x: x}[activation](logits)
-    return torch.where(target, scale * active + bias, 1.0)
+    return (scale * active + bias).masked_fill_(plain, 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,24 @@ class Gathered:
 
 
 class Lengths(NamedTuple):
-    """What a retention ratio leaves: tokens of the longest row (M), and fillers, `(B, M)` bool, or None without any."""
+    """What a retention ratio leaves: tokens of the longest row (M); with fillers also which slots are none, `(B, M)`
+    bool, and what moves their positions behind all others, `(B, M)` int64."""
 
     longest: int
-    filler: Tensor | None
+    valid: Tensor | None
+    behind: Tensor | None
 
 
 @dataclass
 class Routing:
     """What all layers of one prefill share. Built once, where image features are merged; costs one host sync.
 
+    While a graph is traced, tensors have no values: `counts` is None then, lengths are symbols of the graph, and a
+    batch of several rows is taken to have fillers.
+
     Attributes:
         target: `(B, N)` bool, the routed vision tokens.
+        plain: `(B, N)` bool, all others.
         counts: Per row (V, others, tail): routed tokens, other real tokens, and tokens behind the last routed one.
         padded: Whether the batch has padding.
         rank_base: `(B, N)` float, +inf for tokens that every layer keeps, -inf for padding, 0 for routed ones.
@@ -68,13 +73,16 @@ class Routing:
     """
 
     target: Tensor
-    counts: list[tuple[int, int, int]]
+    plain: Tensor
+    counts: list[tuple[int, int, int]] | None
     padded: bool
     rank_base: Tensor
     selection: str = "router"
     seed: int = 0
     recorder: object | None = None
-    _lengths: dict[float, "Lengths"] = field(default_factory=dict)
+    _sizes: Tensor | None = None  # (B, 2) int64: V and others, where a graph is traced
+    _lengths: dict[float, Lengths] = field(default_factory=dict)
+    _rotary: tuple[Tensor, Tensor] | None = None  # the prefill's cosines, and both its tables in one
 
     @classmethod
     def build(cls, vision: Tensor, attention_mask: Tensor | None, **options) -> "Routing":
@@ -94,18 +102,28 @@ class Routing:
         else:
             valid = attention_mask.to(device=vision.device, dtype=torch.bool)
         target = vision & valid
-        positions = torch.arange(1, vision.shape[1] + 1, device=vision.device)
-        last = torch.where(target, positions, 0).amax(dim=1)
+        plain = ~target
         num_target = target.sum(dim=1)
-        counts = torch.stack([num_target, valid.sum(dim=1) - num_target, vision.shape[1] - last], dim=1).tolist()
-        rank_base = torch.zeros(vision.shape, device=vision.device).masked_fill_(~target, float("inf"))
-        return cls(
-            target=target,
-            counts=[tuple(row) for row in counts],
-            padded=any(routed + others < vision.shape[1] for routed, others, _ in counts),
-            rank_base=rank_base.masked_fill_(~valid, float("-inf")),
+        sizes = torch.stack([num_target, valid.sum(dim=1) - num_target], dim=1)
+        rank_base = torch.zeros(vision.shape, device=vision.device).masked_fill_(plain, float("inf"))
+        shared = {
+            "target": target,
+            "plain": plain,
+            "rank_base": rank_base.masked_fill_(~valid, float("-inf")),
             **options,
-        )
+        }
+        if torch.compiler.is_compiling():
+            return cls(counts=None, padded=True, _sizes=sizes, **shared)
+        length = vision.shape[1]
+        last = torch.where(target, torch.arange(1, length + 1, device=vision.device), 0).amax(dim=1)
+        counts = torch.cat([sizes, length - last[:, None]], dim=1).tolist()
+        padded = any(routed + others < length for routed, others, _ in counts)
+        return cls(counts=[tuple(row) for row in counts], padded=padded, **shared)
+
+    @property
+    def any_target(self) -> bool:
+        """Whether there is something to route; taken for granted while a graph is traced."""
+        return self.counts is None or any(num_vision for num_vision, *_ in self.counts)
 
     @property
     def tail(self) -> int:
@@ -117,19 +135,36 @@ class Routing:
         return [kept_tokens(num_vision, ratio) for num_vision, *_ in self.counts]
 
     def prepare(self, ratios: Iterable[float]) -> None:
-        """Counts on the host, once, what each ratio keeps: layers then compute with tensors alone, and compile whole.
+        """Counts, once, what each ratio keeps: layers then compute with tensors alone, and compile whole.
 
         Args:
             ratios: Retention ratios of the routed layers.
         """
-        for ratio in ratios:
-            if ratio not in self._lengths:
-                rows = [others + kept for (_, others, _), kept in zip(self.counts, self.kept(ratio), strict=True)]
-                longest, filler = max(*rows, 1), None  # of no token no layer can compute: then a filler stands there
-                if min(rows) < longest:
-                    ends = torch.tensor(rows, device=self.target.device)[:, None]
-                    filler = torch.arange(longest, device=self.target.device) >= ends
-                self._lengths[ratio] = Lengths(longest, filler)
+        ratios = [ratio for ratio in dict.fromkeys(ratios) if ratio not in self._lengths]
+        if not ratios:
+            return
+        batch, length = self.target.shape
+        if self.counts is None:
+            # The product in float32, as in `kept_tokens`.
+            shares = torch.tensor(ratios, dtype=torch.float32, device=self.target.device)
+            ends = self._sizes[:, 1:] + (self._sizes[:, :1].float() * shares).long()  # (B, ratios)
+            longest = ends.amax(dim=0).tolist()
+            for symbol in longest:  # two or more: of one token alone, no graph says whether it is a decoded one
+                torch._check(symbol >= 2)
+                torch._check(symbol <= length)
+            equal = batch == 1
+            ends = ends.T
+        else:
+            rows = [[row[1] + kept for row, kept in zip(self.counts, self.kept(r), strict=True)] for r in ratios]
+            longest = [max(*row, 1) for row in rows]  # of no token no layer can compute: then a filler stands there
+            equal = all(min(row) == most for row, most in zip(rows, longest, strict=True))
+            ends = None if equal else torch.tensor(rows, device=self.target.device)  # (ratios, B), copied at once
+        for place, (ratio, most) in enumerate(zip(ratios, longest, strict=True)):
+            if equal:
+                self._lengths[ratio] = Lengths(most, None, None)
+            else:
+                valid = torch.arange(most, device=self.target.device) < ends[place, :, None]
+                self._lengths[ratio] = Lengths(most, valid, ~valid * length)
 
     def gather_plan(self, weights: Tensor, ratio: float, layer: int) -> Gathered:
         """The tokens that a layer processes: all text and, per row, the K routed tokens of largest weight.
@@ -143,14 +178,27 @@ class Routing:
             layer: Its index; seeds the random control.
         """
         self.prepare([ratio])
-        longest, filler = self._lengths[ratio]
+        longest, valid, behind = self._lengths[ratio]
         scores = self._scores(weights, ratio, layer) + self.rank_base
+        # Stable, so that ties go to the lowest position: `topk` promises no order among them.
         order = scores.argsort(dim=1, descending=True, stable=True)  # (B, N): text, routed by weight, padding
         index = order[:, :longest]
-        if filler is None:
+        if valid is None:
             return Gathered(index.sort(dim=1).values, None)
-        behind = filler * self.target.shape[1]
-        return Gathered((index + behind).sort(dim=1).values - behind, ~filler)
+        return Gathered((index + behind).sort(dim=1).values - behind, valid)
+
+    def rotary_tables(self, tables: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the gathered tokens, `(B, M, d)` each.
+
+        Args:
+            tables: Those of the prefill, `(1 or B, N, d)`: the same two for every layer, so they are joined once.
+            index: `(B, M, 1)`, positions in the row.
+        """
+        cosines, sines = tables
+        if self._rotary is None or self._rotary[0] is not cosines:
+            self._rotary = cosines, torch.cat(tables, dim=-1)
+        joined = self._rotary[1].expand(len(index), -1, -1)
+        return joined.gather(1, index.expand(-1, -1, joined.shape[-1])).split([cosines.shape[-1], sines.shape[-1]], -1)
 
     def _scores(self, weights: Tensor, ratio: float, layer: int) -> Tensor:
         """What routed tokens are ranked by: router weights, or a control's score of the routed token's ordinal."""

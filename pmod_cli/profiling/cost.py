@@ -197,6 +197,7 @@ def batch_routing(rows: Sequence[Row], target_tokens: str) -> Routing:
     routable = [row.routable(target_tokens) for row in rows]
     return Routing(
         target=torch.empty(len(rows), longest, dtype=torch.bool, device="meta"),
+        plain=torch.empty(len(rows), longest, dtype=torch.bool, device="meta"),
         counts=[(some, row.tokens - some, 0) for some, row in zip(routable, rows, strict=True)],
         padded=any(row.tokens < longest for row in rows),
         rank_base=torch.empty(len(rows), longest, device="meta"),

@@ -25,6 +25,7 @@ ELEMENTWISE = tuple(
         "layer_norm",
         "le",
         "lt",
+        "masked_fill_",
         "mean",
         "mul",
         "neg",
@@ -39,7 +40,7 @@ ELEMENTWISE = tuple(
         "where",
     ]
 )
-DATA_MOVEMENT = ("argsort", "clone", "gather", "new_ones", "scatter", "scatter_", "sort")
+DATA_MOVEMENT = ("argsort", "cat", "clone", "gather", "new_ones", "scatter", "scatter_", "sort")
 FUSED_ATTENTION = (
     "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention",

@@ -37,8 +37,10 @@ def pmod_twin(stock, pmod: dict, *, router_std: float = 0.0, seed: int = 0):
     return model.to(stock.dtype)
 
 
-def pmod_model(kind="llava_next", decoder="llama", pmod=None, *, router_std=1.0, attention="sdpa", seed=0, **text):
-    stock = factories.model(kind, decoder, layers=4, seed=seed, **text)
+def pmod_model(
+    kind="llava_next", decoder="llama", pmod=None, *, layers=4, router_std=1.0, attention="sdpa", seed=0, **text
+):
+    stock = factories.model(kind, decoder, layers=layers, seed=seed, **text)
     stock.config._attn_implementation = attention
     return pmod_twin(stock, ROUTED_FROM_START if pmod is None else pmod, router_std=router_std, seed=seed)
 

@@ -42,6 +42,43 @@ def test_the_decoder_is_one_graph_for_all_images(padded):
         torch.testing.assert_close(ours, eager, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_whole_prefill_is_one_graph(kind, padded):
+    """Everything from the embeddings (LLaVA: from the pixels) to the logits; each layer has a ratio of its own."""
+    values = [0.9 - 0.07 * layer for layer in range(12)]  # more than the recompilations that are allowed
+    model = pmod_model(kind, layers=12, pmod={"schedule": "list", "values": values})
+    rows = [
+        [(TEXT * times, [size]), *([("yes", [])] if padded else [])]
+        for times, size in zip((1, 2, 1, 3), SIZES, strict=True)
+    ]
+    batches = [batch(kind, row) for row in rows]
+    if kind == "llava_next":  # the stock model itself cannot take pixels in a graph
+        for inputs in batches:
+            ids = inputs.pop("input_ids")
+            inputs["vision_mask"] = ids == model.config.image_token_id
+            inputs["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+            del inputs["pixel_values"], inputs["image_sizes"]
+    with torch.no_grad():
+        expected = [model(**inputs).logits for inputs in batches]
+        counter = CompileCounter()
+        prefill = torch.compile(model.forward, backend=counter, fullgraph=True, dynamic=True)
+        compiled = [prefill(**inputs).logits for inputs in batches]
+    assert counter.frame_count == 1
+    for ours, eager, inputs in zip(compiled, expected, batches, strict=True):
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(ours[real], eager[real], **CLOSE)
+
+
+def test_export_of_an_image_prefill():
+    """Where the stock model exports: LLaVA-1.5. The program takes another prompt length's counts from its own input."""
+    model = pmod_model("llava")
+    inputs = batch("llava", [(TEXT, [(64, 64)])]) | {"use_cache": False}
+    program = torch.export.export(model, (), kwargs=inputs, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits, **CLOSE)
+
+
 def test_one_layer_compiled_by_inductor_agrees():
     model = pmod_model(pmod={"schedule": "list", "values": [1.0, 0.5, 1.0, 1.0]})
     inputs = batch("llava_next", ROWS[:2])

@@ -20,7 +20,7 @@ TARGET = torch.tensor([[False, True, True, True, False]])
 )
 def test_weights(norm, expected):
     logits = torch.tensor([[7.0, 1.0, 0.0, -1.0, 9.0]])
-    torch.testing.assert_close(token_weights(logits, TARGET, norm), torch.tensor([expected]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(token_weights(logits, ~TARGET, norm), torch.tensor([expected]), atol=1e-5, rtol=0)
 
 
 def test_gather_plan_of_unequal_rows():

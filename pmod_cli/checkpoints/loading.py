@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json, shard_names
 from pmod_cli.checkpoints.layouts.original import is_original
+from pmod_cli.checkpoints.processor import check_processor
 from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def load_model(
 
     import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
 
+    processor = load_processor(path)  # before the weights, which take longer
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -66,7 +68,6 @@ def load_model(
         )
     except (ValueError, ImportError) as error:
         raise PmodError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    processor = load_processor(path)
     _refuse_differences(path, info)
     return (model if quantization else model.to(device)).eval(), processor
 
@@ -75,19 +76,21 @@ def load_processor(path: Path) -> ProcessorMixin:
     """The processor of a checkpoint: its tokenizer, its image processor and its chat template.
 
     Raises:
-        PmodError: one of its files is missing or damaged.
+        PmodError: one of its files is missing or damaged, or it makes other pictures than the vision tower takes.
     """
     refuse_bytes(path)
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(path, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except Exception as error:  # on a damaged file tokenizers raises a plain Exception, transformers nearly anything
         first = (str(error).strip() or "no message").splitlines()[0]
         raise PmodError(
             f"the tokenizer or the image processor in {path} cannot be loaded: {type(error).__name__}: {first:.300}",
             hint="fetch or convert the checkpoint again",
         ) from error
+    check_processor(processor, read_json(path / CONFIG), path)
+    return processor
 
 
 def refuse_bytes(path: Path) -> None:

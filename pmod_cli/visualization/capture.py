@@ -9,6 +9,7 @@ import numpy as np
 from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
+from pmod_cli.data.images import is_anyres, reduced
 from pmod_cli.visualization.geometry import Layout, image_layout
 from pmod_cli.visualization.record import SelectionRecord
 
@@ -48,10 +49,17 @@ def select(
     Raises:
         PmodError: the processor has no chat template, or its image tokens do not match the image's layout.
     """
-    inputs, layout = _prepare(model, processor, picture.pixels, question)
+    pads = bool(getattr(processor.image_processor, "do_pad", False)) and not is_anyres(processor)
+    image = reduced(picture.pixels, padded=pads)  # as training does
+    notes = picture.notes
+    if image is not picture.pixels:
+        notes = (*notes, f"reduced to {image.width} × {image.height} before it is padded to a square")
+        by = [picture.pixels.width / image.width, picture.pixels.height / image.height] * 2
+        regions = tuple(tuple(edge / scale for edge, scale in zip(box, by, strict=True)) for box in regions)
+    inputs, layout = _prepare(model, processor, image, question)
     kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)
     return SelectionRecord(
-        image=picture.pixels,
+        image=image,
         layout=layout,
         kept=kept,
         weight=weight,
@@ -61,7 +69,7 @@ def select(
         answer=processor.decode(new_tokens, skip_special_tokens=True).strip() if max_new_tokens else None,
         router_state=model.config.router_state,
         model=name,
-        notes=picture.notes,
+        notes=notes,
         regions=regions,
     )
 
@@ -156,9 +164,9 @@ def _prepare(
     model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, question: str
 ) -> tuple[BatchFeature, Layout]:
     """The model's inputs, and where their vision tokens lie."""
+    layout = image_layout(processor.image_processor, processor.patch_size, image.height, image.width)
     inputs = _prompt(processor, image, question).to(model.device, model.dtype)
     num_vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    layout = image_layout(processor.image_processor, processor.patch_size, image.height, image.width)
     if layout.size != num_vision:
         raise PmodError(
             f"the image has {num_vision} vision tokens in the prompt, and {layout.size} places in the image; "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import MOST_PIXELS
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
@@ -171,6 +172,13 @@ def _resized(image_processor: BaseImageProcessor, height: int, width: int) -> tu
 
     size = image_processor.size
     if size.shortest_edge and not size.longest_edge:
+        longest = size.shortest_edge * max(height, width) / min(height, width)
+        if longest * size.shortest_edge > MOST_PIXELS:
+            raise PmodError(
+                f"the image processor would make {longest:,.0f} × {size.shortest_edge} pixels of this image before it "
+                f"crops it, at most {MOST_PIXELS / 1e6:.0f} megapixels are made",
+                hint="crop the image, or set do_pad in its preprocessor_config.json, as LLaVA-1.5 was trained",
+            )
         return get_resize_output_image_size(
             _blank(height, width),
             size=size.shortest_edge,

@@ -159,7 +159,7 @@ def test_data_that_go_on_are_not_unpacked(tmp_path):
 @pytest.mark.parametrize("box", ["[0, 0, NaN, 4]", "[0, 0, Infinity, 4]", "[0, 0, 1e99, 4]", '["0", 0, 1, 4]'])
 def test_boxes_of_rows_are_held_to_the_same(tmp_path, box):
     (tmp_path / "rows.json").write_text(f'[{{"image": "a.png", "boxes": [{box}]}}]')
-    with pytest.raises(PmodError, match="row 0: `boxes` is expected"):
+    with pytest.raises(PmodError, match=r"row 0: `boxes` is expected|is no number of JSON"):
         find_items([tmp_path / "rows.json"])
 
 

@@ -7,16 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import is_new, require_kind
 from pmod_cli.evaluation.processes import ALONE, Processes
-from pmod_cli.evaluation.report import SCHEMA_VERSION
+from pmod_cli.evaluation.stored import RESULTS, read_run
 from pmod_cli.evaluation.suite import Benchmark
 
 KIND = "evaluation"
-RESULTS = "results.json"
 WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv")
 
 
@@ -82,7 +80,7 @@ class RunFolder:
             require_kind(self.out, KIND)
         folders.check_writable(self.out)
         if not self.overwrite and (self.out / RESULTS).exists():
-            self._refuse_another_run(read_json(self.out / RESULTS), benchmarks)
+            self._refuse_another_run(benchmarks)
 
     def finish(self, whole: bool) -> None:
         """Put a successor in its place, if it is whole."""
@@ -113,23 +111,26 @@ class RunFolder:
         self.check(self.identity, benchmarks, sources)
         if self.overwrite:
             self._successor = folders.successor(real, KIND)
-            if (self.path / RESULTS).exists() and self._differs(read_json(self.path / RESULTS), benchmarks):
+            if (self.path / RESULTS).exists() and self._differs(self.path, benchmarks):
                 folders.successor(real, KIND, fresh=True)
         else:
             folders.take(real, KIND)
         logs = [self.log(rank).name for rank in range(self._processes.size)]
         folders.mark(self.path, KIND, [*WRITTEN, *logs])
 
-    def _refuse_another_run(self, before: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> None:
-        if differs := self._differs(before, benchmarks):
+    def _refuse_another_run(self, benchmarks: Iterable[Benchmark]) -> None:
+        if differs := self._differs(self.out, benchmarks):
             hint = "replace it with `overwrite=True`, or choose another folder with `out`"
             raise PmodError(f"{self.path} holds another run, {differs}", hint=hint)
 
-    def _differs(self, before: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> str | None:
+    def _differs(self, run: Path, benchmarks: Iterable[Benchmark]) -> str | None:
         """How earlier results are those of another run."""
-        if before.get("schema_version") != SCHEMA_VERSION:
-            return f"of schema version {before.get('schema_version')}"
-        known = before.get("identity", {})
+        try:
+            _, before = read_run(run)
+        except PmodError as error:
+            return f"whose results cannot be read: {error.what}"
+        known = before.get("identity")
+        known = known if isinstance(known, dict) else {}
         if differs := [name for name, value in self.identity.items() if known.get(name) != value]:
             return f"with other {', '.join(differs)}"
         asked = {benchmark.name for benchmark in benchmarks}

@@ -8,12 +8,12 @@ config.json, *.safetensors   the result; config.json comes last
 ```
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core import folders
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import PmodError
@@ -148,7 +148,7 @@ def _check_saved(out: Path, saved: Settings, settings: Settings, processes: int,
             hint=f"go on with its own: pmod finetune --recipe {out / SETTINGS} --out {out}; or choose another `out`",
         )
     record = out / STATE / PROCESSES
-    before = json.loads(record.read_text())["processes"] if record.is_file() else processes
+    before = read_json(record).get("processes") if record.is_file() else processes
     if before != processes and any((out / STATE).glob("checkpoint-*")):
         raise PmodError(
             f"{out} holds a run of {before} processes, and this one has {processes}: its rows would be dealt otherwise",

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.compare import compare
+from pmod_cli.evaluation.folder import RunFolder
 from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
 from tests.evaluation import reports
 
@@ -190,6 +192,16 @@ def test_a_record_that_holds_something_else_is_named(tmp_path, change, said):
     with pytest.raises(PmodError, match=r"docvqa\.jsonl cannot be read") as caught:
         compare(runs)
     assert said in caught.value.what
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 2, "tasks": [{}]}'])
+def test_a_folder_with_damaged_results_is_not_taken_over(tmp_path, text):
+    (benchmark,) = suite.resolve(["docvqa"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(text)
+    folders.mark(tmp_path / "run", "evaluation", ["results.json"])
+    with RunFolder(tmp_path / "run") as folder, pytest.raises(PmodError, match="whose results cannot be read"):
+        folder.prepare({}, [benchmark], False)
 
 
 def test_items_that_are_no_numbers_leave_the_scores(tmp_path):

@@ -201,7 +201,7 @@ def test_a_folder_with_damaged_results_is_not_taken_over(tmp_path, text):
     (tmp_path / "run" / "results.json").write_text(text)
     folders.mark(tmp_path / "run", "evaluation", ["results.json"])
     with RunFolder(tmp_path / "run") as folder, pytest.raises(PmodError, match="whose results cannot be read"):
-        folder.prepare({}, [benchmark], False)
+        folder.prepare({}, [benchmark])
 
 
 def test_items_that_are_no_numbers_leave_the_scores(tmp_path):

@@ -5,12 +5,11 @@ sweep that was stopped goes on with the cells that are missing, and started seve
 share the cells among themselves.
 """
 
-import fcntl
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from time import perf_counter, process_time
 from pmod_cli import recipes
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.core.locks import Busy, locked
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.settings import Settings
@@ -274,10 +274,10 @@ def _changes(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
 @contextmanager
 def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
     """Whether this process has the cell for itself; the system drops the claim of a process that dies."""
-    with open(out / CELLS / f".{cell.name}.lock", "w") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(locked(out / CELLS / f".{cell.name}.lock"))
+        except Busy:
             yield False
         else:
             yield True

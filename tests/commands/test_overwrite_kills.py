@@ -1,6 +1,7 @@
 """`--overwrite` of convert, finetune and eval, killed at system calls and at random moments: the old folder or the new
 one is there, nothing else, and the same command then ends in the new one, with nothing beside it."""
 
+import contextlib
 import json
 import os
 import random
@@ -79,7 +80,8 @@ class Commands:
             tracer = subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True)
         elif after is not None:
             time.sleep(after)
-            os.kill(pid, signal.SIGKILL)  # its parent has not waited for it before its line is read
+            with contextlib.suppress(ProcessLookupError):  # it has ended before
+                os.kill(pid, signal.SIGKILL)
         status = int(self.server.stdout.readline())
         if tracer is not None:
             tracer.communicate()
@@ -174,6 +176,6 @@ def kill_often(verb: str, commands: Commands, stock: Path, kills: int, seed: int
 @pytest.mark.soak
 @pytest.mark.parametrize("verb", VERBS)
 def test_overwriting_killed_fifty_times(verb, commands, stock_model):
-    count = kill_often(verb, commands, stock_model(), kills=int(os.environ.get("KILLS", 50)), seed=1)
+    count = kill_often(verb, commands, stock_model(), kills=50, seed=1)
     print(f"{verb} --overwrite: {count}")
-    assert count["at a call"] >= 0
+    assert count["at a call"] >= 15

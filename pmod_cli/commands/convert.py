@@ -191,6 +191,8 @@ def convert(
         return
     if (llm is None) != (projector is None) or (anyres and llm is None):
         raise PmodError("--llm and --projector go together, and --anyres with them", hint="pmod convert --help")
+    if overwrite and resume:
+        raise PmodError("--overwrite replaces what is there and --resume keeps it; give one")
     if llm is not None and name is not None:
         raise PmodError(f"two models: {name} and --llm {llm}; give one")
     name = name or llm

@@ -186,6 +186,8 @@ def eval(
     if list_tasks:
         _print_suite(suite.GROUPS, data_root, as_json)
         return
+    if as_json and shown_as not in ("table", "json"):
+        raise PmodError(f"two formats: --json and --format {shown_as}; give one")
     shown_as = "json" if as_json else shown_as
     if runs and not compare:
         raise PmodError(f"unexpected: {runs[0]}", hint="pmod eval --compare RUN RUN sets finished runs side by side")
@@ -229,7 +231,7 @@ def eval(
         from pmod_cli.evaluation.plan import plan
 
         found = plan(benchmarks, chosen, settings, out, processes=num_processes, overwrite=overwrite)
-        show_plan(found, as_json=shown_as == "json")
+        show_plan(found, as_json=shown_as == "json", quiet=quiet)
         return
 
     from pmod_cli.evaluation import processes
@@ -242,7 +244,7 @@ def eval(
         results = _answer(here, *run)
         if not here.first:
             return
-    if quiet:
+    if quiet and shown_as != "json":
         output.print_line(out)
     else:
         _print_results({"folder": str(out), **results}, shown_as)

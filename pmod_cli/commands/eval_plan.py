@@ -9,10 +9,13 @@ from rich.table import Table
 from pmod_cli.core import output
 
 
-def show_plan(plan: dict[str, Any], *, as_json: bool) -> None:
+def show_plan(plan: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
     """The tasks, how many questions each asks, and whether its data is on this machine."""
     if as_json:
         output.print_json(plan)
+        return
+    if quiet:
+        output.print_line(plan["folder"])
         return
     table = Table("task", "lmms-eval task", "questions", "metric", "data here")
     for task in plan["tasks"]:

@@ -201,6 +201,7 @@ def finetune(
             device=pick_device(device),
             dry_run=dry_run,
             as_json=as_json,
+            quiet=quiet,
         )
         return
     if merge is not None:
@@ -232,7 +233,7 @@ def finetune(
     lacking = preflight(Intent(settings, fleet, device, out, resume, overwrite, launched), elsewhere=elsewhere)
     silence_transformers()
     if dry_run:
-        _plan(settings, num_processes, device, gpu, utilization, out, lacking, as_json)
+        _plan(settings, num_processes, device, gpu, utilization, out, lacking, as_json, quiet)
         return
 
     from pmod_cli.training import folder
@@ -291,6 +292,7 @@ def _plan(
     out: Path | None,
     lacking: list[str],
     as_json: bool,
+    quiet: bool,
 ) -> None:
     from pmod_cli.training.plan import plan
 
@@ -303,7 +305,7 @@ def _plan(
         out=out or Path("runs"),
         lacking=lacking,
     )
-    show_plan(found, as_json)
+    show_plan(found, as_json, quiet)
     for sentence in lacking:
         output.note(f"it could not start on this machine: {sentence}")
     refuse_unfit(found)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from pmod_cli.training.remedies import Remedy
 
 
-def show_plan(plan: Plan, as_json: bool) -> None:
+def show_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
     """One table: what is trained, what it takes, p-MoD beside stock."""
     if as_json:
         output.print_json(_plan_json(plan))
+        return
+    if quiet:  # the exit code says whether it fits
         return
     table = Table("part", "parameters", "trained", "learning rate")
     for part, numbers in plan.parameters.items():

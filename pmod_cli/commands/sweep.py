@@ -11,7 +11,15 @@ from pmod_cli.core.errors import PARTIAL, PmodError
 
 
 def run_sweep(
-    group: str, out: Path, *, seeds: int, overrides: list[str], device: str, dry_run: bool, as_json: bool
+    group: str,
+    out: Path,
+    *,
+    seeds: int,
+    overrides: list[str],
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Run what is missing of a sweep, then write `table.json` and `table.md` in its folder, and print one of them.
 
@@ -23,7 +31,11 @@ def run_sweep(
     if dry_run:
         from pmod_cli.training.sweep_plan import plan_sweep
 
-        _show_plan(plan_sweep(cells, out, overrides=overrides, device=device), as_json)
+        plan = plan_sweep(cells, out, overrides=overrides, device=device)
+        if quiet and not as_json:
+            output.print_line(out)
+        else:
+            _show_plan(plan, as_json)
         return
     silence_transformers()
     output.note(f"{len(cells)} cells in {out}; run the same command again to go on, or beside this one to share them")
@@ -35,7 +47,10 @@ def run_sweep(
     found = sweep.sweep(cells, out, overrides=overrides, device=device, on_cell=tell)
     write_json(out / "table.json", found)
     write_text(out / "table.md", sweep.markdown(found))
-    _show(found, as_json)
+    if quiet and not as_json:
+        output.print_line(out)
+    else:
+        _show(found, as_json)
     missing = [row["recipe"] for row in found["rows"] if row["status"] != "run"]
     if missing:
         raise PmodError(

@@ -61,9 +61,10 @@ def set_progress(shown: bool) -> None:
 
 
 def hush_libraries() -> None:
-    """Where we draw no bars, huggingface_hub and transformers draw none: they read this when they are imported."""
+    """Where we draw no bars, huggingface_hub, transformers and datasets draw none: they read this when imported."""
     if not shows_progress():
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        for library in ("HUB", "DATASETS"):
+            os.environ[f"HF_{library}_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def note(message: str, *, style: str | None = None) -> None:

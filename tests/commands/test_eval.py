@@ -228,3 +228,18 @@ def test_a_dry_run_refuses_a_folder_that_the_start_refuses(converted, capsys):
     }
     assert evaluate(*words, "-o", "run", "--dry-run") == 0
     assert evaluate(*words, "-o", "run", "--seed", 1, "--overwrite", "--dry-run") == 0
+
+
+def test_quiet_prints_the_folder_alone_and_json_wins(pmod, converted, capsys):
+    words = ("--tasks", "tiny_doc", "--limit", 1, "--against", "none", "-q", "-o", "run")
+    # A process and a cache of its own, so that libraries draw their bars if they are let.
+    ran = pmod("eval", *words, cwd=converted.parent, env={"HF_HOME": str(converted.parent / "home")})
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "run\n", "")
+    capsys.readouterr()
+    for more in (["--dry-run"], []):
+        assert evaluate(*words, *more) == 0
+        assert capsys.readouterr().out == "run\n"
+        assert evaluate(*words, *more, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["folder"] == "run"
+    assert evaluate(*words, "--json", "--format", "csv") == 2
+    assert "two formats: --json and --format csv" in capsys.readouterr().err

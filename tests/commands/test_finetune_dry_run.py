@@ -194,3 +194,14 @@ def _result_of(recipe: str, seed: int) -> dict:
     settings = load_settings(recipes.find(recipe), [f"train.seed={seed}"])
     settings.data.first += seed * SEED_STRIDE
     return {"settings": asdict(settings), "images": IMAGES, "seed": seed, "cpu_seconds": 70.0}
+
+
+def test_a_quiet_plan_is_its_exit_code(stock_model, workdir, capsys):
+    assert call("-m", stock_model(), *QUICK, "--dry-run", "-q") == 0
+    assert capsys.readouterr() == ("", "")
+    assert call("--recipe", "llava-next-7b", "--dry-run", "--gpu", "24GB", "-q") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: the run does not fit")
+    assert call("--sweep", "ablations", "--seeds", 1, "--device", "cpu", "-o", "sweep", "--dry-run", "-q") == 0
+    assert capsys.readouterr() == ("sweep\n", "")

@@ -7,6 +7,7 @@ an attribute named like the verb: a function, which becomes the command, or a `t
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -134,6 +135,8 @@ def _report(error: BaseException, options: dict[str, str]) -> int:
     if os.environ.get("PMOD_DEBUG") == "1" and not isinstance(error, SystemExit):
         raise error
     if isinstance(error, SystemExit):
+        if getattr(error.__context__, "errno", None) == errno.EPIPE:  # Typer ends so where the reader has seen enough
+            return 0
         return error.code if isinstance(error.code, int) else RUN_FAILED
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -150,9 +150,14 @@ def test_unknown_exceptions_keep_their_traceback(monkeypatch):
 
 
 def test_closed_pipe_is_quiet(tmp_path):
-    command = f"{sys.executable} -m pmod_cli recipes show llava-1.5-7b | head -c 1 > {os.devnull}"
-    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stderr == ""
+    for words, reader in (
+        ("recipes show llava-1.5-7b", "head -c 1"),
+        ("recipes ls", "head -1"),
+        ("recipes ls", "true"),
+    ):
+        command = f"set -o pipefail; {sys.executable} -m pmod_cli {words} | {reader} > {os.devnull}"
+        result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_env_reports_json(pmod, tmp_path):

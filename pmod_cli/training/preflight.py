@@ -104,6 +104,11 @@ def _folder(run: Intent) -> None:
         refuse_bytes(run.out)
     if run.out is not None and run.processes is not None and run.fleet.machine_rank == 0:
         folder.check_free(run.out, run.settings, run.processes, resume=run.resume, overwrite=run.overwrite)
+        state = run.out / folder.STATE
+        if state.is_dir() and not run.overwrite:
+            from pmod_cli.training.resume import newest_whole  # imports torch, and only where a run goes on
+
+            newest_whole(state)
 
 
 def _report(run: Intent) -> None:

@@ -6,8 +6,9 @@ import os
 import pytest
 from PIL import Image
 
-from pmod_cli import cli
+from pmod_cli import cli, recipes
 from pmod_cli.training import folder
+from pmod_cli.training.recipe import dump, load_settings
 from tests.test_cli import imported_by
 
 QUICK = ("--set", "train.max_steps=2", "--batch-size", "2", "--set", "data.turns=1", "--device", "cpu")
@@ -27,6 +28,7 @@ REFUSED = {
     "a task whose data is not here": (["--eval", "chartqa"], "the data of ChartQA is not on this machine"),
     "a log without its package": (["--report-to", "wandb"], "train.report_to: wandb needs wandb"),
     "a foreign folder": (["-o", "there"], "there exists and is not a run of pmod finetune"),
+    "a run whose checkpoint is damaged": (["-o", "damaged"], "no training checkpoint in damaged/checkpoints is whole"),
     "a folder below a file": (["-o", "there/thesis.txt/run"], "there/thesis.txt is a file"),
     "a folder whose name is no UTF-8": (["-o", os.fsdecode(b"m\xff")], r"the path m\xff is no UTF-8"),
     "another run": (["-o", "taken"], "taken holds a run with other settings"),
@@ -62,6 +64,10 @@ def place(stock_model, workdir, monkeypatch):
     (workdir / "there" / "thesis.txt").write_text("years")
     (workdir / "taken").mkdir()
     (workdir / "taken" / "config.yaml").write_text("train: {seed: 5}\n")
+    settings = load_settings(recipes.find("tiny"), ["train.max_steps=2", "train.batch_size=2", "data.turns=1"])
+    settings.model.name = str(stock_model().resolve())
+    (workdir / "damaged" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (workdir / "damaged" / "config.yaml").write_text(dump(settings))
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
     (workdir / "rows.json").write_text(json.dumps([{"id": "1", "image": "gone.png", "conversations": turns}]))
     monkeypatch.setenv("PMOD_MODEL", str(stock_model()))

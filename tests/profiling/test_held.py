@@ -1,6 +1,7 @@
 """What `profile` counts is held to the weights beside the config.json; without weights, what was assumed is said."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from pmod_cli.checkpoints.aliases import bundled_path
 from pmod_cli.checkpoints.convert import convert
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling import Sizes, load_subject
+from pmod_cli.profiling import Sizes, Workload, load_subject, prefill
+from tests import factories
+from tests.checkpoints.mutations import change as change_anything
 
 
 @pytest.fixture
@@ -102,3 +105,28 @@ def test_a_config_alone_that_no_model_can_have(checkpoint, part, key, value, tol
     change(checkpoint, part, key, value)
     with pytest.raises(PmodError, match=told):
         load_subject(str(checkpoint))
+
+
+def damaged(folder: Path, seed: int) -> str:
+    """One value of config.json set or deleted, then read and counted by formula. Returns what was done."""
+    done = change_anything(folder / "config.json", random.Random(seed))
+    try:
+        subject = load_subject(str(folder / "config.json"))
+        sizes = Sizes.of(subject.stock)
+        prefill(sizes, Workload(image_sizes=((64, 64),)).rows(sizes), subject.pmod.retention)
+    except PmodError:
+        pass
+    except Exception as error:
+        raise AssertionError(f"seed {seed}: {done}") from error
+    return done
+
+
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(1000, 4000), marks=pytest.mark.soak)])
+def test_damaged_configs_alone(seeds, tmp_path):
+    kinds = [("llava_next", "llama"), ("llava", "mistral"), ("llava_next", "qwen2")]
+    wholes = [factories.config(*kind, layers=3).to_dict() | {"pmod": {"schedule": "cosine"}} for kind in kinds]
+    for seed in seeds:
+        whole = wholes[seed % len(wholes)]
+        whole = whole | {"model_type": f"pmod_{whole['model_type'].removeprefix('pmod_')}"}
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        damaged(tmp_path, seed)

@@ -81,6 +81,7 @@ def resolve(
     base, _, suffix = name.partition("@")
     if suffix and revision:
         raise PmodError(f"two revisions: {suffix!r} in the name and {revision!r} in `revision`; give one")
+    base = _alias_of(base)
     alias = ALIASES.get(base)
     if alias is None and "/" not in base:
         raise _unknown(name)
@@ -92,6 +93,11 @@ def resolve(
     return Resolved(path, name, origin, alias=base if alias else None, repo=repo, commit=path.name)
 
 
+def _alias_of(name: str) -> str:
+    """An alias in any case as it is listed; any other name as it is."""
+    return name.lower() if name.lower() in ALIASES else name
+
+
 def find_here(name: str) -> Resolved | None:
     """As `resolve`, but nothing is fetched: None where the hub would be asked for the model.
 
@@ -101,6 +107,7 @@ def find_here(name: str) -> Resolved | None:
     from huggingface_hub import constants
 
     base, _, revision = name.partition("@")
+    base = _alias_of(base)
     repo = ALIASES[base].repo if base in ALIASES else base
     may_be_on_hub = repo is not None and repo.count("/") == 1 and not name.startswith((".", "/", "~"))
     if may_be_on_hub and not Path(name).expanduser().exists() and not constants.HF_HUB_OFFLINE:

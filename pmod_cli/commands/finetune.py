@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 pmod finetune --recipe tiny
-pmod finetune --recipe tiny --model tiny-llava-next -o runs/stock
+pmod finetune tiny --model tiny-llava-next -o runs/stock
 pmod finetune --recipe tiny --set train.router_learning_rate=1e-2 --max-steps 100
 pmod finetune --recipe llava-next-7b --dry-run --gpu a100-80gb --num-processes 8
 pmod finetune --recipe llava-1.5-7b --num-processes 8 -o runs/p-mod-7b
@@ -46,6 +46,7 @@ pmod finetune --sweep ablations --seeds 3
 pmod finetune --merge runs/lora
 pmod finetune --recipe runs/stock/config.yaml -o runs/stock
 """
+DEFAULT = "tiny"
 SETTINGS = {  # those of a recipe that have an option of their own
     "model.name": "--model",
     "model.precision": "--dtype",
@@ -63,9 +64,17 @@ DATA, PROCESSES, PLAN = "Data", "Several GPUs and machines", "Planning (--dry-ru
 
 
 def finetune(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", metavar="NAME|FILE", help="What to run; see `pmod recipes ls`.")
-    ] = "tiny",
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help="What to run; see `pmod recipes ls`. (default: tiny)",
+            show_default=False,
+        ),
+    ] = None,
     model: ModelOpt = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Run folder; without it ./runs/RECIPE-TIME.")
@@ -172,6 +181,8 @@ def finetune(
         )
     resume = resume is not False
 
+    if name is not None and recipe is not None:
+        raise PmodError(f"two recipes: {name} and --recipe {recipe}; give one")
     given = {
         "model.name": model,
         "model.precision": None if dtype == "auto" else dtype,
@@ -207,7 +218,7 @@ def finetune(
     if merge is not None:
         _merge(merge, model, as_json)
         return
-    settings = load_settings(recipes.find(recipe), overrides or (), flags)
+    settings = load_settings(recipes.find(name or recipe or DEFAULT), overrides or (), flags)
     if print_config:
         output.stdout.file.write(dump(settings))
         return

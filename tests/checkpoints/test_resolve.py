@@ -143,3 +143,8 @@ def test_a_damaged_tokenizer_is_a_sentence(stock_model, tmp_path, text):
     (tmp_path / "model" / "tokenizer.json").write_text(text)
     with pytest.raises(PmodError, match=r"the tokenizer or the image processor in .*model cannot be loaded"):
         load_processor(tmp_path / "model")
+
+
+def test_an_alias_in_any_case():
+    assert resolve("Tiny-LLaVA-NeXT").path == resolve("tiny-llava-next").path
+    assert resolve("TINY-LLAVA-NEXT").alias == "tiny-llava-next"

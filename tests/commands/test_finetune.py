@@ -111,6 +111,15 @@ def test_the_papers_run_is_planned_without_a_file_of_it(workdir, capsys):
     assert list(workdir.iterdir()) == []
 
 
+def test_a_recipe_may_be_named_without_its_flag(workdir, capsys):
+    assert call("finetune", "--recipe", "lora", "--print-config") == 0
+    named = capsys.readouterr().out
+    assert call("finetune", "lora", "--print-config") == 0
+    assert capsys.readouterr().out == named
+    assert call("finetune", "lora", "--recipe", "tiny", "--print-config") == 2
+    assert "two recipes" in capsys.readouterr().err
+
+
 def test_print_config_is_a_recipe(workdir, capsys):
     assert call("finetune", "--print-config", "--seed", 5, "--set", "train.learning_rate=1e-3") == 0
     first = capsys.readouterr().out

@@ -9,12 +9,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from pmod_cli.core import json_text
+from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 
 ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("length", "<i4")])
@@ -50,12 +52,9 @@ def open_index(path: Path, length_of: Callable[[object], int]) -> np.ndarray:
         raise PmodError(f"the data file {path} has no rows")
     with suppress(OSError):  # a read-only or full cache: the index is built again the next time
         cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp.npy")
-        try:
-            np.save(temporary, index)
-            temporary.replace(cached)
-        finally:
-            temporary.unlink(missing_ok=True)
+        written = BytesIO()
+        np.save(written, index)
+        write_bytes(cached, written.getvalue())
     return index
 
 

@@ -25,7 +25,9 @@ GROUP = 3  # kills before the command is let through
 SERVER = """
 import json, os, sys, time
 from pathlib import Path
-import torch, lmms_eval.evaluator
+import torch, torch._dynamo, lmms_eval.evaluator, matplotlib.backends.backend_agg, transformers.trainer
+import transformers.models.llava_next.processing_llava_next, transformers.models.clip.modeling_clip
+import pmod_cli.model.modeling, transformers.models.llama.modeling_llama
 import pmod_cli.checkpoints, pmod_cli.training.run, pmod_cli.evaluation.runner
 from pmod_cli import cli
 from pmod_cli.commands import convert, eval, finetune
@@ -119,11 +121,17 @@ def same(found: dict[str, bytes], new: dict[str, bytes]) -> bool:
     if found.keys() != new.keys() or found.get("config.yaml") != new.get("config.yaml"):
         return False
     weights = [name for name in new if name.endswith(".safetensors")]
-    answers = [
-        [json.loads(data[f"{name}"])["tasks"][0]["questions"] for name in data if name == "results.json"]
-        for data in (found, new)
+    return all(found[name] == new[name] for name in weights) and scores(found) == scores(new)
+
+
+def scores(found: dict[str, bytes]) -> list[tuple]:
+    """Of an evaluation: by task and model, how many questions and what score; else empty."""
+    tasks = json.loads(found["results.json"])["tasks"] if "results.json" in found else []
+    return [
+        (task["name"], model, score["questions"], score["score"])
+        for task in tasks
+        for model, score in task["scores"].items()
     ]
-    return all(found[name] == new[name] for name in weights) and answers[0] == answers[1]
 
 
 def kill_often(verb: str, commands: Commands, stock: Path, kills: int, seed: int) -> dict[str, int]:
@@ -141,8 +149,9 @@ def kill_often(verb: str, commands: Commands, stock: Path, kills: int, seed: int
     assert commands.run(old_words)
     shutil.copytree(out, place / "old")
     old, again = files(out), [*new_words, "--overwrite"]
-    started = time.monotonic()
     calls = commands.calls(again)
+    started = time.monotonic()
+    assert commands.run(again)
     seconds = time.monotonic() - started
     count = {"kills": 0, "at a call": 0, "left the old": 0, "left the new": 0, "ended first": 0, "calls": len(calls)}
     rounds = 0
@@ -170,6 +179,7 @@ def kill_often(verb: str, commands: Commands, stock: Path, kills: int, seed: int
         assert (
             {path.name for path in (place / ".pmod").iterdir()} <= {"current"} if (place / ".pmod").exists() else True
         )
+        print(f"{verb} --overwrite: {count}", flush=True)
     return count
 
 
@@ -177,5 +187,4 @@ def kill_often(verb: str, commands: Commands, stock: Path, kills: int, seed: int
 @pytest.mark.parametrize("verb", VERBS)
 def test_overwriting_killed_fifty_times(verb, commands, stock_model):
     count = kill_often(verb, commands, stock_model(), kills=50, seed=1)
-    print(f"{verb} --overwrite: {count}")
     assert count["at a call"] >= 15

@@ -208,12 +208,15 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
     from pmod_cli.core.atomic import write_json
 
     described: list[dict[str, Any]] = []
-    numbers, models = [], set()
+    numbers, models, warned = [], set(), False
     with output.progress() as bar:
         task = bar.add_task("drawing", total=total, visible=statistics is not None)
         for drawn in run:
             numbers.append(visualization.image_statistics(drawn.record))
             models.add(drawn.record.model)
+            if drawn.against and not warned and visualization.asked_blindly(drawn.record, drawn.against):
+                output.warn(f"{visualization.BLIND} Put <image> behind the text: --question 'What is red in <image>?'")
+                warned = True
             layers = drawn.layers
             if as_json:
                 described.append(visualization.describe(drawn))

@@ -3,7 +3,7 @@
 from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.visualization.archive import load_npz, save_npz
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
-from pmod_cli.visualization.figure import MODES, PARTS, draw
+from pmod_cli.visualization.figure import BLIND, MODES, PARTS, asked_blindly, draw
 from pmod_cli.visualization.geometry import Layout, Part, image_layout
 from pmod_cli.visualization.html import html_page, save_html
 from pmod_cli.visualization.inputs import Item, check_pictures, find_items, short_name
@@ -16,6 +16,7 @@ from pmod_cli.visualization.subjects import Subject, check_pair, check_subject, 
 from pmod_cli.visualization.targets import folder_targets, one_target
 
 __all__ = [
+    "BLIND",
     "DEFAULT_QUESTION",
     "MAX_NEW_TOKENS",
     "MODES",
@@ -29,6 +30,7 @@ __all__ = [
     "SelectionRecord",
     "Settings",
     "Subject",
+    "asked_blindly",
     "attend",
     "check_format",
     "check_pair",

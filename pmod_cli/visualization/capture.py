@@ -11,7 +11,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.data.images import is_anyres, reduced
 from pmod_cli.visualization.geometry import Layout, image_layout
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import IMAGE_MARK, SelectionRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 DEFAULT_QUESTION = "What is shown in this image?"
 MAX_NEW_TOKENS = 32
-IMAGE_MARK = "<image>"
 
 
 def select(

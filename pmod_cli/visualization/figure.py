@@ -26,6 +26,9 @@ PART_NAMES = {"image": "", "base": "whole image", "tiles": "{}×{} tiles"}
 COLOUR_MAP = "cividis"  # the same order for every eye; light where there is much, so that print stays readable
 
 
+BLIND = "The image stands before both questions, so no layer knew them: both selections are the same by construction."
+
+
 def draw(
     record: SelectionRecord,
     layers: Sequence[int],
@@ -245,7 +248,14 @@ def _legend(record: SelectionRecord, groups: list[list[Part]], mode: str, answer
 def _questions(record: SelectionRecord, against: SelectionRecord) -> list[tuple[str, str]]:
     if record.question == against.question:
         return [(f"Q: {record.question}", INK)]
-    return [(f"{letter} is asked: {own.question}", INK) for letter, own in (("A", record), ("B", against))]
+    asked = [(f"{letter} is asked: {own.question}", INK) for letter, own in (("A", record), ("B", against))]
+    return [*asked, (BLIND, ALERT)] if asked_blindly(record, against) else asked
+
+
+def asked_blindly(record: SelectionRecord, against: SelectionRecord) -> bool:
+    """Whether two questions were put to one model so that they could not change what it keeps."""
+    other = record.question != against.question and record.model == against.model
+    return other and record.image_first and against.image_first and against.chosen_by == "router"
 
 
 def _caption(record: SelectionRecord, answer_only: bool) -> list[tuple[str, str]]:

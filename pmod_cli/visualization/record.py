@@ -13,6 +13,8 @@ from PIL import Image
 from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.geometry import Layout
 
+IMAGE_MARK = "<image>"  # in a question, the place of the image; without it the image stands first
+
 
 @dataclass(frozen=True)
 class SelectionRecord:
@@ -49,6 +51,12 @@ class SelectionRecord:
     chosen_by: str = "router"
     notes: tuple[str, ...] = ()
     regions: tuple[tuple[float, float, float, float], ...] = ()
+
+    @property
+    def image_first(self) -> bool:
+        """Whether the image stood before all of the question, so that no layer knew any of it when it selected."""
+        before, mark, _ = self.question.partition(IMAGE_MARK)
+        return not mark or not before.strip()
 
     @property
     def num_layers(self) -> int:

@@ -185,9 +185,18 @@ def test_what_is_compared(ready, stock_model, capsys):
         layer["kept_tokens"] for layer in image["layers"]
     ]
     assert call("visualize", "img.png", "--against-question", "and that?", *options) == 0
-    (image,) = json.loads(capsys.readouterr().out)["images"]
+    written = capsys.readouterr()
+    assert "no layer knew them: both selections are the same" in " ".join(written.err.split())
+    (image,) = json.loads(written.out)["images"]
     assert image["against"]["question"] == "and that?"
     assert [layer["in_common"] for layer in image["against"]["layers"]] == [1, 1, 1, 1]
+
+
+def test_a_question_before_the_image_is_no_blind_one(ready, capsys):
+    options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0, "-o", "a.png")
+    asked = ("--question", "what is red in <image>?", "--against-question", "what is blue in <image>?")
+    assert call("visualize", "img.png", *asked, *options) == 0
+    assert "no layer knew them" not in capsys.readouterr().err
 
 
 def test_the_example_of_the_documentation(workdir):

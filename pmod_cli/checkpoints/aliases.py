@@ -133,6 +133,11 @@ ALIASES = {
 }
 
 
+def alias_of(name: str) -> str:
+    """An alias in any case as it is listed; any other name as it is."""
+    return name.lower() if name.lower() in ALIASES else name
+
+
 def bundled_path(name: str = "tiny-llava-next") -> Path:
     """The folder of a model that is part of this package.
 

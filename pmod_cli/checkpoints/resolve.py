@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.aliases import ALIASES, bundled_path
+from pmod_cli.checkpoints.aliases import ALIASES, alias_of, bundled_path
 from pmod_cli.checkpoints.files import missing_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import heal
@@ -81,7 +81,7 @@ def resolve(
     base, _, suffix = name.partition("@")
     if suffix and revision:
         raise PmodError(f"two revisions: {suffix!r} in the name and {revision!r} in `revision`; give one")
-    base = _alias_of(base)
+    base = alias_of(base)
     alias = ALIASES.get(base)
     if alias is None and "/" not in base:
         raise _unknown(name)
@@ -93,11 +93,6 @@ def resolve(
     return Resolved(path, name, origin, alias=base if alias else None, repo=repo, commit=path.name)
 
 
-def _alias_of(name: str) -> str:
-    """An alias in any case as it is listed; any other name as it is."""
-    return name.lower() if name.lower() in ALIASES else name
-
-
 def find_here(name: str) -> Resolved | None:
     """As `resolve`, but nothing is fetched: None where the hub would be asked for the model.
 
@@ -107,7 +102,7 @@ def find_here(name: str) -> Resolved | None:
     from huggingface_hub import constants
 
     base, _, revision = name.partition("@")
-    base = _alias_of(base)
+    base = alias_of(base)
     repo = ALIASES[base].repo if base in ALIASES else base
     may_be_on_hub = repo is not None and repo.count("/") == 1 and not name.startswith((".", "/", "~"))
     if may_be_on_hub and not Path(name).expanduser().exists() and not constants.HF_HUB_OFFLINE:

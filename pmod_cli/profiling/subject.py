@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlavaConfig, LlavaNextConfig
 
 from pmod_cli.checkpoints import resolve
-from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
+from pmod_cli.checkpoints.aliases import ALIASES, alias_of, builtin_config
 from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.layouts.defaults import LLAVA, MOST_LAYERS, left_out
 from pmod_cli.checkpoints.layouts.huggingface import hold_to_weights
@@ -101,8 +101,8 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
         PmodError: nothing has this name, the configuration is no LLaVA's, or it says other sizes than the weights have.
     """
     path = Path(name).expanduser()
-    if name in ALIASES and not path.exists() and revision is None:
-        return Found(name, f"built-in configuration of {name}", builtin_config(name).to_dict())
+    if (alias := alias_of(name)) in ALIASES and not path.exists() and revision is None:
+        return Found(alias, f"built-in configuration of {alias}", builtin_config(alias).to_dict())
     if path.is_file() and revision is not None:
         raise PmodError(f"{name} is a file, and has no revision {revision!r}", hint="leave `revision` out")
     file = path if path.is_file() else resolve(name, revision=revision, weights=False).path / CONFIG

@@ -349,3 +349,7 @@ def test_what_is_wrong_whatever_the_model_is_is_said_before_anything_heavy_is_im
             [sys.executable, "-c", code + heavy], capture_output=True, text=True, cwd=ROOT, check=True
         )
         assert done.stdout == "[]\n", words
+
+
+def test_an_alias_in_any_case(capsys):
+    assert run(capsys, "-m", "LLaVA-NeXT-7B", "--json")[1] == run(capsys, "-m", "llava-next-7b", "--json")[1]

@@ -87,7 +87,7 @@ def alone(routed, rows, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(routed, rows, alone, tmp_path, engine):
     report = start(settings_for(routed, rows, "train.batch_size=1", f"train.engine={engine}"), tmp_path / "run")
     assert (report.status, report.step, report.summary.processes) == ("finished", 6, 2)
@@ -100,6 +100,7 @@ def test_two_processes_train_as_one(routed, rows, alone, tmp_path, engine):
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.soak), "fsdp2"])
 def test_interrupted_processes_save_together_and_go_on(routed, rows, alone, tmp_path, engine):
     """Ctrl-C at the launcher alone: the processes agree on a step, and the run ends as an unbroken one."""
@@ -133,6 +134,7 @@ def test_another_number_of_processes_does_not_go_on(routed, rows, tmp_path):
         finetune(settings, out)
 
 
+@pytest.mark.slow
 def test_what_a_process_says_is_what_is_raised(routed, rows, tmp_path):
     with pytest.raises(PmodError, match="no multiple of 3 rows x 2 processes") as caught:
         start(settings_for(routed, rows, "train.batch_size=3"), tmp_path / "run")

@@ -154,13 +154,9 @@ def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject
     }
     try:
         settings = PmodSettings.from_dict({**_without_conflicts(own, overrides), **overrides})
-        return Subject(
-            name,
-            found.source,
-            STOCK[kind].from_dict(shared),
-            PMOD[kind].from_dict({**shared, "pmod": settings.to_dict()}),
-            found.assumed,
-        )
+        pmod = PMOD[kind].from_dict({**shared, "pmod": settings.to_dict()})
+        _ = pmod.retention  # a schedule that this number of layers cannot have
+        return Subject(name, found.source, STOCK[kind].from_dict(shared), pmod, found.assumed)
     except REFUSALS as error:
         raise PmodError(f"{name}: {_first_line(error)}", hint="pmod profile --help") from error
 

@@ -95,6 +95,8 @@ def test_a_config_of_the_original_code_is_no_config_of_defaults(tmp_path):
     ("part", "key", "value", "told"),
     [
         ("vision_config", "image_size", ..., r"\[48, 96\], which is less than one tile of 224 x 224"),
+        ("text_config", "num_hidden_layers", 1, "a schedule needs at least 2 layers"),
+        (None, "pmod", {"schedule": "list", "values": [0.5, 0.5]}, "needs one ratio per layer: expected 32, found 2"),
         ("text_config", "model_type", {"a": 1}, "the decoder .* is unknown"),
         ("vision_config", "model_type", ["a"], "the vision tower .* is unknown"),
     ],

@@ -6,7 +6,7 @@ STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum |
 # A process a core; one that has nothing left takes tests from another.
 SPREAD := -n $(shell nproc) --dist worksteal
 
-.PHONY: setup demo test test-slow coverage types bench soak lint format reference lock clean
+.PHONY: setup demo test test-slow coverage types bench gpu gpu-cpu gpu-wheels soak lint format reference lock clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,18 @@ coverage: setup
 # Speed and memory against the stock model on the same weights: prints the ratios, fails past a bound. Not part of `test`.
 bench: setup
 	.venv/bin/python -m tests.bench
+
+# Everything that a GPU is needed for, in one run of minutes: docs/gpu.md. OUT is the folder of its results.
+gpu: setup
+	.venv/bin/python -m tests.gpu
+
+# The same at toy size on a CPU, so that it works on the day when there is a GPU.
+gpu-cpu: setup
+	.venv/bin/python -m tests.gpu --cpu -o $(or $(OUT),runs/gpu-cpu)
+
+# Wheels for a machine with a GPU and without a package index.
+gpu-wheels: setup
+	.venv/bin/python -m tests.gpu.wheels
 
 # The kill, fuzz and scale tests at full count.
 soak: setup

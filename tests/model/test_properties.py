@@ -254,19 +254,6 @@ def test_headless_model_and_device_map_names():
     assert "PmodLlamaDecoderLayer" in model._no_split_modules
 
 
-@pytest.mark.gpu
-def test_flash_attention_agrees_with_sdpa():
-    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
-    inputs = {key: value.cuda() for key, value in batch("llava_next", ROWS).items()}
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    logits = []
-    for attention in ("sdpa", "flash_attention_2"):
-        model = pmod_model(attention=attention).bfloat16().cuda()
-        with torch.no_grad():
-            logits.append(model(**inputs).logits[inputs["attention_mask"].bool()])
-    torch.testing.assert_close(*logits, atol=0.1, rtol=0.1)
-
-
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_prompt_of_images_alone_of_which_a_layer_keeps_nothing(cache):
     """Nothing passes the layers, so logits are those of the embeddings; a later token sees itself alone."""

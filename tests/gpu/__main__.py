@@ -116,6 +116,7 @@ class Run:
         if limit < 10:
             step |= {"status": "left out", "error": "no time was left"}
             return self._write()
+        self._write()
         print(f"{name} …", file=sys.stderr, flush=True)
         begin, late = time.monotonic(), threading.Event()
         environment = {**os.environ, "PMOD_GPU_SO_FAR": str(self.out / "gpu.json")}

@@ -187,7 +187,8 @@ def report(machine: Machine) -> None:
 
 def _first_step() -> float | None:
     path = os.environ.get(SO_FAR)
-    rows = json.loads(Path(path).read_text())["steps"].get("prefill", {}).get("rows", []) if path else []
+    steps = json.loads(Path(path).read_text())["steps"] if path else {}
+    rows = steps.get("prefill", {}).get("rows", [])
     return next((row["value"] for row in rows if row["name"] == f"{NEXT} b1"), None)
 
 

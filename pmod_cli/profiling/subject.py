@@ -220,7 +220,9 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     stock = {key: value for key, value in shared.items() if key not in ("pmod", "router_state")}
     kind = subject.stock.model_type
     try:
-        return replace(subject, stock=STOCK[kind].from_dict(stock), pmod=PMOD[kind].from_dict(shared))
+        pmod = PMOD[kind].from_dict(shared)
+        _ = pmod.retention  # as in `subject_of`
+        return replace(subject, stock=STOCK[kind].from_dict(stock), pmod=pmod)
     except REFUSALS as error:
         raise PmodError(f"{subject.name}: {_first_line(error)}", hint="pmod profile --help") from error
 

@@ -10,7 +10,7 @@ import pytest
 from pmod_cli.checkpoints.aliases import bundled_path
 from pmod_cli.checkpoints.convert import convert
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling import Sizes, Workload, load_subject, prefill
+from pmod_cli.profiling import Sizes, Workload, load_subject, prefill, scaled
 from tests import factories
 from tests.checkpoints.mutations import change as change_anything
 
@@ -107,6 +107,12 @@ def test_a_config_alone_that_no_model_can_have(checkpoint, part, key, value, tol
     change(checkpoint, part, key, value)
     with pytest.raises(PmodError, match=told):
         load_subject(str(checkpoint))
+
+
+def test_a_list_of_ratios_is_not_that_of_another_number_of_layers():
+    subject = load_subject("llava-1.5-7b", {"schedule": "list", "values": [0.5] * 32})
+    with pytest.raises(PmodError, match="expected 8, found 32"):
+        scaled(subject, layers=8)
 
 
 def damaged(folder: Path, seed: int) -> str:

@@ -27,6 +27,7 @@ from pmod_cli.core.atomic import write_text
 from tests.gpu.table import compare, markdown
 
 TOTAL = 8 * 60  # seconds
+LEAST = 10  # a step is not begun with less
 CPU_PATIENCE = 5  # how many times longer a step may take on a CPU, which may have other work
 
 
@@ -113,7 +114,7 @@ class Run:
 
     def _step(self, name: str, limit: float, log) -> None:
         step = self.found["steps"][name] = {"status": "running", "seconds": 0.0, "rows": []}
-        if limit < 10:
+        if limit < LEAST:
             step |= {"status": "left out", "error": "no time was left"}
             return self._write()
         self._write()

@@ -100,6 +100,7 @@ def engines(machine: Machine) -> None:
         begin = time.perf_counter()
         alone = _losses_of(machine, place, "alone")
         emit(Row("alone", time.perf_counter() - begin, "s", note=f"losses {_shown(alone)}"))
+        failed = []
         for engine, package in ENGINES.items():
             missing = package is not None and find_spec(package) is None
             if missing or (machine.cpu and engine != "fsdp2"):
@@ -109,6 +110,7 @@ def engines(machine: Machine) -> None:
             try:
                 losses = _losses_of(machine, place, engine)
             except subprocess.CalledProcessError as error:
+                failed.append(engine)
                 emit(
                     Row(
                         f"{engine}: largest difference of losses",
@@ -121,6 +123,8 @@ def engines(machine: Machine) -> None:
             worst = max(abs(one - other) for one, other in zip(losses, alone, strict=True))
             goal = None if engine == "qlora" else 1e-2  # four bits change the model
             emit(Row(f"{engine}: largest difference of losses", worst, "", goal=goal, note=f"losses {_shown(losses)}"))
+    if failed:
+        raise PmodError(f"{', '.join(failed)} failed")
 
 
 def _losses_of(machine: Machine, place: Path, engine: str) -> list[float]:

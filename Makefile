@@ -1,20 +1,24 @@
 # From a bare clone: `make demo`, `make test`. Both set up .venv first; a second time that installs nothing.
 
-PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell command -v python$(version))) python3)
-STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c 1-16)
+# The first Python 3.11 to 3.13 that runs and can make an environment: a name on the PATH may be a shim that does not.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do $$python -c \
+	'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	2>/dev/null && echo $$python && break; done)
+STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml tests/install.py | cksum | cut -d ' ' -f 1)
 
 # A process a core; one that has nothing left takes tests from another.
-SPREAD := -n $(shell nproc) --dist worksteal
+SPREAD := -n $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) --dist worksteal
 
-.PHONY: setup demo test test-slow coverage types bench gpu gpu-cpu gpu-wheels soak lint format reference lock clean
+.PHONY: setup demo test test-slow test-versions coverage types bench gpu gpu-cpu gpu-wheels soak lint format reference lock clean
 
 setup: $(STAMP)
 
-# pip skips what is there, so a set-up that was interrupted goes on where it was.
+# pip skips what is there, so a set-up that was interrupted goes on where it was. PYTORCH_INDEX=URL: another build of torch.
+export PYTORCH_INDEX
 $(STAMP):
+	$(if $(PYTHON),,$(error no Python 3.11 to 3.13 with venv and ensurepip was found: name one with PYTHON=...))
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --no-deps --requirement requirements.lock
-	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	.venv/bin/python tests/install.py
 	rm -f .venv/.setup-* && touch $@
 
 demo: setup
@@ -28,6 +32,14 @@ test: setup
 # What takes too long for every day and is not cut short either; CI runs it after `test`.
 test-slow: setup
 	.venv/bin/python -m pytest $(SPREAD) -m "slow and not soak"
+
+# The model under the oldest transformers that is admitted; the newest is the locked one, which `test` runs. What all of
+# them declare is alike, so a folder with the other release in front is enough.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+TRANSFORMERS ?= $(OLDEST)
+test-versions: setup
+	.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/transformers-$(TRANSFORMERS) "transformers~=$(TRANSFORMERS).0"
+	PYTHONPATH=.venv/transformers-$(TRANSFORMERS) .venv/bin/python -m pytest $(SPREAD) -m "not soak and not timing" tests/model
 
 # Both tiers, with the share of lines and branches that they reach. Processes that tests start are counted too.
 coverage: setup
@@ -72,9 +84,7 @@ reference: setup
 
 # After installing other versions into .venv by hand: write down what is there.
 lock:
-	{ sed -n '/^#/p' requirements.lock; .venv/bin/python -m pip freeze --all --exclude pip --exclude pmod-cli \
-		| sed 's/+cpu$$//' | sort -f; } > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+	.venv/bin/python tests/install.py lock
 
 clean:
 	rm -rf .venv demo

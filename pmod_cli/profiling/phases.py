@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from pmod_cli.model.cache import CACHE_NAME
 from pmod_cli.profiling.contestants import STOCK, Contestants, Prompt
 
 PREFILL, FIRST_TOKEN, DECODE, TRAIN, CHECKPOINTED = "prefill", "first-token", "decode", "train", "train-checkpointed"
@@ -73,9 +74,9 @@ class Bench:
         model(
             inputs_embeds=self.embeds,
             attention_mask=self.prompt.attention_mask,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_NAME: cache},
             **vision,
         )
         return cache
@@ -96,7 +97,7 @@ class Bench:
             model, seen = self.contestants[name], mask
             for _ in range(self.steps):
                 seen = None if seen is None else torch.cat([seen, seen[:, -1:]], dim=1)
-                model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True)
+                model(input_ids=ids, attention_mask=seen, use_cache=True, **{CACHE_NAME: cache})
             cache.crop(-self.steps)
 
         return loop

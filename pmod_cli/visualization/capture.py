@@ -125,6 +125,8 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: SelectionR
     """
     import torch
 
+    from pmod_cli.model.cache import CACHE_NAME
+
     inputs, layout = _prepare(model, processor, beside.image, beside.question)
     num_layers = model.config.text_config.num_hidden_layers
     if (num_layers, layout.size) != beside.kept.shape:
@@ -137,8 +139,8 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: SelectionR
     is_vision = (ids[0] == model.config.image_token_id).cpu()
     with torch.inference_mode():
         head = {**inputs, "input_ids": ids[:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
-        cache = model(**head, use_cache=True, logits_to_keep=1).past_key_values
-        last = model(input_ids=ids[:, -1:], past_key_values=cache, output_attentions=True)
+        cache = model(**head, use_cache=True, logits_to_keep=1)[CACHE_NAME]
+        last = model(input_ids=ids[:, -1:], output_attentions=True, **{CACHE_NAME: cache})
     weight = np.stack([layer[0, :, 0].float().mean(0).cpu()[is_vision].numpy() for layer in last.attentions])  # (L, V)
     order = np.argsort(-weight, axis=1, kind="stable")
     rank = np.argsort(order, axis=1, kind="stable")

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from pmod_cli.data.documents import TASKS, Document, draw, seed_of
 from pmod_cli.data.rows import question
+from pmod_cli.model.cache import CACHE_NAME
 
 
 def unseen_documents(task: str, count: int) -> list[Document]:
@@ -51,7 +52,7 @@ def hidden_vision(model: PreTrainedModel, inputs: dict[str, Tensor], first_layer
     hidden = vision & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < share)
 
     def hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        states, cache = args[0] if args else kwargs["hidden_states"], kwargs["past_key_values"]
+        states, cache = args[0] if args else kwargs["hidden_states"], kwargs[CACHE_NAME]
         mask, new = kwargs.get("attention_mask"), states.shape[1]
         past = cache.get_seq_length(module.self_attn.layer_idx)
         if mask is None:

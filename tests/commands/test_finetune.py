@@ -14,6 +14,7 @@ from PIL import Image
 from pmod_cli import cli
 from pmod_cli.checkpoints import load_model
 from pmod_cli.core import extras
+from tests.conftest import ROOT
 
 QUICK = ("--max-steps", 2, "--batch-size", 2, "--set", "data.turns=1", "--set", "train.log_steps=1", "--device", "cpu")
 
@@ -167,13 +168,15 @@ def test_a_path_is_all_that_quiet_prints(stock_model, workdir, capsys):
     assert (captured.out, captured.err) == ("run\n", "")
 
 
-def test_scores_of_the_finished_run_are_in_its_summary_and_card(stock_model, workdir, pmod):
+def test_scores_of_the_finished_run_are_in_its_summary_and_card(stock_model, workdir, capfd, monkeypatch):
     """`--eval` on the first questions of one task, beside the stock model; nothing of it reaches stdout."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the evaluation is a program of its own
     assert call("convert", stock_model(), "-o", "routed") == 0
+    capfd.readouterr()
     words = ("finetune", "-m", "routed", *QUICK, "-o", "run", "--eval", "tiny_doc", "--eval-limit", 4)
-    done = pmod(*words, cwd=workdir, timeout=300)
-    assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
-    assert "$ pmod eval --tasks tiny_doc --model run -o run/eval --device cpu --limit 4" in done.stderr
+    code, done = call(*words), capfd.readouterr()
+    assert (code, done.out) == (0, "run\n"), done.err
+    assert "$ pmod eval --tasks tiny_doc --model run -o run/eval --device cpu --limit 4" in done.err
     summary = json.loads((workdir / "run" / "training_summary.json").read_text())
     scored = json.loads((workdir / "run" / "eval" / "results.json").read_text())["tasks"][0]["scores"]
     assert (summary["status"], summary["step"]) == ("finished", 2)

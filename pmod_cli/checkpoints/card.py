@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmod_cli import __version__
+from pmod_cli import __version__, paper
 from pmod_cli.checkpoints.options import ConversionReport
 
-# Published by the paper's authors, in percent; MME is the perception score. None of it was measured with this code.
-PUBLISHED = {
-    "p-MoD-LLaVA-v1.5-7B": (
-        "SEED 66.5, RealWorldQA 55.7, MME 1482.8, MMBench 65.4, POPE 85.5, GQA 62.2, AI2D 56.2, DocVQA 27.6, "
-        "ChartQA 16.8, TextVQA 44.8, InfoVQA 26.8, OK-VQA 56.0, MMMU 36.3, ScienceQA 69.3"
-    ),
-    "p-MoD-LLaVA-NeXT-7B": (
-        "SEED 69.0, RealWorldQA 57.6, MME 1495.5, MMBench 67.3, POPE 86.8, GQA 63.3, AI2D 65.1, DocVQA 70.0, "
-        "ChartQA 61.8, TextVQA 60.5, InfoVQA 34.1, OK-VQA 55.1, MMMU 36.0, ScienceQA 71.0"
-    ),
-}
 _STATES = {
     "untrained": "The routers are new and untrained: what they keep means nothing yet. Fine-tune it first.",
     "trained": "The routers are trained.",
@@ -73,9 +62,10 @@ def model_card(report: ConversionReport) -> str:
     lines += ["## Use", "", _LOADING[report.to]]
     if report.settings:
         lines += _schedule(report)
-    results = next((text for name, text in PUBLISHED.items() if base.endswith(name)), None)
+    of_paper = next((model for model in paper.MODELS.values() if base.endswith(model.repository)), None)
     lines += ["## Results", ""]
-    if results:
+    if of_paper is not None:
+        results = ", ".join(f"{paper.BENCHMARKS[name]} {score.pmod}" for name, score in of_paper.scores.items())
         lines += [f"Published by the authors of the source, not measured with this checkpoint: {results}.", ""]
     else:
         lines += ["None measured yet: `pmod eval --tasks docvqa,chartqa` writes them.", ""]

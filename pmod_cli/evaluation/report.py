@@ -8,8 +8,8 @@ from zlib import crc32
 
 import numpy as np
 
+from pmod_cli import paper
 from pmod_cli.evaluation.paired import Difference, difference, makes_up
-from pmod_cli.evaluation.published import MME_IN_AVERAGE, beside
 from pmod_cli.evaluation.statistics import UNKNOWN, Record, interval, summands
 from pmod_cli.evaluation.suite import GROUPS, Benchmark
 
@@ -46,7 +46,7 @@ class Report:
             entry: What is known of it; `score` is None and `error` says why where it failed.
             records: One per question: `task`, `doc_id`, `question`, `target`, `answer` and lmms-eval's `item`.
         """
-        entry = dict(entry) | {"paper": beside(entry["score"], benchmark.name, self.models[label])}
+        entry = dict(entry) | {"paper": _beside_paper(entry["score"], benchmark.name, self.models[label])}
         self.entries[benchmark.name][label] = entry
         if entry["score"] is None:
             return
@@ -105,7 +105,7 @@ class Report:
         names = [benchmark.name for benchmark in GROUPS[group]]
         if not set(names) <= self.entries.keys():
             return None
-        weights = {name: MME_IN_AVERAGE if name == "mme" else 1.0 for name in names}
+        weights = {name: paper.MME_IN_AVERAGE if name == "mme" else 1.0 for name in names}
         scores, differences, missing = {}, {}, {}
         for label, model in self.models.items():
             entries = {name: self.entries[name].get(label) for name in names}
@@ -120,7 +120,7 @@ class Report:
                 "low": low,
                 "high": high,
                 "limited": any(entry["limited"] for entry in entries.values()),
-                "paper": beside(score, group, model),
+                "paper": _beside_paper(score, group, model),
             }
             apart = {name: self.differences[name].get(label) for name in names}
             if all(found is not None and found.points is not None for found in apart.values()):
@@ -146,3 +146,16 @@ class Report:
 
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
+
+
+def _beside_paper(score: float | None, name: str, model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The paper's two numbers for a benchmark or a group, and how far a measured one is from its own; None without.
+
+    A p-MoD is compared with the paper's p-MoD, a stock model with the paper's stock model.
+    """
+    of_paper = paper.MODELS.get(str(model.get("model_type", "")).removeprefix("pmod_"))
+    printed = of_paper.score_of(name) if of_paper is not None else None
+    if printed is None:
+        return None
+    own = printed.stock if model.get("routers") == "stock" else printed.pmod
+    return {"baseline": printed.stock, "pmod": printed.pmod, "difference": None if score is None else score - own}

@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from pmod_cli.evaluation.published import PUBLISHED, is_the_papers
+from pmod_cli import paper
 from pmod_cli.evaluation.statistics import rate_interval
 
 Row = dict[str, Any]
@@ -177,12 +177,18 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 
 def _about_the_paper(results: Mapping[str, Any]) -> list[str]:
     families = {str(model.get("model_type", "")).removeprefix("pmod_") for model in results["models"].values()}
-    names = " and ".join(PUBLISHED[family].name for family in sorted(families) if family in PUBLISHED)
+    names = " and ".join(paper.MODELS[family].name for family in sorted(families) if family in paper.MODELS)
     lines = [f"paper, its p-MoD: published scores of {names} and of its p-MoD; to paper: the score minus its kind's"]
-    others = [label for label, model in results["models"].items() if not is_the_papers(model)]
+    others = [label for label, model in results["models"].items() if not _has_size_of_paper(model)]
     if others:
         lines.append(f"{', '.join(others)}: not of the paper's size and decoder, so the paper's numbers only orient")
     return lines
+
+
+def _has_size_of_paper(model: Mapping[str, Any]) -> bool:
+    """Whether a model has the size and the decoder of the paper's."""
+    found = (model.get("layers"), model.get("hidden_size"), model.get("decoder"))
+    return found == tuple(paper.VICUNA_7B[key] for key in ("num_hidden_layers", "hidden_size", "model_type"))
 
 
 def _flips(results: Mapping[str, Any], label: str) -> str | None:

@@ -1,8 +1,8 @@
 """What a model costs, stock beside p-MoD: counted before it runs, without weights, and measured when it runs.
 
 Without torch: sizes -> anyres -> workload -> closed and training, the formulas. Traced: subject -> operators -> cost ->
-kv_cache -> report, one profile. Measured: contestants -> phases -> clock and breakdown -> latency. `devices` and
-`published` hold other people's numbers. Shown: tables, schema (JSON), latency_report.
+kv_cache -> report, one profile. Measured: contestants -> phases -> clock and breakdown -> latency. `devices`
+holds other people's numbers. Shown: tables, schema (JSON), latency_report.
 
 Names resolve on first use, so that formulas cost no import of torch.
 """

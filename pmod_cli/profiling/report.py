@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
+from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.cost import (
     DecoderCost,
@@ -15,7 +17,6 @@ from pmod_cli.profiling.cost import (
     vision_cost,
 )
 from pmod_cli.profiling.kv_cache import DTYPE_BYTES, KvCost, kv_cache
-from pmod_cli.profiling.published import Published, published_for
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
 from pmod_cli.profiling.training import TrainingFlops, TrainingSetup, training_flops
@@ -55,7 +56,7 @@ class Profile:
     vision: VisionCost
     stock_kv: list[KvCost]
     pmod_kv: list[KvCost]
-    published: Published | None
+    published: paper.Model | None
 
     def total(self, cost: DecoderCost, convention: str) -> int:
         """FLOPs of a prefill under one of `CONVENTIONS`."""
@@ -155,7 +156,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         vision=vision_cost(stock_model, rows),
         stock_kv=stock_kv,
         pmod_kv=pmod_kv,
-        published=published_for(stock.text_config, longest.vision_tokens, workload.text_tokens, pmod.retention)
+        published=_of_paper(stock.text_config, longest.vision_tokens, workload.text_tokens, pmod.retention)
         if one_image
         else None,
     )
@@ -165,3 +166,12 @@ def cache_dtype(config: object) -> str:
     """The checkpoint's dtype by name; bfloat16 where it names none that a cache is kept in."""
     name = str(config.dtype or config.text_config.dtype).removeprefix("torch.")
     return name if name in DTYPE_BYTES else "bfloat16"
+
+
+def _of_paper(text_config: object, vision_tokens: int, text_tokens: int, retention: list[float]) -> paper.Model | None:
+    """The paper's model whose printed numbers are of this very case: decoder, prompt and schedule; else None."""
+    if any(getattr(text_config, key, None) != value for key, value in paper.VICUNA_7B.items()):
+        return None
+    if text_tokens != paper.TEXT_TOKENS or retention != PmodSettings().retention(len(retention)):
+        return None
+    return next((model for model in paper.MODELS.values() if model.vision_tokens == vision_tokens), None)

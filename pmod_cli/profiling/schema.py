@@ -70,8 +70,8 @@ def _flops_json(result: Profile, macs: bool) -> dict[str, Any]:
 
     conventions = {name: {"counts": counted, **pair(*result.totals(name))} for name, counted in CONVENTIONS.items()}
     if result.published:
-        conventions["paper"]["published_stock_tflops"] = result.published.stock_tflops
-        conventions["paper"]["published_pmod_tflops"] = result.published.pmod_tflops
+        conventions["paper"]["published_stock_tflops"] = result.published.tflops.stock
+        conventions["paper"]["published_pmod_tflops"] = result.published.tflops.pmod
     return {
         "flops_per_multiply_add": FLOPS_PER_MAC,
         "conventions": conventions,
@@ -110,7 +110,7 @@ def _kv_json(result: Profile) -> dict[str, Any]:
         "paper_convention_percent": 100 * result.mean_retention,
     }
     if result.published:
-        report["published_percent"] = result.published.kv_percent
+        report["published_percent"] = result.published.kv_percent.pmod
     return report
 
 

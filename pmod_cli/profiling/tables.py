@@ -110,7 +110,7 @@ def flops_table(result: Profile, *, macs: bool = False) -> Table:
         table.add_row(name, *_pair(unit, *pair))
     table.add_section()
     published = result.published
-    said = f"{published.stock_tflops} -> {published.pmod_tflops}" if published else ""
+    said = f"{published.tflops.stock} -> {published.tflops.pmod}" if published else ""
     table.add_row("paper convention", *_pair(unit, *result.totals("paper")), said, style="bold")
     table.add_row("paper + attention products", *_pair(unit, stock.total, pmod.total))
     table.add_row("full convention", *_pair(unit, *result.totals("full")), style="bold")
@@ -150,7 +150,7 @@ def kv_table(result: Profile) -> Table:
         sizes = [sum(getattr(layer, kind) for layer in kv) for kv in (result.stock_kv, result.pmod_kv)]
         table.add_row(name, *_pair(unit, *sizes))
     table.add_section()
-    said = f"{result.published.kv_percent} %" if result.published else ""
+    said = f"{result.published.kv_percent.pmod} %" if result.published else ""
     table.add_row("paper convention: mean retention", "", "", _share(result.mean_retention, 1), said, style="bold")
     return table
 

@@ -30,7 +30,7 @@ def test_the_papers_figures(alias: str, stock: float, pmod: float, with_attentio
         53.8, abs=0.15
     )  # K is truncated, the paper's ratio is not
     assert kv["total_pmod_of_stock_percent"] == pytest.approx(kv_with_text, abs=0.15)
-    assert (result.published.stock_tflops, result.published.pmod_tflops) == (stock, pmod)
+    assert (result.published.tflops.stock, result.published.tflops.pmod) == (stock, pmod)
     assert not result.unknown_operators
 
 

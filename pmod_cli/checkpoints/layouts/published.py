@@ -11,6 +11,7 @@ from math import cos, isclose, pi
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings, solve_shift
+from pmod_cli.model.schedule import PAPER_MEAN
 
 MODEL_TYPE = "pmod_llava_llama"
 ARCHITECTURE = "PmodLlavaLlamaForCausalLM"
@@ -137,7 +138,7 @@ def _candidates(settings: PmodSettings, ratios: list[float], num_layers: int) ->
                 else solve_shift(
                     settings.schedule,
                     num_layers,
-                    settings.mean or 0.5375,
+                    settings.mean or PAPER_MEAN,
                     max_ratio=settings.max_ratio,
                     min_ratio=settings.min_ratio,
                 )

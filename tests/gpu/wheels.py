@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from packaging.markers import Marker
+
 ROOT = Path(__file__).parent.parent.parent
+TARGET = {"python_version": "3.12", "sys_platform": "linux", "platform_machine": "x86_64", "platform_system": "Linux"}
 LIMIT = 60 * 2**20  # bytes, with the tree
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 THERE = """
@@ -63,8 +66,10 @@ def main() -> int:
 
 
 def _lock() -> list[str]:
+    """`name==version` of each package of the lock that is meant for the target; hashes and markers are left out."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    pinned = [line.split("\\")[0].split(";") for line in lines if "==" in line and line[0] not in "# "]
+    return [name.strip() for name, *markers in pinned if all(Marker(marker).evaluate(TARGET) for marker in markers)]
 
 
 def _plain(requirement: str) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import DECODERS, FAMILIES
+from pmod_cli.families.towers import CLIP_L_336
 
 if TYPE_CHECKING:
-    from transformers import LlavaConfig, LlavaNextConfig
+    from transformers import PreTrainedConfig
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -25,8 +27,8 @@ class Alias:
 
     Attributes:
         repo: Repository on the hub, or None for the model that is part of this package.
-        kind: `llava` or `llava_next`.
-        decoder: `llama`, `mistral` or `qwen2`.
+        kind: Name of its family.
+        decoder: Name of its decoder.
         text: Sizes of the decoder, as its config names them, where they differ from those of a 7B Vicuna.
         image_token: Id of the image token.
     """
@@ -95,15 +97,6 @@ _YI_34B = {
     "num_key_value_heads": 8,
     "rope_theta": 5_000_000.0,
 }
-CLIP_L_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 _QWEN_72B = {
     "vocab_size": 152064,
     "hidden_size": 8192,
@@ -115,7 +108,6 @@ _QWEN_72B = {
     "rope_theta": 1_000_000.0,
 }
 _QWEN_110B = _QWEN_72B | {"intermediate_size": 49152, "num_key_value_heads": 8}
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (height, width) in pixels
 
 ALIASES = {
     "tiny-llava-next": Alias(None, "llava_next"),
@@ -150,7 +142,7 @@ def bundled_path(name: str = "tiny-llava-next") -> Path:
     return path
 
 
-def builtin_config(name: str) -> LlavaConfig | LlavaNextConfig:
+def builtin_config(name: str) -> PreTrainedConfig:
     """The stock configuration behind an alias at its real sizes, without network or weights.
 
     For the published p-MoD checkpoints it is that of the stock model that they were made from.
@@ -158,27 +150,21 @@ def builtin_config(name: str) -> LlavaConfig | LlavaNextConfig:
     Raises:
         PmodError: `name` is no alias.
     """
-    from transformers import (
-        AutoConfig,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaNextConfig,
-        MistralConfig,
-        Qwen2Config,
-    )
+    import transformers
+    from transformers import AutoConfig, CLIPVisionConfig
 
     if name not in ALIASES:
         raise PmodError(f"no built-in configuration is called {name!r}; there is: {', '.join(ALIASES)}")
     alias = ALIASES[name]
     if alias.repo is None:
         return AutoConfig.from_pretrained(bundled_path(name))
-    decoder = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[alias.decoder]
-    common = {
-        "text_config": decoder(**_VICUNA_7B | alias.text),
-        "vision_config": CLIPVisionConfig(**CLIP_L_336),
-        "image_token_index": alias.image_token,
-        "image_seq_length": 576,
-        "tie_word_embeddings": False,
-    }
-    return LlavaConfig(**common) if alias.kind == "llava" else LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **common)
+    family, decoder = FAMILIES[alias.kind], getattr(transformers, f"{DECODERS[alias.decoder].classes}Config")
+    return getattr(transformers, f"{family.classes}Config")(
+        **family.defaults
+        | {
+            "text_config": decoder(**_VICUNA_7B | alias.text),
+            "vision_config": CLIPVisionConfig(**CLIP_L_336),
+            "image_token_index": alias.image_token,
+            "image_seq_length": 576,
+        }
+    )

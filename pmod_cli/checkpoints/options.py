@@ -82,7 +82,7 @@ class ConversionReport:
         layout: Layout of the source: `huggingface`, `original`, `published` or `parts`.
         to: Layout of the result.
         model_type: As its config.json says.
-        decoder: `llama`, `mistral` or `qwen2`.
+        decoder: Name of the decoder.
         retention: Retention ratio per decoder layer, length L; empty for a stock model.
         routed_layers: Layers that have a router.
         router_parameters: Parameters of all routers.

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts import KINDS, Part, Source
+from pmod_cli.checkpoints.layouts import Part, Source
 from pmod_cli.checkpoints.layouts.names import canonical, to_original
 from pmod_cli.checkpoints.layouts.to_published import own_tower, published_config
 from pmod_cli.checkpoints.options import DTYPES, Options
 from pmod_cli.checkpoints.remote_code import auto_map
 from pmod_cli.checkpoints.writing import Layout, lay_out
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import FAMILIES, high_resolution_titles
 from pmod_cli.model import PmodSettings
 
 ROUTERS = "model-routers.safetensors"
@@ -149,8 +150,11 @@ def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
         routed = settings.routed(layers)
     except ValueError as error:
         raise PmodError(f"the settings do not fit {layers} decoder layers: {error}") from error
-    if settings.target_tokens == "vision_hr" and source.kind != "llava_next":
-        raise PmodError("`target_tokens=vision_hr` needs anyres images, that is, a LLaVA-NeXT model", hint="vision_all")
+    if settings.target_tokens == "vision_hr" and not FAMILIES[source.kind].high_resolution:
+        raise PmodError(
+            f"`target_tokens=vision_hr` needs anyres images, that is, a {high_resolution_titles()} model",
+            hint="vision_all",
+        )
     return [layer for layer, is_routed in enumerate(routed) if is_routed]
 
 
@@ -188,12 +192,12 @@ def _config(source: Source, settings: PmodSettings | None, options: Options) -> 
         config["dtype"] = options.dtype
     if settings is None:
         return config
-    model_type, architecture = KINDS[source.kind]
+    family = FAMILIES[source.kind]
     state = source.router_state if source.settings is not None else "untrained"
-    remote = {"auto_map": auto_map(model_type)} if options.to == "remote-code" else {}
+    remote = {"auto_map": auto_map(family.routed_name)} if options.to == "remote-code" else {}
     return config | {
-        "model_type": model_type,
-        "architectures": [architecture],
+        "model_type": family.routed_name,
+        "architectures": [family.routed_class],
         "pmod": settings.to_dict(),
         "router_state": state,
         **remote,

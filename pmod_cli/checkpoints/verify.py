@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts import KINDS, Part
+from pmod_cli.checkpoints.layouts import Part
 from pmod_cli.checkpoints.layouts.huggingface import OURS
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.plan import Plan
 from pmod_cli.checkpoints.transforms import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.units import memory_size
+from pmod_cli.families import FAMILIES
 from pmod_cli.model import PmodSettings
 
 if TYPE_CHECKING:
@@ -128,10 +129,10 @@ def _forward(plan: Plan, folder: Path) -> str:
     if 1.2 * size > free:
         return f"no forward pass: it takes {memory_size(1.2 * size)} of memory, and {memory_size(free)} are free"
     config = {key: value for key, value in plan.config.items() if key not in OURS}
-    kind = plan.source.kind
+    family = FAMILIES[plan.source.kind]
     every = PmodSettings(schedule="list", values=(1.0,) * plan.num_layers, max_ratio=2.0)
-    stock = _logits(folder, _config(config | {"model_type": kind}))
-    routed = _logits(folder, _config(config | {"model_type": KINDS[kind][0], "pmod": every.to_dict()}))
+    stock = _logits(folder, _config(config | {"model_type": family.name}))
+    routed = _logits(folder, _config(config | {"model_type": family.routed_name, "pmod": every.to_dict()}))
     if not torch.equal(stock, routed):
         raise _differs(folder, f"at ratio 1 its logits differ from stock by up to {(stock - routed).abs().max():.3g}")
     return f"one forward pass of {stock.shape[1]} tokens: with all layers routed at ratio 1, bit for bit stock"

@@ -10,11 +10,11 @@ from typing import Any
 from pmod_cli.checkpoints import load_model, resolve, router_state
 from pmod_cli.checkpoints.convert import PROVENANCE
 from pmod_cli.checkpoints.files import CONFIG, read_json
-from pmod_cli.checkpoints.layouts import KINDS
 from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.downsample import downsample
+from pmod_cli.families import model_types
 
 SELECTIONS = ("random", "uniform")
 DOWNSAMPLE = "downsample"
@@ -159,7 +159,7 @@ def _subject(name: str, revision: str | None, offline: bool, label: str | None =
 def _require_llava(path: Path) -> None:
     """Said from the config, before anything is loaded or written."""
     model_type = read_json(path / CONFIG).get("model_type")
-    known = [*KINDS, *(ours for ours, _ in KINDS.values())]
+    known = model_types()
     if model_type not in known:
         raise PmodError(
             f"{path} is a checkpoint of another architecture: its model_type is {model_type!r}, expected one of "

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmod_cli.checkpoints.layouts.defaults import DECODERS, LLAVA, MOST_LAYERS, TOWERS
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import DECODERS, TOWERS, Family
+from pmod_cli.families.configs import MOST_LAYERS, decoder_kind, get, known_family, tower_kind
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Sizes of a Llama, Mistral or Qwen2 decoder.
+    """Sizes of a decoder.
 
     Args:
         layers: L.
@@ -101,17 +102,19 @@ class Sizes:
         Raises:
             PmodError: A decoder or a vision tower of which nothing is known here.
         """
-        text = _get(config, "text_config") or LLAVA["text_config"]
-        kind = _get(text, "model_type") or "llama"
-        if kind not in list(DECODERS):
+        family = known_family(config)
+        text = get(config, "text_config") or family.defaults["text_config"]
+        if (kind := get(text, "model_type")) is not None and kind not in DECODERS:
             raise PmodError(
                 f"the decoder {kind!s:.60} is unknown: expected one of {', '.join(DECODERS)}",
                 hint="pmod profile --model llava-next-7b",
             )
 
+        defaults = decoder_kind(text, family).defaults
+
         def size(key: str, follows: int | None = None) -> int:
-            default = DECODERS[kind][key]
-            return _positive(f"text_config.{key}", _get(text, key), follows if default is None else default)
+            default = defaults[key]
+            return _positive(f"text_config.{key}", get(text, key), follows if default is None else default)
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         kv_heads = size("num_key_value_heads", heads)
@@ -120,7 +123,7 @@ class Sizes:
                 f"text_config.num_key_value_heads is {kv_heads}, which does not divide the {heads} query heads",
                 hint="name a LLaVA's config.json",
             )
-        tied = _get(config, "tie_word_embeddings")
+        tied = get(config, "tie_word_embeddings")
         decoder = Decoder(
             layers=size("num_hidden_layers"),
             hidden=hidden,
@@ -130,15 +133,14 @@ class Sizes:
             head_size=size("head_dim", hidden // heads),
             vocabulary=size("vocab_size"),
             context=size("max_position_embeddings"),
-            tied=bool(_get(text, "tie_word_embeddings") if tied is None else tied),
+            tied=bool(get(text, "tie_word_embeddings") if tied is None else tied),
         )
-        anyres = str(_get(config, "model_type")).endswith("llava_next")
-        tower = _tower(config)
-        return cls(decoder, tower, _pinpoints(config, tower.tile) if anyres else None)
+        tower = _tower(config, family)
+        return cls(decoder, tower, _pinpoints(config, tower.tile, family) if family.high_resolution else None)
 
 
-def _pinpoints(config: Mapping[str, Any] | object, tile: int) -> tuple[tuple[int, int], ...]:
-    found = _get(config, "image_grid_pinpoints") or LLAVA["image_grid_pinpoints"]
+def _pinpoints(config: Mapping[str, Any] | object, tile: int, family: Family) -> tuple[tuple[int, int], ...]:
+    found = get(config, "image_grid_pinpoints") or family.defaults["image_grid_pinpoints"]
     pairs = isinstance(found, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
     if not pairs:
         raise PmodError(
@@ -154,32 +156,33 @@ def _pinpoints(config: Mapping[str, Any] | object, tile: int) -> tuple[tuple[int
     return points
 
 
-def _tower(config: Mapping[str, Any] | object) -> Tower:
-    vision = _get(config, "vision_config") or LLAVA["vision_config"]
-    kind = _get(vision, "model_type") or "clip_vision_model"
-    if kind not in list(TOWERS):
+def _tower(config: Mapping[str, Any] | object, family: Family) -> Tower:
+    vision = get(config, "vision_config") or family.defaults["vision_config"]
+    if (name := get(vision, "model_type")) is not None and name not in TOWERS:
         raise PmodError(
-            f"the vision tower {kind!s:.60} is unknown: expected {' or '.join(TOWERS)}",
+            f"the vision tower {name!s:.60} is unknown: expected {' or '.join(TOWERS)}",
             hint="profile counts LLaVA models with a CLIP or SigLIP tower",
         )
-    default = TOWERS[kind]
-    size = {key: _positive(f"vision_config.{key}", _get(vision, key), default[key]) for key in default}
+    kind = tower_kind(vision, family)
+    default = kind.defaults
+    size = {key: _positive(f"vision_config.{key}", get(vision, key), default[key]) for key in default}
     if size["image_size"] < size["patch_size"]:
         raise PmodError(
             f"vision_config.image_size is {size['image_size']}, less than one patch of {size['patch_size']} pixels",
             hint="name a LLaVA's config.json",
         )
-    layer = _get(config, "vision_feature_layer")
+    layer = get(config, "vision_feature_layer")
     return Tower(
         layers=size["num_hidden_layers"],
         hidden=size["hidden_size"],
         inner=size["intermediate_size"],
         tile=size["image_size"],
         patch=size["patch_size"],
-        class_token=int(kind == "clip_vision_model"),
+        class_token=int(kind.class_token),
         features=len(layer) if isinstance(layer, Sequence) else 1,
         dropped=int(
-            (_get(config, "vision_feature_select_strategy") or LLAVA["vision_feature_select_strategy"]) == "default"
+            (get(config, "vision_feature_select_strategy") or family.defaults["vision_feature_select_strategy"])
+            == "default"
         ),
     )
 
@@ -194,7 +197,3 @@ def _positive(key: str, value: Any, default: int | None) -> int:
     if key.endswith("num_hidden_layers") and value > MOST_LAYERS:
         raise PmodError(f"{key} is more than {MOST_LAYERS:,}, which no model has", hint="name a LLaVA's config.json")
     return value
-
-
-def _get(config: Mapping[str, Any] | object, key: str) -> Any:
-    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)

@@ -9,21 +9,20 @@ from types import NoneType
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlavaConfig, LlavaNextConfig
+from transformers import PreTrainedConfig
 
 from pmod_cli.checkpoints import resolve
 from pmod_cli.checkpoints.aliases import ALIASES, alias_of, builtin_config
 from pmod_cli.checkpoints.files import CONFIG, read_json
-from pmod_cli.checkpoints.layouts.defaults import LLAVA, MOST_LAYERS, left_out
 from pmod_cli.checkpoints.layouts.huggingface import hold_to_weights
 from pmod_cli.checkpoints.layouts.original import is_original
 from pmod_cli.checkpoints.layouts.shapes import checked_shapes
 from pmod_cli.core.errors import PmodError
-from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
+from pmod_cli.families import Family, family_of, model_types
+from pmod_cli.families.configs import MOST_LAYERS, known_family, left_out
+from pmod_cli.model import PmodSettings
 from pmod_cli.profiling.sizes import Sizes
 
-STOCK = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-PMOD = {"llava": PmodLlavaConfig, "llava_next": PmodLlavaNextConfig}
 WIDEST = 2**20
 # What transformers raises at values that it does not foresee in a file, beside its own errors.
 REFUSALS = (
@@ -54,8 +53,8 @@ class Subject:
 
     name: str
     source: str
-    stock: LlavaConfig | LlavaNextConfig
-    pmod: PmodLlavaConfig | PmodLlavaNextConfig
+    stock: PreTrainedConfig
+    pmod: PreTrainedConfig
     assumed: tuple[str, ...] = ()
 
 
@@ -111,15 +110,14 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
         raise PmodError(
             f"{file} is in the layout of the original code, which has to be converted first", hint="pmod convert NAME"
         )
-    if not isinstance(kind := config.get("model_type"), str) or kind.removeprefix("pmod_") not in STOCK:
+    if (family := family_of(kind := config.get("model_type"))) is None:
         raise PmodError(
-            f"{file} is not a LLaVA: model_type is {kind!r:.60}, expected one of "
-            f"{', '.join([*STOCK, *(f'pmod_{known}' for known in STOCK)])}",
+            f"{file} is not a LLaVA: model_type is {kind!r:.60}, expected one of {', '.join(model_types())}",
             hint="pmod profile --model llava-next-7b",
         )
     if not all(isinstance(config.get(part), dict | NoneType) for part in ("text_config", "vision_config")):
         raise PmodError(f"{file}: text_config and vision_config are JSON objects", hint="name a LLaVA's config.json")
-    whole = config | {part: config.get(part) or LLAVA[part] for part in ("text_config", "vision_config")}
+    whole = config | {part: config.get(part) or family.defaults[part] for part in ("text_config", "vision_config")}
     try:
         Sizes.of(whole)
     except PmodError as error:
@@ -146,7 +144,7 @@ def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject
     for key, value in overrides.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise PmodError(f"{key} is {value}: expected a finite number", hint="pmod profile --help")
-    kind = config["model_type"].removeprefix("pmod_")
+    stock_class, pmod_class = _config_classes(known_family(config))
     shared = {
         key: value
         for key, value in config.items()
@@ -154,9 +152,9 @@ def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject
     }
     try:
         settings = PmodSettings.from_dict({**_without_conflicts(own, overrides), **overrides})
-        pmod = PMOD[kind].from_dict({**shared, "pmod": settings.to_dict()})
+        pmod = pmod_class.from_dict({**shared, "pmod": settings.to_dict()})
         _ = pmod.retention  # a schedule that this number of layers cannot have
-        return Subject(name, found.source, STOCK[kind].from_dict(shared), pmod, found.assumed)
+        return Subject(name, found.source, stock_class.from_dict(shared), pmod, found.assumed)
     except REFUSALS as error:
         raise PmodError(f"{name}: {_first_line(error)}", hint="pmod profile --help") from error
 
@@ -218,13 +216,22 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
             "num_attention_heads": width // 64,
         }
     stock = {key: value for key, value in shared.items() if key not in ("pmod", "router_state")}
-    kind = subject.stock.model_type
+    stock_class, pmod_class = _config_classes(known_family(subject.stock))
     try:
-        pmod = PMOD[kind].from_dict(shared)
+        pmod = pmod_class.from_dict(shared)
         _ = pmod.retention  # as in `subject_of`
-        return replace(subject, stock=STOCK[kind].from_dict(stock), pmod=pmod)
+        return replace(subject, stock=stock_class.from_dict(stock), pmod=pmod)
     except REFUSALS as error:
         raise PmodError(f"{subject.name}: {_first_line(error)}", hint="pmod profile --help") from error
+
+
+def _config_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedConfig]]:
+    """The configuration classes of a family, stock and p-MoD."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    import pmod_cli.model.configuration  # noqa: F401 - registers the p-MoD configurations
+
+    return CONFIG_MAPPING[family.name], CONFIG_MAPPING[family.routed_name]
 
 
 def _first_line(error: BaseException) -> str:

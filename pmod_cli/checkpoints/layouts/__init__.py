@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmod_cli.checkpoints.files import CONFIG, read_json
-from pmod_cli.checkpoints.layouts.huggingface import KINDS, read_huggingface
+from pmod_cli.checkpoints.layouts.huggingface import read_huggingface
 from pmod_cli.checkpoints.layouts.normal import LowRank, Part, Source
-from pmod_cli.checkpoints.layouts.original import DECODERS, is_original, read_original
+from pmod_cli.checkpoints.layouts.original import is_original, original_types, read_original
 from pmod_cli.checkpoints.layouts.parts import read_parts
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import DECODERS, FAMILIES, family_of, model_types
 
-__all__ = ["KINDS", "LowRank", "Part", "Source", "read_source"]
+__all__ = ["LowRank", "Part", "Source", "read_source"]
 
 
 def read_source(folder: Path, options: Options | None = None) -> Source:
@@ -33,7 +34,7 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
     if is_original(config):
         return read_original(folder, config, options)
     model_type = config.get("model_type")
-    if model_type in [*KINDS, *(ours for ours, _ in KINDS.values())]:
+    if family_of(model_type) is not None:
         for name in ("vision_tower", "tokenizer"):
             if getattr(options, name) is not None:
                 raise PmodError(
@@ -41,12 +42,12 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
                     hint=f"leave `{name}` out",
                 )
         return read_huggingface(folder, config)
-    if model_type in list(DECODERS):
+    if model_type in list(original_types()):
         raise PmodError(f"{where}: mm_vision_tower is absent, so this is a language model without its vision part")
-    if model_type in ("llama", "mistral", "qwen2"):
+    if model_type in DECODERS:
         raise PmodError(
             f"{where}: this is a language model without a vision part",
             hint="pmod convert --llm NAME --vision-tower NAME --projector mm_projector.bin",
         )
-    known = [*KINDS, *(ours for ours, _ in KINDS.values()), *(name for name in DECODERS if name not in KINDS)]
+    known = [*model_types(), *(name for name in original_types() if name not in FAMILIES)]
     raise PmodError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(known)}")

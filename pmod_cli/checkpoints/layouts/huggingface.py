@@ -6,20 +6,16 @@ import re
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts.defaults import DECODERS as DECODER_DEFAULTS
 from pmod_cli.checkpoints.layouts.names import canonical
 from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, section
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import DECODERS
+from pmod_cli.families.configs import decoder_kind, filled, known_family
+from pmod_cli.families.llava import LLAVA
 from pmod_cli.model import PmodSettings
 
-KINDS = {
-    "llava": ("pmod_llava", "PmodLlavaForConditionalGeneration"),
-    "llava_next": ("pmod_llava_next", "PmodLlavaNextForConditionalGeneration"),
-}
 ROUTER_STATES = ("untrained", "trained", "calibrated")
-STOCK_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-DECODERS = ("llama", "mistral", "qwen2")
 PARTS = ("language_model", "vision_tower", "multi_modal_projector")
 OURS = ("pmod", "router_state", "auto_map")  # what our layout adds to a stock config
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
@@ -35,7 +31,7 @@ def read_huggingface(folder: Path, config: dict) -> Source:
         PmodError: it is of no known architecture, quantised, damaged, or not whole.
     """
     where = folder / files.CONFIG
-    kind = config["model_type"].removeprefix("pmod_")
+    family = known_family(config)
     settings, state = _settings(config, where)
     check_decoder(config, where)
     tensors = files.read_tensors(folder)
@@ -47,7 +43,7 @@ def read_huggingface(folder: Path, config: dict) -> Source:
         )
     check_shapes(tensors, config, where)
     stock = {key: value for key, value in config.items() if key not in OURS}
-    stock |= {"model_type": kind, "architectures": [STOCK_CLASSES[kind]]}
+    stock |= {"model_type": family.name, "architectures": [family.stock_class]}
     return Source(
         folder=folder,
         layout="huggingface",
@@ -80,7 +76,8 @@ def hold_to_weights(folder: Path, config: dict) -> bool:
     check_shapes(tensors, config, where)
     settings, _ = _settings(config, where)
     found = {int(match[1]) for match in map(_ROUTER.fullmatch, map(canonical, tensors)) if match}
-    layers = config["text_config"].get("num_hidden_layers", DECODER_DEFAULTS["llama"]["num_hidden_layers"])
+    text = config["text_config"]
+    layers = filled(text, decoder_kind(text, known_family(config)).defaults)["num_hidden_layers"]
     if settings is not None and found != set(_routed(settings, layers, where)):
         raise PmodError(
             f"{folder} holds routers in layers {_ranges(sorted(found))}, and pmod in {where} calls for other ones",
@@ -115,14 +112,11 @@ def check_decoder(config: dict, where: Path) -> None:
         PmodError: another decoder, sliding-window attention, or quantised weights.
     """
     text = section(config, "text_config", where)
-    decoder = text.get("model_type", "llama")
-    if decoder not in DECODERS:
+    if (decoder := text.get("model_type", LLAVA.defaults["text_config"]["model_type"])) not in DECODERS:
         raise PmodError(
             f"{where}: the decoder, text_config.model_type, is {decoder!r}; expected one of {', '.join(DECODERS)}"
         )
-    # Mistral's default where the config is silent is a window; Qwen2 has one only where it says so.
-    window = text.get("sliding_window", 4096 if decoder == "mistral" else None)
-    if window and (decoder == "mistral" or text.get("use_sliding_window")):
+    if window := decoder_kind(text).window(text):
         raise PmodError(
             f"{where}: sliding-window attention ({window} tokens) is not supported: "
             "a window counts tokens that routing drops"

@@ -62,7 +62,7 @@ class Source:
     Attributes:
         folder: Where it is.
         layout: `huggingface`, `original`, `published` or `parts`.
-        config: Stock configuration in the Hugging Face layout, `model_type` `llava` or `llava_next`.
+        config: Stock configuration in the Hugging Face layout; its `model_type` is the name of a family.
         parts: Tensors by the name that they get in the Hugging Face layout, routers included.
         files: Every weight file that was read, with the names of its tensors in it.
         companions: Small files that are copied as they are.
@@ -87,12 +87,12 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """`llava` or `llava_next`."""
+        """Name of the family."""
         return self.config["model_type"]
 
     @property
     def decoder(self) -> str:
-        """`llama`, `mistral` or `qwen2`."""
+        """Name of the decoder."""
         return self.config["text_config"].get("model_type", "llama")
 
 

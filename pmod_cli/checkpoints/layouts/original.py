@@ -10,20 +10,14 @@ from pathlib import Path
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.companions import read_vocabulary, write_companions
 from pmod_cli.checkpoints.layouts import published, towers
-from pmod_cli.checkpoints.layouts.huggingface import STOCK_CLASSES, check_decoder
+from pmod_cli.checkpoints.layouts.huggingface import check_decoder
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, from_original
 from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import DECODERS, FAMILIES
 
-DECODERS = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_qwen": "qwen2",
-    published.MODEL_TYPE: "llama",
-}
 _TEXT = (
     "attention_bias",
     "attention_dropout",
@@ -53,10 +47,16 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
+def original_types() -> dict[str, str]:
+    """`model_type` of this layout, and the decoder that each of them has."""
+    found = {name: decoder.name for decoder in DECODERS.values() for name in decoder.original}
+    return found | {published.MODEL_TYPE: "llama"}
+
+
 def is_original(config: dict) -> bool:
     """Whether a config.json is of this layout: `llava` is both layouts' name, and only one of them has sections."""
     kind = config.get("model_type")
-    return isinstance(kind, str) and kind in DECODERS and "text_config" not in config and "mm_vision_tower" in config
+    return kind in list(original_types()) and "text_config" not in config and "mm_vision_tower" in config
 
 
 def read_original(folder: Path, config: dict, options: Options) -> Source:
@@ -143,7 +143,7 @@ def _whole(
     if vocabulary.pad_token is None:
         stock["text_config"]["pad_token_id"] = config.get("pad_token_id")
     stock |= {
-        "architectures": [STOCK_CLASSES[stock["model_type"]]],
+        "architectures": [FAMILIES[stock["model_type"]].stock_class],
         "image_token_index": vocabulary.image_token,
         "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
         "projector_hidden_act": "gelu",
@@ -174,14 +174,14 @@ def _whole(
 
 def _text_config(config: dict, where: Path) -> dict:
     text = {key: config[key] for key in _TEXT if key in config}
-    decoder = DECODERS[config["model_type"]]
-    if decoder == "mistral":
-        text.setdefault("sliding_window", None)  # the original code attends to everything
-    if decoder == "llama":
+    decoder = DECODERS[original_types()[config["model_type"]]]
+    if decoder.window_key is None:
         text.pop("sliding_window", None)
+    elif decoder.sliding_window and decoder.window_key == "sliding_window":
+        text.setdefault("sliding_window", None)  # the original code attends to everything
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         size(config, key, where)
-    return {"model_type": decoder, **text}
+    return {"model_type": decoder.name, **text}
 
 
 def _image_config(config: dict, where: Path) -> dict:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts.normal import Source, files_of
-from pmod_cli.checkpoints.layouts.original import DECODERS, from_flat
+from pmod_cli.checkpoints.layouts.original import from_flat
 from pmod_cli.checkpoints.layouts.shapes import size
 from pmod_cli.checkpoints.layouts.to_published import TOWER
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.core.errors import PmodError
-
-_MODEL_TYPES = {decoder: original for original, decoder in DECODERS.items() if original.startswith("llava_")}
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # (width, height) in pixels
+from pmod_cli.families import DECODERS
+from pmod_cli.families.llava_next import PINPOINTS
 
 
 def read_parts(folder: Path, config: dict, options: Options) -> Source:
@@ -29,8 +28,9 @@ def read_parts(folder: Path, config: dict, options: Options) -> Source:
     """
     where = folder / files.CONFIG
     decoder = config.get("model_type")
-    if decoder not in list(_MODEL_TYPES):
-        raise PmodError(f"{where}: model_type is {decoder!r}, expected a language model: {', '.join(_MODEL_TYPES)}")
+    known = {kind.name: kind.original[0] for kind in DECODERS.values() if kind.original}
+    if decoder not in list(known):
+        raise PmodError(f"{where}: model_type is {decoder!r}, expected a language model: {', '.join(known)}")
     if any(key in config for key in ("vision_config", "mm_vision_tower")):
         raise PmodError(f"{where} is a LLaVA's already, expected a language model's", hint="leave out `projector`")
     tensors, projector = files.read_tensors(folder), files.read_file(options.projector)
@@ -44,11 +44,11 @@ def read_parts(folder: Path, config: dict, options: Options) -> Source:
     merge = {"image_aspect_ratio": "pad"}
     if options.anyres:
         merge = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
-        merge["image_grid_pinpoints"] = _PINPOINTS
+        merge["image_grid_pinpoints"] = PINPOINTS  # whose numbers this layout reads as (width, height)
         like = next(iter(tensors.values()))
         added.setdefault("model.image_newline", _new_newline(size(config, "hidden_size", where), like, options.seed))
     flat = config | {
-        "model_type": _MODEL_TYPES[decoder],
+        "model_type": known[decoder],
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_tower": options.vision_tower or TOWER,
         "mm_vision_select_layer": -2,

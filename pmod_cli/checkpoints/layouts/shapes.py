@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pmod_cli.checkpoints.layouts.defaults import DECODERS, LLAVA, MOST_LAYERS, TOWERS, filled
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.layouts.values import check_values
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.configs import MOST_LAYERS, decoder_kind, filled, known_family, tower_kind
+from pmod_cli.families.record import DecoderKind, TowerKind
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 _AT_MOST = 10**7
@@ -37,13 +38,15 @@ def section(config: Mapping[str, Any], key: str, where: object) -> dict:
     return value
 
 
-def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
-    """Names (canonical) and shapes of a Llama, Mistral or Qwen2 decoder with its lm_head."""
-    kind = text.get("model_type") or "llama"
-    text = filled(text, DECODERS[kind])
+def decoder_shapes(
+    text: Mapping[str, Any], where: object, kind: DecoderKind | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Names (canonical) and shapes of a decoder with its lm_head; `kind` is the one that `text` names."""
+    kind = kind or decoder_kind(text)
+    text = filled(text, kind.defaults)
     hidden, inner = size(text, "hidden_size", where), size(text, "intermediate_size", where)
     vocabulary, heads = size(text, "vocab_size", where), size(text, "num_attention_heads", where)
-    shared = DECODERS[kind]["num_key_value_heads"] or text["num_key_value_heads"] is not None
+    shared = kind.defaults["num_key_value_heads"] or text["num_key_value_heads"] is not None
     kv_heads = size(text, "num_key_value_heads", where) if shared else heads
     head = max(hidden // heads, 1) if text["head_dim"] is None else size(text, "head_dim", where)
     if hidden % heads:
@@ -61,12 +64,10 @@ def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[in
         "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner),
     }
-    if kind == "qwen2" or text.get("attention_bias"):
-        layer |= {f"self_attn.{name}_proj.bias": layer[f"self_attn.{name}_proj.weight"][:1] for name in "qkv"}
-    if kind == "llama" and text.get("attention_bias"):
-        layer["self_attn.o_proj.bias"] = (hidden,)
-    if kind == "llama" and text.get("mlp_bias"):
-        layer |= {f"mlp.{name}_proj.bias": layer[f"mlp.{name}_proj.weight"][:1] for name in ("gate", "up", "down")}
+    for key, projections in kind.biases.items():
+        if not key or text.get(key):
+            layer |= {f"{name}.bias": layer[f"{name}.weight"][:1] for name in projections}
+    layer |= {f"{name}.weight": (head,) for name in kind.head_norms}
     shapes = {
         EMBEDDING: (vocabulary, hidden),
         "language_model.model.norm.weight": (hidden,),
@@ -78,10 +79,10 @@ def decoder_shapes(text: Mapping[str, Any], where: object) -> dict[str, tuple[in
     return shapes
 
 
-def tower_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
-    """Names (canonical) and shapes of a CLIP or SigLIP vision tower."""
-    kind = vision.get("model_type") or "clip_vision_model"
-    vision, is_clip = filled(vision, TOWERS[kind]), kind == "clip_vision_model"
+def tower_shapes(vision: Mapping[str, Any], where: object, kind: TowerKind | None = None) -> dict[str, tuple[int, ...]]:
+    """Names (canonical) and shapes of a vision tower; `kind` is the one that `vision` names."""
+    kind = kind or tower_kind(vision)
+    vision = filled(vision, kind.defaults)
     hidden, inner, channels, side, patch = (
         size(vision, key, where)
         for key in ("hidden_size", "intermediate_size", "num_channels", "image_size", "patch_size")
@@ -94,10 +95,13 @@ def tower_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[in
     layer |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in layer.items()}
     shapes = {
         "embeddings.patch_embedding.weight": (hidden, channels, patch, patch),
-        "embeddings.position_embedding.weight": ((side // patch) ** 2 + is_clip, hidden),
+        "embeddings.position_embedding.weight": ((side // patch) ** 2 + kind.class_token, hidden),
     }
-    shapes |= {"embeddings.class_embedding": (hidden,)} if is_clip else {"embeddings.patch_embedding.bias": (hidden,)}
-    for norm in ("pre_layrnorm", "post_layernorm") if is_clip else ("post_layernorm",):
+    if kind.class_token:
+        shapes["embeddings.class_embedding"] = (hidden,)
+    if kind.patch_bias:
+        shapes["embeddings.patch_embedding.bias"] = (hidden,)
+    for norm in kind.norms:
         shapes |= {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
     for number in range(size(vision, "num_hidden_layers", where)):
         shapes |= {f"encoder.layers.{number}.{name}": shape for name, shape in layer.items()}
@@ -105,10 +109,11 @@ def tower_shapes(vision: Mapping[str, Any], where: object) -> dict[str, tuple[in
 
 
 def expected_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
-    """Names (canonical) and shapes of a whole stock LLaVA; without the head that some SigLIP towers have."""
+    """Names (canonical) and shapes of a whole stock model; without the head that some SigLIP towers have."""
+    family = known_family(config)
     text, vision = section(config, "text_config", where), section(config, "vision_config", where)
-    shapes = decoder_shapes(text, f"{where}: text_config")
-    shapes |= tower_shapes(vision, f"{where}: vision_config")
+    shapes = decoder_shapes(text, f"{where}: text_config", decoder_kind(text, family))
+    shapes |= tower_shapes(vision, f"{where}: vision_config", tower_kind(vision, family))
     hidden = shapes["language_model.model.norm.weight"][0]
     features = config.get("vision_feature_layer")
     joined = len(features) if isinstance(features, list) else 1
@@ -117,11 +122,9 @@ def expected_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple
         "multi_modal_projector.linear_1.weight": (hidden, width),
         "multi_modal_projector.linear_2.weight": (hidden, hidden),
     }
-    if config.get("multimodal_projector_bias", LLAVA["multimodal_projector_bias"]):
+    if config.get("multimodal_projector_bias", family.defaults["multimodal_projector_bias"]):
         shapes |= {f"multi_modal_projector.linear_{n}.bias": (hidden,) for n in (1, 2)}
-    if config.get("model_type") == "llava_next":
-        shapes["image_newline"] = (hidden,)
-    return shapes
+    return shapes | dict.fromkeys(family.vector_shapes, (hidden,))
 
 
 def checked_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pmod_cli.checkpoints.aliases import CLIP_L_336
 from pmod_cli.checkpoints.layouts import published
-from pmod_cli.checkpoints.layouts.defaults import DECODERS
 from pmod_cli.checkpoints.layouts.names import canonical
 from pmod_cli.checkpoints.layouts.normal import Part, Source
 from pmod_cli.checkpoints.layouts.towers import KNOWN
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import FAMILIES
+from pmod_cli.families.decoders import LLAMA
+from pmod_cli.families.towers import CLIP, CLIP_L_336
 from pmod_cli.model import PmodSettings
 
 TOWER_FOLDER = "vision_tower"
 TOWER = "openai/clip-vit-large-patch14-336"
-_TEXT = {key: value for key, value in DECODERS["llama"].items() if value is not None} | {
+_TEXT = {key: value for key, value in LLAMA.defaults.items() if value is not None} | {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "bos_token_id": 1,
@@ -36,9 +37,9 @@ def published_config(
         PmodError: the published code cannot run this model.
     """
     text = config["text_config"]
-    if source.decoder != "llama":
+    if source.decoder != LLAMA.name:
         raise PmodError(f"`to=published`: the published code has Llama decoders only, this one is {source.decoder}")
-    if config["vision_config"].get("model_type", "clip_vision_model") != "clip_vision_model":
+    if config["vision_config"].get("model_type", CLIP.name) != CLIP.name:
         raise PmodError("`to=published`: the published code has CLIP towers only")
     layers = text.get("num_hidden_layers", _TEXT["num_hidden_layers"])
     fields = published.write_settings(settings, layers)
@@ -53,7 +54,7 @@ def published_config(
     scaling = text.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         flat["rope_scaling"] = scaling
-    next_model = source.kind == "llava_next"
+    next_model = FAMILIES[source.kind].high_resolution
     flat |= {
         "architectures": [published.ARCHITECTURE],
         "model_type": published.MODEL_TYPE,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.aliases import CLIP_L_336
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.towers import CLIP_L_336
 
 KNOWN = {"openai/clip-vit-large-patch14-336": CLIP_L_336}
 _KEPT = (

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import TOWERS
 
 _ROPES = {  # and what each of them cannot do without
     "default": (),
@@ -15,7 +16,6 @@ _ROPES = {  # and what each of them cannot do without
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-TOWERS = ("clip_vision_model", "siglip_vision_model")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "tanh")
 
 
@@ -87,7 +87,6 @@ TEXT: dict[str, Check] = {
     "eos_token_id": _TOKENS,
 }
 VISION: dict[str, Check] = {
-    "model_type": (lambda value: value in TOWERS, f"one of {', '.join(TOWERS)}"),
     "layer_norm_eps": _SMALL,
     "initializer_range": _SMALL,
     "initializer_factor": _SMALL,
@@ -127,6 +126,10 @@ def check_values(config: Mapping[str, Any], where: object) -> None:
         PmodError: a value that cannot be, or two that do not go together.
     """
     text, vision = config["text_config"], config["vision_config"]
+    if (tower := vision.get("model_type")) not in TOWERS and "model_type" in vision:
+        raise PmodError(
+            f"{where}: vision_config.model_type is {str(tower)[:60]!r}, expected one of {', '.join(TOWERS)}"
+        )
     for values, checks, part in ((config, TOP, ""), (text, TEXT, "text_config."), (vision, VISION, "vision_config.")):
         for key, (fits, expected) in checks.items():
             value = values.get(key)

@@ -1,38 +1,36 @@
 """What a config.json leaves out is what transformers' own classes say."""
 
 import pytest
+import transformers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
     MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from pmod_cli.checkpoints.layouts import defaults
-from pmod_cli.checkpoints.layouts.huggingface import DECODERS
 from pmod_cli.checkpoints.layouts.shapes import decoder_shapes, tower_shapes
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import DECODERS, FAMILIES, TOWERS
 from pmod_cli.profiling import Sizes
 from tests import factories
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-TOWERS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
+TOWER_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 
 
 def test_every_decoder_and_tower_is_written_down():
-    assert set(DECODERS) == set(defaults.DECODERS) == set(CONFIGS)
-    assert set(defaults.TOWERS) == set(TOWERS)
+    assert set(DECODERS) == set(CONFIGS)
+    assert set(TOWERS) == set(TOWER_CONFIGS)
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        *((defaults.DECODERS[kind], CONFIGS[kind]) for kind in CONFIGS),
-        *((defaults.TOWERS[kind], TOWERS[kind]) for kind in TOWERS),
+        *((DECODERS[kind].defaults, CONFIGS[kind]) for kind in CONFIGS),
+        *((TOWERS[kind].defaults, TOWER_CONFIGS[kind]) for kind in TOWER_CONFIGS),
     ],
 )
 def test_defaults_of_a_part(ours, theirs):
@@ -42,11 +40,11 @@ def test_defaults_of_a_part(ours, theirs):
     }
 
 
-@pytest.mark.parametrize("kind", [LlavaConfig, LlavaNextConfig])
-def test_defaults_of_the_whole(kind):
-    whole = kind().to_dict()
-    for key, value in defaults.LLAVA.items():
-        there = whole.get(key, value)  # LLaVA-1.5 has no pinpoints
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_defaults_of_the_whole(family):
+    whole = getattr(transformers, f"{family.classes}Config")().to_dict()
+    for key, value in family.defaults.items():
+        there = whole[key]
         assert value == ({name: there[name] for name in value} if isinstance(value, dict) else there), key
 
 
@@ -82,7 +80,7 @@ def test_a_decoder_or_tower_of_a_hundred_million_layers_is_refused():
         decoder_shapes({"num_hidden_layers": 10**8}, "config.json")
 
 
-@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("kind", TOWER_CONFIGS)
 def test_shapes_of_a_tower(kind):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"image_size": 32, "patch_size": 8}

@@ -1,0 +1,133 @@
+"""What is known of a model family, a decoder and a vision tower. Records import neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Shapes = dict[str, tuple[int, ...]]
+
+_DECODER = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
+_TOWER = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderKind:
+    """A language model that can be routed: pre-norm layers of `self_attn` and `mlp`, as Llama's.
+
+    Attributes:
+        name: `model_type` of its configuration.
+        classes: What the names of its classes begin with: `Llama` of `LlamaConfig`, `LlamaModel`, `LlamaDecoderLayer`.
+        sizes: Defaults of the configuration class that differ from those of most decoders.
+        biases: Projections with a bias, by the key of the config that asks for it; the key "" stands for always.
+        head_norms: Norms over a head, of shape `(head_dim,)`.
+        sliding_window: Window in tokens where a config does not say it; None: none.
+        window_key: Key of the config that turns the window on; None: the decoder has no windows.
+        original: `model_type` of the original LLaVA code over this decoder.
+        template: Chat template of all models over it; None: told by the special tokens of the tokenizer.
+        layer: Name of the layer class, where it is not `classes` + `DecoderLayer`.
+        module: Where the classes are imported from.
+    """
+
+    name: str
+    classes: str
+    sizes: Mapping[str, Any]
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head_norms: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    window_key: str | None = None
+    original: tuple[str, ...] = ()
+    template: str | None = None
+    layer: str | None = None
+    module: str = "transformers"
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a config.json leaves out. None follows from others: as many key/value heads as query heads, hidden size
+        over query heads."""
+        return {**_DECODER, **self.sizes}
+
+    def window(self, text: Mapping[str, Any]) -> int | None:
+        """Tokens of the sliding window that a `text_config` asks for, or None."""
+        length = text.get("sliding_window", self.sliding_window)
+        on = self.window_key is not None and (self.window_key == "sliding_window" or text.get(self.window_key))
+        return length if on and length else None
+
+
+@dataclass(frozen=True, eq=False)
+class TowerKind:
+    """A vision tower: a transformer over the patches of a square tile.
+
+    Attributes:
+        name: `model_type` of its configuration.
+        sizes: Defaults of the configuration class that differ from those of most towers.
+        class_token: Whether the sequence begins with a CLS token.
+        norms: Norms around the encoder.
+        patch_bias: Whether the patch embedding has a bias.
+    """
+
+    name: str
+    sizes: Mapping[str, Any]
+    class_token: bool
+    norms: tuple[str, ...]
+    patch_bias: bool
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a config.json leaves out."""
+        return {**_TOWER, **self.sizes}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Family:
+    """A vision-language model of transformers that can become a p-MoD model.
+
+    Attributes:
+        name: `model_type` of the stock configuration.
+        title: What people call it.
+        classes: What the names of its classes begin with: `LlavaNext` of `LlavaNextConfig`, `LlavaNextModel`,
+            `LlavaNextForConditionalGeneration` and `LlavaNextPreTrainedModel`.
+        defaults: What a config.json leaves out, its parts included.
+        vector_shapes: Names of tensors of shape `(hidden_size,)` beside decoder, tower and projector.
+        high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
+        module: Where the classes are imported from.
+    """
+
+    name: str
+    title: str
+    classes: str
+    defaults: Mapping[str, Any]
+    vector_shapes: tuple[str, ...] = ()
+    high_resolution: bool = False
+    module: str = "transformers"
+
+    @property
+    def routed_name(self) -> str:
+        """`model_type` of the p-MoD configuration."""
+        return f"pmod_{self.name}"
+
+    @property
+    def stock_class(self) -> str:
+        """Name of the stock model with a language-model head."""
+        return f"{self.classes}ForConditionalGeneration"
+
+    @property
+    def routed_class(self) -> str:
+        """Name of the p-MoD model with a language-model head."""
+        return f"Pmod{self.stock_class}"

@@ -14,7 +14,7 @@ from pmod_cli.checkpoints.remote_code import auto_map
 from pmod_cli.checkpoints.writing import Layout, lay_out
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES, high_resolution_titles
-from pmod_cli.model import PmodSettings
+from pmod_cli.model import SCHEDULES, PmodSettings
 
 ROUTERS = "model-routers.safetensors"
 LAYER = "input_layernorm.weight"  # every decoder layer has one, and nothing else has
@@ -194,7 +194,10 @@ def _config(source: Source, settings: PmodSettings | None, options: Options) -> 
         return config
     family = FAMILIES[source.kind]
     state = source.router_state if source.settings is not None else "untrained"
-    remote = {"auto_map": auto_map(family.routed_name)} if options.to == "remote-code" else {}
+    remote = {}
+    if options.to == "remote-code":
+        remote = {"auto_map": auto_map(family.routed_name)}
+        settings = _without_packages(settings, num_layers(source))
     return config | {
         "model_type": family.routed_name,
         "architectures": [family.routed_class],
@@ -202,6 +205,14 @@ def _config(source: Source, settings: PmodSettings | None, options: Options) -> 
         "router_state": state,
         **remote,
     }
+
+
+def _without_packages(settings: PmodSettings, layers: int) -> PmodSettings:
+    """The same without a schedule of another package, which plain transformers does not have: its ratios as a list."""
+    if SCHEDULES.is_built_in(settings.schedule):
+        return settings
+    ratios = tuple(settings.retention(layers))
+    return replace(settings, schedule="list", values=ratios, shift=None, mean=None)
 
 
 def _norm_dtype(source: Source) -> str:

@@ -22,6 +22,8 @@ from pmod_cli.commands.common import (
 )
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.text import one_of
+from pmod_cli.model.schedule import SCHEDULES
 
 EXAMPLES = """\
 pmod convert llava-next-7b
@@ -47,13 +49,11 @@ def convert(
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(
-            help="cosine, linear, stepped, interleaved, constant or list. (default: cosine)", rich_help_panel=METHOD
-        ),
+        typer.Option(metavar="KIND", help=f"{one_of(SCHEDULES)}. (default: cosine)", rich_help_panel=METHOD),
     ] = None,
     shift: Annotated[
         float | None,
-        typer.Option(help="β of the schedules cosine and linear. (default: 0.5)", rich_help_panel=METHOD),
+        typer.Option(help="β of a decaying schedule, such as cosine. (default: 0.5)", rich_help_panel=METHOD),
     ] = None,
     target_retention: Annotated[
         float | None,

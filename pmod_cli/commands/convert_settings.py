@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from pmod_cli.checkpoints import Source
     from pmod_cli.model import PmodSettings
 
-DECAYS = ("cosine", "linear")
 ALPHA_NORMS = ("tanh", "shifted_softmax")
 
 
@@ -28,7 +27,7 @@ def choose_settings(
     Raises:
         PmodError: a value out of range, two that exclude each other, or a target that no schedule of the kind reaches.
     """
-    from pmod_cli.model import PmodSettings, solve_shift
+    from pmod_cli.model import PmodSettings, solve_shift, takes_shift
 
     if target_flops is not None and ("shift" in wanted or "mean" in wanted or "values" in wanted):
         raise PmodError(
@@ -50,7 +49,7 @@ def choose_settings(
         layers = _layers(source)
         if target_flops is not None:
             return _solve(settings, target_flops, _prefill_share(source, settings))
-        if settings.mean is not None and settings.schedule in DECAYS:
+        if settings.mean is not None and takes_shift(settings.schedule):
             limits = {"max_ratio": settings.max_ratio, "min_ratio": settings.min_ratio}
             shift = solve_shift(settings.schedule, layers, settings.mean, **limits)
             return PmodSettings(**{**wanted, "mean": None, "shift": shift})
@@ -88,7 +87,9 @@ def _solve(settings: PmodSettings, target: float, share: Callable[[PmodSettings]
     """
     from dataclasses import replace
 
-    field, low, high = ("shift", -1.5, 2.5) if settings.schedule in DECAYS else ("mean", *_reachable_means(settings))
+    from pmod_cli.model import takes_shift
+
+    field, low, high = ("shift", -1.5, 2.5) if takes_shift(settings.schedule) else ("mean", *_reachable_means(settings))
     bounds = [share(replace(settings, **{field: end})) for end in (low, high)]
     if not bounds[0] <= target <= bounds[1]:
         raise PmodError(

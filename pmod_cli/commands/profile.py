@@ -32,6 +32,8 @@ from pmod_cli.commands.profile_checks import (
 from pmod_cli.commands.profile_show import averaged, profiled, show, swept
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.text import one_of
+from pmod_cli.model.schedule import SCHEDULES
 
 EXAMPLES = """\
 pmod profile --report flops
@@ -47,7 +49,7 @@ DEFAULT_MODEL = "llava-next-7b"
 WORKLOAD = "Workload: one batch"
 OVERRIDES = "What if: settings that replace the checkpoint's own"
 MEASURING = "Measuring: --report latency"
-KINDS = "cosine, linear, stepped, interleaved or constant."
+KINDS = f"{one_of(name for name in SCHEDULES if name != 'list')}."
 
 
 def profile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Control characters but tab and line feed, what turns the order of letters round, and halves of surrogate pairs, which
 # stand for bytes of a file name that are no UTF-8.
@@ -15,6 +16,12 @@ def printable(text: str) -> str:
     ESC becomes `\x1b`, and a byte of a file name that is no UTF-8 becomes `\xff`.
     """
     return _UNFIT.sub(_escaped, text)
+
+
+def one_of(names: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _escaped(match: re.Match[str]) -> str:

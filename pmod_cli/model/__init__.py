@@ -7,7 +7,8 @@ Names resolve on first use, so that counting layers or converting a checkpoint i
 from importlib import import_module
 
 _HOMES = {
-    "schedule": ("SCHEDULES", "kept_tokens", "retention_schedule", "solve_shift"),
+    "registry": ("Registry",),
+    "schedule": ("SCHEDULES", "kept_tokens", "retention_schedule", "setting_of", "solve_shift", "takes_shift"),
     "settings": ("NORMS", "PmodSettings", "TARGET_TOKENS"),
     "routing": ("Routing", "SELECTIONS"),
     "configuration": ("PmodLlavaConfig", "PmodLlavaNextConfig"),

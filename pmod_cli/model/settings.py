@@ -16,8 +16,8 @@ class PmodSettings:
     """What each decoder layer keeps, and how router weights act.
 
     Attributes:
-        schedule: Retention schedule, one of `schedule.SCHEDULES`.
-        shift: beta of the schedules `cosine` and `linear` (default: 0.5 for `cosine`).
+        schedule: Retention schedule, a name in `schedule.SCHEDULES`.
+        shift: beta of a decaying schedule (default: 0.5 for `cosine`).
         mean: Wanted mean retention ratio, instead of a shift.
         max_ratio: Ratios above it become plain layers; above 1, every layer takes the router path.
         min_ratio: Floor of the decaying schedules.

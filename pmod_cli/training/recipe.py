@@ -170,6 +170,9 @@ def _assign(settings: Settings, entry: Entry) -> None:
     if is_dataclass(getattr(target, name)):
         raise ValueError(f"{entry.key} is a group of settings, not a value")
     value = _fit(entry.value, get_type_hints(type(target))[name], entry.key)
+    names = known[name].metadata.get("names")
+    if names is not None and value is not None and value not in names:
+        raise ValueError(f"{entry.key}: expected one of {', '.join(names)}, got {value!r:.100}")
     minimum = known[name].metadata.get("min")
     if minimum is not None and value is not None and not value >= minimum:
         raise ValueError(f"{entry.key}: expected {minimum} or more, got {value}")

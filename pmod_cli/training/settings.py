@@ -1,8 +1,11 @@
 """What a fine-tuning run is told: groups of settings, written as they appear in a recipe."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from math import ceil
 from typing import Any, Literal
+
+from pmod_cli.model import SCHEDULES
 
 # The parts of a LLaVA that can be frozen, or trained at a rate of their own.
 PARTS = ("language_model", "projector", "vision_tower", "router")
@@ -12,6 +15,11 @@ ENGINES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 def at_least(minimum: float, default: float | None):
     """A number field that may not be below ``minimum``."""
     return field(default=default, metadata={"min": minimum})
+
+
+def one_of(names: Iterable[str], default: str | None):
+    """A string field that is one of ``names``, which are read when a value is given."""
+    return field(default=default, metadata={"names": names})
 
 
 @dataclass
@@ -58,8 +66,8 @@ class PmodArgs:
     Attributes:
         enabled: true converts a stock checkpoint first; false trains it as it is, as a baseline; null is true where one
             of the settings below is given, and otherwise takes the checkpoint as it is.
-        schedule: cosine, linear, stepped, interleaved, constant or list.
-        shift: beta of the schedules cosine and linear.
+        schedule: name of a retention schedule; list takes the ratios as they are.
+        shift: beta of a decaying schedule, cosine or linear.
         mean: wanted mean retention ratio, instead of a shift.
         max_ratio: ratios above it become plain layers.
         min_ratio: floor of the decaying schedules.
@@ -72,7 +80,7 @@ class PmodArgs:
     """
 
     enabled: bool | None = None
-    schedule: Literal["cosine", "linear", "stepped", "interleaved", "constant", "list"] | None = None
+    schedule: str | None = one_of(SCHEDULES, None)
     shift: float | None = None
     mean: float | None = None
     max_ratio: float | None = None

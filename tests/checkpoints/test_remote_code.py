@@ -81,6 +81,7 @@ def test_the_file_is_one_module_without_relative_imports_or_names_twice():
     assert not any(name.startswith("pmod") for name in plain)
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     assigned = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    assigned += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
     names += [target.id for target in assigned if isinstance(target, ast.Name)]
     assert len(names) == len(set(names))
 

@@ -1,0 +1,111 @@
+"""A retention schedule of another package: an entry point, or one call, and every verb knows it."""
+
+import importlib
+import json
+
+import pytest
+
+from pmod_cli import cli
+from pmod_cli.checkpoints import Options, convert
+from pmod_cli.model import SCHEDULES, PmodSettings, registry, retention_schedule
+
+PACKAGE = '''
+def halves(num_layers, mean):
+    """All of the first half of the layers, equally little of the second."""
+    whole = num_layers // 2
+    rest = (mean * num_layers - whole) / (num_layers - whole)
+    return [1.0] * whole + [rest] * (num_layers - whole)
+'''
+ENTRY_POINTS = """
+[pmod_cli.schedules]
+halves = toy_pmod:halves
+broken = toy_pmod:not_there
+"""
+
+
+@pytest.fixture
+def package(tmp_path_factory, monkeypatch):
+    """An installed package with entry points, as pip leaves it."""
+    for verb in ("convert", "profile"):  # help that lists names is written once a process: for other tests, before this
+        importlib.import_module(f"pmod_cli.commands.{verb}")
+    site = tmp_path_factory.mktemp("site")
+    (site / "toy_pmod.py").write_text(PACKAGE)
+    info = site / "toy_pmod-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-pmod\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    monkeypatch.syspath_prepend(site)
+    registry._entry_points.cache_clear()
+    yield site
+    for known in (SCHEDULES,):
+        for name in ("halves", "broken"):
+            known._known.pop(name, None)
+    registry._entry_points.cache_clear()
+
+
+def run(*words) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def test_a_schedule_through_every_verb(package, stock_model, workdir, capsys):
+    expected = [1.0, 1.0, 0.075, 0.075]
+    assert retention_schedule("halves", 4) == pytest.approx(expected)
+    assert run("convert", stock_model(), "-o", "toy", "--schedule", "halves", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["retention"] == pytest.approx(expected)
+    assert run("profile", "--model", "toy", "--json") == 0
+    assert [layer["retention_ratio"] for layer in json.loads(capsys.readouterr().out)["layers"]] == pytest.approx(
+        expected
+    )
+    assert run("profile", "--model", "toy", "--sweep", "schedule=halves,cosine", "--json") == 0
+    assert [point["schedule"] for point in json.loads(capsys.readouterr().out)["sweep"]["points"]] == [
+        "halves",
+        "cosine",
+    ]
+    quick = ("--max-steps", 1, "--batch-size", 1, "--set", "data.turns=1", "--device", "cpu")
+    assert run("finetune", "-r", "tiny", "-m", stock_model(), "-o", "run", "--set", "pmod.schedule=halves", *quick) == 0
+    assert json.loads((workdir / "run" / "config.json").read_text())["pmod"]["schedule"] == "halves"
+    capsys.readouterr()
+    assert run("convert", stock_model(), "-o", "x", "--target-flops", "0.8", "--schedule", "halves", "--dry-run") == 0
+    assert run("convert", stock_model(), "-o", "x", "--schedule", "halves", "--target-retention", "0.2") == 2
+    assert "schedule 'halves' cannot have a mean retention as low as 0.2" in capsys.readouterr().err
+
+
+def test_plain_transformers_gets_the_ratios(package, stock_model, tmp_path):
+    """A checkpoint for plain transformers has no use for a name that only another package knows."""
+    settings = PmodSettings(schedule="halves", mean=0.6)
+    convert(stock_model(), tmp_path / "remote", settings, Options(to="remote-code"))
+    written = json.loads((tmp_path / "remote" / "config.json").read_text())["pmod"]
+    assert (written["schedule"], written["mean"]) == ("list", None)
+    assert written["values"] == pytest.approx([1.0, 1.0, 0.2, 0.2])
+
+
+def test_a_package_that_cannot_be_imported_is_named(package):
+    with pytest.raises(ValueError, match="the schedule 'broken' of toy-pmod cannot be imported"):
+        PmodSettings(schedule="broken")
+
+
+def test_a_registration_call():
+    @SCHEDULES.register("falling")
+    def falling(num_layers, shift):
+        return [1 + shift - i / num_layers for i in range(num_layers)]
+
+    try:
+        assert "falling" in SCHEDULES.names()
+        assert retention_schedule("falling", 4, shift=0.0) == [1.0, 0.75, 0.5, 0.25]
+        assert sum(retention_schedule("falling", 32, mean=0.5)) / 32 == pytest.approx(0.5, abs=0.01)
+        with pytest.raises(ValueError, match="there is a schedule called 'falling' already"):
+            SCHEDULES.register("falling")(falling)
+        with pytest.raises(ValueError, match="cosine and linear and falling"):
+            retention_schedule("constant", 4, shift=0.5)
+    finally:
+        SCHEDULES.unregister("falling")
+    assert "falling" not in SCHEDULES
+
+
+def test_a_function_of_another_form_is_a_sentence():
+    SCHEDULES.register("odd")(lambda layers, depth: [1.0] * layers)
+    try:
+        with pytest.raises(ValueError, match=r"its function takes \(layers, depth\); expected the number of layers"):
+            PmodSettings(schedule="odd")
+    finally:
+        SCHEDULES.unregister("odd")

@@ -3,13 +3,13 @@
 import pytest
 
 from pmod_cli import paper
-from pmod_cli.evaluation import suite
+from pmod_cli.evaluation.benchmarks import BENCHMARKS
 from pmod_cli.model import PmodSettings
 from pmod_cli.model.schedule import PAPER_MEAN
 
 
 def test_every_score_of_the_paper_belongs_to_a_benchmark_that_can_be_asked():
-    assert set(paper.BENCHMARKS) == {benchmark.name for benchmark in suite.PAPER}
+    assert set(paper.BENCHMARKS) <= set(BENCHMARKS)
     for model in paper.MODELS.values():
         assert list(model.scores) == list(paper.BENCHMARKS)
         assert {score.where for score in model.scores.values()} == {paper.TABLE_1, paper.TABLE_2}

@@ -31,10 +31,10 @@ from pmod_cli.core.folders import staging_of
 from pmod_cli.core.hardware import require_attention, require_device
 
 if TYPE_CHECKING:
+    from pmod_cli.evaluation.benchmarks import Benchmark
     from pmod_cli.evaluation.identity import EvalSettings
     from pmod_cli.evaluation.processes import Processes
     from pmod_cli.evaluation.subjects import Subject
-    from pmod_cli.evaluation.suite import Benchmark
 
 EXAMPLES = """\
 pmod eval --tasks tiny
@@ -77,7 +77,10 @@ def _format(name: str) -> str:
 def eval(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="Finished runs, after --compare.")] = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", "-t", metavar="NAMES", help="Benchmarks or groups, comma-separated; see --list.")
+        str,
+        typer.Option(
+            "--tasks", "-t", metavar="NAMES", help="Benchmarks, groups or task files, comma-separated; see --list."
+        ),
     ] = "paper",
     model: ModelOpt = None,
     against: Annotated[
@@ -178,13 +181,14 @@ def eval(
     progress: ProgressOpt = True,
 ) -> None:
     """Score a model on benchmarks with lmms-eval, beside the stock model or a selection that routers must beat."""
+    from pmod_cli.evaluation import benchmarks as known
     from pmod_cli.evaluation import suite
 
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by torchrun or accelerate
     if launched and os.environ.get("RANK", "0") != "0":
         output.set_quiet(True)
     if list_tasks:
-        _print_suite(suite.GROUPS, data_root, as_json)
+        _print_suite(known.groups(), data_root, as_json)
         return
     if as_json and shown_as not in ("table", "json"):
         raise PmodError(f"two formats: --json and --format {shown_as}; give one")
@@ -295,12 +299,12 @@ def _check_processes(count: int, device: str, launched: bool) -> None:
 def _against(against: str | None, name: str, benchmarks: tuple[Benchmark, ...], offline: bool) -> list[str]:
     """What to compare with. The tiny tasks take seconds, so there the stock model stands beside p-MoD unasked."""
     from pmod_cli.checkpoints import resolve, router_state
-    from pmod_cli.evaluation import subjects, suite
+    from pmod_cli.evaluation import subjects
 
     if against is not None:
         return [part.strip() for part in against.split(",") if part.strip() not in ("", "none")]
     path = resolve(name, offline=offline).path
-    if router_state(path) == "stock" or not set(benchmarks) <= set(suite.TINY):
+    if router_state(path) == "stock" or any(benchmark.group != "tiny" for benchmark in benchmarks):
         return []
     if subjects.stock_source(path) is None:
         output.note("no stock model beside it: the checkpoint does not say what it was made from; --against names one")
@@ -399,7 +403,8 @@ def _print_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | Non
         repositories = ", ".join(name.rpartition("/")[2] for name in row["data"])
         data_set = f"{repositories} {', '.join(row['split'])}" if repositories else "drawn here"
         here = "yes" if row["here"] else "no"
-        table.add_row(row["name"], row["task"], data_set, f"{row['rows']:,}", row["metric"], here)
+        rows_of = f"{row['rows']:,}" if row["rows"] else "not known"
+        table.add_row(row["name"], row["task"], data_set, rows_of, row["metric"] or "the first", here)
     output.stdout.print(table)
     for name, group in groups.items():
         output.print_line(f"{name}: {', '.join(benchmark.name for benchmark in group)}")

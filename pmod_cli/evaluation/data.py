@@ -13,8 +13,7 @@ from pmod_cli.core.atomic import write_text
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.units import disk_size
 from pmod_cli.evaluation import mirror
-from pmod_cli.evaluation.sources import Source
-from pmod_cli.evaluation.suite import KNOWN, Benchmark
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split
 
 
 def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None) -> None:
@@ -75,7 +74,7 @@ def fetch(
             f"`fetch_data` knows the data of the paper's benchmarks, not that of {', '.join(others)}",
             hint="hf download REPOSITORY --repo-type dataset --local-dir DIR/REPOSITORY",
         )
-    repositories: dict[str, list[Source]] = {}
+    repositories: dict[str, list[Split]] = {}
     for source in dict.fromkeys(source for benchmark in benchmarks for source in benchmark.data):
         repositories.setdefault(source.repository, []).append(source)
     if constants.HF_HUB_OFFLINE:
@@ -101,8 +100,8 @@ def fetch(
     return fetched
 
 
-def listing(benchmarks: Iterable[Benchmark] = KNOWN, data_root: Path | None = None) -> list[dict[str, Any]]:
-    """One row per benchmark: what is asked, of which data, scored how, and whether the data is on this machine."""
+def listing(benchmarks: Iterable[Benchmark] | None = None, data_root: Path | None = None) -> list[dict[str, Any]]:
+    """One row per benchmark, by default all: what is asked, of which data, scored how, and is the data here?"""
     return [
         {
             "name": benchmark.name,
@@ -116,11 +115,11 @@ def listing(benchmarks: Iterable[Benchmark] = KNOWN, data_root: Path | None = No
             "metric": benchmark.metric,
             "here": all(mirror.find(source, data_root) for source in benchmark.data),
         }
-        for benchmark in benchmarks
+        for benchmark in (BENCHMARKS.values() if benchmarks is None else benchmarks)
     ]
 
 
-def _not_on_hub(missing: dict[Source, Benchmark]) -> dict[Source, Benchmark]:
+def _not_on_hub(missing: dict[Split, Benchmark]) -> dict[Split, Benchmark]:
     """What the hub has not either. Where it is silent, only the cache counts from now on: no minutes of retries."""
     import datasets
     from huggingface_hub import HfApi, constants, get_session
@@ -147,7 +146,7 @@ def _fetch_command(benchmarks: Iterable[Benchmark], data_root: Path | None) -> s
     return f"pmod eval --fetch-data {names} --data-root {data_root or 'DIR'}"
 
 
-def _require_space(sources: Iterable[Source], data_root: Path) -> None:
+def _require_space(sources: Iterable[Split], data_root: Path) -> None:
     needed = 1e6 * sum(source.megabytes or 0 for source in sources if not mirror.find(source, data_root))
     free = shutil.disk_usage(data_root).free
     if needed > free:

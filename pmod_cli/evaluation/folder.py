@@ -10,9 +10,9 @@ from typing import Any
 from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import is_new, require_kind
+from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.stored import RESULTS, read_run
-from pmod_cli.evaluation.suite import Benchmark
 
 KIND = "evaluation"
 WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv")

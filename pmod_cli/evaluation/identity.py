@@ -13,8 +13,8 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.evaluation import provenance
+from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.subjects import Subject
-from pmod_cli.evaluation.suite import Benchmark
 
 # Another place of the same weights, or another GPU of the same machine, does not change an answer.
 NOT_OF_AN_ANSWER = ("path", "commit", "device")

@@ -10,8 +10,8 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation import mirror
-from pmod_cli.evaluation.sources import Source
-from pmod_cli.evaluation.suite import PAPER, Benchmark, folders
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split
+from pmod_cli.evaluation.suite import folders
 
 if TYPE_CHECKING:
     from lmms_eval.api.task import ConfigurableTask
@@ -55,43 +55,53 @@ class Tasks(TaskManager):
         _check(source, files)
         opened = {"data_files": {source.split: [str(file) for file in files]}}
         config = config | {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": opened}
-        if name == "gqa":
-            config |= {"process_docs": None, "doc_to_visual": self._gqa_picture()}
+        if (pictures := _pictures_of(source)) is not None:
+            config |= {"process_docs": None, "doc_to_visual": self._picture(pictures)}
         return config
 
-    def _source(self, config: dict[str, Any]) -> Source | None:
+    def _source(self, config: dict[str, Any]) -> Split | None:
         """The data of a task: a benchmark's is known; another task's is looked up where there is a mirror."""
         split = config.get("test_split") or config.get("validation_split")
         key = (config["dataset_path"], config.get("dataset_name") or "", (split or "").strip())
-        for benchmark in PAPER:
+        for benchmark in BENCHMARKS.values():
             for source in benchmark.data:
                 if key == (source.repository, source.configuration, source.split):
                     return source
         if self._data_root is None:
             return None
-        if not mirror.find(Source(*key), self._data_root):
-            raise PmodError(f"{Source(*key)}: not in {self._data_root}", code=RUN_FAILED)
-        return Source(*key)
+        if not mirror.find(Split(*key), self._data_root):
+            raise PmodError(f"{Split(*key)}: not in {self._data_root}", code=RUN_FAILED)
+        return Split(*key)
 
-    def _gqa_picture(self) -> Callable[[dict], list]:
-        """lmms-eval's GQA names its pictures' repository in code, and copies a picture to each of its questions."""
+    def _picture(self, source: Split) -> Callable[[dict], list]:
+        """lmms-eval's GQA names its pictures' repository in code, and copies a picture to each of its questions.
+
+        Args:
+            source: The split with the pictures.
+        """
         from datasets import load_dataset
 
-        source = next(benchmark for benchmark in PAPER if benchmark.name == "gqa").data[1]
         files = mirror.obtain(source, self._data_root)
         _check(source, files)
         pictures = load_dataset("parquet", data_files={source.split: [str(file) for file in files]})[source.split]
         place = {name: index for index, name in enumerate(pictures["id"])}
 
         def picture(doc: dict) -> list:
-            if doc["imageId"] not in place:
-                raise PmodError(f"{source} has no picture {doc['imageId']}", code=RUN_FAILED)
-            return [pictures[place[doc["imageId"]]]["image"].convert("RGB")]
+            name = doc[source.pictures_of]
+            if name not in place:
+                raise PmodError(f"{source} has no picture {name}", code=RUN_FAILED)
+            return [pictures[place[name]]["image"].convert("RGB")]
 
         return picture
 
 
-def _check(source: Source, files: Sequence[Path]) -> None:
+def _pictures_of(source: Split) -> Split | None:
+    """The split that holds the pictures of another one's questions; None where the questions have them."""
+    data = next((benchmark.data for benchmark in BENCHMARKS.values() if source in benchmark.data), ())
+    return next((split for split in data if split.pictures_of and split != source), None)
+
+
+def _check(source: Split, files: Sequence[Path]) -> None:
     """Read the files' ends: can they be read, have they rows, and the columns that the task needs?"""
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile

@@ -10,14 +10,14 @@ from pathlib import Path
 import yaml
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.evaluation.sources import Source
+from pmod_cli.evaluation.benchmarks import Split
 
 CHECKSUMS = "SHA256SUMS"  # in the root of a mirror, as `sha256sum --check` reads it
 CARD = "README.md"  # a data set's card says which files make up which split
 _SHARD = re.compile(r"-of-(\d{5})\b")
 
 
-def split_files(source: Source, names: Iterable[str], card: str | None) -> list[str]:
+def split_files(source: Split, names: Iterable[str], card: str | None) -> list[str]:
     """Which files of a repository make up a split; none where any of them is missing.
 
     Args:
@@ -32,7 +32,7 @@ def split_files(source: Source, names: Iterable[str], card: str | None) -> list[
     return [] if of and max(of) != len(found) else found  # half a split would give a wrong score
 
 
-def in_folder(source: Source, folder: Path) -> list[Path]:
+def in_folder(source: Split, folder: Path) -> list[Path]:
     """The files of a split in a copy of its repository; none where the split is not there, or not whole."""
     card = folder / CARD
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
@@ -47,7 +47,7 @@ def checksums(root: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def find(source: Source, root: Path | None) -> list[Path]:
+def find(source: Split, root: Path | None) -> list[Path]:
     """The files of a split that are on this machine.
 
     Args:
@@ -64,7 +64,7 @@ def find(source: Source, root: Path | None) -> list[Path]:
         return []
 
 
-def obtain(source: Source, root: Path | None) -> list[Path]:
+def obtain(source: Split, root: Path | None) -> list[Path]:
     """The files of a split, downloaded into the Hugging Face cache where there is no mirror and they are not here.
 
     Raises:
@@ -79,7 +79,7 @@ def obtain(source: Source, root: Path | None) -> list[Path]:
     return files
 
 
-def download(sources: Sequence[Source], folder: Path | None = None) -> tuple[str, dict[str, str]]:
+def download(sources: Sequence[Split], folder: Path | None = None) -> tuple[str, dict[str, str]]:
     """Fetch the splits of one repository and its card; what is there already stays.
 
     Args:
@@ -109,7 +109,7 @@ def download(sources: Sequence[Source], folder: Path | None = None) -> tuple[str
     return info.sha, {name: digests[name] for name in wanted if name in digests}
 
 
-def _declared(source: Source, card: str) -> list[str]:
+def _declared(source: Split, card: str) -> list[str]:
     """The patterns of a card's `configs`, for the configuration and split."""
     match = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
     try:
@@ -127,7 +127,7 @@ def _declared(source: Source, card: str) -> list[str]:
     return patterns
 
 
-def _usual(source: Source) -> list[str]:
+def _usual(source: Split) -> list[str]:
     folders = [source.configuration] if source.configuration else ["data", "default"]
     patterns = [
         pattern for folder in folders for pattern in (f"{folder}/{source.split}-*", f"{folder}/{source.split}/*")

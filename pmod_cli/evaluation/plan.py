@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.data import listing
 from pmod_cli.evaluation.folder import RESULTS, RunFolder
 from pmod_cli.evaluation.identity import EvalSettings, run_identity, sources_of
 from pmod_cli.evaluation.subjects import Subject
-from pmod_cli.evaluation.suite import Benchmark
 
 
 def plan(
@@ -62,7 +62,7 @@ def plan(
 def _questions(benchmark: Benchmark, limit: float | None) -> int | None:
     """Questions of a benchmark under a limit, which holds for each of its tasks. Where they come in units, such as the
     pairs of MME, a run asks the whole of the last one: a few more."""
-    asked = [source.rows for source in benchmark.data if "question" in source.columns] or [benchmark.rows]
+    asked = [split.rows for split in benchmark.data if not split.pictures_of] or [benchmark.rows]
     if None in asked:
         return None
     if limit is None:

@@ -14,7 +14,7 @@ from pmod_cli import __version__
 from pmod_cli.checkpoints.digests import blob_name, file_sha256, weights_sha256
 from pmod_cli.checkpoints.files import CONFIG
 from pmod_cli.evaluation import mirror
-from pmod_cli.evaluation.sources import Source
+from pmod_cli.evaluation.benchmarks import Split
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PROCESSOR_FILES = (
@@ -92,7 +92,7 @@ def checkpoint(folder: Path, commit: str | None) -> dict[str, Any]:
     }
 
 
-def data(sources: Iterable[Source], root: Path | None) -> list[dict[str, Any]]:
+def data(sources: Iterable[Split], root: Path | None) -> list[dict[str, Any]]:
     """Which files the questions of a benchmark came from.
 
     Nothing is read but names: a file's SHA-256 is known where the Hugging Face cache names it so, or where the mirror's

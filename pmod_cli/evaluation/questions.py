@@ -13,21 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark
 from pmod_cli.evaluation.loading import load_tasks
 from pmod_cli.evaluation.processes import hidden_launcher
-from pmod_cli.evaluation.suite import Benchmark
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from lmms_eval.api.task import ConfigurableTask
-
-# Rows that are scored together are drawn together: MME gives a bonus where both questions about an image are right, and
-# MMBench asks a question under several orders of its options, at rows whose `index` differs by millions.
-UNITS: dict[str, Callable[[Any], Iterable[Hashable]]] = {
-    "mme": lambda docs: zip(docs["category"], docs["question_id"], strict=True),
-    "mmbench_en_dev": lambda docs: (index % 1_000_000 for index in docs["index"]),
-    "mmbench_en_dev_static": lambda docs: (index % 1_000_000 for index in docs["index"]),
-}
 
 
 @dataclass
@@ -126,10 +118,11 @@ def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int
     if wanted == available:
         return list(range(available))
     draw = random.Random(f"{seed}/{task}")
-    if task not in UNITS:
+    unit_of = _units(task)
+    if unit_of is None:
         return sorted(draw.sample(range(available), wanted))
     units: dict[Hashable, list[int]] = {}
-    for place, unit in enumerate(UNITS[task](docs)):
+    for place, unit in enumerate(unit_of(docs)):
         units.setdefault(unit, []).append(place)
     rows: list[int] = []
     for unit in draw.sample(list(units), len(units)):
@@ -137,6 +130,12 @@ def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int
             break
         rows += units[unit]
     return sorted(rows)
+
+
+def _units(task: str) -> Callable[[Any], Iterable[Hashable]] | None:
+    """Rows that are scored together are drawn together; None where each row is scored alone."""
+    known = (benchmark for benchmark in BENCHMARKS.values() if task in (benchmark.task, benchmark.judged_task))
+    return next((benchmark.units for benchmark in known), None)
 
 
 def _add(questions: Questions, name: str, task: ConfigurableTask) -> None:

@@ -9,9 +9,9 @@ from zlib import crc32
 import numpy as np
 
 from pmod_cli import paper
+from pmod_cli.evaluation.benchmarks import Benchmark, groups
 from pmod_cli.evaluation.paired import Difference, difference, makes_up
 from pmod_cli.evaluation.statistics import UNKNOWN, Record, interval, summands
-from pmod_cli.evaluation.suite import GROUPS, Benchmark
 
 SCHEMA_VERSION = 2
 AVERAGED = ("general", "text-rich")  # the groups that the paper averages
@@ -102,10 +102,11 @@ class Report:
 
     def _average(self, group: str) -> dict[str, Any] | None:
         """The paper's average of a group, for the models that have all its scores; None where some were not asked."""
-        names = [benchmark.name for benchmark in GROUPS[group]]
+        members = [benchmark for benchmark in groups()[group] if benchmark.name in paper.BENCHMARKS]
+        names = [benchmark.name for benchmark in members]
         if not set(names) <= self.entries.keys():
             return None
-        weights = {name: paper.MME_IN_AVERAGE if name == "mme" else 1.0 for name in names}
+        weights = {benchmark.name: benchmark.weight for benchmark in members}
         scores, differences, missing = {}, {}, {}
         for label, model in self.models.items():
             entries = {name: self.entries[name].get(label) for name in names}

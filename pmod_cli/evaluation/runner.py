@@ -14,6 +14,7 @@ from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.evaluation import formats, provenance, questions
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, one_line, write_traceback
+from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.flips import flips
 from pmod_cli.evaluation.folder import RESULTS, RunFolder
 from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity, sources_of
@@ -23,7 +24,6 @@ from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
 from pmod_cli.evaluation.scoring import score
 from pmod_cli.evaluation.subjects import Loaded, Subject, load
-from pmod_cli.evaluation.suite import Benchmark
 
 Progress = Callable[[str, str, int, int], None]  # model, task, questions answered, questions of the task
 

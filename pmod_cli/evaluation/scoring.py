@@ -13,12 +13,12 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.fallbacks import counting
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.outcome import Outcome, Record, digest
 from pmod_cli.evaluation.processes import hidden_launcher
 from pmod_cli.evaluation.questions import Questions, quiet_lmms_eval
-from pmod_cli.evaluation.suite import Benchmark
 
 
 def score(benchmark: Benchmark, questions: Questions, answers: dict[int, Answer], *, seed: int, log: Path) -> Outcome:

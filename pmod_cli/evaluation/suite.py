@@ -1,128 +1,54 @@
-"""The benchmarks by the names that users type: the paper's fourteen and the tiny four. Imports nothing heavy."""
+"""From the names that users type to benchmarks, and to the folders of lmms-eval's task files. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation import sources
-from pmod_cli.evaluation.sources import Source
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, groups
 
-TINY_TASKS = Path(__file__).with_name("tasks")
-TINY_QUESTIONS = 1000  # per tiny task
 LMMS_PREFIX = "lmms:"  # `lmms:docvqa` is lmms-eval's own group of that name
-JUDGED = "mmbench_en_dev"  # MMBench with a judge model for answers that its parser cannot read
 JUDGE_KEYS = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}  # by $API_TYPE, as lmms-eval reads them
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One row of the report: an lmms-eval task, or group of tasks, and its headline number.
-
-    Attributes:
-        name: What a user types.
-        title: What the report prints, as in the paper's tables.
-        task: lmms-eval's name of the task or group.
-        metric: Headline metric, as lmms-eval keys it in its results, without the filter. None: the task's first.
-        folder: Folder of the task's YAML, inside lmms-eval's tasks; None for our own and for tasks passed through.
-        data: The splits that the task reads; none where the questions are drawn here, or the task is passed through.
-        group: `general` or `text-rich` as in the paper, or `tiny`.
-        filter: lmms-eval's answer filter that the headline is taken after.
-        scale: Factor from lmms-eval's number to the one the paper prints.
-    """
-
-    name: str
-    title: str
-    task: str
-    metric: str | None
-    folder: str | None = None
-    data: tuple[Source, ...] = ()
-    group: str = ""
-    filter: str = "none"
-    scale: float = 100.0
-
-    @property
-    def rows(self) -> int | None:
-        """Questions of the whole benchmark; None where it is not known."""
-        if self.group == "tiny":
-            return TINY_QUESTIONS
-        asked = [source.rows for source in self.data if "question" in source.columns]
-        return sum(asked) if asked else None
-
-
-def _paper(
-    group: str, title: str, name: str, task: str, metric: str, data: tuple[Source, ...], folder: str = "", **more
-) -> Benchmark:
-    return Benchmark(name, title, task, metric, folder or name, data, group, **more)
-
-
-PAPER = (
-    _paper("general", "SEED", "seed", "seedbench", "seed_image", sources.SEED, "seedbench"),
-    _paper("general", "RWQA", "rwqa", "realworldqa", "exact_match", sources.RWQA, "realworldqa"),
-    _paper("general", "MME", "mme", "mme", "mme_perception_score", sources.MME, scale=1.0),
-    _paper("general", "MMB", "mmb", f"{JUDGED}_static", "gpt_eval_score", sources.MMB, "mmbench", scale=1.0),
-    _paper("general", "POPE", "pope", "pope_full", "pope_f1_score", sources.POPE),
-    _paper("general", "GQA", "gqa", "gqa", "exact_match", sources.GQA),
-    _paper("general", "AI2D", "ai2d", "ai2d", "exact_match", sources.AI2D, filter="flexible-extract"),
-    _paper("text-rich", "DocVQA", "docvqa", "docvqa_val", "anls", sources.DOCVQA),
-    _paper("text-rich", "ChartQA", "chartqa", "chartqa", "relaxed_overall", sources.CHARTQA),
-    _paper("text-rich", "TextVQA", "textvqa", "textvqa_val", "exact_match", sources.TEXTVQA),
-    _paper("text-rich", "InfoVQA", "infovqa", "infovqa_val", "anls", sources.INFOVQA),
-    _paper("text-rich", "OK-VQA", "okvqa", "ok_vqa_val2014", "exact_match", sources.OKVQA, "ok_vqa"),
-    _paper("text-rich", "MMMU", "mmmu", "mmmu_val", "mmmu_acc", sources.MMMU),
-    _paper("text-rich", "SQA", "sqa", "scienceqa_img", "exact_match", sources.SQA, "scienceqa"),
-)
-TINY = tuple(
-    Benchmark(task, title, task, metric, group="tiny")
-    for task, title, metric in (
-        ("tiny_doc", "tiny doc", "anls"),
-        ("tiny_chart", "tiny chart", "relaxed_overall"),
-        ("tiny_attribute", "tiny attribute", "exact_match"),
-        ("tiny_presence", "tiny presence", "pope_f1_score"),
-    )
-)
-GROUPS: dict[str, tuple[Benchmark, ...]] = {
-    "paper": PAPER,
-    "general": tuple(benchmark for benchmark in PAPER if benchmark.group == "general"),
-    "text-rich": tuple(benchmark for benchmark in PAPER if benchmark.group == "text-rich"),
-    "tiny": TINY,
-}
-KNOWN = PAPER + TINY
-# Every spelling of a benchmark: typed name, lmms-eval's task, the paper's title. Where two meet the typed name wins.
-_BY_NAME = {benchmark.title.lower(): benchmark for benchmark in KNOWN}
-_BY_NAME |= {benchmark.task: benchmark for benchmark in KNOWN}
-_BY_NAME |= {benchmark.name: benchmark for benchmark in KNOWN}
+_NAMES = re.compile(r"""^(?:task|group)\s*:\s*["']?([\w.-]+)["']?\s*$""", re.MULTILINE)
 
 
 def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
-    """The benchmarks of names and groups, in the order given, each once.
+    """The benchmarks of names, groups and task files, in the order given, each once.
 
-    A name that is not in the suite is looked up among lmms-eval's own tasks, which takes seconds. MMBench is scored
-    statically, and by lmms-eval's judge model where its key is set.
+    A name that is no benchmark's is looked up among lmms-eval's own tasks, which takes seconds. A benchmark that can be
+    judged is scored by lmms-eval's judge model where its key is set.
+
+    Args:
+        names: A benchmark or group, an lmms-eval task, or the path of a YAML file that defines one.
 
     Raises:
-        PmodError: no name, unknown names, each with the nearest known ones, or a judged task without the judge's key.
+        PmodError: no name, unknown names, each with the nearest known ones, a file that defines no task, or a judged
+            task without the judge's key.
     """
     found: dict[str, Benchmark] = {}
     unknown = []
+    known, spellings = groups(), _by_spelling()
+    judged = {benchmark.judged_task: benchmark for benchmark in BENCHMARKS.values() if benchmark.judged_task}
     for name in (part.strip() for part in names):
         if not name:
             continue
-        if name.lower() in GROUPS:
-            chosen = [_judged(benchmark) for benchmark in GROUPS[name.lower()]]
-        elif name.lower() in _BY_NAME:
-            benchmark = _BY_NAME[name.lower()]
+        if name.lower() in known:
+            chosen = [_judged(benchmark) for benchmark in known[name.lower()]]
+        elif name.lower() in spellings:
+            benchmark = spellings[name.lower()]
             chosen = [benchmark if name.lower() == benchmark.task else _judged(benchmark)]
+        elif name.endswith((".yaml", ".yml")):
+            chosen = [_of_file(Path(name).expanduser())]
         elif (task := name.removeprefix(LMMS_PREFIX)) in _tasks_of_lmms_eval():
             _require_judge(name, task)
-            chosen = [_judged(_BY_NAME["mmb"]) if name == JUDGED else Benchmark(name, task, task, metric=None)]
+            chosen = [_judged(judged[name]) if name in judged else Benchmark(name, task, task, metric=None)]
         else:
             unknown.append(name)
             continue
@@ -134,14 +60,44 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
     return tuple(found.values())
 
 
+def folders(benchmark: Benchmark) -> list[str] | None:
+    """The folders whose YAML files define a benchmark, or None where all of lmms-eval's have to be searched.
+
+    Reading only these takes milliseconds; indexing all tasks of lmms-eval takes five seconds.
+    """
+    if benchmark.folder is None:
+        return None
+    folder = Path(benchmark.folder)
+    return [str(folder if folder.is_absolute() else _lmms_eval_folder() / "tasks" / folder)]
+
+
+def _by_spelling() -> dict[str, Benchmark]:
+    """Every spelling of a benchmark: typed name, lmms-eval's task, title. Where two meet the typed name wins."""
+    known = BENCHMARKS.values()
+    spellings = {benchmark.title.lower(): benchmark for benchmark in known}
+    spellings |= {benchmark.task: benchmark for benchmark in known}
+    return spellings | {benchmark.name: benchmark for benchmark in known}
+
+
+def _of_file(path: Path) -> Benchmark:
+    """The benchmark that a task file of the user's defines."""
+    if not path.is_file():
+        raise PmodError(f"there is no task file {path}", hint="pmod eval --list shows the names that are known")
+    found = _NAMES.search(path.read_text(encoding="utf-8"))
+    if found is None:
+        raise PmodError(f"{path} defines no task: expected a line such as `task: my_task`", hint="docs/eval.md")
+    return Benchmark(found[1], found[1], found[1], metric=None, folder=str(path.resolve().parent))
+
+
 def _judge_key() -> str:
     """The variable that holds the judge's key."""
     return JUDGE_KEYS.get(os.environ.get("API_TYPE", "openai"), JUDGE_KEYS["openai"])
 
 
 def _judged(benchmark: Benchmark) -> Benchmark:
-    """MMBench with its judge where there is a key for it; every other benchmark as it is."""
-    return replace(benchmark, task=JUDGED) if benchmark.name == "mmb" and os.environ.get(_judge_key()) else benchmark
+    """A benchmark with its judge, where it has one and there is a key for it; else as it is."""
+    has_key = benchmark.judged_task and os.environ.get(_judge_key())
+    return replace(benchmark, task=benchmark.judged_task) if has_key else benchmark
 
 
 def _require_judge(name: str, task: str) -> None:
@@ -154,20 +110,8 @@ def _require_judge(name: str, task: str) -> None:
         )
 
 
-def folders(benchmark: Benchmark) -> list[str] | None:
-    """The folders whose YAML files define a benchmark, or None where all of lmms-eval's have to be searched.
-
-    Reading only these takes milliseconds; indexing all tasks of lmms-eval takes five seconds.
-    """
-    if benchmark in TINY:
-        return [str(TINY_TASKS)]
-    if benchmark.folder is None:
-        return None
-    return [str(_lmms_eval_folder() / "tasks" / benchmark.folder)]
-
-
 def _unknown(name: str) -> str:
-    known = {*GROUPS, *_BY_NAME, *_tasks_of_lmms_eval()}
+    known = {*groups(), *_by_spelling(), *_tasks_of_lmms_eval()}
     near = get_close_matches(name.lower().removeprefix(LMMS_PREFIX), known, n=4, cutoff=0.6)
     return f"no task is called {name!r}" + (f"; near: {', '.join(near)}" if near else "")
 
@@ -181,8 +125,7 @@ def _lmms_eval_folder() -> Path:
 @cache
 def _tasks_of_lmms_eval() -> frozenset[str]:
     """All names that lmms-eval's YAML files define as a task or a group, read without importing lmms-eval."""
-    line = re.compile(r"""^(?:task|group)\s*:\s*["']?([\w.-]+)["']?\s*$""", re.MULTILINE)
     names: set[str] = set()
     for path in (_lmms_eval_folder() / "tasks").rglob("*.yaml"):
-        names.update(line.findall(path.read_text(encoding="utf-8")))
+        names.update(_NAMES.findall(path.read_text(encoding="utf-8")))
     return frozenset(names)

@@ -9,8 +9,8 @@ from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data import documents, glyphs
-from pmod_cli.evaluation.suite import TINY_QUESTIONS as QUESTIONS
-from pmod_cli.evaluation.suite import Benchmark
+from pmod_cli.evaluation.benchmarks import TINY_QUESTIONS as QUESTIONS
+from pmod_cli.evaluation.benchmarks import Benchmark
 
 LAYOUT = 1  # raise it when the columns change
 

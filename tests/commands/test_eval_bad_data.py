@@ -7,11 +7,11 @@ from datasets import Image, Value
 
 from pmod_cli import cli
 from pmod_cli.checkpoints.files import read_json
-from pmod_cli.evaluation.suite import PAPER
+from pmod_cli.evaluation.benchmarks import BENCHMARKS
 from tests import factories
 from tests.evaluation import mirrors
 
-BY_NAME = {benchmark.name: benchmark for benchmark in PAPER}
+BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS.values()}
 NO_PICTURE = {"bytes": b"these bytes are no picture", "path": None}
 
 

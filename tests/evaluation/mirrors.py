@@ -14,8 +14,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 
-from pmod_cli.evaluation.sources import Source
-from pmod_cli.evaluation.suite import PAPER
+from pmod_cli.evaluation.benchmarks import Split, groups
 
 TEXT, NUMBER, PICTURE = Value("string"), Value("int64"), Image()
 OPTIONS = ("cat", "dog", "fox", "owl")
@@ -53,7 +52,7 @@ def mirrored(name: str) -> Mirrored:
 
 def write(root: Path, names: Iterable[str] | None = None) -> Path:
     """Write mirrors of the named benchmarks (None: all) as they lie on the hub, each with its card."""
-    for benchmark in PAPER:
+    for benchmark in groups()["paper"]:
         if names is not None and benchmark.name not in names:
             continue
         made = mirrored(benchmark.name)
@@ -65,7 +64,7 @@ def write(root: Path, names: Iterable[str] | None = None) -> Path:
     return root
 
 
-def write_split(root: Path, source: Source, rows: list[dict[str, Any]], features: dict[str, Any]) -> Path:
+def write_split(root: Path, source: Split, rows: list[dict[str, Any]], features: dict[str, Any]) -> Path:
     """One split as one parquet file, and the part of the card that says so."""
     folder = root / source.repository
     place = source.configuration or "data"
@@ -77,7 +76,7 @@ def write_split(root: Path, source: Source, rows: list[dict[str, Any]], features
     return file
 
 
-def _declare(card: Path, source: Source, place: str) -> None:
+def _declare(card: Path, source: Split, place: str) -> None:
     lines = card.read_text().splitlines()[1:-1] if card.is_file() else ["configs:"]
     head = f"- config_name: {source.configuration or 'default'}"
     part = [f"  - split: {source.split}", f"    path: {place}/{source.split}-*"]

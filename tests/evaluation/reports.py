@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pmod_cli.evaluation import suite
+from pmod_cli.evaluation.benchmarks import groups
 from pmod_cli.evaluation.report import Report
 
 VICUNA = {"layers": 32, "hidden_size": 4096, "decoder": "llama", "dtype": "bfloat16"}
@@ -62,9 +63,9 @@ def small(names: str = "docvqa,chartqa") -> Report:
 
 def group(scores: dict[str, float], *, limited: str = "", missing: str = "") -> Report:
     """All benchmarks of `general` for one p-MoD model, each of one question that scores what `scores` says."""
-    report = Report(suite.GROUPS["general"], seed=0)
+    report = Report(groups()["general"], seed=0)
     report.add_model("p-mod", PMOD)
-    for benchmark in suite.GROUPS["general"]:
+    for benchmark in groups()["general"]:
         if benchmark.name == missing:
             report.add(benchmark, "p-mod", entry(None, error="no data"), [])
         else:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pmod_cli.checkpoints import convert
-from pmod_cli.evaluation.suite import TINY_TASKS
+from pmod_cli.evaluation.benchmarks import TINY_TASKS
 from pmod_cli.model import PmodSettings
 from tests.conftest import ROOT
 

@@ -4,8 +4,8 @@ import pytest
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import data, fallbacks, mirror, suite
+from pmod_cli.evaluation.benchmarks import Benchmark, Split, groups
 from pmod_cli.evaluation.loading import load_tasks
-from pmod_cli.evaluation.sources import Source
 from tests.evaluation import mirrors
 
 
@@ -14,13 +14,13 @@ def root(tmp_path_factory):
     return mirrors.write(tmp_path_factory.mktemp("mirror"))
 
 
-def benchmark(name: str) -> suite.Benchmark:
+def benchmark(name: str) -> Benchmark:
     return suite.resolve([name])[0]
 
 
 def test_every_benchmark_is_read_from_its_mirror(root):
-    data.require_data(suite.PAPER, root)
-    for each in suite.PAPER:
+    data.require_data(groups()["paper"], root)
+    for each in groups()["paper"]:
         tasks, made = load_tasks(each, root), mirrors.mirrored(each.name)
         rows = [row for split in made.rows.values() for row in split]
         loaded = [doc for task in tasks.values() for doc in task.eval_docs]
@@ -51,7 +51,7 @@ def test_a_picture_that_is_not_there(tmp_path):
 def test_another_task_of_lmms_eval_reads_the_mirror_too(root):
     """`pope` of lmms-eval asks the three splits as one data set; it is no benchmark of the suite."""
     rows = [row for split in mirrors.pope().rows.values() for row in split]
-    mirrors.write_split(root, Source("lmms-lab-encoder/POPE"), rows, mirrors.pope().features)
+    mirrors.write_split(root, Split("lmms-lab-encoder/POPE"), rows, mirrors.pope().features)
     (task,) = load_tasks(benchmark("lmms:pope"), root).values()
     assert len(task.eval_docs) == 24
     with pytest.raises(PmodError, match="lmms-lab-encoder/LMMs-Eval-Lite chartqa lite: not in"):
@@ -76,7 +76,7 @@ def test_all_that_is_missing_is_said_at_once(tmp_path):
 def test_a_mirror_with_another_split_is_no_mirror_of_this_one(tmp_path):
     made = mirrors.docvqa()
     mirrors.write_split(
-        tmp_path, Source("lmms-lab-encoder/DocVQA", "DocVQA", "test"), made.rows["validation"], made.features
+        tmp_path, Split("lmms-lab-encoder/DocVQA", "DocVQA", "test"), made.rows["validation"], made.features
     )
     with pytest.raises(PmodError, match="DocVQA validation"):
         data.require_data([benchmark("docvqa")], tmp_path)
@@ -93,7 +93,7 @@ def test_half_a_split_is_none(tmp_path):
 
 
 def test_files_of_a_split():
-    plain, named = Source("a/b", "", "test"), Source("a/b", "en", "dev")
+    plain, named = Split("a/b", "", "test"), Split("a/b", "en", "dev")
     names = ["data/test-0.parquet", "data/train-0.parquet", "en/dev-0.parquet", "cn/dev-0.parquet", "notes/test-1.txt"]
     assert mirror.split_files(plain, names, None) == ["data/test-0.parquet"]
     assert mirror.split_files(named, names, None) == ["en/dev-0.parquet"]
@@ -101,7 +101,7 @@ def test_files_of_a_split():
     assert mirror.split_files(named, names, card) == ["cn/dev-0.parquet"]
     assert mirror.split_files(plain, names, card) == ["data/test-0.parquet"]
     assert mirror.split_files(plain, names, "---\nconfigs: [\n---\n") == ["data/test-0.parquet"]
-    assert mirror.split_files(Source("a/b", "", "validation"), names, None) == []
+    assert mirror.split_files(Split("a/b", "", "validation"), names, None) == []
 
 
 def test_wrong_columns_no_rows_a_damaged_file(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from pmod_cli.checkpoints import convert
 from pmod_cli.evaluation import provenance
-from pmod_cli.evaluation.suite import PAPER
+from pmod_cli.evaluation.benchmarks import BENCHMARKS
 from pmod_cli.model import PmodSettings
 from tests.evaluation import mirrors
 
@@ -84,7 +84,7 @@ def test_a_checkout_has_a_commit():
 
 def test_data_of_a_mirror_has_its_listed_digest(tmp_path):
     mirrors.write(tmp_path, ["gqa"])
-    benchmark = next(benchmark for benchmark in PAPER if benchmark.name == "gqa")
+    benchmark = BENCHMARKS["gqa"]
     digests = {
         path.relative_to(tmp_path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in tmp_path.rglob("*.parquet")

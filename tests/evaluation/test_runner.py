@@ -7,8 +7,8 @@ import pytest
 from pmod_cli import cli
 from pmod_cli.checkpoints import bundled_path
 from pmod_cli.evaluation import runner, suite
+from pmod_cli.evaluation.benchmarks import groups
 from pmod_cli.evaluation.folder import RunFolder
-from pmod_cli.evaluation.suite import PAPER
 from tests.evaluation import forks, mirrors
 
 
@@ -34,7 +34,8 @@ def test_the_fourteen_tasks_without_a_network(workdir):
     results = results_of(workdir / "run")
     asked = {task["name"]: next(iter(task["scores"].values()))["questions"] for task in results["tasks"]}
     expected = {
-        benchmark.name: sum(len(rows) for rows in mirrors.mirrored(benchmark.name).rows.values()) for benchmark in PAPER
+        benchmark.name: sum(len(rows) for rows in mirrors.mirrored(benchmark.name).rows.values())
+        for benchmark in groups()["paper"]
     }
     assert asked == expected
     assert results["failed"] == []

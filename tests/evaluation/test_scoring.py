@@ -6,6 +6,7 @@ from datasets import load_from_disk
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data import documents
 from pmod_cli.evaluation import questions, scoring, statistics, suite, tiny_data
+from pmod_cli.evaluation.benchmarks import Benchmark, groups
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.outcome import Outcome
 from tests.evaluation import mirrors
@@ -112,7 +113,7 @@ def test_a_missing_answer_is_no_wrong_answer(tmp_path):
 def test_a_metric_that_is_not_a_number_is_a_failure(tmp_path):
     (benchmark,) = suite.resolve(["tiny_doc"])
     opened = questions.load(benchmark, limit=1, seed=0, log=tmp_path / "log")
-    unknown = suite.Benchmark("x", "x", "tiny_doc", "no_such_metric", group="tiny")
+    unknown = Benchmark("x", "x", "tiny_doc", "no_such_metric", group="tiny")
     with pytest.raises(PmodError, match="no number for no_such_metric,none"):
         scoring.score(unknown, opened, {0: Answer("a")}, seed=0, log=tmp_path / "log")
 
@@ -128,7 +129,7 @@ def root(tmp_path_factory):
     return mirrors.write(tmp_path_factory.mktemp("mirror"))
 
 
-@pytest.mark.parametrize("benchmark", suite.PAPER, ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("benchmark", groups()["paper"], ids=lambda benchmark: benchmark.name)
 def test_scores_of_the_paper_are_those_worked_out_by_hand(benchmark, root, tmp_path):
     """Right, wrong and unparseable answers to a mirror of each benchmark, through lmms-eval."""
     made = mirrors.mirrored(benchmark.name)
@@ -148,6 +149,6 @@ def test_scores_of_the_paper_are_those_worked_out_by_hand(benchmark, root, tmp_p
     assert outcome.guesses.unread == {"mmb": 2, "rwqa": 1}.get(benchmark.name, 0)
 
 
-def _tasks(benchmark: suite.Benchmark) -> list[str]:
+def _tasks(benchmark: Benchmark) -> list[str]:
     """lmms-eval's tasks, in the order of the mirror's splits."""
     return {"pope_full": ["pope_adv", "pope_pop", "pope_random"]}.get(benchmark.task, [benchmark.task])

@@ -1,0 +1,114 @@
+"""A benchmark from outside the package: registered by a call, by an entry point, or named by its YAML file."""
+
+import json
+
+import pytest
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Pictures
+
+from pmod_cli import cli
+from pmod_cli.core.errors import PmodError
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, register_benchmark
+from pmod_cli.evaluation.suite import resolve
+
+TASK = """\
+task: toy_colours
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: {rows}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function toy_colours_pictures.visual
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "answer"
+generation_kwargs:
+  max_new_tokens: 2
+  temperature: 0
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+PACKAGE = """\
+from pmod_cli.evaluation.benchmarks import Benchmark
+
+COLOURS = Benchmark("colours", "Colours", "toy_colours", "exact_match", {folder!r}, group="toys", questions=3)
+"""
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What the test registers is forgotten after it."""
+    BENCHMARKS.values()
+    monkeypatch.setattr(BENCHMARKS, "_items", dict(BENCHMARKS._items))
+    return BENCHMARKS
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A folder with the task file of a benchmark of three questions, its code and its data."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    colours = ("red", "green", "blue")
+    rows = {
+        "image": [Pictures.new("RGB", (8, 8), colour) for colour in colours],
+        "question": ["What colour is this?"] * 3,
+        "answer": list(colours),
+    }
+    features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "rows.parquet")
+    (folder / "toy_colours.yaml").write_text(TASK.format(rows=folder / "rows.parquet"))
+    (folder / "toy_colours_pictures.py").write_text('def visual(doc):\n    return [doc["image"].convert("RGB")]\n')
+    return folder
+
+
+def scores(capsys, tasks: str, stock) -> list[dict]:
+    assert cli.main(["eval", "--tasks", tasks, "-m", str(stock), "--json", "-o", "run", "--overwrite"]) == 0
+    return json.loads(capsys.readouterr().out)["tasks"]
+
+
+def test_by_a_call(registry, task, stock_model, workdir, capsys):
+    register_benchmark(
+        Benchmark("colours", "Colours", "toy_colours", "exact_match", str(task), group="toys", questions=3)
+    )
+    (found,) = scores(capsys, "toys", stock_model())
+    assert (found["title"], found["group"], found["rows"]) == ("Colours", "toys", 3)
+    (entry,) = found["scores"].values()
+    assert (entry["questions"], entry["paper"], entry.get("error")) == (3, None, None)
+    assert 0 <= entry["score"] <= 100
+
+    assert cli.main(["eval", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "toys: colours" in listed
+    assert "toy_colours" in listed
+    with pytest.raises(PmodError, match="near: colours"):
+        resolve(["colour"])
+    with pytest.raises(PmodError, match="two of the benchmark 'colours'"):
+        register_benchmark(Benchmark("colours", "Other", "other", None))
+
+
+def test_by_an_entry_point(registry, task, stock_model, workdir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "colours_package.py").write_text(PACKAGE.format(folder=str(task)))
+    information = tmp_path / "colours_package-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: colours-package\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[pmod_cli.benchmarks]\ncolours = colours_package:COLOURS\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_complete", False)
+    assert cli.main(["eval", "--tasks", "colours", "-m", str(stock_model()), "--dry-run", "--json"]) == 0
+    (planned,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert (planned["name"], planned["questions"]) == ("colours", 3)
+
+
+def test_by_its_file(task, stock_model, workdir, capsys):
+    (found,) = scores(capsys, str(task / "toy_colours.yaml"), stock_model())
+    assert (found["name"], next(iter(found["scores"].values()))["questions"]) == ("toy_colours", 3)
+    assert cli.main(["eval", "--tasks", "missing.yaml", "-m", str(stock_model())]) == 2
+    assert "there is no task file missing.yaml" in capsys.readouterr().err
+    (task / "empty.yaml").write_text("metric_list: []\n")
+    assert cli.main(["eval", "--tasks", str(task / "empty.yaml"), "-m", str(stock_model())]) == 2
+    assert "defines no task" in capsys.readouterr().err

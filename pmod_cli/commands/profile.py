@@ -18,7 +18,7 @@ from pmod_cli.commands.common import (
     pick_device,
 )
 from pmod_cli.commands.profile_checks import (
-    CONTESTANTS,
+    COMPARED,
     FORMATS,
     PHASES,
     REPORTS,
@@ -149,7 +149,7 @@ def profile(
         str, typer.Option(rich_help_panel=MEASURING, metavar="LIST", help=f"Some of {', '.join(PHASES)}.")
     ] = "prefill,first-token,decode",
     against: Annotated[
-        str, typer.Option(rich_help_panel=MEASURING, metavar="LIST", help=f"Some of {', '.join(CONTESTANTS)}.")
+        str, typer.Option(rich_help_panel=MEASURING, metavar="LIST", help=f"Some of {', '.join(COMPARED)}.")
     ] = "stock,random,uniform",
     repeats: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURING, help="Timed rounds.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, rich_help_panel=MEASURING, help="Rounds before them.")] = 1,
@@ -179,7 +179,7 @@ def profile(
         raise PmodError(f"--json and --format {output_format} are two forms: give one of them")
     output_format = "json" if as_json else output_format or "table"
     sizes = image_sizes(image_size)
-    chosen_phases, controls = some_of(phases, PHASES, "phase"), some_of(against, CONTESTANTS, "contestant")
+    chosen_phases, controls = some_of(phases, PHASES, "phase"), some_of(against, COMPARED, "model to compare")
     check_files(plot, html)
     for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
         if given is not None and report in ("latency", "memory"):

@@ -12,7 +12,7 @@ REPORTS = ("flops", "kv", "memory", "latency", "all")
 PICTURES = (".png", ".svg", ".pdf")
 FORMATS = ("table", "markdown", "csv", "json")
 PHASES = ("prefill", "first-token", "decode", "train", "train-checkpointed")
-CONTESTANTS = ("stock", "random", "uniform")
+COMPARED = ("stock", "random", "uniform")
 
 
 def known_report(name: str) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pmod_cli import profiling
-    from pmod_cli.profiling.latency import Latency
+    from pmod_cli.profiling.measure.latency import Latency
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,8 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
 def profiled(
     result: profiling.Profile, latency: Latency | None, report: str, macs: bool, gpu_memory: str | None
 ) -> Shown:
-    from pmod_cli.profiling import (
-        CONVENTIONS,
-        devices,
-        latency_report,
-        memory_report,
-        plots,
-        tables,
-        to_json,
-    )
+    from pmod_cli.profiling import CONVENTIONS, latency_report, memory_report, plots, tables, to_json
+    from pmod_cli.profiling.measure.devices import parse_memory
 
     said, notes = to_json(result, latency, macs=macs), []
     rows = said["layers"]
@@ -103,7 +96,7 @@ def profiled(
         notes = [f"{unit} a multiply-add of matrix products; all else counts 0."]
         notes += [f"{name}: {counted}" for name, counted in CONVENTIONS.items()]
     if report in ("memory", "all"):
-        gpus = [devices.parse_memory(gpu_memory)] if gpu_memory else None
+        gpus = [parse_memory(gpu_memory)] if gpu_memory else None
         memory = memory_report.predict(result, gpus)
         shown += memory_report.tables(result, memory)
         notes += memory_report.NOTES

@@ -1,8 +1,8 @@
 """What a model costs, stock beside p-MoD: counted before it runs, without weights, and measured when it runs.
 
-Without torch: sizes -> anyres -> workload -> closed and training, the formulas. Traced: subject -> operators -> cost ->
-kv_cache -> report, one profile. Measured: contestants -> phases -> clock and breakdown -> latency. `devices`
-holds other people's numbers. Shown: tables, schema (JSON), latency_report.
+`count/` has the formulas, the fvcore trace that checks them, KV cache and memory; `measure/` runs and times models.
+On top: `subject` (a name to two configurations), `report` (one counted profile), `sweep` and `dataset` (many of them),
+and what is shown: tables, JSON, figures.
 
 Names resolve on first use, so that formulas cost no import of torch.
 """
@@ -11,14 +11,14 @@ from importlib import import_module
 
 _HOMES = {
     "sizes": ("Sizes",),
-    "workload": ("Row", "Workload"),
-    "closed": ("Prefill", "prefill"),
-    "training": ("TrainingSetup", "training_flops", "training_memory"),
+    "count.workload": ("Row", "Workload"),
+    "count.formulas": ("Prefill", "prefill"),
+    "count.training": ("TrainingSetup", "training_flops", "training_memory"),
     "subject": ("Subject", "load_subject", "scaled"),
     "report": ("CONVENTIONS", "Profile", "profile"),
-    "latency": ("LatencySettings", "measure"),
+    "measure.latency": ("LatencySettings", "measure"),
     "schema": ("to_json",),
-    "clock": ("interleaved", "peak_bytes", "threads", "timed"),
+    "measure.clock": ("interleaved", "peak_bytes", "threads", "timed"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

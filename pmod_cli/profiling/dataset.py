@@ -1,4 +1,4 @@
-"""The average cost over the rows of a real data set, by the closed formulas. Of an image only the header is read."""
+"""The average cost over the rows of a real data set, by formulas. Of an image only the header is read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pmod_cli.core.images import image_size
 from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
 from pmod_cli.data.images import find_image
 from pmod_cli.data.sources import LlavaFile
-from pmod_cli.profiling import closed
 from pmod_cli.profiling.anyres import image_tokens
-from pmod_cli.profiling.kv_cache import bytes_per_token
+from pmod_cli.profiling.count import formulas
+from pmod_cli.profiling.count.kv_cache import bytes_per_token
+from pmod_cli.profiling.count.training import TrainingSetup, training_flops
+from pmod_cli.profiling.count.workload import Row, layer_tokens
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
-from pmod_cli.profiling.training import TrainingSetup, training_flops
-from pmod_cli.profiling.workload import Row, layer_tokens
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def average(sizes: Sizes, rows: Sequence[Row], retention: Sequence[float], targe
         if row not in counted:
             both = []
             for ratios in (None, retention):
-                prefill = closed.prefill(sizes, [row], ratios, target_tokens)
+                prefill = formulas.prefill(sizes, [row], ratios, target_tokens)
                 step = training_flops(sizes, [row], setup, ratios, target_tokens).step
                 whole = [1.0] * sizes.decoder.layers if ratios is None else ratios
                 held = sum(tokens for _, tokens in layer_tokens([row], whole, target_tokens)) * token

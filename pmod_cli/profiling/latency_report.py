@@ -6,16 +6,16 @@ from typing import Any
 
 from rich.table import Table
 
-from pmod_cli.profiling.contestants import STOCK
-from pmod_cli.profiling.latency import Latency, PhaseResult, peak_share
-from pmod_cli.profiling.phases import DECODE, PHASES
+from pmod_cli.profiling.measure.latency import Latency, PhaseResult, peak_share
+from pmod_cli.profiling.measure.models import STOCK
+from pmod_cli.profiling.measure.phases import DECODE, PHASES
 from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.tables import plain_table
 from pmod_cli.profiling.units import MIB, TERA
 
 
 def latency_table(result: Profile, latency: Latency) -> Table:
-    """Times of each phase and contestant, beside the ratio that their counts allow."""
+    """Times of each phase and model, beside the ratio that their counts allow."""
     clock = "GPU" if _on_gpu(latency) else "CPU"
     headings = (f"{clock} ms", "±", "tokens/s", "ratio", "limit", "causal", "of peak", "peak MiB")
     title = f"Measured on {latency.device.name}: {_how(latency)}"

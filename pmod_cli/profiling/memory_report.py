@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from pmod_cli.profiling.devices import DEVICES, Device
-from pmod_cli.profiling.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
+from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
+from pmod_cli.profiling.count.training import USUAL, TrainingMemory, training_memory
+from pmod_cli.profiling.measure.devices import DEVICES, Device
 from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.tables import plain_table
-from pmod_cli.profiling.training import USUAL, TrainingMemory, training_memory
 from pmod_cli.profiling.units import GIB, percent
 
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")
@@ -47,7 +47,7 @@ def predict(result: Profile, gpus: list[Device] | None = None) -> Memory:
         inference=tuple(
             inference_memory(result.sizes, result.rows, result.dtype, new_tokens=new, **which) for which in both
         ),
-        fits=[(device, *(fit(*common, device, new_tokens=new, **which) for which in both)) for device in devices],
+        fits=[(device, *(fit(*common, device.memory, new_tokens=new, **which) for which in both)) for device in devices],
         training={
             name: tuple(training_memory(result.sizes, result.rows, setup, **which) for which in both)
             for name, setup in USUAL.items()

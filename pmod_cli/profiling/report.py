@@ -7,20 +7,30 @@ from dataclasses import dataclass
 
 from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
+<<<<<<< HEAD
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import closed
 from pmod_cli.profiling.cost import (
+=======
+from pmod_cli.profiling.count import formulas
+from pmod_cli.profiling.count.kv_cache import DTYPE_BYTES, KvCost, kv_cache
+from pmod_cli.profiling.count.trace import (
+>>>>>>> 6d04254 (profiling/ has two rooms: count/ for formulas, trace and memory, measure/ for what runs; closed is formulas, contestants is a pair of models)
     DecoderCost,
     VisionCost,
     decoder_cost,
     meta_model,
     vision_cost,
 )
+<<<<<<< HEAD
 from pmod_cli.profiling.kv_cache import DTYPE_BYTES, KvCost, kv_cache
+=======
+from pmod_cli.profiling.count.training import TrainingFlops, TrainingSetup, training_flops
+from pmod_cli.profiling.count.workload import Row, Workload
+from pmod_cli.profiling.published import Published, published_for
+>>>>>>> 6d04254 (profiling/ has two rooms: count/ for formulas, trace and memory, measure/ for what runs; closed is formulas, contestants is a pair of models)
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
-from pmod_cli.profiling.training import TrainingFlops, TrainingSetup, training_flops
-from pmod_cli.profiling.workload import Row, Workload
 
 CONVENTIONS = {
     "paper": "decoder layers and lm_head on every position, without attention products and vision tower",
@@ -92,13 +102,13 @@ class Profile:
         """The row to whose length the batch is padded."""
         return max(self.rows, key=lambda row: row.tokens)
 
-    def formula(self, *, pmod: bool) -> closed.Prefill:
-        """The prefill of one of the two by the closed formula, without tracing anything."""
+    def formula(self, *, pmod: bool) -> formulas.Prefill:
+        """The prefill of one of the two by the formula, without tracing anything."""
         config = self.subject.pmod
         if not pmod:
-            return closed.prefill(self.sizes, self.rows)
+            return formulas.prefill(self.sizes, self.rows)
         settings = config.settings
-        return closed.prefill(
+        return formulas.prefill(
             self.sizes, self.rows, config.retention, settings.target_tokens, all_routed=settings.max_ratio > 1
         )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pmod_cli.profiling.cost import FLOPS_PER_MAC
-from pmod_cli.profiling.latency import Latency
+from pmod_cli.profiling.count.trace import FLOPS_PER_MAC
 from pmod_cli.profiling.latency_report import latency_json
+from pmod_cli.profiling.measure.latency import Latency
 from pmod_cli.profiling.report import CONVENTIONS, Profile
 from pmod_cli.profiling.units import GIGA, MIB, TERA, percent
 

@@ -1,4 +1,4 @@
-"""One setting over a range of values: what each would cost, by the closed formulas."""
+"""One setting over a range of values: what each would cost, by formulas."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling import closed
-from pmod_cli.profiling.kv_cache import kv_cache
+from pmod_cli.profiling.count import formulas
+from pmod_cli.profiling.count.kv_cache import kv_cache
+from pmod_cli.profiling.count.workload import Workload, layer_tokens
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import find_config, subject_of
-from pmod_cli.profiling.workload import Workload, layer_tokens
 
 NUMBERS = ("shift", "target-retention", "max-ratio", "min-ratio")
 KEYS = {"target-retention": "mean", "max-ratio": "max_ratio", "min-ratio": "min_ratio"}  # as `PmodSettings` names them
@@ -124,8 +124,8 @@ def sweep(
         subject = subject_of(found, settings)
         pmod, sizes = subject.pmod, Sizes.of(subject.stock)
         rows, target = batch.rows(sizes), pmod.settings.target_tokens
-        stock = closed.prefill(sizes, rows)
-        routed = closed.prefill(sizes, rows, pmod.retention, target, all_routed=pmod.settings.max_ratio > 1)
+        stock = formulas.prefill(sizes, rows)
+        routed = formulas.prefill(sizes, rows, pmod.retention, target, all_routed=pmod.settings.max_ratio > 1)
         held = []
         for ratios in ([1.0] * sizes.decoder.layers, pmod.retention):
             tokens = [tokens for _, tokens in layer_tokens(rows, ratios, target)]

@@ -7,8 +7,8 @@ from itertools import groupby
 
 from rich.table import Table
 
-from pmod_cli.profiling.cost import FLOPS_PER_MAC, LayerCost
-from pmod_cli.profiling.kv_cache import KvCost
+from pmod_cli.profiling.count.kv_cache import KvCost
+from pmod_cli.profiling.count.trace import FLOPS_PER_MAC, LayerCost
 from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.units import GIGA, KIB, MEGA, MIB, TERA, percent
 

@@ -12,12 +12,12 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.dataset import build_dataset
-from pmod_cli.profiling.cost import meta_model
-from pmod_cli.profiling.devices import Device, parse_memory
+from pmod_cli.profiling.count.trace import meta_model
+from pmod_cli.profiling.count.training import TrainingMemory, training_flops, training_memory
+from pmod_cli.profiling.count.workload import Row, Workload
+from pmod_cli.profiling.measure.devices import Device, parse_memory
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject, load_subject
-from pmod_cli.profiling.training import TrainingMemory, training_flops, training_memory
-from pmod_cli.profiling.workload import Row, Workload
 from pmod_cli.training.cost import row_of, setup_of, this_device
 from pmod_cli.training.dataset import SyntheticDocuments
 from pmod_cli.training.disk import Disk, disk_of

@@ -11,7 +11,7 @@ from pmod_cli.checkpoints.loading import refuse_bytes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.extras import require
 from pmod_cli.core.hardware import require_device
-from pmod_cli.profiling.training import LORA_TARGETS
+from pmod_cli.profiling.count.training import LORA_TARGETS
 from pmod_cli.training import folder
 from pmod_cli.training.fleet import Fleet
 from pmod_cli.training.requirements import check_report, check_requirements

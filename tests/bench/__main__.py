@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from pmod_cli.profiling.clock import interleaved, peak_bytes, threads
-from pmod_cli.profiling.contestants import PMOD, STOCK, Contestants, prompt, random_contestants
-from pmod_cli.profiling.latency import bytes_read, cache_bytes, phase_flops
+from pmod_cli.profiling.count.workload import Workload
 from pmod_cli.profiling.latency_report import predicted_cache
-from pmod_cli.profiling.phases import CHECKPOINTED, DECODE, PREFILL, TRAIN, Bench
+from pmod_cli.profiling.measure.clock import interleaved, peak_bytes, threads
+from pmod_cli.profiling.measure.latency import bytes_read, cache_bytes, phase_flops
+from pmod_cli.profiling.measure.models import PMOD, STOCK, ModelPair, prompt, random_pair
+from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, PREFILL, TRAIN, Bench
 from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import load_subject, scaled
-from pmod_cli.profiling.workload import Workload
 from tests.bench.start import start_ratio
 
 UNEQUAL = ((672, 672), (336, 336), (672, 336), (336, 1008))
@@ -62,11 +62,11 @@ class Row:
 class Batch(Bench):
     """A workload and the models that run it."""
 
-    def __init__(self, contestants: Contestants, subject, workload: Workload, device: str):
-        self.counted: Profile = profile(subject, workload, dtype=str(contestants.stock.dtype).removeprefix("torch."))
-        stock, self.device = contestants.stock, device
+    def __init__(self, pair: ModelPair, subject, workload: Workload, device: str):
+        self.counted: Profile = profile(subject, workload, dtype=str(pair.stock.dtype).removeprefix("torch."))
+        stock, self.device = pair.stock, device
         inputs = prompt(stock.config, self.counted.rows, device=device, dtype=stock.dtype)
-        super().__init__(contestants, inputs, workload.new_tokens)
+        super().__init__(pair, inputs, workload.new_tokens)
 
     def flop_limit(self, phase: str) -> float:
         """FLOP ratio of what the kernels compute: the causal half of attention, or with padding its full square."""
@@ -74,7 +74,7 @@ class Batch(Bench):
         return self._count(phase, PMOD)[which] / self._count(phase, STOCK)[which]
 
     def byte_limit(self) -> float:
-        read = {name: bytes_read(self.counted, self.contestants, name, self.steps) for name in (STOCK, PMOD)}
+        read = {name: bytes_read(self.counted, self.pair, name, self.steps) for name in (STOCK, PMOD)}
         return read[PMOD] / read[STOCK]
 
     def time_ratio(self, phase: str, rounds: int) -> float:
@@ -92,16 +92,14 @@ class RepeatedRows(Batch):
 
     def filled_cache(self, name: str):
         rows = len(self.prompt.input_ids)
-        single = Bench(self.contestants, self.one_row, self.steps)
+        single = Bench(self.pair, self.one_row, self.steps)
         cache = single.filled_cache(name)
         cache.batch_repeat_interleave(rows)
         return cache
 
     @cached_property
     def one_row(self):
-        return prompt(
-            self.contestants.stock.config, self.counted.rows[:1], device=self.device, dtype=self.contestants.stock.dtype
-        )
+        return prompt(self.pair.stock.config, self.counted.rows[:1], device=self.device, dtype=self.pair.stock.dtype)
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -144,10 +142,10 @@ def batches(hidden_size: int, layers: int, options: argparse.Namespace) -> Calla
     subject = scaled(load_subject("llava-next-7b"), hidden_size=hidden_size, layers=layers)
     for config in (subject.stock, subject.pmod):  # a vocabulary of the 7B's proportion to its width
         config.text_config.vocab_size, config.image_token_id = 8 * hidden_size, 8 * hidden_size - 1
-    contestants = random_contestants(subject, device=options.device, dtype=options.dtype, attention="sdpa")
+    pair = random_pair(subject, device=options.device, dtype=options.dtype, attention="sdpa")
 
     def batch(kind: type[Batch] = Batch, **workload) -> Batch:
-        return kind(contestants, subject, Workload(new_tokens=16, **workload), options.device)
+        return kind(pair, subject, Workload(new_tokens=16, **workload), options.device)
 
     return batch
 

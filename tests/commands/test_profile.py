@@ -326,7 +326,7 @@ def test_the_average_over_a_data_set(stock_model: Callable, workdir: Path, capsy
 
 
 def test_a_measured_report(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    """Every phase of every contestant really runs, on a batch of unequal rows; cache bytes are those counted."""
+    """Every phase of every model really runs, on a batch of unequal rows; cache bytes are those counted."""
     arguments = ["-m", str(tiny), "--report", "latency", "--random-weights", "--device", "cpu", "--repeats", "2"]
     arguments += ["--image-size", "64x64,50x37", "--text-tokens", "9", "--new-tokens", "2", "--json"]
     phases = "prefill,first-token,decode,train,train-checkpointed"

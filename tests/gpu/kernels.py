@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pmod_cli.profiling.contestants import PMOD, STOCK
-from pmod_cli.profiling.phases import DECODE, PREFILL
+from pmod_cli.profiling.measure.models import PMOD, STOCK
+from pmod_cli.profiling.measure.phases import DECODE, PREFILL
 from tests.gpu.machine import Machine
 from tests.gpu.rows import Row, emit
 from tests.gpu.speed import NEXT, TOKENS
@@ -33,9 +33,9 @@ REPEATS = 3
 def kernels(machine: Machine) -> None:
     """Milliseconds a call by kind, p-MoD's and stock's; then single questions that a profile raises."""
     subject = machine.subject(NEXT)
-    contestants = machine.contestants(subject)
+    pair = machine.pair(subject)
     for phase, per, new in ((PREFILL, 1, 0), (DECODE, TOKENS, TOKENS)):
-        batch = machine.batch(contestants, subject, 1, new)
+        batch = machine.batch(pair, subject, 1, new)
         limit = batch.byte_limit() if phase == DECODE else batch.flop_limit(phase)
         spent = {name: _by_kind(machine, call, per) for name, call in machine.both(batch, phase).items()}
         beyond = {kind: spent[PMOD][kind][0] - limit * spent[STOCK][kind][0] for kind in (*spent[PMOD], *spent[STOCK])}

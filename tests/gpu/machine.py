@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from pmod_cli.profiling.clock import Timing, interleaved
-from pmod_cli.profiling.contestants import PMOD, STOCK, Contestants, random_contestants
+from pmod_cli.profiling.count.workload import Workload
+from pmod_cli.profiling.measure.clock import Timing, interleaved
+from pmod_cli.profiling.measure.models import PMOD, STOCK, ModelPair, random_pair
 from pmod_cli.profiling.subject import Subject, load_subject, scaled
-from pmod_cli.profiling.workload import Workload
 from tests.bench.__main__ import Batch
 
 PACKAGES = (
@@ -49,7 +49,7 @@ class Machine:
 
     @property
     def rounds(self) -> int:
-        """Timed calls of each contestant."""
+        """Timed calls of each model."""
         return 2 if self.cpu else 10
 
     def subject(self, alias: str) -> Subject:
@@ -63,9 +63,9 @@ class Machine:
             config.text_config.vocab_size, config.image_token_id = 1024, 1023
         return small
 
-    def contestants(self, subject: Subject) -> Contestants:
+    def pair(self, subject: Subject) -> ModelPair:
         """Both on one set of random weights, made on the device."""
-        return random_contestants(subject, device=self.device, dtype=self.dtype, attention="sdpa")
+        return random_pair(subject, device=self.device, dtype=self.dtype, attention="sdpa")
 
     def rows(self, number: int) -> int:
         """Rows of a batch: at toy size never more than four."""
@@ -76,16 +76,16 @@ class Machine:
         sizes = SMALL_IMAGE if self.cpu and hasattr(subject.stock, "image_grid_pinpoints") else ()
         return Workload(image_sizes=sizes, batch_size=self.rows(rows), new_tokens=new_tokens)
 
-    def batch(self, contestants: Contestants, subject: Subject, rows: int, new_tokens: int = 0, kind=Batch) -> Batch:
-        """A batch that both contestants run."""
-        return kind(contestants, subject, self.workload(subject, rows, new_tokens), self.device)
+    def batch(self, pair: ModelPair, subject: Subject, rows: int, new_tokens: int = 0, kind=Batch) -> Batch:
+        """A batch that both models run."""
+        return kind(pair, subject, self.workload(subject, rows, new_tokens), self.device)
 
     def time(self, calls: dict, per: int = 1) -> dict[str, Timing]:
         """Each call in turn: CUDA events on a GPU, CPU seconds elsewhere."""
         return interleaved(calls, device=self.device, warmup=1 if self.cpu else 2, repeats=self.rounds, per=per)
 
     def both(self, batch: Batch, phase: str) -> dict:
-        """One phase of the two contestants, to be timed."""
+        """One phase of the two models, to be timed."""
         return {name: batch.call(phase, name) for name in (STOCK, PMOD)}
 
     def clear(self) -> None:

@@ -6,11 +6,11 @@ import torch
 from transformers import DynamicCache
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling.clock import peak_bytes
-from pmod_cli.profiling.contestants import PMOD, STOCK
-from pmod_cli.profiling.latency import cache_bytes
 from pmod_cli.profiling.latency_report import predicted_cache
-from pmod_cli.profiling.phases import PREFILL
+from pmod_cli.profiling.measure.clock import peak_bytes
+from pmod_cli.profiling.measure.latency import cache_bytes
+from pmod_cli.profiling.measure.models import PMOD, STOCK
+from pmod_cli.profiling.measure.phases import PREFILL
 from pmod_cli.profiling.units import GIB
 from tests.bench.__main__ import Batch
 from tests.gpu.machine import Machine
@@ -23,8 +23,8 @@ TOY_CARD = 4  # rows of the stock model that a toy card holds
 def memory(machine: Machine) -> None:
     """KV cache held against counted, peak of a prefill, and the largest batch that can be prefilled."""
     subject = machine.subject(NEXT)
-    contestants = machine.contestants(subject)
-    one = machine.batch(contestants, subject, 1)
+    pair = machine.pair(subject)
+    one = machine.batch(pair, subject, 1)
     counted = dict(zip((PMOD, STOCK), predicted_cache(one.counted), strict=True))
     for name in (STOCK, PMOD):
         held = cache_bytes(one.filled_cache(name))
@@ -78,7 +78,7 @@ def _prefill(one: Batch, name: str, rows: int) -> DynamicCache:
     """A prefill of one row's embeddings, many times over."""
     cache = DynamicCache()
     vision = {} if name == STOCK else {"vision_mask": one.prompt.vision_mask.expand(rows, -1)}
-    model = one.contestants[name]
+    model = one.pair[name]
     model(
         inputs_embeds=one.embeds.expand(rows, -1, -1), past_key_values=cache, use_cache=True, logits_to_keep=1, **vision
     )

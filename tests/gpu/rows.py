@@ -7,7 +7,7 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass, field
 
-from pmod_cli.profiling.clock import Timing
+from pmod_cli.profiling.measure.clock import Timing
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Row:
         goal: The number that is aimed at; None without one.
         at_least: The goal is a floor.
         limit: What FLOPs or bytes allow, where the value is a ratio.
-        seconds: Medians by contestant.
-        spread: Half the distance of the quartiles over the median, by contestant.
-        samples: Seconds of every call, by contestant.
+        seconds: Medians by model.
+        spread: Half the distance of the quartiles over the median, by model.
+        samples: Seconds of every call, by model.
         note: What a reader must know.
     """
 
@@ -49,11 +49,11 @@ class Row:
 def timed_row(
     name: str, timings: dict[str, Timing], *, stock: str, pmod: str, limit: float, beyond: float, **more
 ) -> Row:
-    """The ratio of two contestants' times; its goal is `beyond` times its limit, or 1 where that is less.
+    """The ratio of two models' times; its goal is `beyond` times its limit, or 1 where that is less.
 
     Args:
         name: Of the row.
-        timings: By contestant.
+        timings: By model.
         stock: Key of the stock model.
         pmod: Key of p-MoD.
         limit: Ratio that FLOPs or bytes allow.

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from pmod_cli.profiling.contestants import PMOD, STOCK, Contestants
-from pmod_cli.profiling.phases import CHECKPOINTED, DECODE, PREFILL
-from pmod_cli.profiling.training import TrainingSetup, training_flops
+from pmod_cli.profiling.count.training import TrainingSetup, training_flops
+from pmod_cli.profiling.measure.models import PMOD, STOCK, ModelPair
+from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, PREFILL
 from tests.bench.__main__ import Batch, RepeatedRows
 from tests.gpu.machine import Machine
 from tests.gpu.rows import Row, emit, faster_row, timed_row
@@ -27,15 +27,15 @@ def prefill(machine: Machine) -> None:
     """From merged embeddings to the logits of the last position."""
     for alias, batches, beyond in ((NEXT, (1, 4), 1.08), (LLAVA, (1, 16), 1.08)):
         subject = machine.subject(alias)
-        contestants = machine.contestants(subject)
+        pair = machine.pair(subject)
         for rows in batches:
-            batch = machine.batch(contestants, subject, rows)
+            batch = machine.batch(pair, subject, rows)
             timings = machine.time(machine.both(batch, PREFILL))
             row = timed_row(f"{alias} b{rows}", timings, **PAIR, limit=batch.flop_limit(PREFILL), beyond=beyond)
             emit(row)
             emit(faster_row(row, 1.7 if alias == NEXT else None))
             machine.clear()
-        del contestants
+        del pair
         machine.clear()
 
 
@@ -43,21 +43,21 @@ def decode(machine: Machine) -> None:
     """One token of every row, as transformers runs it and as one replayed CUDA graph over a static cache."""
     for alias, batches in ((NEXT, (1, 16)), (LLAVA, (64,))):  # 64 rows of NeXT's stock cache are more than a card has
         subject = machine.subject(alias)
-        contestants = machine.contestants(subject)
+        pair = machine.pair(subject)
         for rows in batches:
-            batch = machine.batch(contestants, subject, rows, TOKENS, RepeatedRows if rows > 1 else Batch)
+            batch = machine.batch(pair, subject, rows, TOKENS, RepeatedRows if rows > 1 else Batch)
             limit = batch.byte_limit()
             beyond = 1.05 if rows >= 16 else 1 / limit
             timings = machine.time(machine.both(batch, DECODE), per=TOKENS)
             emit(timed_row(f"{alias} b{rows}, eager", timings, **PAIR, limit=limit, beyond=beyond))
             machine.clear()
-            loops = {name: _graphed(machine, contestants[name], batch, name) for name in (STOCK, PMOD)}
+            loops = {name: _graphed(machine, pair[name], batch, name) for name in (STOCK, PMOD)}
             timings = machine.time(loops, per=TOKENS)
             how = "static cache, no graph on a CPU" if machine.cpu else "CUDA graph"
             emit(timed_row(f"{alias} b{rows}, graph", timings, **PAIR, limit=limit, beyond=beyond, note=how))
             del loops, batch
             machine.clear()
-        del contestants
+        del pair
         machine.clear()
 
 
@@ -118,8 +118,8 @@ def _as_static(held, model: PreTrainedModel, room: int) -> StaticCache:
 def train(machine: Machine) -> None:
     """Forward and backward with gradient checkpointing: LoRA, and all weights but the tower's, without an optimizer."""
     subject = machine.subject(NEXT)
-    contestants = machine.contestants(subject)
-    batch = machine.batch(contestants, subject, 1)
+    pair = machine.pair(subject)
+    batch = machine.batch(pair, subject, 1)
     row = timed_row(
         "all weights, 7B shape", machine.time(machine.both(batch, CHECKPOINTED)), **PAIR,
         limit=batch.flop_limit(CHECKPOINTED), beyond=1.10, note="no optimizer step",
@@ -127,7 +127,7 @@ def train(machine: Machine) -> None:
     emit(row)
     emit(Row("all weights: share of stock's time", row.value, goal=0.65, note="the paper's GPU hours: 0.777"))
     machine.clear()
-    adapted = _adapted(contestants)
+    adapted = _adapted(pair)
     calls = {name: _lora_step(adapted[name], batch) for name in (STOCK, PMOD)}
     limit = _lora_limit(batch, subject)
     row = timed_row(f"LoRA r{RANK}, 7B shape", machine.time(calls), **PAIR, limit=limit, beyond=1.10)
@@ -135,12 +135,12 @@ def train(machine: Machine) -> None:
     emit(Row("LoRA: share of stock's time", row.value, goal=0.65, note="the paper's GPU hours: 0.777"))
 
 
-def _adapted(contestants: Contestants) -> dict[str, PreTrainedModel]:
+def _adapted(pair: ModelPair) -> dict[str, PreTrainedModel]:
     """Each with adapters of its own over the shared weights, all of which are frozen, routers too."""
     models = {}
     for name in (STOCK, PMOD):
         config = LoraConfig(r=RANK, target_modules=rf".*\.language_model\.layers\.\d+\.\w+\.({TARGETS})")
-        models[name] = get_peft_model(contestants[name], config)
+        models[name] = get_peft_model(pair[name], config)
     return models
 
 

@@ -7,12 +7,12 @@ from transformers import DynamicCache
 from pmod_cli.checkpoints import builtin_config
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import Sizes, Workload, load_subject, profile, scaled
-from pmod_cli.profiling.clock import peak_bytes
-from pmod_cli.profiling.contestants import prompt, random_contestants
-from pmod_cli.profiling.devices import DEVICES, parse_memory
-from pmod_cli.profiling.latency import cache_bytes
-from pmod_cli.profiling.memory import RESERVE, fit, inference_memory
-from pmod_cli.profiling.phases import Bench
+from pmod_cli.profiling.count.memory import RESERVE, fit, inference_memory
+from pmod_cli.profiling.measure.clock import peak_bytes
+from pmod_cli.profiling.measure.devices import DEVICES, parse_memory
+from pmod_cli.profiling.measure.latency import cache_bytes
+from pmod_cli.profiling.measure.models import prompt, random_pair
+from pmod_cli.profiling.measure.phases import Bench
 
 STEPS = 16
 
@@ -25,7 +25,7 @@ def test_cache_after_a_real_prefill_and_16_decoded_tokens(alias: str, sizes: tup
     subject = scaled(load_subject(alias), hidden_size=256, layers=4)
     before = profile(subject, Workload(sizes, text_tokens=9), dtype="float32")
     after = profile(subject, Workload(sizes, text_tokens=9, new_tokens=STEPS), dtype="float32")
-    models = random_contestants(subject, device="cpu", dtype="float32", attention="sdpa")
+    models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
     batch = prompt(subject.stock, before.rows, device="cpu", dtype=torch.float32)
     bench = Bench(models, batch, STEPS)
     for name, counted, then in (("stock", before.stock_kv, after.stock_kv), ("p-mod", before.pmod_kv, after.pmod_kv)):
@@ -48,7 +48,7 @@ def test_peak_of_a_real_prefill(batch_size: int) -> None:
     subject = scaled(load_subject("llava-1.5-7b"), hidden_size=256, layers=4)
     sizes = Sizes.of(subject.stock)
     rows = Workload(text_tokens=30, batch_size=batch_size).rows(sizes)
-    models = random_contestants(subject, device="cpu", dtype="float32", attention="sdpa")
+    models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
     bench = Bench(models, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), 1)
     for name, retention in (("stock", None), ("p-mod", subject.pmod.retention)):
         bench.filled_cache(name)

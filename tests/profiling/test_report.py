@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
 from pmod_cli.model.modeling import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration
 from pmod_cli.profiling import Subject, Workload, load_subject, profile
-from pmod_cli.profiling.operators import count
+from pmod_cli.profiling.count.operators import count
 from pmod_cli.profiling.schema import to_json
 from tests import factories
 

@@ -9,10 +9,10 @@ from pmod_cli.checkpoints import builtin_config
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import Sizes, TrainingSetup, Workload, load_subject, scaled, training_flops, training_memory
-from pmod_cli.profiling.clock import peak_bytes
-from pmod_cli.profiling.contestants import Prompt, prompt, random_contestants
-from pmod_cli.profiling.cost import meta_model
-from pmod_cli.profiling.training import PARTS, parameters
+from pmod_cli.profiling.count.trace import meta_model
+from pmod_cli.profiling.count.training import PARTS, parameters
+from pmod_cli.profiling.measure.clock import peak_bytes
+from pmod_cli.profiling.measure.models import Prompt, prompt, random_pair
 
 
 def step(model: PreTrainedModel, batch: Prompt, *, low: bool = False) -> None:
@@ -43,7 +43,7 @@ def test_flops_of_a_real_step(setup: TrainingSetup) -> None:
     subject = scaled(load_subject("llava-1.5-7b"), hidden_size=64, layers=3)
     sizes = Sizes.of(subject.stock)
     rows = Workload(text_tokens=9).rows(sizes)
-    models = random_contestants(subject, device="cpu", dtype="float32", attention="eager")
+    models = random_pair(subject, device="cpu", dtype="float32", attention="eager")
     batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
     for model, retention in ((models.stock, None), (models.pmod, subject.pmod.retention)):
         train_mode(model, setup)
@@ -68,7 +68,7 @@ def test_memory_of_a_real_step(
         config.image_token_index = config.image_token_id = vocabulary - 1
     sizes = Sizes.of(subject.stock)
     rows = Workload(text_tokens=30).rows(sizes)
-    models = random_contestants(subject, device="cpu", dtype="float32", attention="sdpa")
+    models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
     batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
     setup = TrainingSetup(precision=precision, checkpointing=checkpointing)
     for model, retention in ((models.stock, None), (models.pmod, subject.pmod.retention)):

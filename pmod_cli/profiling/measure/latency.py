@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling.breakdown import breakdown
-from pmod_cli.profiling.clock import Timing, interleaved, peak_bytes, threads, timed
-from pmod_cli.profiling.contestants import NAMES, STOCK, Contestants, loaded_contestants, prompt, random_contestants
-from pmod_cli.profiling.cost import meta_model
-from pmod_cli.profiling.devices import Device, named_device
-from pmod_cli.profiling.kv_cache import DTYPE_BYTES, bytes_per_token
-from pmod_cli.profiling.phases import CHECKPOINTED, DECODE, FIRST_TOKEN, PREFILL, TRAIN, Bench
+from pmod_cli.profiling.count.kv_cache import DTYPE_BYTES, bytes_per_token
+from pmod_cli.profiling.count.trace import meta_model
+from pmod_cli.profiling.count.workload import Workload
+from pmod_cli.profiling.measure.clock import Timing, interleaved, peak_bytes, shares_of_time, threads, timed
+from pmod_cli.profiling.measure.devices import Device, named_device
+from pmod_cli.profiling.measure.models import NAMES, STOCK, ModelPair, loaded_pair, prompt, random_pair
+from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, FIRST_TOKEN, PREFILL, TRAIN, Bench
 from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import Subject
 from pmod_cli.profiling.units import GIB
-from pmod_cli.profiling.workload import Workload
 
 DEFAULT_STEPS = 16  # decoded tokens of a call, where the workload names none
 
@@ -35,7 +34,7 @@ class LatencySettings:
             on a CPU.
         attention: Attention implementation.
         phases: Some of `phases.PHASES`.
-        names: Contestants, some of `contestants.NAMES`; the stock model always runs.
+        names: Models to compare, some of `models.NAMES`; the stock model always runs.
         warmup: Untimed rounds.
         repeats: Timed rounds.
         threads: CPU threads of torch; None leaves them as they are.
@@ -57,7 +56,7 @@ class LatencySettings:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """One phase of all contestants. Every dict has one entry a contestant, the stock model's first.
+    """One phase of all models. Every dict has one entry a model, the stock model's first.
 
     Args:
         phase: One of `phases.PHASES`.
@@ -76,7 +75,7 @@ class PhaseResult:
     peaks: dict[str, int] = field(default_factory=dict)
 
     def ratio(self, name: str, clock: str = "seconds") -> float:
-        """Time of a contestant over that of the stock model, median of the rounds."""
+        """Time of a model over that of the stock model, median of the rounds."""
         return self.timings[name].ratio(self.timings[STOCK], clock)
 
     def limit(self, name: str) -> float:
@@ -102,8 +101,8 @@ class Latency:
         dtype: Of weights and cache.
         steps: Decoded tokens of one call.
         phases: One entry per phase.
-        cache_bytes: Held by the cache after a prefill, by contestant.
-        parts: Share of the time to first token by part of the model, by contestant; empty without that phase.
+        cache_bytes: Held by the cache after a prefill, by model.
+        parts: Share of the time to first token by part of the model, by model; empty without that phase.
     """
 
     settings: LatencySettings
@@ -148,16 +147,16 @@ def measure(
     with threads(settings.threads) as num_threads:
         try:
             if folder is None:
-                contestants = random_contestants(subject, dtype=dtype, **how)
+                pair = random_pair(subject, dtype=dtype, **how)
             else:
-                contestants = loaded_contestants(subject, folder, dtype=dtype, **how)
+                pair = loaded_pair(subject, folder, dtype=dtype, **how)
         except (ValueError, ImportError) as error:
             raise PmodError(f"{subject.name}: {str(error).splitlines()[0]}", hint="`attention=sdpa`") from error
-        model = contestants.stock
+        model = pair.stock
         result = profile(subject, workload, dtype=str(model.dtype).removeprefix("torch."))
         names = [STOCK, *(name for name in NAMES if name in settings.names and name != STOCK)]
         inputs = prompt(model.config, result.rows, device=settings.device, dtype=model.dtype)
-        bench = Bench(contestants, inputs, workload.new_tokens or DEFAULT_STEPS)
+        bench = Bench(pair, inputs, workload.new_tokens or DEFAULT_STEPS)
         caches = {name: cache_bytes(bench.filled_cache(name)) for name in names}
         phases, parts = [], {}
         for phase in settings.phases:
@@ -166,7 +165,7 @@ def measure(
             phases.append(_measure_phase(phase, bench, result, names, settings))
             if phase == FIRST_TOKEN:
                 calls = {name: bench.call(phase, name) for name in names}
-                parts = {name: breakdown(contestants[name], call, settings.device) for name, call in calls.items()}
+                parts = {name: shares_of_time(pair[name], call, settings.device) for name, call in calls.items()}
         device = peaks or measured_device(settings.device, model.dtype)
     return result, Latency(
         settings=settings,
@@ -216,7 +215,7 @@ def _measure_phase(
         timings=timings,
         flops={name: full for name, (full, _) in counted.items()},
         causal_flops={name: causal for name, (_, causal) in counted.items()},
-        bytes_read={name: bytes_read(result, bench.contestants, name, bench.steps) for name in names}
+        bytes_read={name: bytes_read(result, bench.pair, name, bench.steps) for name in names}
         if phase == DECODE
         else {},
         peaks=peaks,
@@ -239,9 +238,9 @@ def phase_flops(result: Profile, phase: str, name: str, steps: int) -> tuple[int
     return flops, flops - passes * half
 
 
-def bytes_read(result: Profile, contestants: Contestants, name: str, steps: int) -> int:
+def bytes_read(result: Profile, pair: ModelPair, name: str, steps: int) -> int:
     """Bytes that one decode step must read: decoder weights, lm_head and the cache, half of the new tokens in it."""
-    model = contestants[name]
+    model = pair[name]
     decoder = model.model.language_model
     weights = sum(p.nbytes for part in (decoder.layers, decoder.norm, model.lm_head) for p in part.parameters())
     held = result.stock if name == STOCK else result.pmod

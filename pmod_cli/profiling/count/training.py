@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling import closed
+from pmod_cli.profiling.count import formulas
+from pmod_cli.profiling.count.workload import Row, layer_tokens
 from pmod_cli.profiling.sizes import Sizes
-from pmod_cli.profiling.workload import Row, layer_tokens
 
 PARTS = ("language_model", "projector", "vision_tower", "router")
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -155,7 +155,7 @@ def parameters(sizes: Sizes, routed_layers: int = 0, setup: TrainingSetup | None
         layer=decoder.layer_weights,
         layers=decoder.layers,
         lm_head=0 if decoder.tied else decoder.vocabulary * decoder.hidden,
-        projector=closed.projector_token(sizes) // 2 + (2 + (sizes.pinpoints is not None)) * decoder.hidden,
+        projector=formulas.projector_token(sizes) // 2 + (2 + (sizes.pinpoints is not None)) * decoder.hidden,
         tower=tower.layers * encoder + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden,
         routers=routed_layers * (decoder.hidden + 1),
         adapter=_adapter(sizes, setup) if setup is not None and setup.lora_rank else 0,
@@ -207,7 +207,7 @@ def training_flops(
     Raises:
         PmodError: An adapter's target that no layer has.
     """
-    counted = closed.prefill(sizes, rows, retention, target_tokens)
+    counted = formulas.prefill(sizes, rows, retention, target_tokens)
     tower, projector = setup.trains("vision_tower"), setup.trains("projector")
     weights = counted.matrix + counted.lm_head if setup.trains("language_model") else 0
     backward = counted.matrix + counted.lm_head + 2 * counted.attention_products + weights  # inputs, then weights

@@ -1,4 +1,7 @@
-"""Time and memory of calls: CPU seconds and wall seconds, CUDA events on a GPU, peak bytes of the tensors held."""
+"""Time and memory of calls: CPU seconds and wall seconds, CUDA events on a GPU, peak bytes of the tensors held.
+
+`shares_of_time` splits the time of one forward by part of the model.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,17 @@ import itertools
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.autograd.profiler import profile
+from transformers import PreTrainedModel
+
+REST = "norms, routing, residuals"  # what no part has a module for
 
 
 @dataclass(frozen=True)
@@ -136,3 +144,59 @@ def threads(number: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def shares_of_time(model: PreTrainedModel, call: Callable[[], object], device: str) -> dict[str, float]:
+    """Share of the time of one forward in each part of the model, from hooks around its modules; they add up to 1.
+
+    Args:
+        model: The model that `call` runs.
+        call: One forward. It runs once.
+        device: Where it runs. On a GPU each hook waits for it, so the shares hold, but not the times.
+    """
+    on_gpu = device.startswith("cuda")
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+        return time.process_time()
+
+    spent: dict[str, float] = defaultdict(float)
+    started: list[float] = []
+
+    def watch(module: nn.Module, part: str) -> list:
+        def enter(*_: object) -> None:
+            started.append(now())
+
+        def leave(*_: object) -> None:
+            spent[part] += now() - started.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    hooks = []
+    for part, modules in _parts(model).items():
+        for module in modules:
+            hooks += watch(module, part)
+    try:
+        begin = now()
+        call()
+        whole = now() - begin
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shares = {part: seconds / whole for part, seconds in spent.items()}
+    return {**shares, REST: 1 - sum(shares.values())}
+
+
+def _parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """Modules that do not lie in one another, by part."""
+    layers = model.model.language_model.layers
+    return {
+        "vision tower": [model.model.vision_tower],
+        "projector": [model.model.multi_modal_projector],
+        "attention": [layer.self_attn for layer in layers],
+        "MLP": [layer.mlp for layer in layers],
+        "router": [layer.router for layer in layers if getattr(layer, "router", None) is not None],
+        "lm_head": [model.lm_head],
+    }

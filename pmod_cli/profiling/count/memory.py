@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pmod_cli.profiling.devices import Device
-from pmod_cli.profiling.kv_cache import DTYPE_BYTES, bytes_per_token
+from pmod_cli.profiling.count.kv_cache import DTYPE_BYTES, bytes_per_token
+from pmod_cli.profiling.count.training import parameters
+from pmod_cli.profiling.count.workload import Row, layer_tokens
 from pmod_cli.profiling.sizes import Sizes
-from pmod_cli.profiling.training import parameters
 from pmod_cli.profiling.units import GIB
-from pmod_cli.profiling.workload import Row, layer_tokens
 
 RESERVE = GIB  # of a GPU's memory: the CUDA context, kernels' work space and fragmentation
 
@@ -93,7 +92,7 @@ def fit(
     sizes: Sizes,
     row: Row,
     dtype: str,
-    device: Device,
+    memory: int,
     *,
     new_tokens: int = 0,
     retention: Sequence[float] | None = None,
@@ -105,12 +104,12 @@ def fit(
         sizes: The model.
         row: The prompt.
         dtype: Of weights and cache.
-        device: Its memory is used but for `RESERVE`.
+        memory: Bytes of the device; all but `RESERVE` is used.
         new_tokens: As in `inference_memory`.
         retention: As in `inference_memory`.
         target_tokens: As in `inference_memory`.
     """
-    room = device.memory - RESERVE
+    room = memory - RESERVE
 
     def needed(text_tokens: int) -> InferenceMemory:
         prompt = Row(row.images, text_tokens)

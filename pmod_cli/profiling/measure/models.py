@@ -13,8 +13,8 @@ import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with 
 from pmod_cli.checkpoints import load_model
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model.layer import Router
+from pmod_cli.profiling.count.workload import Row
 from pmod_cli.profiling.subject import Subject
-from pmod_cli.profiling.workload import Row
 
 STOCK, PMOD = "stock", "p-mod"
 CONTROLS = ("random", "uniform")
@@ -22,7 +22,7 @@ NAMES = (STOCK, PMOD, *CONTROLS)
 
 
 @dataclass(frozen=True)
-class Contestants:
+class ModelPair:
     """A stock model and its p-MoD that share every parameter but the routers: in memory they are one.
 
     Args:
@@ -41,7 +41,7 @@ class Contestants:
         return self.pmod
 
 
-def random_contestants(subject: Subject, *, device: str, dtype: str, attention: str) -> Contestants:
+def random_pair(subject: Subject, *, device: str, dtype: str, attention: str) -> ModelPair:
     """Both models at the subject's real shape, with random weights.
 
     Args:
@@ -55,25 +55,25 @@ def random_contestants(subject: Subject, *, device: str, dtype: str, attention: 
             subject.pmod, dtype=getattr(torch, dtype), attn_implementation=attention
         ).eval()
     spread_routers(pmod)
-    return Contestants(twin(subject.stock, pmod, attention), pmod)
+    return ModelPair(twin(subject.stock, pmod, attention), pmod)
 
 
-def loaded_contestants(subject: Subject, path: Path, *, device: str, dtype: str, attention: str) -> Contestants:
+def loaded_pair(subject: Subject, path: Path, *, device: str, dtype: str, attention: str) -> ModelPair:
     """Both models on the weights of a checkpoint, stock or p-MoD.
 
     Args:
         subject: The two configurations; the p-MoD's may differ from the checkpoint's.
         path: Folder of the checkpoint.
         device: A torch device.
-        dtype: As in `random_contestants`.
-        attention: As in `random_contestants`.
+        dtype: As in `random_pair`.
+        attention: As in `random_pair`.
     """
     model, _ = load_model(path, dtype=dtype, device=device, attn_implementation=attention)
     stock = model if not hasattr(model.config, "pmod") else twin(subject.stock, model, attention)
     pmod = twin(subject.pmod, model, attention)
     if not any(module.weight.any() for module in pmod.modules() if isinstance(module, Router)):
         spread_routers(pmod)  # untrained: every token ties, and the first K would be gathered as one cheap block
-    return Contestants(stock, pmod)
+    return ModelPair(stock, pmod)
 
 
 def twin(config: PreTrainedConfig, donor: PreTrainedModel, attention: str) -> PreTrainedModel:

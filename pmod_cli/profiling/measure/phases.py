@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pmod_cli.model.cache import CACHE_NAME
-from pmod_cli.profiling.contestants import STOCK, Contestants, Prompt
+from pmod_cli.profiling.measure.models import STOCK, ModelPair, Prompt
 
 PREFILL, FIRST_TOKEN, DECODE, TRAIN, CHECKPOINTED = "prefill", "first-token", "decode", "train", "train-checkpointed"
 PHASES = {
@@ -27,12 +27,12 @@ class Bench:
     """One batch and the models that run it.
 
     Args:
-        contestants: The models.
+        pair: The models.
         prompt: The batch.
         steps: Tokens decoded in one call of the phase `decode`.
     """
 
-    contestants: Contestants
+    pair: ModelPair
     prompt: Prompt
     steps: int
 
@@ -43,7 +43,7 @@ class Bench:
     def embeds(self) -> Tensor:
         """`(B, N, D)`, text and image features merged, as the stock model hands them to its decoder."""
         if self._embeds is None:
-            model, seen = self.contestants[STOCK], {}
+            model, seen = self.pair[STOCK], {}
             hook = model.model.language_model.register_forward_pre_hook(
                 lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
             )
@@ -55,22 +55,22 @@ class Bench:
         return self._embeds
 
     def call(self, phase: str, name: str) -> Callable[[], object]:
-        """A function without arguments that runs one phase on one contestant."""
+        """A function without arguments that runs one phase on one model."""
         if phase == DECODE:
             return self._decoder_loop(name)
         run = {PREFILL: self._prefill, FIRST_TOKEN: self._first_token}.get(phase)
         if run is None:
-            return lambda: self._train(self.contestants[name], phase == CHECKPOINTED)
-        return lambda: run(self.contestants[name])
+            return lambda: self._train(self.pair[name], phase == CHECKPOINTED)
+        return lambda: run(self.pair[name])
 
     def filled_cache(self, name: str) -> DynamicCache:
         """The cache that a prefill leaves."""
-        return self._prefill(self.contestants[name])
+        return self._prefill(self.pair[name])
 
     @torch.inference_mode()
     def _prefill(self, model: PreTrainedModel) -> DynamicCache:
         cache = DynamicCache()
-        vision = {} if model is self.contestants.stock else {"vision_mask": self.prompt.vision_mask}
+        vision = {} if model is self.pair.stock else {"vision_mask": self.prompt.vision_mask}
         model(
             inputs_embeds=self.embeds,
             attention_mask=self.prompt.attention_mask,
@@ -94,7 +94,7 @@ class Bench:
 
         @torch.inference_mode()
         def loop() -> None:
-            model, seen = self.contestants[name], mask
+            model, seen = self.pair[name], mask
             for _ in range(self.steps):
                 seen = None if seen is None else torch.cat([seen, seen[:, -1:]], dim=1)
                 model(input_ids=ids, attention_mask=seen, use_cache=True, **{CACHE_NAME: cache})

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from pmod_cli.checkpoints import ALIASES, builtin_config
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling import Sizes, Workload, cost, load_subject, prefill, profile
-from pmod_cli.profiling.workload import Row
+from pmod_cli.profiling import Sizes, Workload, load_subject, prefill, profile
+from pmod_cli.profiling.count import trace
+from pmod_cli.profiling.count.workload import Row
 from tests import factories
 from tests.conftest import ROOT
 
@@ -41,12 +42,12 @@ def torchs_count(config: PreTrainedConfig, rows: list[Row], target_tokens: str |
     It sees fused attention there. Images of one row are as many calls of the tower as it has tiles; layers run one
     after the other on the merged sequence, as the model runs them.
     """
-    model = cost.meta_model(config)
+    model = trace.meta_model(config)
     decoder, tower = model.model.language_model, config.vision_config
     positions = max(row.tokens for row in rows)
     states = torch.empty(len(rows), positions, config.text_config.hidden_size, device="meta", dtype=torch.bfloat16)
     tables = decoder.rotary_emb(states, torch.arange(positions, device="meta")[None])
-    routed = {} if target_tokens is None else {"routing": cost.batch_routing(rows, target_tokens)}
+    routed = {} if target_tokens is None else {"routing": trace.batch_routing(rows, target_tokens)}
     tiles = sum(row.tiles for row in rows)
     pixels = torch.empty(tiles, 3, tower.image_size, tower.image_size, device="meta", dtype=torch.bfloat16)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -47,7 +47,9 @@ def predict(result: Profile, gpus: list[Device] | None = None) -> Memory:
         inference=tuple(
             inference_memory(result.sizes, result.rows, result.dtype, new_tokens=new, **which) for which in both
         ),
-        fits=[(device, *(fit(*common, device.memory, new_tokens=new, **which) for which in both)) for device in devices],
+        fits=[
+            (device, *(fit(*common, device.memory, new_tokens=new, **which) for which in both)) for device in devices
+        ],
         training={
             name: tuple(training_memory(result.sizes, result.rows, setup, **which) for which in both)
             for name, setup in USUAL.items()

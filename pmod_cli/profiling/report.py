@@ -7,28 +7,12 @@ from dataclasses import dataclass
 
 from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
-<<<<<<< HEAD
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling import closed
-from pmod_cli.profiling.cost import (
-=======
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.kv_cache import DTYPE_BYTES, KvCost, kv_cache
-from pmod_cli.profiling.count.trace import (
->>>>>>> 6d04254 (profiling/ has two rooms: count/ for formulas, trace and memory, measure/ for what runs; closed is formulas, contestants is a pair of models)
-    DecoderCost,
-    VisionCost,
-    decoder_cost,
-    meta_model,
-    vision_cost,
-)
-<<<<<<< HEAD
-from pmod_cli.profiling.kv_cache import DTYPE_BYTES, KvCost, kv_cache
-=======
+from pmod_cli.profiling.count.trace import DecoderCost, VisionCost, decoder_cost, meta_model, vision_cost
 from pmod_cli.profiling.count.training import TrainingFlops, TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Row, Workload
-from pmod_cli.profiling.published import Published, published_for
->>>>>>> 6d04254 (profiling/ has two rooms: count/ for formulas, trace and memory, measure/ for what runs; closed is formulas, contestants is a pair of models)
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
 

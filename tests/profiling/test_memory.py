@@ -64,14 +64,14 @@ def test_what_fits_is_the_most_that_fits() -> None:
     device = parse_memory("24GB")
     room = device.memory - RESERVE
     for ratios in (None, retention):
-        found = fit(sizes, row, "bfloat16", device, new_tokens=64, retention=ratios)
+        found = fit(sizes, row, "bfloat16", device.memory, new_tokens=64, retention=ratios)
         needed = [
             inference_memory(sizes, [row] * batch, "bfloat16", new_tokens=64, retention=ratios).total
             for batch in (found.batch, found.batch + 1)
         ]
         assert needed[0] <= room < needed[1]
-    assert found.batch > fit(sizes, row, "bfloat16", device, new_tokens=64).batch
-    tight = fit(Sizes.of(builtin_config("llava-next-llama3-8b")), row, "bfloat16", parse_memory("17.5GB"))
+    assert found.batch > fit(sizes, row, "bfloat16", device.memory, new_tokens=64).batch
+    tight = fit(Sizes.of(builtin_config("llava-next-llama3-8b")), row, "bfloat16", parse_memory("17.5GB").memory)
     assert tight.limited_by == "memory"
     assert row.vision_tokens < tight.context < 8192
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts import LowRank, Part, Source
 from pmod_cli.checkpoints.layouts.names import canonical, from_original
+from pmod_cli.checkpoints.source import LowRank, Part, Source
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmod_cli import __version__, paper
+from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.checkpoints.options import ConversionReport
 
 _STATES = {
@@ -12,37 +13,6 @@ _STATES = {
     "trained": "The routers are trained.",
     "calibrated": "The routers were fitted to the attention of the stock model, not trained.",
     "stock": "A plain LLaVA, without routers.",
-}
-_LOADING = {
-    "pmod": """\
-```python
-from pmod_cli.checkpoints import load_model
-
-model, processor = load_model("THIS_FOLDER")
-```
-""",
-    "remote-code": """\
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
-```
-
-`modeling_pmod.py` is generated and needs nothing but transformers 5.23.
-""",
-    "stock": """\
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
-```
-""",
-    "published": """\
-In the layout of the published code (MCG-NJU/p-MoD): its `load_pretrained_model` reads it. `mm_vision_tower` in
-config.json names the vision tower: a hub id, or the folder `vision_tower` here; then start the program in this folder.
-""",
 }
 
 
@@ -59,7 +29,7 @@ def model_card(report: ConversionReport) -> str:
     metadata += [f"base_model: {base}"] if from_hub else []
     metadata += ["tags:", "- llava", *(["- p-mod", "- mixture-of-depths"] if report.settings else []), "---"]
     lines = [*metadata, "", f"# {title}", "", f"{_what(report)} {_STATES[report.router_state]}", ""]
-    lines += ["## Use", "", _LOADING[report.to]]
+    lines += ["## Use", "", LAYOUTS[report.to].usage]
     if report.settings:
         lines += _schedule(report)
     of_paper = next((model for model in paper.MODELS.values() if base.endswith(model.repository)), None)

@@ -20,26 +20,23 @@ from pmod_cli import __version__
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.adapters import keep_apart, merged, read_config
 from pmod_cli.checkpoints.card import model_card
-from pmod_cli.checkpoints.companions import MODEL_FILE, clip_preprocessor, restore_original
-from pmod_cli.checkpoints.layouts import Source, read_source
-from pmod_cli.checkpoints.layouts.to_published import TOWER_FOLDER
+from pmod_cli.checkpoints.layouts import LAYOUTS, output_layout, output_layouts, read_source
+from pmod_cli.checkpoints.layouts.huggingface import HUGGINGFACE
 from pmod_cli.checkpoints.options import ConversionReport, Options
 from pmod_cli.checkpoints.plan import ROUTERS, Plan, make_plan
-from pmod_cli.checkpoints.remote_code import FILE as MODELING
-from pmod_cli.checkpoints.remote_code import modeling_source
 from pmod_cli.checkpoints.routers import write_routers
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.checkpoints.verify import verify
-from pmod_cli.checkpoints.writing import Layout, place, stream
+from pmod_cli.checkpoints.writing import place, stream
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
-from pmod_cli.core.text import printable
+from pmod_cli.core.text import one_of, printable
 from pmod_cli.core.units import disk_size
 from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"
 CARD = "README.md"
-NO_MODEL_FILE = f"there is no {MODEL_FILE}, and the published code reads no other tokenizer: put it beside config.json"
 
 
 def convert(
@@ -94,22 +91,16 @@ def convert(
             read.build_companions(staging)
         for path in read.companions:
             _copy_companion(path, staging / path.name)
-        ways = {name: place(path, staging / name, options.link) for name, path in plan.layout.unchanged.items()}
-        stream(plan.layout, staging, progress)
-        if plan.routers:
-            write_routers(staging / ROUTERS, plan.routers, plan.router_dtype, options.router_std, options.seed)
+        ways = {name: place(path, staging / name, options.link) for name, path in plan.weights.unchanged.items()}
+        stream(plan.weights, staging, progress)
+        if plan.draft.routers:
+            write_routers(staging / ROUTERS, plan.draft.routers, plan.router_dtype, options.router_std, options.seed)
         _write_index(plan, staging)
-        if options.to == "published":
-            if plan.tower:
-                _write_tower(plan, staging, progress)
-            restore_original(staging, plan.config["vocab_size"])
-            if not (staging / MODEL_FILE).is_file():
-                report = replace(report, notes=[*report.notes, NO_MODEL_FILE])
+        if (finish := LAYOUTS[options.to].finish) is not None:
+            report = replace(report, notes=[*report.notes, *finish(plan.draft, staging, progress)])
         if options.adapter is not None and not options.merge:
             keep_apart(options.adapter, staging / "adapter")
-        if options.to == "remote-code":
-            (staging / MODELING).write_text(modeling_source(), encoding="utf-8")
-        write_json(staging / files.CONFIG, plan.config)
+        write_json(staging / files.CONFIG, plan.draft.config)
         (staging / CARD).write_text(printable(model_card(report)), encoding="utf-8")
         report = _with_files(report, ways, staging)
         write_json(staging / PROVENANCE, _provenance(report, plan))
@@ -141,30 +132,32 @@ def check_target(target: Path, sources: list[Path], *, overwrite: bool, resume: 
 
 
 def _refuse_same_again(source: Source, options: Options) -> None:
-    ours = source.layout == "huggingface" and source.settings is not None
-    if ours and options.to == "pmod" and not (options.dtype or options.max_shard_bytes or options.adapter):
+    ours = source.layout == HUGGINGFACE.name and source.settings is not None
+    same = ours and output_layout(options.to).current
+    if same and not (options.dtype or options.max_shard_bytes or options.adapter):
+        others = one_of(layout.name for layout in output_layouts().values() if not layout.current)
         raise PmodError(
             f"{source.folder} is a p-MoD checkpoint already, in this layout",
-            hint=f"pmod finetune --model {source.folder}, or convert it --to stock, published or remote-code",
+            hint=f"pmod finetune --model {source.folder}, or convert it --to {others}",
         )
 
 
 def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
     same = _links(plan, target)
-    unchanged = list(plan.layout.unchanged)
-    sizes = {name: path.stat().st_size for name, path in plan.layout.unchanged.items()}
-    routed, link = plan.routed_layers, plan.options.link
+    unchanged = list(plan.weights.unchanged)
+    sizes = {name: path.stat().st_size for name, path in plan.weights.unchanged.items()}
+    routed, link = plan.draft.routed_layers, plan.options.link
     return ConversionReport(
         target=target,
         source=origin,
         layout=plan.source.layout,
         to=plan.options.to,
-        model_type=plan.config["model_type"],
+        model_type=plan.draft.config["model_type"],
         decoder=plan.source.decoder,
         retention=plan.retention,
         routed_layers=routed,
         router_parameters=len(routed) * (plan.hidden + 1),
-        settings=plan.settings.to_dict() if plan.settings else {},
+        settings=plan.draft.settings.to_dict() if plan.draft.settings else {},
         router_state=plan.router_state,
         num_layers=plan.num_layers,
         read_bytes=sum(path.stat().st_size for path in plan.source.files),
@@ -174,7 +167,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
         linked=unchanged if same else [],
         symlinked=unchanged if link == "symlink" else [],
         copied=[] if link == "symlink" or same else unchanged,
-        streamed=list(plan.layout.streamed),
+        streamed=list(plan.weights.streamed),
         written=sorted({path.name for path in plan.source.companions} | {files.CONFIG, PROVENANCE, CARD}),
         notes=plan.source.notes,
     )
@@ -183,7 +176,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
 def _links(plan: Plan, target: Path) -> bool:
     """Whether unchanged files are hard-linked: asked for, and on the file system of the target."""
     device = _existing(target).stat().st_dev
-    return plan.options.link == "hard" and all(path.stat().st_dev == device for path in plan.layout.unchanged.values())
+    return plan.options.link == "hard" and all(path.stat().st_dev == device for path in plan.weights.unchanged.values())
 
 
 def _existing(target: Path) -> Path:
@@ -228,19 +221,10 @@ def _copy_companion(path: Path, target: Path) -> None:
 
 
 def _write_index(plan: Plan, staging: Path) -> None:
-    names = [*plan.layout.names, *([ROUTERS] if plan.routers else [])]
+    names = [*plan.weights.names, *([ROUTERS] if plan.draft.routers else [])]
     if names != [files.SINGLE]:
         index = {"metadata": {"total_size": plan.total_bytes()}, "weight_map": plan.weight_map()}
         (staging / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_tower(plan: Plan, staging: Path, progress: Callable[[int], None]) -> None:
-    """The tower as a CLIP of its own, with its preprocessor: what the published code loads by name."""
-    folder, vision = staging / TOWER_FOLDER, plan.source.config["vision_config"]
-    folder.mkdir()
-    write_json(folder / files.CONFIG, {"architectures": ["CLIPVisionModel"], **vision})
-    write_json(folder / "preprocessor_config.json", clip_preprocessor(staging, vision["image_size"]))
-    stream(Layout(streamed={files.SINGLE: plan.tower}), folder, progress)
 
 
 def _provenance(report: ConversionReport, plan: Plan) -> dict:
@@ -264,7 +248,7 @@ def _provenance(report: ConversionReport, plan: Plan) -> dict:
         "source_shards": {
             path.name: {"bytes": path.stat().st_size, "header_sha256": _digest(path)} for path in plan.source.files
         },
-        "unchanged_shards": {name: path.name for name, path in plan.layout.unchanged.items()},
+        "unchanged_shards": {name: path.name for name, path in plan.weights.unchanged.items()},
     }
     return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json, shard_names
-from pmod_cli.checkpoints.layouts.original import is_original
+from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.checkpoints.processor import check_processor
 from pmod_cli.core.errors import PmodError
 
@@ -48,7 +48,8 @@ def load_model(
     refuse_bytes(path)
     if missing := missing_files(path):
         raise PmodError(f"{path} lacks {', '.join(missing)}", hint="name another model with `model`")
-    if is_original(read_json(path / CONFIG)) or not shard_names(path)[0].endswith(".safetensors"):
+    layout = layout_of(read_json(path / CONFIG))
+    if (layout is not None and not layout.loads) or not shard_names(path)[0].endswith(".safetensors"):
         raise PmodError(f"{path} is in a layout that has to be converted first", hint=f"pmod convert {path}")
 
     from transformers import AutoModelForImageTextToText

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pmod_cli.core.errors import PmodError
 
-OUTPUTS = ("pmod", "stock", "published", "remote-code")
 LARGEST = 1000.0  # deviation of routers: beyond it their logits soon leave 16 bits
 LINKS = ("hard", "copy", "symlink")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -19,7 +18,7 @@ class Options:
     """How a checkpoint is written.
 
     Attributes:
-        to: Layout of the result, one of `OUTPUTS`.
+        to: Layout of the result, one of `layouts.output_layouts()`.
         dtype: Dtype of all weights, as in `DTYPES`; None keeps them.
         max_shard_bytes: Size of a weight file; None keeps the source's files where possible.
         link: How unchanged files are taken over, one of `LINKS`.
@@ -55,7 +54,6 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("to", self.to, OUTPUTS),
             ("link", self.link, LINKS),
             ("dtype", self.dtype, (None, *DTYPES)),
         ):

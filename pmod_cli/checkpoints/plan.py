@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts import Part, Source
-from pmod_cli.checkpoints.layouts.names import canonical, to_original
-from pmod_cli.checkpoints.layouts.to_published import own_tower, published_config
+from pmod_cli.checkpoints.layouts import Draft, output_layout
+from pmod_cli.checkpoints.layouts.names import canonical
 from pmod_cli.checkpoints.options import DTYPES, Options
-from pmod_cli.checkpoints.remote_code import auto_map
-from pmod_cli.checkpoints.writing import Layout, lay_out
+from pmod_cli.checkpoints.source import LAYER, Part, Source
+from pmod_cli.checkpoints.writing import WeightFiles, lay_out
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES, high_resolution_titles
-from pmod_cli.model import SCHEDULES, PmodSettings
+from pmod_cli.model import PmodSettings
 
 ROUTERS = "model-routers.safetensors"
-LAYER = "input_layernorm.weight"  # every decoder layer has one, and nothing else has
 
 
 @dataclass(frozen=True)
@@ -25,66 +23,62 @@ class Plan:
     """What is to be written.
 
     Attributes:
-        source: Where everything comes from.
-        options: What was asked for.
-        config: config.json of the result.
-        settings: p-MoD settings; None for a stock model.
-        layout: Weight files, without the new routers.
-        routers: New routers by name; they start as the options say.
-        router_dtype: Their dtype.
+        draft: Config, tensors and routers of the result, in its layout.
+        weights: Weight files, without the new routers.
+        router_dtype: Dtype of new routers.
         router_state: Of the result.
-        routed_layers: Layers with a router.
-        tower: The vision tower by the names of a CLIP, where it gets a folder of its own.
     """
 
-    source: Source
-    options: Options
-    config: dict
-    settings: PmodSettings | None
-    layout: Layout
-    routers: dict[str, tuple[int, ...]]
+    draft: Draft
+    weights: WeightFiles
     router_dtype: str
     router_state: str
-    routed_layers: list[int]
-    tower: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Source:
+        return self.draft.source
+
+    @property
+    def options(self) -> Options:
+        return self.draft.options
 
     @property
     def streamed_bytes(self) -> int:
         """Bytes of weights that are written anew."""
-        return self.layout.streamed_bytes + sum(part.result.nbytes for part in self.tower.values())
+        return self.weights.streamed_bytes + sum(part.result.nbytes for part in self.draft.tower.values())
 
     @property
     def num_layers(self) -> int:
-        return num_layers(self.source)
+        return self.source.num_layers
 
     @property
     def hidden(self) -> int:
         """D, hidden size."""
-        return hidden_size(self.source)
+        return self.source.hidden_size
 
     @property
     def retention(self) -> list[float]:
-        return self.settings.retention(self.num_layers) if self.settings else []
+        return self.draft.settings.retention(self.num_layers) if self.draft.settings else []
 
     def weight_map(self) -> dict[str, str]:
         """Tensor name to file name, sorted."""
-        of_file = {path: name for name, path in self.layout.unchanged.items()}
+        of_file = {path: name for name, path in self.weights.unchanged.items()}
         found = {
             tensor: of_file[path]
             for path, tensors in self.source.files.items()
             if path in of_file
             for tensor in tensors
         }
-        found |= {tensor: name for name, parts in self.layout.streamed.items() for tensor in parts}
-        found |= dict.fromkeys(self.routers, ROUTERS)
+        found |= {tensor: name for name, parts in self.weights.streamed.items() for tensor in parts}
+        found |= dict.fromkeys(self.draft.routers, ROUTERS)
         return dict(sorted(found.items()))
 
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
-        kept = set(self.layout.unchanged.values())
+        kept = set(self.weights.unchanged.values())
         old = sum(part.source.nbytes for part in self.source.parts.values() if part.source.path in kept)
-        new = sum(files.Tensor(Path(), self.router_dtype, shape).nbytes for shape in self.routers.values())
-        return old + self.layout.streamed_bytes + new
+        new = sum(files.Tensor(Path(), self.router_dtype, shape).nbytes for shape in self.draft.routers.values())
+        return old + self.weights.streamed_bytes + new
 
 
 def make_plan(source: Source, settings: PmodSettings | None, options: Options) -> Plan:
@@ -98,54 +92,38 @@ def make_plan(source: Source, settings: PmodSettings | None, options: Options) -
     Raises:
         PmodError: the settings do not fit the model, or the layout asked for cannot hold it.
     """
-    if source.settings is not None and settings is not None and options.to != "stock":
+    to = output_layout(options.to)
+    if source.settings is not None and settings is not None and to.routed:
         raise PmodError(
             f"{source.folder} is a p-MoD checkpoint already, with settings that its weights were trained with",
             hint="leave out schedule and norm; for other settings start from the stock model",
         )
-    settings = None if options.to == "stock" else source.settings or settings or PmodSettings()
+    settings = (source.settings or settings or PmodSettings()) if to.routed else None
     routed = _routed_layers(source, settings)
     dtype = DTYPES.get(options.dtype) or _norm_dtype(source)
     parts = {name: part for name, part in source.parts.items() if settings is not None or ".router." not in name}
     if options.dtype:
         parts = {name: replace(part, dtype=_cast(part, dtype)) for name, part in parts.items()}
-    routers = _new_routers(source, routed)
-    config, tower = _config(source, settings, options), {}
-    if options.to == "published":
-        rows, config = published_config(source, settings, config, routed)
-        tower = own_tower(source, parts, config)
-        parts = {to_original(name, routed): _resized(name, part, rows) for name, part in parts.items()}
-        routers = {to_original(name, routed): shape for name, shape in routers.items()}
-    layout = lay_out(parts, source, max_shard_bytes=options.max_shard_bytes, routers=ROUTERS if routers else None)
+    routers, config = _new_routers(source, routed), _config(source, settings, options)
+    draft = to.arrange(Draft(source, options, settings, config, parts, routers, routed))
     trained = source.settings is not None and settings is not None
     return Plan(
-        source=source,
-        options=options,
-        config=config,
-        settings=settings,
-        layout=layout,
-        routers=routers,
+        draft,
+        weights=lay_out(
+            draft.parts,
+            source,
+            max_shard_bytes=options.max_shard_bytes,
+            routers=ROUTERS if draft.routers else None,
+        ),
         router_dtype=dtype,
         router_state="stock" if settings is None else source.router_state if trained else "untrained",
-        routed_layers=routed,
-        tower=tower,
     )
-
-
-def num_layers(source: Source) -> int:
-    """L, from the names of the tensors: the config was held to them."""
-    return sum(name.endswith(LAYER) for name in source.parts)
-
-
-def hidden_size(source: Source) -> int:
-    """D, from the shape of a norm."""
-    return next(part.source.shape[0] for name, part in source.parts.items() if name.endswith(LAYER))
 
 
 def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
     if settings is None:
         return []
-    layers = num_layers(source)
+    layers = source.num_layers
     try:
         routed = settings.routed(layers)
     except ValueError as error:
@@ -164,7 +142,7 @@ def _new_routers(source: Source, routed: list[int]) -> dict[str, tuple[int, ...]
     wanted = {}
     for layer in layers:
         if int(layer.split(".")[-2]) in routed:
-            wanted |= {f"{layer}router.weight": (1, hidden_size(source)), f"{layer}router.bias": (1,)}
+            wanted |= {f"{layer}router.weight": (1, source.hidden_size), f"{layer}router.bias": (1,)}
     present = {canonical(name): part.source for name, part in source.parts.items() if ".router." in name}
     if routed and source.settings is not None:
         _check_routers(present, {canonical(name): shape for name, shape in wanted.items()}, source.folder)
@@ -194,25 +172,12 @@ def _config(source: Source, settings: PmodSettings | None, options: Options) -> 
         return config
     family = FAMILIES[source.kind]
     state = source.router_state if source.settings is not None else "untrained"
-    remote = {}
-    if options.to == "remote-code":
-        remote = {"auto_map": auto_map(family.routed_name)}
-        settings = _without_packages(settings, num_layers(source))
     return config | {
         "model_type": family.routed_name,
         "architectures": [family.routed_class],
         "pmod": settings.to_dict(),
         "router_state": state,
-        **remote,
     }
-
-
-def _without_packages(settings: PmodSettings, layers: int) -> PmodSettings:
-    """The same without a schedule of another package, which plain transformers does not have: its ratios as a list."""
-    if SCHEDULES.is_built_in(settings.schedule):
-        return settings
-    ratios = tuple(settings.retention(layers))
-    return replace(settings, schedule="list", values=ratios, shift=None, mean=None)
 
 
 def _norm_dtype(source: Source) -> str:
@@ -227,10 +192,3 @@ def _norm_dtype(source: Source) -> str:
 
 def _cast(part: Part, dtype: str) -> str | None:
     return dtype if part.source.dtype in ("F32", "BF16", "F16", "F64") else None
-
-
-def _resized(name: str, part: Part, rows: int | None) -> Part:
-    is_embedding = canonical(name) in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-    if rows is None or not is_embedding:
-        return part
-    return replace(part, rows=None if part.source.shape[0] == rows else rows)

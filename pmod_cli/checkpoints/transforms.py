@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints.files import Tensor
-from pmod_cli.checkpoints.layouts.normal import Part
+from pmod_cli.checkpoints.source import Part
 from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts import Part
+from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.checkpoints.layouts.huggingface import OURS
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.plan import Plan
+from pmod_cli.checkpoints.source import Part
 from pmod_cli.checkpoints.transforms import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.units import memory_size
@@ -39,15 +40,15 @@ def verify(plan: Plan, folder: Path) -> list[str]:
         PmodError: a difference, with exit code 1.
     """
     done = []
-    for name, path in plan.layout.unchanged.items():
+    for name, path in plan.weights.unchanged.items():
         if not (folder / name).samefile(path):
             _same_bytes(folder / name, path)
         elif files.header_digest(folder / name) != files.header_digest(path):
             raise _differs(folder / name, f"its header is not that of {path}")
-    if plan.layout.unchanged:
-        done.append(f"{len(plan.layout.unchanged)} unchanged files: same file or same bytes")
+    if plan.weights.unchanged:
+        done.append(f"{len(plan.weights.unchanged)} unchanged files: same file or same bytes")
     count = 0
-    for name, parts in plan.layout.streamed.items():
+    for name, parts in plan.weights.streamed.items():
         written = files.read_file(folder / name)
         if written.keys() != parts.keys():
             raise _differs(
@@ -58,7 +59,7 @@ def verify(plan: Plan, folder: Path) -> list[str]:
             count += 1
     if count:
         done.append(f"{count} rewritten tensors: bit for bit what becomes of their sources")
-    if plan.options.to == "published":
+    if not LAYOUTS[plan.options.to].loads:
         return done
     done.append(_keys_and_shapes(plan, folder))
     done.append(_forward(plan, folder))
@@ -105,11 +106,11 @@ def _keys_and_shapes(plan: Plan, folder: Path) -> str:
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(_config(plan.config))
+        model = AutoModelForImageTextToText.from_config(_config(plan.draft.config))
     expected = {canonical(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     written = files.read_tensors(folder)
     found = {canonical(name): tensor.shape for name, tensor in written.items() if not OBSOLETE.fullmatch(name)}
-    tied = {"language_model.lm_head.weight"} if plan.config["text_config"].get("tie_word_embeddings") else set()
+    tied = {"language_model.lm_head.weight"} if plan.draft.config["text_config"].get("tie_word_embeddings") else set()
     for names, meaning in (
         (expected.keys() - found.keys() - tied, "lacks"),
         ({name for name in found.keys() - expected.keys() if ".router." in name}, "has beyond the model"),
@@ -124,11 +125,11 @@ def _forward(plan: Plan, folder: Path) -> str:
     """Logits with every layer routed at ratio 1 by zero routers, against the stock model with the same weights."""
     import torch
 
-    size = sum((folder / name).stat().st_size for name in plan.layout.names)
+    size = sum((folder / name).stat().st_size for name in plan.weights.names)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 1.2 * size > free:
         return f"no forward pass: it takes {memory_size(1.2 * size)} of memory, and {memory_size(free)} are free"
-    config = {key: value for key, value in plan.config.items() if key not in OURS}
+    config = {key: value for key, value in plan.draft.config.items() if key not in OURS}
     family = FAMILIES[plan.source.kind]
     every = PmodSettings(schedule="list", values=(1.0,) * plan.num_layers, max_ratio=2.0)
     stock = _logits(folder, _config(config | {"model_type": family.name}))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pmod_cli.checkpoints.files import SINGLE, encode_header
-from pmod_cli.checkpoints.layouts.normal import Part, Source
+from pmod_cli.checkpoints.source import Part, Source
 from pmod_cli.checkpoints.transforms import transformed
 
 SHARD_BYTES = 5 * 10**9
@@ -21,7 +21,7 @@ _CHUNK = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightFiles:
     """Weight files of the result.
 
     Attributes:
@@ -41,7 +41,7 @@ class Layout:
         return sum(part.result.nbytes for parts in self.streamed.values() for part in parts.values())
 
 
-def lay_out(parts: dict[str, Part], source: Source, *, max_shard_bytes: int | None, routers: str | None) -> Layout:
+def lay_out(parts: dict[str, Part], source: Source, *, max_shard_bytes: int | None, routers: str | None) -> WeightFiles:
     """Decide which files of the source serve as they are, and how the rest is cut into shards.
 
     Args:
@@ -60,7 +60,7 @@ def lay_out(parts: dict[str, Part], source: Source, *, max_shard_bytes: int | No
             rest = {name: part for name, part in rest.items() if name not in names}
     shards = _cut(rest, max_shard_bytes or SHARD_BYTES)
     if not shards and all(path.name != SINGLE for path in kept):
-        return Layout({path.name: path for path in kept})
+        return WeightFiles({path.name: path for path in kept})
     total = len(kept) + len(shards)
     # Beside routers or other shards, a file called model.safetensors would be loaded alone, without them.
     names = (
@@ -68,7 +68,7 @@ def lay_out(parts: dict[str, Part], source: Source, *, max_shard_bytes: int | No
         if total == 1 and not routers
         else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
     )
-    return Layout(dict(zip(names, kept, strict=False)), dict(zip(names[len(kept) :], shards, strict=True)))
+    return WeightFiles(dict(zip(names, kept, strict=False)), dict(zip(names[len(kept) :], shards, strict=True)))
 
 
 def _cut(parts: dict[str, Part], limit: int) -> list[dict[str, Part]]:
@@ -106,11 +106,11 @@ def place(path: Path, target: Path, link: str) -> str:
     return "copied"
 
 
-def stream(layout: Layout, folder: Path, progress: Callable[[int], None]) -> None:
+def stream(weights: WeightFiles, folder: Path, progress: Callable[[int], None]) -> None:
     """Write the streamed shards. Each goes to the disk behind the next one's back.
 
     Args:
-        layout: From `lay_out`.
+        weights: From `lay_out`.
         folder: Where to.
         progress: Told the bytes of each piece written.
     """
@@ -124,7 +124,7 @@ def stream(layout: Layout, folder: Path, progress: Callable[[int], None]) -> Non
         except OSError as error:  # a full disk may show only now
             failures.append(error)
 
-    for name, parts in layout.streamed.items():
+    for name, parts in weights.streamed.items():
         write_shard(folder / name, parts, progress)
         if syncing:
             syncing.join()

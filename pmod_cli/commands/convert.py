@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pmod_cli.checkpoints.layouts import output_layouts
 from pmod_cli.commands.common import (
     DTYPES,
     CacheDirOpt,
@@ -37,6 +38,7 @@ pmod convert llava-1.5-7b --adapter ./my-lora
 pmod convert ./my-pmod --to published -o my-pmod-for-the-authors-code
 pmod convert --list
 """
+OUTPUTS = output_layouts().values()
 ARGUMENTS = {"mean": "target_retention", "values": "ratios"}  # settings whose options have another name
 METHOD, RESULT, PARTS = "What to keep", "What to write", "What to read"
 
@@ -112,7 +114,7 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="pmod; stock: plain LLaVA; published: for the authors' code; remote-code: for plain transformers.",
+            help=f"{'; '.join(f'{each.name}: {each.summary}' if each.summary else each.name for each in OUTPUTS)}.",
             rich_help_panel=RESULT,
         ),
     ] = "pmod",
@@ -200,8 +202,9 @@ def convert(
         raise PmodError("no model named", hint="pmod convert --list, or pmod convert --help")
     if not merge and adapter is None:
         raise PmodError("--no-merge keeps an --adapter apart, and none was given")
-    if to == "stock" and router_init != "zero":
-        raise PmodError("--to stock has no routers for --router-init", hint="leave one of them out")
+    layout = checkpoints.output_layout(to)
+    if not layout.routed and router_init != "zero":
+        raise PmodError(f"--to {to} has no routers for --router-init", hint="leave one of them out")
     if copy and symlink:
         raise PmodError("--copy and --symlink exclude each other")
     if (ratios is not None) != (schedule == "list"):
@@ -235,10 +238,10 @@ def convert(
         "target_tokens": target_tokens,
     }
     wanted = {key: value for key, value in wanted.items() if value is not None}
-    if to == "stock" and (wanted or target_flops is not None):
+    if not layout.routed and (wanted or target_flops is not None):
         names = sorted([*wanted, *([] if target_flops is None else ["target_flops"])])
         raise PmodError(
-            f"--to stock writes a plain LLaVA, without {', '.join(f'`{ARGUMENTS.get(name, name)}`' for name in names)}",
+            f"--to {to} writes a plain LLaVA, without {', '.join(f'`{ARGUMENTS.get(name, name)}`' for name in names)}",
             hint="leave one of them out",
         )
     choose_settings(wanted, target_flops, None)  # what is wrong whatever the model is, before anything is fetched
@@ -264,7 +267,7 @@ def convert(
             origin=origin,
             progress=written,
         )
-    if not dry_run and to == "pmod":  # an export is for other programs
+    if not dry_run and layout.current:  # an export is for other programs
         state.record_current(target)
     if as_json:
         output.print_json(view.as_json(report, dry_run))

@@ -71,10 +71,13 @@ def print_next(report: ConversionReport, *, tiny: bool) -> None:
     """What the user has to know, and the command that follows."""
     for note in report.notes:
         output.note(f"note: {note}")
-    if report.to == "pmod" and report.router_state == "untrained":
+    from pmod_cli.checkpoints import output_layout
+
+    goes_on = output_layout(report.to).current
+    if goes_on and report.router_state == "untrained":
         output.note("next: pmod finetune --recipe tiny" if tiny else "next: pmod finetune")
         output.note("  the routers are untrained: every token ties, so what is kept now means nothing yet")
-    elif report.to == "pmod":
+    elif goes_on:
         output.note(f"next: pmod eval --tasks docvqa,chartqa --model {report.target}")
     else:
         output.note(f"next: hf upload YOUR/NAME {report.target}")

@@ -46,7 +46,7 @@ def choose_settings(
         settings = PmodSettings(**wanted)
         if source is None:
             return settings
-        layers = _layers(source)
+        layers = source.num_layers
         if target_flops is not None:
             return _solve(settings, target_flops, _prefill_share(source, settings))
         if settings.mean is not None and takes_shift(settings.schedule):
@@ -56,12 +56,6 @@ def choose_settings(
         return settings
     except ValueError as error:
         raise PmodError(str(error), hint="pmod convert --help") from None
-
-
-def _layers(source: Source) -> int:
-    from pmod_cli.checkpoints.plan import num_layers
-
-    return num_layers(source)
 
 
 def _prefill_share(source: Source, settings: PmodSettings) -> Callable[[PmodSettings], float]:

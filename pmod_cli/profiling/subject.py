@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from pmod_cli.checkpoints import resolve
 from pmod_cli.checkpoints.aliases import ALIASES, alias_of, builtin_config
 from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.checkpoints.layouts.huggingface import hold_to_weights
-from pmod_cli.checkpoints.layouts.original import is_original
 from pmod_cli.checkpoints.layouts.shapes import checked_shapes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import Family, family_of, model_types
@@ -106,9 +106,9 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
         raise PmodError(f"{name} is a file, and has no revision {revision!r}", hint="leave `revision` out")
     file = path if path.is_file() else resolve(name, revision=revision, weights=False).path / CONFIG
     config = read_json(file)
-    if is_original(config):
+    if (layout := layout_of(config)) is not None and not layout.loads:
         raise PmodError(
-            f"{file} is in the layout of the original code, which has to be converted first", hint="pmod convert NAME"
+            f"{file} is in the {layout.name} layout, which has to be converted first", hint="pmod convert NAME"
         )
     if (family := family_of(kind := config.get("model_type"))) is None:
         raise PmodError(

@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.checkpoints.files import read_tensors
-from pmod_cli.checkpoints.layouts.published import published_ratios, read_settings, write_settings
+from pmod_cli.checkpoints.layouts.published_settings import published_ratios, read_settings, write_settings
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration, PmodSettings
 from tests.model.published import GOLDEN, PLACEHOLDER, golden, info
@@ -158,7 +158,7 @@ def test_unknown_fields_are_refused(values, told):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (PmodSettings(string=False), "no-string"),
+        (PmodSettings(string=False), "string=False"),
         (PmodSettings(schedule="stepped"), "this schedule over 32 layers"),
         (PmodSettings(schedule="constant"), "this schedule over 32 layers"),
         (PmodSettings(shift=0.3), "a router in layer 0"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pmod_cli.checkpoints import Options, convert, load_model
-from pmod_cli.checkpoints.remote_code import FILE, modeling_source
+from pmod_cli.checkpoints.layouts.remote_code import FILE, modeling_source
 from pmod_cli.model import PmodSettings
 from tests.model.published import GOLDEN
 

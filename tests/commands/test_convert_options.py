@@ -66,9 +66,9 @@ def test_target_retention_becomes_a_shift(workdir, capsys):
         (["--seed", "9" * 30], "--seed"),
         (
             ["--vision-tower", "foo"],
-            "a checkpoint with its own vision tower: --vision-tower is for the original layout",
+            "a checkpoint with its own vision tower: --vision-tower is for the layout original, published or parts",
         ),
-        (["--tokenizer", "foo"], "a checkpoint with its own tokenizer: --tokenizer is for the original layout"),
+        (["--tokenizer", "foo"], "its own tokenizer: --tokenizer is for the layout original, published or parts"),
         (["--revision", "main"], "tiny-llava-next is part of this program, and has no revision 'main'"),
         (["--no-merge"], "--no-merge keeps an --adapter apart"),
         (["--to", "stock", "--shift", "0.4"], "--to stock writes a plain LLaVA, without --shift"),

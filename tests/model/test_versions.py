@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import output_capturing
 
-from pmod_cli.checkpoints.remote_code import modeling_source
+from pmod_cli.checkpoints.layouts.remote_code import modeling_source
 from pmod_cli.core.errors import explain
 from pmod_cli.model import layer, selfcheck, versions
 from tests.model.models import ROWS, batch, pmod_model

@@ -1,19 +1,42 @@
-"""The layouts that are read, each into a `Source`: Hugging Face (stock and ours), original, published, parts."""
+"""The layouts of checkpoints, one file each: how it is recognised, read into a `Source`, and written.
+
+A package from outside adds one by `register_layout`, or by an entry point in the group `pmod_cli.layouts`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from pmod_cli.checkpoints.files import CONFIG, read_json
-from pmod_cli.checkpoints.layouts.huggingface import read_huggingface
-from pmod_cli.checkpoints.layouts.normal import LowRank, Part, Source
-from pmod_cli.checkpoints.layouts.original import is_original, original_types, read_original
-from pmod_cli.checkpoints.layouts.parts import read_parts
+from pmod_cli.checkpoints.layouts import huggingface, original, parts, published, remote_code
+from pmod_cli.checkpoints.layouts.layout import LAYOUTS, Draft, Layout, register_layout
 from pmod_cli.checkpoints.options import Options
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families import DECODERS, FAMILIES, family_of, model_types
+from pmod_cli.core.text import one_of
+from pmod_cli.families import DECODERS
 
-__all__ = ["LowRank", "Part", "Source", "read_source"]
+__all__ = [
+    "LAYOUTS",
+    "Draft",
+    "Layout",
+    "layout_of",
+    "output_layout",
+    "output_layouts",
+    "read_source",
+    "register_layout",
+]
+
+for _layout in (
+    huggingface.HUGGINGFACE,
+    huggingface.PMOD,
+    huggingface.STOCK,
+    original.ORIGINAL,
+    published.PUBLISHED,
+    parts.PARTS,
+    remote_code.REMOTE_CODE,
+):
+    register_layout(_layout)
 
 
 def read_source(folder: Path, options: Options | None = None) -> Source:
@@ -21,33 +44,65 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
 
     Args:
         folder: Where it is.
-        options: For the original layout: its tower and tokenizer, where the checkpoint has none.
+        options: What is not in the folder, such as the tower and the tokenizer of an original checkpoint.
 
     Raises:
-        PmodError: it is of no known layout, damaged, or not whole.
+        PmodError: it is of no known layout, damaged, not whole, or has what an option names.
     """
     options = options or Options()
     where = folder / CONFIG
     config = read_json(where)
-    if options.projector is not None:
-        return read_parts(folder, config, options)
-    if is_original(config):
-        return read_original(folder, config, options)
-    model_type = config.get("model_type")
-    if family_of(model_type) is not None:
-        for name in ("vision_tower", "tokenizer"):
-            if getattr(options, name) is not None:
+    layout = layout_of(config, options)
+    if layout is None or layout.read is None:
+        raise _unknown(config, where)
+    for other in LAYOUTS.values():
+        for name in other.takes:
+            if name not in layout.takes and getattr(options, name) not in (None, False):
+                takers = one_of(known.name for known in LAYOUTS.values() if name in known.takes)
                 raise PmodError(
-                    f"{where}: a checkpoint with its own {name.replace('_', ' ')}: `{name}` is for the original layout",
+                    f"{where}: a checkpoint with its own {name.replace('_', ' ')}: `{name}` is for the layout {takers}",
                     hint=f"leave `{name}` out",
                 )
-        return read_huggingface(folder, config)
-    if model_type in list(original_types()):
-        raise PmodError(f"{where}: mm_vision_tower is absent, so this is a language model without its vision part")
+    return layout.read(folder, config, options)
+
+
+def layout_of(config: dict, options: Options | None = None) -> Layout | None:
+    """The layout of a config.json, or None where none recognises it.
+
+    Args:
+        config: What the file holds.
+        options: Of a conversion: with a projector, a language model is one of the parts of a LLaVA.
+    """
+    options = options or Options()
+    known = [layout for layout in LAYOUTS.values() if layout.recognises is not None]
+    return next((layout for layout in reversed(known) if layout.recognises(config, options)), None)
+
+
+def output_layouts() -> dict[str, Layout]:
+    """The layouts that can be written, by name."""
+    return {layout.name: layout for layout in LAYOUTS.values() if layout.arrange is not None}
+
+
+def output_layout(name: str) -> Layout:
+    """A layout that can be written.
+
+    Raises:
+        PmodError: there is none of this name.
+    """
+    known = output_layouts()
+    if name not in known:
+        raise PmodError(f"`to={name!r}`: expected one of {', '.join(known)}")
+    return known[name]
+
+
+def _unknown(config: dict, where: Path) -> PmodError:
+    model_type = config.get("model_type")
+    if model_type in list(original.original_types()):
+        return PmodError(f"{where}: mm_vision_tower is absent, so this is a language model without its vision part")
     if model_type in DECODERS:
-        raise PmodError(
+        return PmodError(
             f"{where}: this is a language model without a vision part",
             hint="pmod convert --llm NAME --vision-tower NAME --projector mm_projector.bin",
         )
-    known = [*model_types(), *(name for name in original_types() if name not in FAMILIES)]
-    raise PmodError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(known)}")
+    known = dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.model_types())
+    return PmodError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(known)}")

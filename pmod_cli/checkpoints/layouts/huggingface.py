@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layouts.layout import Draft, Layout
 from pmod_cli.checkpoints.layouts.names import canonical
-from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, section
+from pmod_cli.checkpoints.options import Options
+from pmod_cli.checkpoints.source import Part, Source, files_of
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families import DECODERS
+from pmod_cli.families import DECODERS, family_of, model_types
 from pmod_cli.families.configs import decoder_kind, filled, known_family
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.model import PmodSettings
@@ -24,7 +26,7 @@ _ROUTER = re.compile(r"language_model\.model\.layers\.(\d+)\.router\.weight")
 _LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(?P<number>\d+)\.input_layernorm\.weight")
 
 
-def read_huggingface(folder: Path, config: dict) -> Source:
+def read_huggingface(folder: Path, config: dict, options: Options) -> Source:
     """A stock or p-MoD checkpoint in the Hugging Face layout.
 
     Raises:
@@ -180,3 +182,41 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
+
+
+def _as_it_is(draft: Draft) -> Draft:
+    return draft
+
+
+HUGGINGFACE = Layout(
+    "huggingface",
+    recognises=lambda config, options: family_of(config.get("model_type")) is not None,
+    read=read_huggingface,
+    model_types=model_types,
+)
+PMOD = Layout(
+    "pmod",
+    arrange=_as_it_is,
+    current=True,
+    usage="""\
+```python
+from pmod_cli.checkpoints import load_model
+
+model, processor = load_model("THIS_FOLDER")
+```
+""",
+)
+STOCK = Layout(
+    "stock",
+    arrange=_as_it_is,
+    routed=False,
+    summary="plain LLaVA",
+    usage="""\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+```
+""",
+)

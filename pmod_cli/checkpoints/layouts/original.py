@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.companions import read_vocabulary, write_companions
-from pmod_cli.checkpoints.layouts import published, towers
+from pmod_cli.checkpoints.layouts import published_settings, towers
 from pmod_cli.checkpoints.layouts.huggingface import check_decoder
+from pmod_cli.checkpoints.layouts.layout import Layout
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, from_original
-from pmod_cli.checkpoints.layouts.normal import Part, Source, files_of
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
 from pmod_cli.checkpoints.options import Options
+from pmod_cli.checkpoints.source import Part, Source, files_of
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES
 
@@ -50,7 +51,7 @@ EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_hea
 def original_types() -> dict[str, str]:
     """`model_type` of this layout, and the decoder that each of them has."""
     found = {name: decoder.name for decoder in DECODERS.values() for name in decoder.original}
-    return found | {published.MODEL_TYPE: "llama"}
+    return found | {published_settings.MODEL_TYPE: "llama"}
 
 
 def is_original(config: dict) -> bool:
@@ -111,8 +112,8 @@ def from_flat(
     parts = {name: part for name, part in parts.items() if not OBSOLETE.fullmatch(name)}
 
     settings = None
-    if config["model_type"] == published.MODEL_TYPE and config.get("mod_target_layers") is not None:
-        settings = published.read_settings(config, size(config, "num_hidden_layers", where), where)
+    if config["model_type"] == published_settings.MODEL_TYPE and config.get("mod_target_layers") is not None:
+        settings = published_settings.read_settings(config, size(config, "num_hidden_layers", where), where)
     elif any(".router." in name for name in parts):
         raise PmodError(f"{where}: mod_target_layers is absent, though the weights hold routers")
     pixels = towers.preprocessor(place)
@@ -230,3 +231,13 @@ def _pinpoints(value: object, where: Path) -> list[list[int]]:
             f"{where}: image_grid_pinpoints is {str(value)[:80]!r}, expected pairs of width and height in pixels"
         )
     return points
+
+
+ORIGINAL = Layout(
+    "original",
+    recognises=lambda config, options: is_original(config),
+    read=read_original,
+    model_types=lambda: list(original_types()),
+    takes=("vision_tower", "tokenizer"),
+    loads=False,
+)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts.normal import Source, files_of
+from pmod_cli.checkpoints.layouts.layout import Layout
 from pmod_cli.checkpoints.layouts.original import from_flat
+from pmod_cli.checkpoints.layouts.published import TOWER
 from pmod_cli.checkpoints.layouts.shapes import size
-from pmod_cli.checkpoints.layouts.to_published import TOWER
 from pmod_cli.checkpoints.options import Options
+from pmod_cli.checkpoints.source import Source, files_of
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS
 from pmod_cli.families.llava_next import PINPOINTS
@@ -64,3 +65,12 @@ def _new_newline(hidden: int, like: files.Tensor, seed: int) -> files.Tensor:
 
     values = torch.randn(hidden, generator=torch.Generator().manual_seed(seed)) * hidden**-0.5
     return files.Tensor(like.path, "F32", (hidden,), loaded=values)
+
+
+PARTS = Layout(
+    "parts",
+    recognises=lambda config, options: options.projector is not None,
+    read=read_parts,
+    takes=("vision_tower", "tokenizer", "projector", "anyres"),
+    loads=False,
+)

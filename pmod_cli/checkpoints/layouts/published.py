@@ -1,164 +1,170 @@
-"""The settings of the published p-MoD code: its `mod_*` fields to `PmodSettings`, and back.
+"""The layout of the published p-MoD code: the original one with `mod_*` fields, and layers that wrap the stock ones.
 
-Its schedules have 31 for L - 1 written into them, so for another number of layers they are not ours; then, and for the
-schedules that are no decay, the ratios themselves are kept, as schedule `list`.
+Its config.json is flat: decoder, `mm_*` and `mod_*` fields side by side.
 """
 
 from __future__ import annotations
 
-import re
-from math import cos, isclose, pi
+from dataclasses import replace
+from pathlib import Path
 
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.companions import MODEL_FILE, clip_preprocessor, restore_original
+from pmod_cli.checkpoints.layouts import published_settings
+from pmod_cli.checkpoints.layouts.layout import Draft, Layout, Progress
+from pmod_cli.checkpoints.layouts.names import canonical, to_original
+from pmod_cli.checkpoints.layouts.original import EMBEDDINGS, is_original, read_original
+from pmod_cli.checkpoints.layouts.towers import KNOWN
+from pmod_cli.checkpoints.source import Part, Source
+from pmod_cli.checkpoints.writing import WeightFiles, stream
+from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
-from pmod_cli.model import PmodSettings, solve_shift
-from pmod_cli.model.schedule import PAPER_MEAN
+from pmod_cli.families import FAMILIES
+from pmod_cli.families.decoders import LLAMA
+from pmod_cli.families.towers import CLIP, CLIP_L_336
+from pmod_cli.model import PmodSettings
 
-MODEL_TYPE = "pmod_llava_llama"
-ARCHITECTURE = "PmodLlavaLlamaForCausalLM"
-_DECAY = re.compile(r"shifted(cos|linear)_decay_(\d+\.\d+)_(\d+\.\d+)")
-_PLACES = ("deep_all", "deep_all_include_last", "interleave")
-_NORM = re.compile(r"(tanh|softmax|sigmoid|none)_(\d+\.\d+|\d+)_(-?\d+\.\d+|-?\d+)")
-_TOKENS = ("vision_all", "vision_hr")
+TOWER_FOLDER = "vision_tower"
+NO_MODEL_FILE = f"there is no {MODEL_FILE}, and the published code reads no other tokenizer: put it beside config.json"
+TOWER = "openai/clip-vit-large-patch14-336"
+_TEXT = {key: value for key, value in LLAMA.defaults.items() if value is not None} | {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
 
 
-def published_ratios(target_layers: str, factor: float, num_layers: int) -> list[float]:
-    """Retention ratio of each layer as the published code computes it; 1.0 is a layer without a router.
+def _arrange(draft: Draft) -> Draft:
+    """Names, config and rows of the published code; the tower apart where it cannot be named."""
+    rows, config = published_config(draft.source, draft.settings, draft.config)
+    tower = own_tower(draft.source, draft.parts, config)
+    routed = draft.routed_layers
+    return replace(
+        draft,
+        config=config,
+        parts={to_original(name, routed): _resized(name, part, rows) for name, part in draft.parts.items()},
+        routers={to_original(name, routed): shape for name, shape in draft.routers.items()},
+        tower=tower,
+    )
+
+
+def _finish(draft: Draft, folder: Path, progress: Progress) -> list[str]:
+    """The tower as a CLIP of its own, with its preprocessor, and the tokenizer as it was before images."""
+    if draft.tower:
+        tower, vision = folder / TOWER_FOLDER, draft.source.config["vision_config"]
+        tower.mkdir()
+        write_json(tower / files.CONFIG, {"architectures": ["CLIPVisionModel"], **vision})
+        write_json(tower / "preprocessor_config.json", clip_preprocessor(folder, vision["image_size"]))
+        stream(WeightFiles(streamed={files.SINGLE: draft.tower}), tower, progress)
+    restore_original(folder, draft.config["vocab_size"])
+    return [] if (folder / MODEL_FILE).is_file() else [NO_MODEL_FILE]
+
+
+def _resized(name: str, part: Part, rows: int | None) -> Part:
+    if rows is None or canonical(name) not in EMBEDDINGS:
+        return part
+    return replace(part, rows=None if part.source.shape[0] == rows else rows)
+
+
+def published_config(source: Source, settings: PmodSettings, config: dict) -> tuple[int | None, dict]:
+    """(rows of the embedding, or None to keep them; config.json).
+
+    A checkpoint that came from this layout gets back the config and the rows that it came with.
 
     Raises:
-        PmodError: an unknown `mod_target_layers`.
+        PmodError: the published code cannot run this model.
     """
-    layers = range(num_layers)
-    if decay := _DECAY.fullmatch(target_layers):
-        top, floor = float(decay[2]), float(decay[3])
-        lines = [cos(layer * pi / 31) / 2 if decay[1] == "cos" else -layer / 31 + 0.5 for layer in layers]
-        return [max(line + factor, floor) if line + factor <= top else 1.0 for line in lines]
-    if target_layers not in _PLACES:
-        raise PmodError(
-            f"mod_target_layers is {target_layers!r}, expected shiftedcos_decay_MAX_MIN, shiftedlinear_decay_MAX_MIN, "
-            f"{' or '.join(_PLACES)}"
-        )
-    if target_layers == "interleave":
-        routed = set(range(1, num_layers, 2))
-    else:
-        routed = set(range(2, num_layers - (target_layers == "deep_all")))
-    return [factor if layer in routed else 1.0 for layer in layers]
+    text = config["text_config"]
+    if source.decoder != LLAMA.name:
+        raise PmodError(f"`to=published`: the published code has Llama decoders only, this one is {source.decoder}")
+    if config["vision_config"].get("model_type", CLIP.name) != CLIP.name:
+        raise PmodError("`to=published`: the published code has CLIP towers only")
+    layers = text.get("num_hidden_layers", _TEXT["num_hidden_layers"])
+    fields = published_settings.write_settings(settings, layers)
+    if source.original_config is not None:
+        kept = {key: value for key, value in source.original_config.items() if not key.startswith("mod_")}
+        named = {"model_type": published_settings.MODEL_TYPE, "architectures": [published_settings.ARCHITECTURE]}
+        dtype = {"torch_dtype": config["dtype"]} if "torch_dtype" in kept else {}
+        return kept["vocab_size"], dict(sorted((kept | fields | dtype | named).items()))
+    rows = _rows_before_images(config)
+    flat = {key: text.get(key, default) for key, default in _TEXT.items()}
+    rope = text.get("rope_parameters") or {}
+    scaling = text.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        flat["rope_scaling"] = scaling
+    next_model = FAMILIES[source.kind].high_resolution
+    flat |= {
+        "architectures": [published_settings.ARCHITECTURE],
+        "model_type": published_settings.MODEL_TYPE,
+        "vocab_size": rows or text["vocab_size"],
+        "num_key_value_heads": text.get("num_key_value_heads") or flat["num_attention_heads"],
+        "rope_theta": text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+        "pad_token_id": 0,
+        "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        "image_aspect_ratio": "anyres" if next_model else "pad",
+        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_patch_merge_type": "spatial_unpad" if next_model else "flat",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "cls_patch" if config.get("vision_feature_select_strategy") == "full" else "patch",
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_tower": TOWER,
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,
+        "use_mm_proj": True,
+        **fields,
+    }
+    if next_model:
+        flat["image_grid_pinpoints"] = [[width, height] for height, width in config["image_grid_pinpoints"]]
+    return rows, dict(sorted(flat.items()))
 
 
-def read_settings(config: dict, num_layers: int, where: object) -> PmodSettings:
-    """Settings of a checkpoint of the published code.
+def _rows_before_images(config: dict) -> int | None:
+    """Rows without the image token and the padding behind it, which the published code has not; None: all of them."""
+    rows, image = config["text_config"]["vocab_size"], config.get("image_token_index")
+    return image if isinstance(image, int) and 0 < rows - image <= 64 and image > rows // 2 else None
+
+
+def own_tower(source: Source, parts: dict[str, Part], config: dict) -> dict[str, Part]:
+    """Tensors of the tower by the names of a CLIP, to be written beside the published config, which only names it.
+
+    None of them where the name is a hub id: then the published code fetches the tower itself. Else config names the
+    folder.
 
     Args:
-        config: Its config.json.
-        num_layers: L.
-        where: The file, for messages.
-
-    Raises:
-        PmodError: a field is absent, unknown, or has no counterpart in ours.
+        source: The model.
+        parts: Tensors of the result by their names in the Hugging Face layout.
+        config: As `published_config` made it.
     """
-    layers, factor = config.get("mod_target_layers"), config.get("mod_router_factor")
-    norm, tokens = config.get("mod_weight_norm"), config.get("mod_target_token_type")
-    if not isinstance(layers, str) or isinstance(factor, bool) or not isinstance(factor, int | float):
-        raise PmodError(
-            f"{where}: mod_target_layers is {layers!r} and mod_router_factor {factor!r}, expected a name and a number"
-        )
-    if not -1.5 <= factor <= 2.5:
-        raise PmodError(f"{where}: mod_router_factor is {factor}, expected a ratio or a shift near 0.5")
-    if tokens not in _TOKENS:
-        raise PmodError(f"{where}: mod_target_token_type is {tokens!r}, expected {' or '.join(_TOKENS)}")
-    try:
-        ratios = published_ratios(layers, factor, num_layers)
-    except PmodError as error:
-        raise PmodError(f"{where}: {error.what}") from error
-    decay = _DECAY.fullmatch(layers)
-    if decay and num_layers == 32:
-        kind = "cosine" if decay[1] == "cos" else "linear"
-        schedule = {
-            "schedule": kind,
-            "shift": float(factor),
-            "max_ratio": float(decay[2]),
-            "min_ratio": float(decay[3]),
-        }
-    else:
-        schedule = {"schedule": "list", "values": tuple(ratios)}
-    try:
-        settings = PmodSettings(**schedule, **_read_norm(norm), target_tokens=tokens)
-        ours = settings.retention(num_layers)
-    except ValueError as error:
-        raise PmodError(f"{where}: {error}") from error
-    if not all(isclose(a, b, abs_tol=1e-12) for a, b in zip(ours, ratios, strict=True)):
-        raise PmodError(f"{where}: mod_target_layers {layers!r} has no counterpart among our schedules")
-    return settings
-
-
-def write_settings(settings: PmodSettings, num_layers: int) -> dict:
-    """The `mod_*` fields that make the published code do what `settings` say.
-
-    Raises:
-        PmodError: it cannot.
-    """
-    if not settings.string:
-        raise _inexpressible("`string=False`: it always scales skipped tokens")
-    ratios = settings.retention(num_layers)
-    routed = [layer for layer, is_routed in enumerate(settings.routed(num_layers)) if is_routed]
-    for name, factor in _candidates(settings, ratios, num_layers):
-        theirs = published_ratios(name, factor, num_layers)
-        same = all(isclose(a, b, abs_tol=1e-12) for a, b in zip(ratios, theirs, strict=True))
-        if same and routed == [layer for layer, ratio in enumerate(theirs) if ratio < 1]:
-            break
-    else:
-        raise _inexpressible(
-            f"this schedule over {num_layers} layers: it has shiftedcos_decay and shiftedlinear_decay (made for 32 "
-            f"layers), and one ratio in the layers of {', '.join(_PLACES)}"
-        )
-    if 0 in routed:
-        raise _inexpressible("a router in layer 0: it reads the length of the sequence from that layer's cache")
-    activation, scale, bias = settings.weight_norm
-    if scale < 0:
-        raise _inexpressible(f"the norm {settings.norm}: its scale is negative")
+    name = config["mm_vision_tower"]
+    sizes = {key: source.config["vision_config"].get(key) for key in CLIP_L_336}
+    if "/" in name and not (name in KNOWN and sizes != KNOWN[name]):
+        return {}
+    config["mm_vision_tower"] = TOWER_FOLDER
+    prefix = "vision_tower."
+    names = {canonical(name): part for name, part in parts.items()}
     return {
-        "mod_bias_enabled": True,
-        "mod_router_factor": factor,
-        "mod_special_init": True,
-        "mod_target_layer_indices": routed,
-        "mod_target_layers": name,
-        "mod_target_token_type": settings.target_tokens,
-        "mod_weight_norm": activation if (scale, bias) == (1.0, 1.0) else f"{activation}_{scale:g}_{bias:g}",
+        f"vision_model.{name.removeprefix(prefix)}": part for name, part in names.items() if name.startswith(prefix)
     }
 
 
-def _candidates(settings: PmodSettings, ratios: list[float], num_layers: int) -> list[tuple[str, float]]:
-    found = []
-    if settings.schedule in ("cosine", "linear"):
-        shift = settings.shift
-        if shift is None:
-            fixed = settings.schedule == "cosine" and settings.mean is None
-            shift = (
-                0.5
-                if fixed
-                else solve_shift(
-                    settings.schedule,
-                    num_layers,
-                    settings.mean or PAPER_MEAN,
-                    max_ratio=settings.max_ratio,
-                    min_ratio=settings.min_ratio,
-                )
-            )
-        name = "cos" if settings.schedule == "cosine" else "linear"
-        found.append((f"shifted{name}_decay_{settings.max_ratio}_{settings.min_ratio}", shift))
-    if levels := {ratio for ratio in ratios if ratio < 1}:
-        found += [(place, min(levels)) for place in _PLACES]
-    found += [(f"shifted{kind}_decay_0.85_0.15", 0.5) for kind in ("cos", "linear")]
-    return found
-
-
-def _read_norm(norm: object) -> dict:
-    match = _NORM.fullmatch(norm) if isinstance(norm, str) else None
-    if match and match[1] == "tanh" and float(match[3]) == 1 and float(match[2]) > 0:
-        return {"norm": "tanh", "alpha": float(match[2])}
-    if match:
-        return {"norm": norm}
-    return {"norm": f"{norm}_1_1"}  # without numbers, scale and bias are 1; an unknown name is refused there
-
-
-def _inexpressible(what: str) -> PmodError:
-    return PmodError(f"the published code has no setting for {what}", hint="`to=pmod` keeps every setting")
+PUBLISHED = Layout(
+    "published",
+    recognises=lambda config, options: is_original(config) and config["model_type"] == published_settings.MODEL_TYPE,
+    read=read_original,
+    takes=("vision_tower", "tokenizer"),
+    arrange=_arrange,
+    finish=_finish,
+    loads=False,
+    summary="for the authors' code",
+    usage="""\
+In the layout of the published code (MCG-NJU/p-MoD): its `load_pretrained_model` reads it. `mm_vision_tower` in
+config.json names the vision tower: a hub id, or the folder `vision_tower` here; then start the program in this folder.
+""",
+)

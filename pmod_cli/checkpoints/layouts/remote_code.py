@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 from pmod_cli import __version__
 from pmod_cli import model as package
+from pmod_cli.checkpoints.layouts.layout import Draft, Layout, Progress
+from pmod_cli.model import PmodSettings
+from pmod_cli.model.schedule import SCHEDULES
 
 FILE = "modeling_pmod.py"
 _FIRST, _START = "versions", "modeling"
@@ -73,3 +77,40 @@ def _body(text: str, imports: dict[str, None]) -> str:
             imports[ast.unparse(node)] = None
         lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
     return "\n".join(line for line in lines if line is not None).strip()
+
+
+def _arrange(draft: Draft) -> Draft:
+    settings = _without_packages(draft.settings, draft.source.num_layers)
+    added = {"pmod": settings.to_dict(), "auto_map": auto_map(draft.config["model_type"])}
+    return replace(draft, config=draft.config | added)
+
+
+def _without_packages(settings: PmodSettings, layers: int) -> PmodSettings:
+    """The same without a schedule of another package, which plain transformers does not have: its ratios as a list."""
+    if SCHEDULES.is_built_in(settings.schedule):
+        return settings
+    ratios = tuple(settings.retention(layers))
+    return replace(settings, schedule="list", values=ratios, shift=None, mean=None)
+
+
+def _finish(draft: Draft, folder: Path, progress: Progress) -> list[str]:
+    (folder / FILE).write_text(modeling_source(), encoding="utf-8")
+    return []
+
+
+REMOTE_CODE = Layout(
+    "remote-code",
+    arrange=_arrange,
+    finish=_finish,
+    summary="for plain transformers",
+    usage="""\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+```
+
+`modeling_pmod.py` is generated and needs nothing but transformers 5.23.
+""",
+)

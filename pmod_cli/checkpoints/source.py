@@ -10,6 +10,8 @@ from typing import Any
 from pmod_cli.checkpoints.files import Tensor
 from pmod_cli.model import PmodSettings
 
+LAYER = "input_layernorm.weight"  # every decoder layer has one, and nothing else has
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -89,6 +91,16 @@ class Source:
     def kind(self) -> str:
         """Name of the family."""
         return self.config["model_type"]
+
+    @property
+    def num_layers(self) -> int:
+        """L, from the names of the tensors: the config was held to them."""
+        return sum(name.endswith(LAYER) for name in self.parts)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, from the shape of a norm."""
+        return next(part.source.shape[0] for name, part in self.parts.items() if name.endswith(LAYER))
 
     @property
     def decoder(self) -> str:

@@ -354,12 +354,12 @@ def _compare(runs: list[Path], seed: int, shown_as: str) -> None:
 
 
 def _print_results(results: dict[str, Any], shown_as: str) -> None:
-    from pmod_cli.evaluation import formats, tables
+    from pmod_cli.evaluation import tables
 
     if shown_as == "json":
         output.print_json(results)
     elif shown_as in ("markdown", "csv"):
-        output.print_line({"markdown": formats.to_markdown, "csv": formats.to_csv}[shown_as](results).rstrip())
+        output.print_line({"markdown": tables.to_markdown, "csv": tables.to_csv}[shown_as](results).rstrip())
     else:
         for line in tables.warnings(results):
             output.print_line(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.atomic import write_json, write_text
-from pmod_cli.evaluation import formats, provenance, questions
+from pmod_cli.evaluation import provenance, questions, tables
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, one_line, write_traceback
 from pmod_cli.evaluation.benchmarks import Benchmark
@@ -114,8 +114,8 @@ def _evaluate(
                 _write_lines(folder.changed(subject.label, benchmark.name), changed)
             results = header | report.results()
             results["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(folder.path / "results.md", formats.to_markdown(results))
-            write_text(folder.path / "results.csv", formats.to_csv(results))
+            write_text(folder.path / "results.md", tables.to_markdown(results))
+            write_text(folder.path / "results.csv", tables.to_csv(results))
             write_json(folder.path / RESULTS, results)
     return results
 

@@ -1,4 +1,4 @@
-"""The report as a reader sees it: rows of one benchmark and one model, and rich tables of them for 100 columns."""
+"""The report as a reader sees it: rows of one benchmark and one model, as tables for 100 columns, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.table import Table
 
 from pmod_cli import paper
 from pmod_cli.evaluation.statistics import rate_interval
+from pmod_cli.reporting.tables import escaped, markdown_table
+from pmod_cli.reporting.tables import to_csv as csv_of
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]  # heading -> from a row to its cell
@@ -90,6 +92,24 @@ def answer_table(results: Mapping[str, Any]) -> Table:
     """How many questions were asked, which answers need care, and what the answers cost."""
     listed = [row for row in rows(results) if row["task"] is not None]
     return _table(listed, answer_columns(listed))
+
+
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The tables of the terminal as Markdown, for a pull request, with what is above and below them."""
+    listed = rows(results)
+    asked = [row for row in listed if row["task"] is not None]
+    parts = ["\n".join(f"**{escaped(line)}**  " for line in warnings(results))]
+    for shown, columns in ((listed, score_columns(results, listed)), (asked, answer_columns(asked))):
+        parts.append(
+            markdown_table(list(columns), ([cell(row) for cell in columns.values()] for row in shown), words=2)
+        )
+    parts.append("\n".join(f"- {escaped(line)}" for line in notes(results)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def to_csv(results: Mapping[str, Any]) -> str:
+    """One line per benchmark and model, and per average and model: numbers unrounded, nothing where there is none."""
+    return csv_of(rows(results), COLUMNS)
 
 
 def score_columns(results: Mapping[str, Any], listed: list[Row]) -> Columns:

@@ -10,8 +10,8 @@ from rich.table import Table
 from pmod_cli.profiling.dataset import Average
 from pmod_cli.profiling.scores import Scores
 from pmod_cli.profiling.sweep import Axis, Point
-from pmod_cli.profiling.tables import plain_table
 from pmod_cli.profiling.units import GIGA, MIB, TERA, percent
+from pmod_cli.reporting.tables import plain_table
 
 
 def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -> Table:

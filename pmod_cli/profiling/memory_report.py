@@ -11,8 +11,8 @@ from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, 
 from pmod_cli.profiling.count.training import USUAL, TrainingMemory, training_memory
 from pmod_cli.profiling.measure.devices import DEVICES, Device
 from pmod_cli.profiling.report import Profile
-from pmod_cli.profiling.tables import plain_table
 from pmod_cli.profiling.units import GIB, percent
+from pmod_cli.reporting.tables import plain_table
 
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")
 

@@ -11,6 +11,7 @@ from pmod_cli.profiling.count.kv_cache import KvCost
 from pmod_cli.profiling.count.trace import FLOPS_PER_MAC, LayerCost
 from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.units import GIGA, KIB, MEGA, MIB, TERA, percent
+from pmod_cli.reporting.tables import plain_table
 
 
 @dataclass(frozen=True)
@@ -164,15 +165,6 @@ def kv_layers_table(result: Profile) -> Table:
         sizes = (unit.show(size) for size in (kv.vision, kv.text, kv.total))
         share = _share(kv.total, stock.total)
         table.add_row(f"{layer.layer}", f"{layer.retention:.3f}", f"{layer.vision_tokens}", *sizes, share)
-    return table
-
-
-def plain_table(title: str, *headings: str, space: int = 2) -> Table:
-    """A table without lines: the first column to the left, numbers to the right."""
-    look = {"title_justify": "left", "title_style": "bold", "header_style": "dim", "box": None, "pad_edge": False}
-    table = Table(title=title, padding=(0, space, 0, 0), **look)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     return table
 
 

@@ -1,27 +1,25 @@
-"""The selection as one HTML page: no network, no other file, opened from the file system.
+"""The selection as one HTML page, `reporting/templates/selection.html`.
 
-`page.html` holds the page; what it shows is put in as one JSON object, its arrays as little-endian bytes in base64.
+What it shows is put in as one JSON object, its arrays as little-endian bytes in base64.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pmod_cli.core.atomic import write_text
+from pmod_cli.reporting.html import render
 from pmod_cli.visualization.geometry import Part
 from pmod_cli.visualization.overlay import canvas
 from pmod_cli.visualization.record import SelectionRecord
 
-TITLE, DATA = "{{title}}", "{{data}}"
 LONGEST_SIDE = 1600  # pixels of the embedded image; the boxes stay those of the original
 IMAGE_BYTES = 900_000  # of the embedded image; base64 makes them a third more
 QUALITIES = (90, 80, 65, 50, 30)
@@ -33,19 +31,12 @@ def save_html(record: SelectionRecord, path: Path, *, layers: Sequence[int] | No
     Args:
         layers: where the slider can stop; default all.
     """
-    from pmod_cli.core.atomic import write_text
-
     write_text(path, html_page(record, layers=layers))
 
 
 def html_page(record: SelectionRecord, *, layers: Sequence[int] | None = None) -> str:
     """The page's text, at most 3 MB for 1,000 x 1,000 pixels, 2,928 tokens and 32 layers."""
-    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    title = html.escape(f"{record.model}: {record.question}")
-    # A closing tag or a comment inside a string would end the script element.
-    data = json.dumps(_data(record, layers), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    head, tail = template.split(DATA)
-    return head.replace(TITLE, title) + data + tail
+    return render("selection.html", title=f"{record.model}: {record.question}", data=_data(record, layers))
 
 
 def _data(record: SelectionRecord, layers: Sequence[int] | None) -> dict[str, Any]:

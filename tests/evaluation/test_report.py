@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pmod_cli import paper
-from pmod_cli.evaluation import formats, suite, tables
+from pmod_cli.evaluation import suite, tables
 from pmod_cli.evaluation.benchmarks import groups
 from pmod_cli.evaluation.report import Report
 from tests.evaluation import reports
@@ -170,7 +170,7 @@ def test_average_interval_is_that_of_independent_benchmarks():
 
 def test_csv_and_markdown_agree_with_the_results():
     results = reports.small().results()
-    read = list(csv.DictReader(io.StringIO(formats.to_csv(results))))
+    read = list(csv.DictReader(io.StringIO(tables.to_csv(results))))
     expected = tables.rows(results)
     assert len(read) == len(expected) == 4
     for line, row in zip(read, expected, strict=True):
@@ -178,7 +178,7 @@ def test_csv_and_markdown_agree_with_the_results():
     assert float(read[0]["score"]) == results["tasks"][0]["scores"]["p-mod"]["score"]
     assert float(read[1]["difference_low"]) == results["tasks"][0]["differences"]["stock"]["low"]
 
-    text = formats.to_markdown(results)
+    text = tables.to_markdown(results)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert cells[0] == ["benchmark", "model", "score", "paper", "its p-MoD", "to paper", "first − this", "changed"]
@@ -215,7 +215,7 @@ def test_markup_in_names_is_text():
     report = reports.small()
     results = json.loads(json.dumps(report.results()).replace('"stock"', '"[red]st|ock[/red]"'))
     assert "[red]st|ock[/red]" in printed(tables.score_table(results))
-    assert r"[red]st\|ock[/red]" in formats.to_markdown(results)
+    assert r"[red]st\|ock[/red]" in tables.to_markdown(results)
 
 
 def test_untrained_routers_are_named_but_not_for_controls():

@@ -12,8 +12,8 @@ from pmod_cli.core import output
 
 if TYPE_CHECKING:
     from pmod_cli.data.check import DataReport
-    from pmod_cli.training.run import FinetuneReport
     from pmod_cli.training.settings import Settings
+    from pmod_cli.training.summary import FinetuneReport
     from pmod_cli.training.watch import Step
 
 

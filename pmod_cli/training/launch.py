@@ -18,8 +18,7 @@ from typing import Any
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.training.fleet import Fleet
 from pmod_cli.training.parts import Part
-from pmod_cli.training.run import FinetuneReport
-from pmod_cli.training.summary import Summary
+from pmod_cli.training.summary import FinetuneReport, Summary
 
 WORKER = "pmod_cli.commands.finetune_worker"
 PATIENCE = 600  # seconds that a save may take after a signal

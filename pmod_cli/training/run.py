@@ -2,9 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -21,45 +19,17 @@ from pmod_cli.training.arguments import precision, processes, training_arguments
 from pmod_cli.training.calibration import calibrate_routers
 from pmod_cli.training.dataset import Counting, Data, open_data
 from pmod_cli.training.liger import use_liger
-from pmod_cli.training.parts import Part, count, freeze, repeat_in_backward
+from pmod_cli.training.parts import count, freeze, repeat_in_backward
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.requirements import check_requirements
 from pmod_cli.training.resume import hold_source, set_damaged_aside
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import source_of, starting_checkpoint
-from pmod_cli.training.summary import Summary, write_reports
+from pmod_cli.training.summary import FinetuneReport, Summary, write_reports
 from pmod_cli.training.trainer import PmodTrainer
 from pmod_cli.training.watch import Step, Watch
 
 CALIBRATION_BATCH = 8
-
-
-@dataclass(frozen=True)
-class FinetuneReport:
-    """What a run did.
-
-    Attributes:
-        path: the run folder; once finished, a checkpoint, or a LoRA run's adapter that waits to be merged.
-        status: finished; interrupted, and can go on; or already finished, nothing was done.
-        step: optimizer steps done, of ``max_steps``, in this and earlier processes.
-        loss: mean training loss of the last logged steps.
-        seconds: wall time of the training, in this and earlier processes.
-        tokens: text and vision tokens trained on, without padding.
-        parameters: of each part, how many there are and how many were trained.
-        summary: what the run took.
-        rows: what became of the rows that this process read: left out, cut, passed over since they teach nothing.
-    """
-
-    path: Path
-    status: Literal["finished", "interrupted", "already finished"]
-    step: int
-    max_steps: int
-    loss: float | None = None
-    seconds: float = 0.0
-    tokens: int = 0
-    parameters: dict[str, Part] = field(default_factory=dict)
-    summary: Summary | None = None
-    rows: dict[str, int] = field(default_factory=dict)
 
 
 def finetune(

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -15,11 +15,9 @@ from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.training import folder
 from pmod_cli.training.arguments import processes
 from pmod_cli.training.cost import run_flops, this_device
+from pmod_cli.training.parts import Part
 from pmod_cli.training.recipe import dump
 from pmod_cli.training.settings import Settings
-
-if TYPE_CHECKING:
-    from pmod_cli.training.run import FinetuneReport
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,35 @@ class Summary:
         )
 
 
-def write_reports(staging: Path, settings: Settings, report: "FinetuneReport", state: TrainerState) -> None:
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a run did.
+
+    Attributes:
+        path: the run folder; once finished, a checkpoint, or a LoRA run's adapter that waits to be merged.
+        status: finished; interrupted, and can go on; or already finished, nothing was done.
+        step: optimizer steps done, of ``max_steps``, in this and earlier processes.
+        loss: mean training loss of the last logged steps.
+        seconds: wall time of the training, in this and earlier processes.
+        tokens: text and vision tokens trained on, without padding.
+        parameters: of each part, how many there are and how many were trained.
+        summary: what the run took.
+        rows: what became of the rows that this process read: left out, cut, passed over since they teach nothing.
+    """
+
+    path: Path
+    status: Literal["finished", "interrupted", "already finished"]
+    step: int
+    max_steps: int
+    loss: float | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    parameters: dict[str, Part] = field(default_factory=dict)
+    summary: Summary | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def write_reports(staging: Path, settings: Settings, report: FinetuneReport, state: TrainerState) -> None:
     """Fill a folder with the log, the summary, the curves and the card of a finished run."""
     lines = state.log_history
     write_text(staging / folder.LOG, "".join(json.dumps(line) + "\n" for line in lines))
@@ -133,7 +159,7 @@ def add_scores(out: Path, table: str, scores: dict) -> None:
     write_text(out / folder.CARD, f"{card.rstrip()}\n{SCORES}{table.strip()}\n")
 
 
-def card(settings: Settings, report: "FinetuneReport") -> str:
+def card(settings: Settings, report: FinetuneReport) -> str:
     """The model card of a finished run, as Markdown: what it is, how it was made, what it took."""
     model, summary, data = settings.model, report.summary, settings.data
     start = Path(model.name).name if model.name else f"{model.llm} + {model.vision_tower} + {model.projector or 'new'}"

@@ -11,6 +11,7 @@ from pmod_cli.families import decoders, llava, llava_next, towers
 from pmod_cli.families.record import DecoderKind, Family, TowerKind
 
 __all__ = [
+    "BUNDLED",
     "DECODERS",
     "FAMILIES",
     "TOWERS",
@@ -33,7 +34,10 @@ register_family = FAMILIES.add
 register_decoder = DECODERS.add
 register_tower = TOWERS.add
 
-for _family in (llava.LLAVA, llava_next.LLAVA_NEXT):
+BUNDLED = (llava.LLAVA, llava_next.LLAVA_NEXT)
+"""The families of this package."""
+
+for _family in BUNDLED:
     register_family(_family)
 for _decoder in decoders.BUNDLED:
     register_decoder(_decoder)

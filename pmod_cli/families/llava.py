@@ -12,4 +12,10 @@ DEFAULTS = {
     "tie_word_embeddings": False,
 }
 
-LLAVA = Family(name="llava", title="LLaVA-1.5", classes="Llava", defaults=DEFAULTS)
+LLAVA = Family(
+    name="llava",
+    title="LLaVA-1.5",
+    classes="Llava",
+    defaults=DEFAULTS,
+    small_pixels=(1, 3, 8, 8),
+)

@@ -12,6 +12,9 @@ LLAVA_NEXT = Family(
     title="LLaVA-NeXT",
     classes="LlavaNext",
     defaults={**llava.DEFAULTS, "image_grid_pinpoints": PINPOINTS},
+    small_config={"image_grid_pinpoints": [[8, 16]]},
+    small_pixels=(1, 3, 3, 8, 8),  # the whole image and two tiles
+    small_inputs={"image_sizes": [[8, 16]]},
     vector_shapes=("image_newline",),
     high_resolution=True,
 )

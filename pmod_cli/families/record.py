@@ -104,6 +104,11 @@ class Family:
         classes: What the names of its classes begin with: `LlavaNext` of `LlavaNextConfig`, `LlavaNextModel`,
             `LlavaNextForConditionalGeneration` and `LlavaNextPreTrainedModel`.
         defaults: What a config.json leaves out, its parts included.
+        small_config: What the configuration of a tiny model needs besides, its tower one of 8-pixel tiles of 2-pixel
+            patches. A transformers that is newer than any tested one is checked on such a model.
+        small_pixels: Shape of the `pixel_values` of one image for it.
+        small_inputs: What comes with these pixels.
+        vision_tokens: Attributes of the configuration that hold the ids of vision tokens.
         vector_shapes: Names of tensors of shape `(hidden_size,)` beside decoder, tower and projector.
         high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
         module: Where the classes are imported from.
@@ -113,6 +118,10 @@ class Family:
     title: str
     classes: str
     defaults: Mapping[str, Any]
+    small_pixels: tuple[int, ...]
+    small_config: Mapping[str, Any] = field(default_factory=dict)
+    small_inputs: Mapping[str, Any] = field(default_factory=dict)
+    vision_tokens: tuple[str, ...] = ("image_token_id",)
     vector_shapes: tuple[str, ...] = ()
     high_resolution: bool = False
     module: str = "transformers"

@@ -1,13 +1,19 @@
-"""Configurations of p-MoD models: the stock ones plus `pmod` (the settings) and `router_state`."""
+"""Configurations of p-MoD models: the stock ones plus `pmod` (the settings) and `router_state`, one a family."""
 
-from transformers import AutoConfig, LlavaConfig, LlavaNextConfig
+from importlib import import_module
+
+from transformers import AutoConfig
+
+from pmod_cli.families import FAMILIES
 
 from .settings import PmodSettings
 
 ROUTER_STATES = ("untrained", "trained", "calibrated")
+CONFIGS: dict[str, type] = {}
+"""Our configuration class, by the name of the family."""
 
 
-class _RoutedConfig:
+class RoutedConfig:
     """Reads `pmod` as settings and refuses decoders whose attention the routing would change."""
 
     def __post_init__(self, **kwargs):
@@ -15,7 +21,7 @@ class _RoutedConfig:
         self.pmod = self.settings.to_dict()
         if self.router_state not in ROUTER_STATES:
             raise ValueError(f"router_state must be one of {', '.join(ROUTER_STATES)}, found {self.router_state!r}")
-        if self.settings.target_tokens == "vision_hr" and self.model_type != PmodLlavaNextConfig.model_type:
+        if self.settings.target_tokens == "vision_hr" and not self.has_high_resolution:
             raise ValueError("target_tokens 'vision_hr' needs anyres images, that is, a LLaVA-NeXT model")
         text = self.text_config
         layer_types = set(getattr(text, "layer_types", None) or ())
@@ -39,21 +45,30 @@ class _RoutedConfig:
         ]
 
 
-class PmodLlavaConfig(_RoutedConfig, LlavaConfig):
-    """`LlavaConfig` with `pmod` (a dict of `PmodSettings`) and `router_state` (one of `ROUTER_STATES`)."""
+def add_config(family) -> None:
+    """Make and register the p-MoD configuration of a family: `LlavaConfig` becomes `PmodLlavaConfig`.
 
-    model_type = "pmod_llava"
-    pmod: dict | None = None
-    router_state: str = "untrained"
+    Args:
+        family: Its `Family`.
+    """
+    stock = getattr(import_module(family.module), f"{family.classes}Config")
+    config = type(
+        f"Pmod{stock.__name__}",
+        (RoutedConfig, stock),
+        {
+            "__module__": __name__,
+            "__doc__": f"`{stock.__name__}` with `pmod` (a dict of `PmodSettings`) and `router_state` "
+            "(one of `ROUTER_STATES`).",
+            "__annotations__": {"pmod": dict | None, "router_state": str},
+            "model_type": family.routed_name,
+            "pmod": None,
+            "router_state": "untrained",
+            "has_high_resolution": family.high_resolution,
+        },
+    )
+    globals()[config.__name__] = config  # where pickle looks for it
+    CONFIGS[family.name] = config
+    AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
-class PmodLlavaNextConfig(_RoutedConfig, LlavaNextConfig):
-    """`LlavaNextConfig` with `pmod` (a dict of `PmodSettings`) and `router_state` (one of `ROUTER_STATES`)."""
-
-    model_type = "pmod_llava_next"
-    pmod: dict | None = None
-    router_state: str = "untrained"
-
-
-for _config in (PmodLlavaConfig, PmodLlavaNextConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+FAMILIES.follow(add_config)

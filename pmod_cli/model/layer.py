@@ -1,4 +1,4 @@
-"""One decoder layer of a p-MoD model: what it adds to the Llama, Mistral and Qwen2 layers of transformers.
+"""One decoder layer of a p-MoD model: what it adds to a pre-norm decoder layer of transformers.
 
 The layer (paper, Section 3.2; PMOD.md, "The method"), with x the residual stream and w the router's weight:
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import CACHE_NAME, hides_the_future, routed_cache_layer, take_cache
 from .routing import Routing, token_weights
@@ -154,15 +151,3 @@ class RoutedLayer:
         )
         h = x + attended
         return h + scale * self.mlp(self.post_attention_layernorm(h))
-
-
-class PmodLlamaDecoderLayer(RoutedLayer, LlamaDecoderLayer):
-    """Llama and Vicuna."""
-
-
-class PmodMistralDecoderLayer(RoutedLayer, MistralDecoderLayer):
-    """Mistral."""
-
-
-class PmodQwen2DecoderLayer(RoutedLayer, Qwen2DecoderLayer):
-    """Qwen1.5 and Qwen2."""

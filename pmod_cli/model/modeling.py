@@ -1,9 +1,15 @@
-"""p-MoD over LLaVA-1.5 and LLaVA-NeXT: real subclasses of the stock models, whose forwards stay.
+"""p-MoD over the families of `pmod_cli.families`: real subclasses of the stock models, whose forwards stay.
 
 The stock decoder's layers become routed ones in place (their class and a router are all that is added), so every stock
 parameter keeps its name. Vision tokens are known where image features are merged: there one `Routing` is built per
 prefill and passed down to the layers. Steps without images (decode, text) get none and run as in a plain model.
+
+`PmodLlavaModel`, `PmodLlavaForConditionalGeneration` and their like are made by `add_family`, from a family's record.
 """
+
+from functools import reduce
+from importlib import import_module
+from operator import or_
 
 import torch
 from torch import Tensor, nn
@@ -11,75 +17,20 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    LlavaNextForConditionalGeneration,
-    LlavaNextModel,
 )
-from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import LlavaNextPreTrainedModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from pmod_cli.families import FAMILIES
+
 from .cache import CACHE_NAME, take_cache
-from .configuration import PmodLlavaConfig, PmodLlavaNextConfig
-from .layer import PmodLlamaDecoderLayer, PmodMistralDecoderLayer, PmodQwen2DecoderLayer, Router
+from .configuration import CONFIGS, RoutedConfig
+from .decoder import ROUTED_DECODERS, has_tokens, is_2d
 from .routing import SELECTIONS, Routing
 from .selfcheck import check_release
 
-
-class RoutedDecoder:
-    """Mixin in front of a stock text model whose layers are `RoutedLayer`s."""
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Router):
-            for parameter in module.parameters():
-                init.zeros_(parameter)  # leaves what a checkpoint has filled
-        else:
-            super()._init_weights(module)
-
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
-        """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        cache = take_cache(kwargs)
-        return super().forward(
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            step_valid=_padding_of_step(attention_mask, cache, inputs_embeds),
-            **{CACHE_NAME: cache},
-            **kwargs,
-        )
-
-
-class PmodLlamaModel(RoutedDecoder, LlamaModel):
-    """Llama and Vicuna."""
-
-    _no_split_modules = ("PmodLlamaDecoderLayer",)
-
-
-class PmodMistralModel(RoutedDecoder, MistralModel):
-    """Mistral."""
-
-    _no_split_modules = ("PmodMistralDecoderLayer",)
-
-
-class PmodQwen2Model(RoutedDecoder, Qwen2Model):
-    """Qwen1.5 and Qwen2."""
-
-    _no_split_modules = ("PmodQwen2DecoderLayer",)
-
-
-DECODERS = {
-    LlamaModel: (PmodLlamaModel, PmodLlamaDecoderLayer),
-    MistralModel: (PmodMistralModel, PmodMistralDecoderLayer),
-    Qwen2Model: (PmodQwen2Model, PmodQwen2DecoderLayer),
-}
+GENERATION: dict[type, type] = {}
+"""Our model with a language-model head, by its configuration class."""
 
 
 class CheckedRelease:
@@ -92,24 +43,29 @@ class CheckedRelease:
         Raises:
             UnsupportedTransformers: This release of transformers does not do what routing builds on.
         """
-        check_release(*GENERATION[cls.config_class], list(DECODERS))
+        check_release(GENERATION[cls.config_class], list(ROUTED_DECODERS))
         return super().from_pretrained(*args, **kwargs)
 
 
-class RoutedLlava(CheckedRelease):
-    """Mixin in front of `LlavaModel` and `LlavaNextModel`: finds the vision tokens of a prefill."""
+class RoutedModel(CheckedRelease):
+    """Mixin in front of a stock `...Model`: finds the vision tokens of a prefill."""
 
-    def _route_decoder(self, config: PmodLlavaConfig | PmodLlavaNextConfig) -> None:
+    def __init__(self, config: RoutedConfig):
+        super().__init__(config)
+        self._route_decoder(config)
+        self.post_init()
+
+    def _route_decoder(self, config: RoutedConfig) -> None:
         """Turns the stock decoder into a routed one in place.
 
         Raises:
             ValueError: A decoder of another architecture.
         """
         decoder = self.language_model
-        if type(decoder) not in DECODERS:
-            known = ", ".join(model.__name__ for model in DECODERS)
+        if type(decoder) not in ROUTED_DECODERS:
+            known = ", ".join(model.__name__ for model in ROUTED_DECODERS)
             raise ValueError(f"{type(decoder).__name__} decoders cannot be routed: known are {known}")
-        decoder.__class__, layer_class = DECODERS[type(decoder)]
+        decoder.__class__, layer_class = ROUTED_DECODERS[type(decoder)]
         decoder._no_split_modules = set(type(decoder)._no_split_modules)
         # What hidden states are captured from is kept by the name of the class; 5.23 made that a dict of its own kind.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
@@ -120,6 +76,7 @@ class RoutedLlava(CheckedRelease):
             layer.__class__ = layer_class
             layer.add_routing(settings, ratio, routed)
         # What a forward reads, as plain attributes: a traced graph cannot take settings apart.
+        self.vision_token_keys = self.family.vision_tokens
         self.spares_base_image = settings.target_tokens == "vision_hr"
         self.routed_ratios = tuple(dict.fromkeys(layer.ratio for layer in decoder.layers if layer.selects))
 
@@ -147,14 +104,14 @@ class RoutedLlava(CheckedRelease):
             if self.spares_base_image:
                 vision_mask, kwargs = self._high_resolution(vision_mask, pixel_values, kwargs)
                 pixel_values = None
-        elif inputs_embeds is not None and vision_mask is None and not _has_tokens(cache):
+        elif inputs_embeds is not None and vision_mask is None and not has_tokens(cache):
             raise ValueError(
                 "inputs_embeds without images need vision_mask, a (B, N) bool tensor of the merged vision tokens "
                 "(all False for text): without it every layer would be plain"
             )
         if vision_mask is not None:
             decoder = self.language_model
-            step_mask = attention_mask[:, -vision_mask.shape[1] :] if _is_2d(attention_mask) else attention_mask
+            step_mask = attention_mask[:, -vision_mask.shape[1] :] if is_2d(attention_mask) else attention_mask
             routing = Routing.build(
                 vision_mask,
                 step_mask,
@@ -178,10 +135,13 @@ class RoutedLlava(CheckedRelease):
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """`(B, N)` bool: where the stock forward merges image features."""
+        tokens = [getattr(self.config, key) for key in self.vision_token_keys]
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+            places = [input_ids == token for token in tokens]
+        else:
+            rows = self.get_input_embeddings()(torch.tensor(tokens, device=inputs_embeds.device))
+            places = [(inputs_embeds == row).all(-1) for row in rows]
+        return reduce(or_, places)
 
     def _high_resolution(self, vision_mask: Tensor, pixel_values, kwargs: dict) -> tuple[Tensor, dict]:
         """Takes the base image's tokens out of the mask; returns it and `kwargs` with the image features."""
@@ -203,6 +163,12 @@ class RoutedLlava(CheckedRelease):
 
 class RoutedGeneration(CheckedRelease):
     """Mixin in front of the stock `...ForConditionalGeneration`: what `generate` must know."""
+
+    def __init__(self, config: RoutedConfig):
+        super(self.stock_class, self).__init__(config)  # the stock constructor would build a plain model first
+        self.model = self.body_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
 
     def set_selection(self, selection: str, *, seed: int = 0) -> None:
         """Chooses how the K vision tokens of a layer are found: by the routers, or by a control that they must beat.
@@ -245,89 +211,35 @@ class RoutedGeneration(CheckedRelease):
         return attention_mask
 
 
-class PmodLlavaModel(RoutedLlava, LlavaModel):
-    """p-MoD over LLaVA-1.5, without a language-model head."""
+def add_family(family) -> None:
+    """Make the p-MoD models of a family and register them: `LlavaModel` becomes `PmodLlavaModel`.
 
-    config_class = PmodLlavaConfig
-
-    def __init__(self, config: PmodLlavaConfig):
-        super().__init__(config)
-        self._route_decoder(config)
-        self.post_init()
-
-
-class PmodLlavaNextModel(RoutedLlava, LlavaNextModel):
-    """p-MoD over LLaVA-NeXT, without a language-model head."""
-
-    config_class = PmodLlavaNextConfig
-
-    def __init__(self, config: PmodLlavaNextConfig):
-        super().__init__(config)
-        self._route_decoder(config)
-        self.post_init()
-
-
-class PmodLlavaForConditionalGeneration(RoutedGeneration, LlavaForConditionalGeneration):
-    """p-MoD over LLaVA-1.5."""
-
-    config_class = PmodLlavaConfig
-
-    def __init__(self, config: PmodLlavaConfig):
-        LlavaPreTrainedModel.__init__(self, config)  # the stock constructor would build a plain model first
-        self.model = PmodLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    Args:
+        family: Its `Family`.
+    """
+    home, config = import_module(family.module), CONFIGS[family.name]
+    stock_model, stock = (getattr(home, f"{family.classes}{end}") for end in ("Model", "ForConditionalGeneration"))
+    shared = {"__module__": __name__, "config_class": config, "family": family}
+    title = f"p-MoD over {family.title}"
+    model = type(
+        f"Pmod{stock_model.__name__}",
+        (RoutedModel, stock_model),
+        shared | {"__doc__": f"{title}, without a language-model head."},
+    )
+    generation = type(
+        f"Pmod{stock.__name__}",
+        (RoutedGeneration, stock),
+        shared | {"__doc__": f"{title}.", "stock_class": stock, "body_class": model},
+    )
+    globals().update({model.__name__: model, generation.__name__: generation})  # where pickle looks for them
+    GENERATION[config] = generation
+    AutoModel.register(config, model)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(config, generation)
+    # Without the stock weight names every stock tensor would be re-initialised.
+    for ours, theirs in ((config.model_type, family.name), (model.__name__, stock_model.__name__)):
+        if mapping := get_checkpoint_conversion_mapping(theirs):
+            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
 
 
-class PmodLlavaNextForConditionalGeneration(RoutedGeneration, LlavaNextForConditionalGeneration):
-    """p-MoD over LLaVA-NeXT."""
-
-    config_class = PmodLlavaNextConfig
-
-    def __init__(self, config: PmodLlavaNextConfig):
-        LlavaNextPreTrainedModel.__init__(self, config)  # the stock constructor would build a plain model first
-        self.model = PmodLlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-
-GENERATION = {
-    PmodLlavaConfig: (PmodLlavaForConditionalGeneration, LlavaForConditionalGeneration),
-    PmodLlavaNextConfig: (PmodLlavaNextForConditionalGeneration, LlavaNextForConditionalGeneration),
-}
-"""Ours and the stock class that it extends."""
-
-
-def _is_2d(mask) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2
-
-
-def _has_tokens(cache) -> bool:
-    return cache is not None and any(layer.is_initialized for layer in cache.layers)
-
-
-def _padding_of_step(attention_mask, cache, inputs_embeds: Tensor) -> Tensor | None:
-    """`(B, N)` bool of a later step of several tokens with padding; None in a prefill, in decode, without padding."""
-    length = inputs_embeds.shape[1]
-    if length == 1 or not _has_tokens(cache) or not _is_2d(attention_mask):
-        return None
-    valid = attention_mask[:, -length:].bool()
-    return None if valid.all() else valid
-
-
-def _register() -> None:
-    """Auto classes and weight names: without the stock conversion maps every stock tensor would be re-initialised."""
-    for config, model, generation, stock in (
-        (PmodLlavaConfig, PmodLlavaModel, PmodLlavaForConditionalGeneration, LlavaModel),
-        (PmodLlavaNextConfig, PmodLlavaNextModel, PmodLlavaNextForConditionalGeneration, LlavaNextModel),
-    ):
-        AutoModel.register(config, model)
-        for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-            auto.register(config, generation)
-        stock_type = config.model_type.removeprefix("pmod_")
-        for ours, theirs in ((config.model_type, stock_type), (model.__name__, stock.__name__)):
-            if mapping := get_checkpoint_conversion_mapping(theirs):
-                register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
-
-
-_register()
+FAMILIES.follow(add_family)

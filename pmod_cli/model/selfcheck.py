@@ -17,12 +17,11 @@ _IMAGE_TOKEN, _VOCABULARY, _TILE, _PATCH = 9, 64, 8, 2  # 16 vision tokens a til
 _checked: set[type] = set()
 
 
-def check_release(ours: type[PreTrainedModel], stock: type[PreTrainedModel], decoders: list[type]) -> None:
+def check_release(ours: type[PreTrainedModel], decoders: list[type]) -> None:
     """Under an untested newer release: one warning, and the check of one class. Under a tested one: nothing.
 
     Args:
         ours: p-MoD model with a language-model head.
-        stock: The stock class that it extends.
         decoders: Stock text models that it can have.
 
     Raises:
@@ -39,7 +38,7 @@ def check_release(ours: type[PreTrainedModel], stock: type[PreTrainedModel], dec
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             for decoder in decoders:
-                _check(ours, stock, decoder)
+                _check(ours, decoder)
     except UnsupportedTransformers:
         _checked.discard(ours)
         raise
@@ -48,13 +47,14 @@ def check_release(ours: type[PreTrainedModel], stock: type[PreTrainedModel], dec
         raise UnsupportedTransformers(f"does not run a p-MoD model ({type(error).__name__}: {error})") from error
 
 
-def _check(ours: type[PreTrainedModel], stock: type[PreTrainedModel], decoder: type) -> None:
-    plain = _fill(_small(stock, decoder))
-    whole = _small(ours, decoder, pmod={"schedule": "constant", "mean": 1.0, "max_ratio": 1.5})
+def _check(ours: type[PreTrainedModel], decoder: type) -> None:
+    family = ours.family
+    plain = _fill(_small(ours.stock_class, decoder, family))
+    whole = _small(ours, decoder, family, pmod={"schedule": "constant", "mean": 1.0, "max_ratio": 1.5})
     _require(
         not whole.load_state_dict(plain.state_dict(), strict=False).unexpected_keys, "names weights in another way"
     )
-    inputs = _inputs(plain)
+    inputs = _inputs(plain, family)
     outputs = [model(**inputs, output_hidden_states=True, use_cache=True) for model in (plain, whole)]
     _require(torch.equal(*(output.logits for output in outputs)), "gives other logits at ratio 1")
     states = [output.hidden_states or () for output in outputs]
@@ -63,7 +63,7 @@ def _check(ours: type[PreTrainedModel], stock: type[PreTrainedModel], decoder: t
     words = [model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False) for model in (plain, whole)]
     _require(torch.equal(*words), "generates other tokens at ratio 1")
 
-    routed = _fill(_small(ours, decoder, pmod={"schedule": "constant", "mean": 0.5}))
+    routed = _fill(_small(ours, decoder, family, pmod={"schedule": "constant", "mean": 0.5}))
     first = routed(**inputs, use_cache=True)
     step = torch.tensor([[3]])
     cached = routed(input_ids=step, **{CACHE_NAME: first[CACHE_NAME]}).logits[:, -1]
@@ -82,7 +82,7 @@ def _require(holds: bool, otherwise: str) -> None:
         raise UnsupportedTransformers(f"{otherwise}, so routing on it cannot be trusted")
 
 
-def _small(cls: type[PreTrainedModel], decoder: type, **extra) -> PreTrainedModel:
+def _small(cls: type[PreTrainedModel], decoder: type, family, **extra) -> PreTrainedModel:
     """Two decoder layers of width 16."""
     text = {
         "vocab_size": _VOCABULARY,
@@ -97,14 +97,14 @@ def _small(cls: type[PreTrainedModel], decoder: type, **extra) -> PreTrainedMode
         "pad_token_id": 0,
     }
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    anyres = {"image_grid_pinpoints": [[_TILE, 2 * _TILE]]} if "next" in cls.config_class.model_type else {}
+    whole = {"sliding_window": None} if hasattr(decoder.config_class, "sliding_window") else {}
     config = cls.config_class(
-        text_config=decoder.config_class(**text, **({"sliding_window": None} if "Mistral" in decoder.__name__ else {})),
+        text_config=decoder.config_class(**text, **whole),
         vision_config=CLIPVisionConfig(**sizes, image_size=_TILE, patch_size=_PATCH, projection_dim=16),
         image_token_index=_IMAGE_TOKEN,
         image_seq_length=(_TILE // _PATCH) ** 2,
         tie_word_embeddings=False,
-        **anyres,
+        **family.small_config,
         **extra,
     )
     return cls(config).float().eval()
@@ -122,14 +122,11 @@ def _fill(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def _inputs(model: PreTrainedModel, family) -> dict[str, Tensor]:
     """A prompt of text, one image and text."""
     generator = torch.Generator().manual_seed(1)
-    if "next" in model.config.model_type:
-        sizes = {"image_sizes": torch.tensor([[_TILE, 2 * _TILE]])}
-        pixels = torch.randn(1, 3, 3, _TILE, _TILE, generator=generator)  # the whole image and two tiles
-    else:
-        sizes, pixels = {}, torch.randn(1, 3, _TILE, _TILE, generator=generator)
+    pixels = torch.randn(family.small_pixels, generator=generator)
+    sizes = {name: torch.tensor(value) for name, value in family.small_inputs.items()}
     features = model.get_image_features(pixel_values=pixels, **sizes, return_dict=True).pooler_output
     ids = torch.tensor([[1, 5, *[_IMAGE_TOKEN] * len(features[0]), 6, 7, 8]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **sizes}

@@ -6,20 +6,45 @@ import ast
 from dataclasses import replace
 from pathlib import Path
 
-from pmod_cli import __version__
+from pmod_cli import __version__, families
 from pmod_cli import model as package
 from pmod_cli.checkpoints.layouts.layout import Draft, Layout, Progress
+from pmod_cli.families import DECODERS, FAMILIES, DecoderKind, Family
+from pmod_cli.families.decoders import LLAMA
+from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import PmodSettings
 from pmod_cli.model.schedule import SCHEDULES
 
 FILE = "modeling_pmod.py"
 _FIRST, _START = "versions", "modeling"
-_CLASSES = {"pmod_llava": "PmodLlava", "pmod_llava_next": "PmodLlavaNext"}
+# What `model` reads of a record, which stands in the file instead of the registries of `pmod_cli.families`.
+_OF_FAMILY = (
+    "name",
+    "routed_name",
+    "title",
+    "classes",
+    "module",
+    "high_resolution",
+    "vision_tokens",
+    "small_config",
+    "small_pixels",
+    "small_inputs",
+)
+_OF_DECODER = ("name", "classes", "layer", "module")
+_GIVEN = '''class Given(SimpleNamespace):
+    """The one family, or decoder, of this file."""
+
+    def follow(self, add):
+        add(self)
 
 
-def auto_map(model_type: str) -> dict[str, str]:
+FAMILIES = {family}
+DECODERS = {decoder}'''
+
+
+def auto_map(family: Family) -> dict[str, str]:
     """What config.json tells the Auto classes: where each class is."""
-    stem, classes = Path(FILE).stem, _CLASSES[model_type]
+    stem, classes = Path(FILE).stem, f"Pmod{family.classes}"
     return {
         "AutoConfig": f"{stem}.{classes}Config",
         "AutoModel": f"{stem}.{classes}Model",
@@ -28,17 +53,22 @@ def auto_map(model_type: str) -> dict[str, str]:
     }
 
 
-def modeling_source() -> str:
+def modeling_source(family: Family = LLAVA_NEXT, decoder: DecoderKind = LLAMA) -> str:
     """The modules that `modeling` needs, in the order of their imports, with the imports among them left out.
 
     `versions` comes first: a release of transformers that is too old is named before anything of it is imported.
+
+    Args:
+        family: The one that the file is for.
+        decoder: Its decoder.
     """
     names = [_FIRST, *(name for name in _modules(_START, []) if name != _FIRST)]
     imports: dict[str, dict[str, None]] = {name: {} for name in names}
     first, *bodies = (
         f"# {'-' * 8} pmod_cli/model/{name}.py\n\n{_body(_source(name), imports[name])}" for name in names
     )
-    rest = sorted({line for name in names[1:] for line in imports[name]} - imports[_FIRST].keys())
+    used = {line for name in names[1:] for line in imports[name]} | {"from types import SimpleNamespace"}
+    rest = sorted(used - imports[_FIRST].keys())
     stock = [line for line in rest if line.startswith(("import transformers", "from transformers"))]
     guarded = ["try:", *(f"    {line}" for line in stock), "except ImportError as error:"]
     guarded.append('    raise UnsupportedTransformers(f"lacks what p-MoD builds on ({error})") from error')
@@ -47,9 +77,14 @@ def modeling_source() -> str:
         "\n".join([head, "", *sorted(imports[_FIRST]), *(line for line in rest if line not in stock)]),
         first,
         "\n".join(guarded),
+        _GIVEN.format(family=_given(family, _OF_FAMILY), decoder=_given(decoder, _OF_DECODER)),
         *bodies,
     ]
     return "\n\n\n".join(blocks) + "\n"
+
+
+def _given(record: Family | DecoderKind, names: tuple[str, ...]) -> str:
+    return f"Given({', '.join(f'{name}={getattr(record, name)!r}' for name in names)})"
 
 
 def _source(name: str) -> str:
@@ -73,7 +108,8 @@ def _body(text: str, imports: dict[str, None]) -> str:
         docstring = position == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if not docstring and not isinstance(node, ast.Import | ast.ImportFrom):
             continue
-        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
+        elsewhere = isinstance(node, ast.ImportFrom) and not node.level and node.module != families.__name__
+        if isinstance(node, ast.Import) or elsewhere:
             imports[ast.unparse(node)] = None
         lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
     return "\n".join(line for line in lines if line is not None).strip()
@@ -81,7 +117,7 @@ def _body(text: str, imports: dict[str, None]) -> str:
 
 def _arrange(draft: Draft) -> Draft:
     settings = _without_packages(draft.settings, draft.source.num_layers)
-    added = {"pmod": settings.to_dict(), "auto_map": auto_map(draft.config["model_type"])}
+    added = {"pmod": settings.to_dict(), "auto_map": auto_map(FAMILIES[draft.source.kind])}
     return replace(draft, config=draft.config | added)
 
 
@@ -94,7 +130,8 @@ def _without_packages(settings: PmodSettings, layers: int) -> PmodSettings:
 
 
 def _finish(draft: Draft, folder: Path, progress: Progress) -> list[str]:
-    (folder / FILE).write_text(modeling_source(), encoding="utf-8")
+    source = modeling_source(FAMILIES[draft.source.kind], DECODERS[draft.source.decoder])
+    (folder / FILE).write_text(source, encoding="utf-8")
     return []
 
 

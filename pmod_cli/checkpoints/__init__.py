@@ -1,7 +1,7 @@
 """A name to files, and files to a model: resolving, converting and loading checkpoints. Imports no torch."""
 
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config, bundled_path
-from pmod_cli.checkpoints.convert import check_target, convert, sources_of
+from pmod_cli.checkpoints.conversion import check_target, convert, sources_of
 from pmod_cli.checkpoints.layouts import output_layout, output_layouts, read_source
 from pmod_cli.checkpoints.loading import load_model, load_processor, router_state
 from pmod_cli.checkpoints.options import ConversionReport, Options

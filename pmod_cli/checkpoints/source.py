@@ -67,8 +67,8 @@ class Source:
         config: Stock configuration in the Hugging Face layout; its `model_type` is the name of a family.
         parts: Tensors by the name that they get in the Hugging Face layout, routers included.
         files: Every weight file that was read, with the names of its tensors in it.
-        companions: Small files that are copied as they are.
-        build_companions: Writes tokenizer, processor and chat template into a folder, where they have to be made.
+        small_files: Small files that are copied as they are.
+        write_processor: Writes tokenizer, processor and chat template into a folder, where they have to be made.
         settings: p-MoD settings, where the checkpoint is a p-MoD one already.
         router_state: `stock`, `untrained`, `trained` or `calibrated`.
         original_config: config.json of the source, where its layout is another.
@@ -80,8 +80,8 @@ class Source:
     config: dict
     parts: dict[str, Part]
     files: dict[Path, set[str]]
-    companions: list[Path] = field(default_factory=list)
-    build_companions: Callable[[Path], None] | None = None
+    small_files: list[Path] = field(default_factory=list)
+    write_processor: Callable[[Path], None] | None = None
     settings: PmodSettings | None = None
     router_state: str = "stock"
     original_config: dict[str, Any] | None = None

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.conversion_plan import Plan
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.checkpoints.layouts.huggingface import OURS
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
-from pmod_cli.checkpoints.plan import Plan
 from pmod_cli.checkpoints.source import Part
 from pmod_cli.checkpoints.transforms import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints import load_model, resolve, router_state
-from pmod_cli.checkpoints.convert import PROVENANCE
+from pmod_cli.checkpoints.conversion import PROVENANCE
 from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError

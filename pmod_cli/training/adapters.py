@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from pmod_cli.checkpoints import load_model
-from pmod_cli.checkpoints.companions import carry_model_file
+from pmod_cli.checkpoints.tokenizer_files import carry_model_file
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import held
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing

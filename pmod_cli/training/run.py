@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from pmod_cli.checkpoints import load_model, load_processor
-from pmod_cli.checkpoints.companions import carry_model_file
+from pmod_cli.checkpoints.tokenizer_files import carry_model_file
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
 from pmod_cli.training import folder

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pmod_cli.checkpoints import convert, load_model, router_state
-from pmod_cli.checkpoints.convert import PROVENANCE, ROUTERS
+from pmod_cli.checkpoints.conversion import PROVENANCE, ROUTERS
 from pmod_cli.checkpoints.files import CONFIG, INDEX, SINGLE, read_tensors
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings

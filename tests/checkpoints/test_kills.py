@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.checkpoints import Options, convert
-from pmod_cli.checkpoints.convert import PROVENANCE
+from pmod_cli.checkpoints.conversion import PROVENANCE
 from pmod_cli.checkpoints.files import read_tensors
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings

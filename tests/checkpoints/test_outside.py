@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli.checkpoints.convert import convert
+from pmod_cli.checkpoints.conversion import convert
 from pmod_cli.core.errors import PmodError
 from tests.checkpoints.originals import twins
 

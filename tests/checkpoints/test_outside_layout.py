@@ -35,7 +35,7 @@ def read(folder, config, options):
         config=config["stock"],
         parts={name.removeprefix("toy."): Part(tensor) for name, tensor in tensors.items()},
         files=files_of(tensors),
-        companions=[path for path in folder.glob("*.json") if path.name != "config.json"],
+        small_files=[path for path in folder.glob("*.json") if path.name != "config.json"],
     )
 
 

@@ -7,9 +7,9 @@ import torch
 
 from pmod_cli.checkpoints import Options, convert
 from pmod_cli.checkpoints import verify as module
+from pmod_cli.checkpoints.conversion_plan import make_plan
 from pmod_cli.checkpoints.files import read_tensors
 from pmod_cli.checkpoints.layouts import read_source
-from pmod_cli.checkpoints.plan import make_plan
 from pmod_cli.core.errors import PmodError
 from tests.checkpoints.originals import twins
 

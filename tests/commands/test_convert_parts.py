@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from pmod_cli.cli import main
-from tests.checkpoints.test_parts import parts  # noqa: F401 - a fixture
+from tests.checkpoints.test_from_parts import parts  # noqa: F401 - a fixture
 
 
 def test_language_model_tower_and_projector(parts, workdir, capsys):  # noqa: F811

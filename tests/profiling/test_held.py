@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.checkpoints.aliases import bundled_path
-from pmod_cli.checkpoints.convert import convert
+from pmod_cli.checkpoints.conversion import convert
 from pmod_cli.core.errors import PmodError
 from pmod_cli.profiling import Sizes, Workload, load_subject, prefill, scaled
 from tests import factories

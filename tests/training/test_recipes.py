@@ -13,7 +13,7 @@ from pmod_cli.data.documents import TASKS, draw, seed_of
 from pmod_cli.training import folder
 from pmod_cli.training.recipe import dump, load_settings
 from pmod_cli.training.run import finetune
-from tests.checkpoints.test_parts import parts  # noqa: F401 - a fixture
+from tests.checkpoints.test_from_parts import parts  # noqa: F401 - a fixture
 
 PAPER = ("llava-1.5-7b", "llava-next-7b", "projector-pretrain", "llava-1.5-7b-baseline", "llava-next-7b-baseline")
 SHIPPED = [name for name in recipes.names() if not name.startswith("ablations/")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmod_cli.checkpoints.files import CONFIG, read_json
-from pmod_cli.checkpoints.layouts import huggingface, original, parts, published, remote_code
+from pmod_cli.checkpoints.layouts import from_parts, huggingface, original, published, remote_code
 from pmod_cli.checkpoints.layouts.layout import LAYOUTS, Draft, Layout, register_layout
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.checkpoints.source import Source
@@ -33,7 +33,7 @@ for _layout in (
     huggingface.STOCK,
     original.ORIGINAL,
     published.PUBLISHED,
-    parts.PARTS,
+    from_parts.PARTS,
     remote_code.REMOTE_CODE,
 ):
     register_layout(_layout)

@@ -52,7 +52,7 @@ def read_huggingface(folder: Path, config: dict, options: Options) -> Source:
         config=stock,
         parts={name: Part(tensor) for name, tensor in tensors.items()},
         files=files_of(tensors),
-        companions=small_files(folder),
+        small_files=small_files(folder),
         settings=settings,
         router_state=state,
         original_config=_original_config(folder) if settings else None,

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.companions import read_vocabulary, write_companions
-from pmod_cli.checkpoints.layouts import published_settings, towers
+from pmod_cli.checkpoints.layouts import published_settings, vision_tower
 from pmod_cli.checkpoints.layouts.huggingface import check_decoder
 from pmod_cli.checkpoints.layouts.layout import Layout
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, from_original
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.checkpoints.source import Part, Source, files_of
+from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES
 
@@ -100,15 +100,15 @@ def from_flat(
     found = {from_original(name): tensor for name, tensor in tensors.items()}
     tower_name = options.vision_tower or config.get("mm_vision_tower")
     inside = any(name.startswith("vision_tower.") for name in found)
-    place = towers.find_tower(tower_name, folder, weights=not inside, offline=options.offline)
-    stock["vision_config"] = towers.tower_config(tower_name, place)
+    place = vision_tower.find_tower(tower_name, folder, weights=not inside, offline=options.offline)
+    stock["vision_config"] = vision_tower.tower_config(tower_name, place)
     tower = {} if inside else files.read_tensors(place)
     dtype = next((tensor.dtype for name, tensor in found.items() if name.endswith("norm.weight")), None)
     parts = {name: Part(tensor) for name, tensor in found.items()}
     if layout == "parts":
         parts = {n: p if n.startswith("language_model.") else replace(p, dtype=dtype) for n, p in parts.items()}
     # A tower from elsewhere is stored wider as a rule; the original code casts it when it loads it.
-    parts |= {name: Part(tensor, dtype=dtype) for name, tensor in towers.tower_names(tower).items()}
+    parts |= {name: Part(tensor, dtype=dtype) for name, tensor in vision_tower.tower_names(tower).items()}
     parts = {name: part for name, part in parts.items() if not OBSOLETE.fullmatch(name)}
 
     settings = None
@@ -116,7 +116,7 @@ def from_flat(
         settings = published_settings.read_settings(config, size(config, "num_hidden_layers", where), where)
     elif any(".router." in name for name in parts):
         raise PmodError(f"{where}: mod_target_layers is absent, though the weights hold routers")
-    pixels = towers.preprocessor(place)
+    pixels = vision_tower.preprocessor(place)
     source = _whole(folder, stock, parts, config, tokenizer=options.tokenizer, pixels=pixels)
     return replace(
         source,
@@ -165,9 +165,9 @@ def _whole(
         config=stock,
         parts=parts,
         files={},
-        companions=[generation] if generation.is_file() else [],
-        build_companions=partial(
-            write_companions, vocabulary=vocabulary, config=stock, pixels=pixels, pad_to_square=square
+        small_files=[generation] if generation.is_file() else [],
+        write_processor=partial(
+            write_processor_files, vocabulary=vocabulary, config=stock, pixels=pixels, pad_to_square=square
         ),
         notes=notes,
     )

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from pmod_cli import __version__
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.adapters import keep_apart, merged, read_config
 from pmod_cli.checkpoints.card import model_card
+from pmod_cli.checkpoints.conversion_plan import ROUTERS, Plan, make_plan
 from pmod_cli.checkpoints.layouts import LAYOUTS, output_layout, output_layouts, read_source
 from pmod_cli.checkpoints.layouts.huggingface import HUGGINGFACE
+from pmod_cli.checkpoints.lora import keep_apart, merged, read_config
 from pmod_cli.checkpoints.options import ConversionReport, Options
-from pmod_cli.checkpoints.plan import ROUTERS, Plan, make_plan
 from pmod_cli.checkpoints.routers import write_routers
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.checkpoints.verify import verify
@@ -85,12 +85,12 @@ def convert(
         return _finished(report, plan, target)
     if dry_run:
         return report
-    read_by += [*read.files, *read.companions]  # and what these are symlinks to
+    read_by += [*read.files, *read.small_files]  # and what these are symlinks to
     with staged_directory(target, "checkpoint", overwrite=overwrite, sources=read_by) as staging:
-        if read.build_companions:
-            read.build_companions(staging)
-        for path in read.companions:
-            _copy_companion(path, staging / path.name)
+        if read.write_processor:
+            read.write_processor(staging)
+        for path in read.small_files:
+            _copy_small_file(path, staging / path.name)
         ways = {name: place(path, staging / name, options.link) for name, path in plan.weights.unchanged.items()}
         stream(plan.weights, staging, progress)
         if plan.draft.routers:
@@ -168,7 +168,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
         symlinked=unchanged if link == "symlink" else [],
         copied=[] if link == "symlink" or same else unchanged,
         streamed=list(plan.weights.streamed),
-        written=sorted({path.name for path in plan.source.companions} | {files.CONFIG, PROVENANCE, CARD}),
+        written=sorted({path.name for path in plan.source.small_files} | {files.CONFIG, PROVENANCE, CARD}),
         notes=plan.source.notes,
     )
 
@@ -210,7 +210,7 @@ def _finished(report: ConversionReport, plan: Plan, target: Path) -> ConversionR
     return replace(report, verified=verify(plan, target)) if plan.options.verify else report
 
 
-def _copy_companion(path: Path, target: Path) -> None:
+def _copy_small_file(path: Path, target: Path) -> None:
     if path.name != "generation_config.json":
         shutil.copyfile(path, target)
         return
@@ -230,7 +230,7 @@ def _write_index(plan: Plan, staging: Path) -> None:
 def _provenance(report: ConversionReport, plan: Plan) -> dict:
     """Enough to say later what this was made of: digests of what is small, header digests of the shards."""
     folder = plan.source.folder
-    small = [path for path in [folder / files.CONFIG, *plan.source.companions] if path.is_file()]
+    small = [path for path in [folder / files.CONFIG, *plan.source.small_files] if path.is_file()]
     made = {
         "schema_version": 2,
         "made_by": f"pmod {__version__}",

@@ -108,7 +108,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             ) from error
 
 
-def write_companions(
+def write_processor_files(
     folder: Path, vocabulary: Vocabulary, config: Mapping[str, Any], pixels: Mapping[str, Any], *, pad_to_square: bool
 ) -> None:
     """Write tokenizer, processor and chat template.

@@ -89,7 +89,7 @@ def test_json_and_quiet(ready, capsys):
             "leave --layers out",
         ),
         (["img.png", "--question", "caf\udcff"], r"the question is no UTF-8: caf\xff", ""),
-        (["img.png", "-o", "x" * 300 + ".png"], "a name is too long for the file system: xxx", "--out"),
+        (["img.png", "-o", "x" * 300 + ".png"], "a name is too long for the file system: xxx", "choose a shorter one"),
         (["x" * 300], "a name is too long for the file system: xxx", ""),
         (["\x1b[31mred\udcff.png"], r"\x1b[31mred\xff.png: no such image file", ""),
         (["img.png", "--layers", "x"], "'x' is neither a layer nor a range", "2,14,26"),

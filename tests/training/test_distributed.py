@@ -145,7 +145,7 @@ def test_what_a_process_says_is_what_is_raised(routed, rows, tmp_path):
     ("options", "part"),
     [
         ({"processes": 3, "machines": 2}, "expected a multiple"),
-        ({"processes": 2, "machines": 2}, "needs --main-process-ip"),
+        ({"processes": 2, "machines": 2}, "needs `main_process_ip`"),
         ({"processes": 2, "machines": 2, "machine_rank": 2, "main_ip": "x"}, "expected less"),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_cell_that_another_process_has_is_left_to_it(tmp_path):
 def test_a_run_that_diverges_is_a_result(tmp_path):
     """An absurd learning rate: the loss is not a number, which the table says, and the sweep goes on."""
     cell = Cell("ablations/norm-none", 0)
-    overrides = ["train.max_steps=6", "train.batch_size=2", "model.calibration_images=2", "train.learning_rate=1e30"]
+    overrides = ["train.max_steps=6", "train.batch_size=2", "model.calibration_images=2", "train.learning_rate=1e9"]
     found = sweep([cell], tmp_path, overrides=overrides, images=4)
     (row,) = found["rows"]
     assert row["failed"]["0"].startswith("the loss is ")

@@ -76,7 +76,7 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
 def profiled(
     result: profiling.Profile, latency: Latency | None, report: str, macs: bool, gpu_memory: str | None
 ) -> Shown:
-    from pmod_cli.profiling import CONVENTIONS, latency_report, memory_report, plots, tables, to_json
+    from pmod_cli.profiling import CONVENTIONS, count_report, latency_report, memory_report, plots, to_json
     from pmod_cli.profiling.measure.devices import parse_memory
 
     said, notes = to_json(result, latency, macs=macs), []
@@ -86,7 +86,7 @@ def profiled(
         shown += [latency_report.parts_table(latency)] if latency.parts else []
         notes, rows = latency_report.notes(latency), said["latency"]["phases"]
     else:
-        shown = [] if report == "memory" else tables.sections(result, report, macs=macs)
+        shown = [] if report == "memory" else count_report.sections(result, report, macs=macs)
     if report in ("flops", "all"):
         unit = "1 MAC" if macs else "2 FLOPs"
         notes = [f"{unit} a multiply-add of matrix products; all else counts 0."]
@@ -101,7 +101,7 @@ def profiled(
             rows = memory_report.rows(memory)
     drawn = None if report in ("latency", "memory") else lambda: plots.layers_figure(result)
     caption = "Retention ratio, FLOPs and KV cache of each decoder layer, p-MoD beside stock"
-    return Shown(result.subject.name, tables.headline(result), shown, notes, said, rows, drawn, caption)
+    return Shown(result.subject.name, count_report.headline(result), shown, notes, said, rows, drawn, caption)
 
 
 def swept(
@@ -113,10 +113,9 @@ def swept(
     revision: str | None,
     runs: str | None,
 ) -> Shown:
-    from pmod_cli.profiling import exploration, plots
-    from pmod_cli.profiling.schema import SCHEMA_VERSION
-    from pmod_cli.profiling.scores import read_scores
-    from pmod_cli.profiling.sweep import parse_axis, sweep
+    from pmod_cli.profiling import plots
+    from pmod_cli.profiling.count_report import SCHEMA_VERSION
+    from pmod_cli.profiling.sweep import parse_axis, read_scores, sweep, sweep_rows, sweep_table
 
     axis = parse_axis(text)
     dtype = "bfloat16" if dtype == "auto" else dtype
@@ -125,12 +124,12 @@ def swept(
     notes = [f"retention: mean ratio over the layers; V: vision tokens; KV cache in {dtype}"]
     if scores:
         notes.append(f"score: mean of {', '.join(scores.tasks)}, by the runs with the same schedule")
-    rows = exploration.sweep_rows(axis, points, scores)
+    rows = sweep_rows(axis, points, scores)
     said = {"schema_version": SCHEMA_VERSION, "model": {"name": name}, "sweep": {"setting": axis.name, "points": rows}}
     return Shown(
         title=name,
         headline=f"{name}: {axis.name} over {len(points)} values, {workload.text_tokens} text tokens",
-        tables=[exploration.sweep_table(axis, points, scores)],
+        tables=[sweep_table(axis, points, scores)],
         notes=notes,
         json=said,
         rows=rows,
@@ -147,25 +146,25 @@ def averaged(
     limit: int | None,
     dtype: str,
 ) -> Shown:
-    from pmod_cli.profiling import dataset, exploration
+    from pmod_cli.profiling import average
+    from pmod_cli.profiling.count_report import SCHEMA_VERSION
     from pmod_cli.profiling.report import cache_dtype
-    from pmod_cli.profiling.schema import SCHEMA_VERSION
     from pmod_cli.profiling.sizes import Sizes
 
     if text_tokens is not None and text_tokens < 0:
         raise PmodError(f"--text-tokens {text_tokens} is negative: expected 0 or more", hint="pmod profile --help")
-    count_text = dataset.tokenizer_of(subject) if text_tokens is None else lambda _: text_tokens
+    count_text = average.tokenizer_of(subject) if text_tokens is None else lambda _: text_tokens
     sizes = Sizes.of(subject.stock)
-    rows = dataset.read_rows(file, images, sizes, count_text, limit)
+    rows = average.read_rows(file, images, sizes, count_text, limit)
     dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
     settings = subject.pmod.settings
-    means = dataset.average(sizes, rows, subject.pmod.retention, settings.target_tokens, dtype)
-    said = exploration.average_json(means)
+    means = average.average(sizes, rows, subject.pmod.retention, settings.target_tokens, dtype)
+    said = average.average_json(means)
     counted = "as given" if text_tokens is not None else "by the model's tokenizer, without a chat template"
     return Shown(
         title=subject.name,
         headline=f"{subject.name} over {file}: {len(rows):,} rows",
-        tables=exploration.average_tables(means),
+        tables=average.average_tables(means),
         notes=[f"text tokens {counted}; of an image only the header is read; KV cache in {dtype}"],
         json={"schema_version": SCHEMA_VERSION, "model": {"name": subject.name}, "data": {"file": str(file)} | said},
         rows=[{"file": str(file)} | said],

@@ -1,6 +1,14 @@
-"""Sizes as people read them: decimal units for files and disks, binary ones for memory, as the programs beside us."""
+"""Sizes as people read them: decimal units for FLOPs, files and disks, binary ones for memory."""
 
 from __future__ import annotations
+
+MEGA, GIGA, TERA = 10**6, 10**9, 10**12
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+def percent(part: float, whole: float) -> float:
+    """Part of whole in percent; 100 where both are nothing."""
+    return 100 * part / whole if whole else 100.0
 
 
 def disk_size(number: float) -> str:

@@ -1,7 +1,7 @@
 """What a model costs, stock beside p-MoD: counted before it runs, without weights, and measured when it runs.
 
 `count/` has the formulas, the fvcore trace that checks them, KV cache and memory; `measure/` runs and times models.
-On top: `subject` (a name to two configurations), `report` (one counted profile), `sweep` and `dataset` (many of them),
+On top: `subject` (a name to two configurations), `report` (one counted profile), `sweep` and `average` (many of them),
 and what is shown: tables, JSON, figures.
 
 Names resolve on first use, so that formulas cost no import of torch.
@@ -17,7 +17,7 @@ _HOMES = {
     "subject": ("Subject", "load_subject", "scaled"),
     "report": ("CONVENTIONS", "Profile", "profile"),
     "measure.latency": ("LatencySettings", "measure"),
-    "schema": ("to_json",),
+    "count_report": ("to_json",),
     "measure.clock": ("interleaved", "peak_bytes", "threads", "timed"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

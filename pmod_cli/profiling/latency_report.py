@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.table import Table
 
+from pmod_cli.core.units import MIB, TERA
 from pmod_cli.profiling.measure.latency import Latency, PhaseResult, peak_share
 from pmod_cli.profiling.measure.models import STOCK
 from pmod_cli.profiling.measure.phases import DECODE, PHASES
 from pmod_cli.profiling.report import Profile
-from pmod_cli.profiling.units import MIB, TERA
 from pmod_cli.reporting.tables import plain_table
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
+from pmod_cli.core.units import GIB, percent
 from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
 from pmod_cli.profiling.count.training import USUAL, TrainingMemory, training_memory
 from pmod_cli.profiling.measure.devices import DEVICES, Device
 from pmod_cli.profiling.report import Profile
-from pmod_cli.profiling.units import GIB, percent
 from pmod_cli.reporting.tables import plain_table
 
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")

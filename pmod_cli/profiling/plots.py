@@ -11,10 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pmod_cli.core.atomic import write_bytes
+from pmod_cli.core.units import GIGA, MIB, TERA, percent
 from pmod_cli.profiling.report import Profile
-from pmod_cli.profiling.scores import Scores
-from pmod_cli.profiling.sweep import Axis, Point
-from pmod_cli.profiling.units import GIGA, MIB, TERA, percent
+from pmod_cli.profiling.sweep import Axis, Point, Scores
 
 STOCK, PMOD, SECOND, THIRD, SCORE = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00", "#009e73"
 _STYLE = {

@@ -1,16 +1,25 @@
-"""One setting over a range of values: what each would cost, by formulas."""
+"""One setting over a range of values: what each would cost, by formulas, and the scores of evaluated models at them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from rich.table import Table
+
+from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.units import GIGA, MIB, TERA, percent
+from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas
-from pmod_cli.profiling.count.kv_cache import kv_cache
+from pmod_cli.profiling.count.memory import kv_cache
 from pmod_cli.profiling.count.workload import Workload, layer_tokens
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import find_config, subject_of
+from pmod_cli.reporting.tables import plain_table
 
 NUMBERS = ("shift", "target-retention", "max-ratio", "min-ratio")
 KEYS = {"target-retention": "mean", "max-ratio": "max_ratio", "min-ratio": "min_ratio"}  # as `PmodSettings` names them
@@ -154,3 +163,125 @@ def _size(text: str) -> tuple[int, int]:
             f"`sweep=image-size`: {text!r} is not WIDTHxHEIGHT in pixels", hint="image-size=336x336,672x672"
         )
     return int(width), int(height)
+
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What runs of `pmod eval` say about the points of a sweep.
+
+    Args:
+        tasks: Tasks that every matched model was asked; a mean over unlike tasks would compare nothing.
+        at: Mean score over them for each point, None where no run has the point's schedule.
+    """
+
+    tasks: tuple[str, ...]
+    at: tuple[float | None, ...]
+
+
+def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[Point]) -> Scores:
+    """Find the points' schedules among the p-MoD models of runs, and take their mean scores.
+
+    Args:
+        runs: Folders that `pmod eval` wrote, or their results.json.
+        axis: What is swept.
+        points: Its values.
+
+    Raises:
+        PmodError: No run, a run at none of the values, two runs at one, or no task in common.
+    """
+    if axis.name == "image-size":
+        raise PmodError("`runs`: a run has no single image size", hint="sweep a setting of the schedule")
+    found: dict[int, tuple[str, dict[str, float]]] = {}
+    for run in runs:
+        file = run if run.name == RESULTS else run / RESULTS
+        if not file.is_file():
+            raise PmodError(f"`runs={run}`: there is no {file}", hint="pmod eval -o DIR makes one")
+        results = read_json(file)
+        for label, model in results.get("models", {}).items():
+            if not model.get("pmod") or model.get("selection") != "router":
+                continue  # stock, and controls that select otherwise
+            ratios = PmodSettings.from_dict(model["pmod"]).retention(model["layers"])
+            index = next((i for i, point in enumerate(points) if _same(ratios, point.retention)), None)
+            if index is None:
+                raise PmodError(
+                    f"`runs={run}`: the schedule of {label} (mean retention {sum(ratios) / len(ratios):.3f}) is at no "
+                    f"value of `sweep={axis.name}`",
+                    hint="sweep over the values that were evaluated, with the same other settings and number of layers",
+                )
+            if index in found:
+                raise PmodError(f"`runs`: {found[index][0]} and {run} have the same schedule", hint="name one of them")
+            found[index] = (
+                str(run),
+                {
+                    task["name"]: task["scores"][label]["score"]
+                    for task in results["tasks"]
+                    if task["scores"].get(label, {}).get("score") is not None
+                },
+            )
+    asked = [set(scores) for _, scores in found.values()]
+    tasks = tuple(sorted(set.intersection(*asked))) if asked else ()
+    if not tasks:
+        raise PmodError("`runs`: no p-MoD model, or no task that all of them were asked", hint="pmod eval --tasks tiny")
+    means = {index: sum(scores[task] for task in tasks) / len(tasks) for index, (_, scores) in found.items()}
+    return Scores(tasks, tuple(means.get(index) for index in range(len(points))))
+
+
+def _same(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and all(abs(a - b) < 1e-6 for a, b in zip(one, other, strict=True))
+
+
+def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -> Table:
+    """One row a value."""
+    small = max(point.stock_flops for point in points) < TERA
+    unit, name = (GIGA, "GFLOPs") if small else (TERA, "TFLOPs")
+    table = plain_table(
+        f"Prefill in {name} (full convention), KV cache in MiB",
+        axis.name,
+        "retention",
+        "V",
+        "stock",
+        "p-MoD",
+        "of stock",
+        "KV stock",
+        "p-MoD",
+        "of stock",
+        *(["score"] if scores else []),
+        space=1 if scores else 2,
+    )
+    for index, point in enumerate(points):
+        score = scores.at[index] if scores else None
+        table.add_row(
+            str(point.value) if isinstance(point.value, str) else f"{point.value:g}",
+            f"{round(point.mean_retention, 6):.4f}",
+            f"{point.vision_tokens}",
+            f"{point.stock_flops / unit:.2f}",
+            f"{point.pmod_flops / unit:.2f}",
+            f"{percent(point.pmod_flops, point.stock_flops):.1f} %",
+            f"{point.stock_kv / MIB:,.1f}",
+            f"{point.pmod_kv / MIB:,.1f}",
+            f"{percent(point.pmod_kv, point.stock_kv):.1f} %",
+            *(["-" if score is None else f"{score:.1f}"] if scores else []),
+        )
+    return table
+
+
+def sweep_rows(axis: Axis, points: list[Point], scores: Scores | None = None) -> list[dict[str, Any]]:
+    """The same, unrounded, units in the keys."""
+    return [
+        {
+            axis.name.replace("-", "_"): point.value,
+            "mean_retention_ratio": point.mean_retention,
+            "vision_tokens": point.vision_tokens,
+            "stock_tflops": point.stock_flops / TERA,
+            "pmod_tflops": point.pmod_flops / TERA,
+            "stock_paper_tflops": point.stock_paper_flops / TERA,
+            "pmod_paper_tflops": point.pmod_paper_flops / TERA,
+            "stock_kv_cache_mib": point.stock_kv / MIB,
+            "pmod_kv_cache_mib": point.pmod_kv / MIB,
+            **({"mean_score": scores.at[index]} if scores else {}),
+        }
+        for index, point in enumerate(points)
+    ]

@@ -10,7 +10,7 @@ from PIL import Image, ImageFile, ImageOps
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import MOST_PIXELS, as_rgb, image_size, load_image
 from pmod_cli.data.images import open_image
-from pmod_cli.profiling.dataset import _size
+from pmod_cli.profiling.average import _size
 
 RED = (255, 0, 0)
 
@@ -77,7 +77,7 @@ def test_orientations_are_those_of_pillow(tmp_path, orientation):
 
 def test_profile_counts_the_tiles_of_the_upright_picture(tmp_path):
     from pmod_cli.profiling import Sizes
-    from pmod_cli.profiling.dataset import read_rows
+    from pmod_cli.profiling.average import read_rows
     from pmod_cli.profiling.subject import load_subject
 
     sizes = Sizes.of(load_subject("llava-next-7b").stock)

@@ -6,12 +6,12 @@ import torch
 from transformers import DynamicCache
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.units import GIB
 from pmod_cli.profiling.latency_report import predicted_cache
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.latency import cache_bytes
 from pmod_cli.profiling.measure.models import PMOD, STOCK
 from pmod_cli.profiling.measure.phases import PREFILL
-from pmod_cli.profiling.units import GIB
 from tests.bench.__main__ import Batch
 from tests.gpu.machine import Machine
 from tests.gpu.rows import Row, emit

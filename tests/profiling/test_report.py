@@ -10,7 +10,7 @@ from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
 from pmod_cli.model.modeling import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration
 from pmod_cli.profiling import Subject, Workload, load_subject, profile
 from pmod_cli.profiling.count.operators import count
-from pmod_cli.profiling.schema import to_json
+from pmod_cli.profiling.count_report import to_json
 from tests import factories
 
 TERA = 1e12

@@ -1,4 +1,7 @@
-"""Memory of inference from sizes alone: what a prompt needs, and how many or how long ones fit. Needs no torch."""
+"""Memory of inference from sizes alone: the KV cache of each layer, what a prompt needs, how many or how long ones fit.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,55 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pmod_cli.profiling.count.kv_cache import DTYPE_BYTES, bytes_per_token
+from pmod_cli.core.units import GIB
 from pmod_cli.profiling.count.training import parameters
 from pmod_cli.profiling.count.workload import Row, layer_tokens
-from pmod_cli.profiling.sizes import Sizes
-from pmod_cli.profiling.units import GIB
+from pmod_cli.profiling.sizes import Decoder, Sizes
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KvCost:
+    """Bytes of K and V that one layer holds.
+
+    Args:
+        vision: Of the vision tokens that the layer kept, and of the padding of rows that kept fewer.
+        text: Of the text tokens, generated ones included.
+    """
+
+    vision: int
+    text: int
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.text
+
+
+def bytes_per_token(decoder: Decoder, dtype: str) -> int:
+    """Bytes that one token takes in one layer: K and V over the key/value heads, fewer than query heads under GQA.
+
+    Args:
+        decoder: Its sizes.
+        dtype: One of `DTYPE_BYTES`.
+    """
+    return 2 * decoder.kv_heads * decoder.head_size * DTYPE_BYTES[dtype]
+
+
+def kv_cache(decoder: Decoder, dtype: str, tokens: list[int], text: int, new: int, batch: int) -> list[KvCost]:
+    """KV cache per layer. A skipped token has no K and V in that layer.
+
+    Args:
+        decoder: Its sizes.
+        dtype: Dtype of the cache, one of `DTYPE_BYTES`.
+        tokens: Tokens of a row that each layer holds after the prefill, M, length L.
+        text: Text tokens of a row among them.
+        new: Tokens decoded after the prefill; every layer keeps them.
+        batch: Rows, B.
+    """
+    size = batch * bytes_per_token(decoder, dtype)
+    return [KvCost((held - text) * size, (text + new) * size) for held in tokens]
+
 
 RESERVE = GIB  # of a GPU's memory: the CUDA context, kernels' work space and fragmentation
 
@@ -64,7 +111,7 @@ def inference_memory(
     Args:
         sizes: The model.
         rows: The batch; shorter rows are padded.
-        dtype: Of weights and cache, one of `kv_cache.DTYPE_BYTES`.
+        dtype: Of weights and cache, one of `DTYPE_BYTES`.
         new_tokens: Tokens decoded after the prefill.
         retention: Retention ratio of each layer, length L; None is the stock model.
         target_tokens: `vision_all` or `vision_hr`.

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling.count.kv_cache import DTYPE_BYTES, bytes_per_token
+from pmod_cli.core.units import GIB
+from pmod_cli.profiling.count.memory import DTYPE_BYTES, bytes_per_token
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.workload import Workload
 from pmod_cli.profiling.measure.clock import Timing, interleaved, peak_bytes, shares_of_time, threads, timed
@@ -19,7 +20,6 @@ from pmod_cli.profiling.measure.models import NAMES, STOCK, ModelPair, loaded_pa
 from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, FIRST_TOKEN, PREFILL, TRAIN, Bench
 from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import Subject
-from pmod_cli.profiling.units import GIB
 
 DEFAULT_STEPS = 16  # decoded tokens of a call, where the workload names none
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import image_size
+from pmod_cli.core.units import GIGA, MIB, TERA, percent
 from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
 from pmod_cli.data.images import find_image
 from pmod_cli.data.sources import LlavaFile
 from pmod_cli.profiling.anyres import image_tokens
 from pmod_cli.profiling.count import formulas
-from pmod_cli.profiling.count.kv_cache import bytes_per_token
+from pmod_cli.profiling.count.memory import bytes_per_token
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Row, layer_tokens
 from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
+from pmod_cli.reporting.tables import plain_table
 
 
 @dataclass(frozen=True)
@@ -156,3 +161,36 @@ def _size(name: str, folder: Path) -> tuple[int, int]:
 
 def _text(conversation: Conversation) -> str:
     return "\n".join(turn.text.replace(IMAGE, "") for turn in conversation.turns)
+
+
+def average_tables(average: Average) -> list[Table]:
+    """What the rows are like, and what a row costs on average."""
+    seen = plain_table(f"{average.rows:,} rows, {average.with_image:,} with images", "a row", "mean", "median", "most")
+    for name, (mean, median, most) in (("vision tokens", average.vision_tokens), ("text tokens", average.text_tokens)):
+        seen.add_row(name, f"{mean:,.1f}", f"{median:,.1f}", f"{most:,}")
+    seen.add_row("tiles", f"{average.tiles:.2f}", "", "")
+    cost = plain_table("Mean of a row by itself", "", "stock", "p-MoD", "of stock")
+    for name, kind, unit in (
+        ("prefill, full convention, TFLOPs", "flops", TERA),
+        ("prefill, paper convention, TFLOPs", "paper_flops", TERA),
+        ("training step, TFLOPs", "step_flops", TERA),
+        ("KV cache after the prefill, MiB", "kv", MIB),
+    ):
+        stock, pmod = (getattr(average, f"{which}_{kind}") for which in ("stock", "pmod"))
+        if unit is TERA and stock < TERA:
+            name, unit = name.replace("TFLOPs", "GFLOPs"), GIGA
+        cost.add_row(name, f"{stock / unit:,.3f}", f"{pmod / unit:,.3f}", f"{percent(pmod, stock):.1f} %")
+    return [seen, cost]
+
+
+def average_json(average: Average) -> dict[str, Any]:
+    """The average, units in the keys."""
+    values = asdict(average)
+    named = {key: values.pop(key) for key in ("rows", "with_image")}
+    for key in ("vision_tokens", "text_tokens"):
+        mean, median, most = values.pop(key)
+        named[key] = {"mean": mean, "median": median, "most": most}
+    named["mean_tiles"] = values.pop("tiles")
+    return named | {
+        f"mean_{key}_bytes" if key.endswith("kv") else f"mean_{key}": value for key, value in values.items()
+    }

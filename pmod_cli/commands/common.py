@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,11 @@ def _device(name: str) -> str:
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not _device_number(index)):
         raise typer.BadParameter(f"{name!r} is not a device. Known: auto, cpu, cuda, cuda:N, mps")
     return name
+
+
+def option_under(panel: str) -> partial:
+    """`typer.Option` for one panel of a help page: `_data = option_under("Data sets")` and then `_data("--limit")`."""
+    return partial(typer.Option, rich_help_panel=panel)
 
 
 ModelOpt = Annotated[

@@ -20,6 +20,7 @@ from pmod_cli.commands.common import (
     QuietOpt,
     RevisionOpt,
     SeedOpt,
+    option_under,
 )
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import PmodError
@@ -40,7 +41,9 @@ pmod convert --list
 """
 OUTPUTS = output_layouts().values()
 ARGUMENTS = {"mean": "target_retention", "values": "ratios"}  # settings whose options have another name
-METHOD, RESULT, PARTS = "What to keep", "What to write", "What to read"
+_method = option_under("What to keep")
+_result = option_under("What to write")
+_parts = option_under("What to read")
 
 
 def convert(
@@ -49,125 +52,62 @@ def convert(
         Path | None,
         typer.Option("--out", "-o", help="Folder to write. (default: checkpoints/NAME-pmod)", show_default=False),
     ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help=f"{one_of(SCHEDULES)}. (default: cosine)", rich_help_panel=METHOD),
-    ] = None,
-    shift: Annotated[
-        float | None,
-        typer.Option(help="β of a decaying schedule, such as cosine. (default: 0.5)", rich_help_panel=METHOD),
-    ] = None,
+    schedule: Annotated[str | None, _method(metavar="KIND", help=f"{one_of(SCHEDULES)}. (default: cosine)")] = None,
+    shift: Annotated[float | None, _method(help="β of a decaying schedule, such as cosine. (default: 0.5)")] = None,
     target_retention: Annotated[
-        float | None,
-        typer.Option(help="Mean retention ratio over all layers; solved for the shift.", rich_help_panel=METHOD),
+        float | None, _method(help="Mean retention ratio over all layers; solved for the shift.")
     ] = None,
     target_flops: Annotated[
         float | None,
-        typer.Option(
+        _method(
             help="Share of the stock decoder's prefill FLOPs (image of 672x672, 58 text tokens, attention counted); "
-            "solved for the shift.",
-            rich_help_panel=METHOD,
+            "solved for the shift."
         ),
     ] = None,
     max_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Layers above this ratio stay plain; above 1 none does. (default: 0.85)", rich_help_panel=METHOD
-        ),
+        float | None, _method(help="Layers above this ratio stay plain; above 1 none does. (default: 0.85)")
     ] = None,
-    min_ratio: Annotated[
-        float | None, typer.Option(help="Floor of the decaying schedules. (default: 0.15)", rich_help_panel=METHOD)
-    ] = None,
-    ratios: Annotated[
-        str | None,
-        typer.Option(metavar="R,R,...", help="For --schedule list: one ratio a layer.", rich_help_panel=METHOD),
-    ] = None,
+    min_ratio: Annotated[float | None, _method(help="Floor of the decaying schedules. (default: 0.15)")] = None,
+    ratios: Annotated[str | None, _method(metavar="R,R,...", help="For --schedule list: one ratio a layer.")] = None,
     norm: Annotated[
-        str | None,
-        typer.Option(
-            help="tanh, softmax, shifted_softmax, sigmoid, none, or as tanh_0.2_1. (default: tanh)",
-            rich_help_panel=METHOD,
-        ),
+        str | None, _method(help="tanh, softmax, shifted_softmax, sigmoid, none, or as tanh_0.2_1. (default: tanh)")
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Range of the tanh norm. (default: 0.2)", rich_help_panel=METHOD)
-    ] = None,
+    alpha: Annotated[float | None, _method(help="Range of the tanh norm. (default: 0.2)")] = None,
     string: Annotated[
         bool | None,
-        typer.Option(
-            "--string/--no-string",
-            help="Scale skipped tokens by their weight. (default: string)",
-            show_default=False,
-            rich_help_panel=METHOD,
+        _method(
+            "--string/--no-string", help="Scale skipped tokens by their weight. (default: string)", show_default=False
         ),
     ] = None,
     target_tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="vision_all, or vision_hr: the high-resolution part only. (default: vision_all)",
-            rich_help_panel=METHOD,
-        ),
+        str | None, _method(help="vision_all, or vision_hr: the high-resolution part only. (default: vision_all)")
     ] = None,
-    router_init: Annotated[
-        str, typer.Option(help="zero, or normal:STD such as normal:0.02.", rich_help_panel=METHOD)
-    ] = "zero",
+    router_init: Annotated[str, _method(help="zero, or normal:STD such as normal:0.02.")] = "zero",
     to: Annotated[
         str,
-        typer.Option(
-            help=f"{'; '.join(f'{each.name}: {each.summary}' if each.summary else each.name for each in OUTPUTS)}.",
-            rich_help_panel=RESULT,
+        _result(
+            help=f"{'; '.join(f'{each.name}: {each.summary}' if each.summary else each.name for each in OUTPUTS)}."
         ),
     ] = "pmod",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bfloat16, float16 or float32. (default: as it is)", rich_help_panel=RESULT),
-    ] = None,
+    dtype: Annotated[str | None, _result(help="bfloat16, float16 or float32. (default: as it is)")] = None,
     max_shard_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Such as 5GB. (default: the files of the source)", rich_help_panel=RESULT),
+        str | None, _result(metavar="SIZE", help="Such as 5GB. (default: the files of the source)")
     ] = None,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy unchanged weight files, not hard-link.", rich_help_panel=RESULT)
-    ] = False,
-    symlink: Annotated[
-        bool, typer.Option("--symlink", help="Point to unchanged weight files instead.", rich_help_panel=RESULT)
-    ] = False,
+    copy: Annotated[bool, _result("--copy", help="Copy unchanged weight files, not hard-link.")] = False,
+    symlink: Annotated[bool, _result("--symlink", help="Point to unchanged weight files instead.")] = False,
     verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify", help="Read the result again: bytes, shapes, one forward pass.", rich_help_panel=RESULT
-        ),
+        bool, _result("--verify", help="Read the result again: bytes, shapes, one forward pass.")
     ] = False,
     vision_tower: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Original layout: folder or hub id of the CLIP tower.", rich_help_panel=PARTS
-        ),
+        str | None, _parts(metavar="NAME", help="Original layout: folder or hub id of the CLIP tower.")
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Original layout: folder of the tokenizer.", rich_help_panel=PARTS),
-    ] = None,
-    llm: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Language model to build a LLaVA of, not NAME.", rich_help_panel=PARTS),
-    ] = None,
-    projector: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --llm: the pretrained mm_projector.", rich_help_panel=PARTS),
-    ] = None,
-    anyres: Annotated[
-        bool, typer.Option("--anyres", help="With --llm: LLaVA-NeXT, not LLaVA-1.5.", rich_help_panel=PARTS)
-    ] = False,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="LoRA adapter that was trained on NAME.", rich_help_panel=PARTS),
-    ] = None,
+    tokenizer: Annotated[Path | None, _parts(metavar="DIR", help="Original layout: folder of the tokenizer.")] = None,
+    llm: Annotated[str | None, _parts(metavar="NAME", help="Language model to build a LLaVA of, not NAME.")] = None,
+    projector: Annotated[Path | None, _parts(metavar="FILE", help="With --llm: the pretrained mm_projector.")] = None,
+    anyres: Annotated[bool, _parts("--anyres", help="With --llm: LLaVA-NeXT, not LLaVA-1.5.")] = False,
+    adapter: Annotated[Path | None, _parts(metavar="DIR", help="LoRA adapter that was trained on NAME.")] = None,
     merge: Annotated[
-        bool,
-        typer.Option(
-            "--merge/--no-merge", help="Add the adapter to the weights, or keep it apart.", rich_help_panel=PARTS
-        ),
+        bool, _parts("--merge/--no-merge", help="Add the adapter to the weights, or keep it apart.")
     ] = True,
     list_names: Annotated[bool, typer.Option("--list", help="List the aliases and stop.")] = False,
     overwrite: OverwriteOpt = False,
@@ -249,8 +189,7 @@ def convert(
     origin = f"{found.repo}@{found.commit}" if found.repo else found.alias or str(found.path)
     output.note(f"source: {origin} ({found.origin})")
     target = out or Path(
-        "checkpoints",
-        f"{found.alias or (found.repo or str(found.path.resolve())).split('/')[-1]}-{to}",
+        "checkpoints", f"{found.alias or (found.repo or str(found.path.resolve())).split('/')[-1]}-{to}"
     )
     checkpoints.check_target(target, checkpoints.sources_of(found.path, options), overwrite=overwrite, resume=resume)
     source = checkpoints.read_source(found.path, options)

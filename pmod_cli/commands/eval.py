@@ -21,6 +21,7 @@ from pmod_cli.commands.common import (
     RevisionOpt,
     SeedOpt,
     model_or_default,
+    option_under,
     pick_device,
 )
 from pmod_cli.commands.eval_plan import show_plan
@@ -46,7 +47,9 @@ pmod eval --list
 """
 AUTO_ROWS = {"cpu": 8, "gpu": 64}  # what --batch-size auto begins with
 FORMATS = ("table", "json", "markdown", "csv")
-RUNNING, REPORT, DATA = "How to run", "What to report", "Data sets"
+_running = option_under("How to run")
+_report = option_under("What to report")
+_data = option_under("Data sets")
 
 
 def _limit(text: str) -> float:
@@ -85,45 +88,40 @@ def eval(
     model: ModelOpt = None,
     against: Annotated[
         str | None,
-        typer.Option(
+        _report(
             metavar="NAMES",
             help="Compare with: stock, random, uniform, downsample, any model, or none; comma-separated. "
             "(default: stock for a p-MoD model on tiny tasks, else none)",
             show_default=False,
-            rich_help_panel=REPORT,
         ),
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option(
+        _data(
             parser=_limit,
             metavar="N",
             help="N questions of each task, or a fraction of them, drawn by the seed: the same for every model.",
-            rich_help_panel=DATA,
         ),
     ] = None,
     batch_size: Annotated[
         Any,
-        typer.Option(
+        _running(
             "--batch-size",
             "-b",
             parser=_batch_size,
             metavar="N",
             help="Rows per forward pass. auto or auto:N begins with many, and halves them out of memory.",
-            rich_help_panel=RUNNING,
         ),
     ] = "8",
     num_processes: Annotated[
         int,
-        typer.Option(
-            min=1,
-            help="Processes of this machine that share the questions; each has the model, on a GPU its own.",
-            rich_help_panel=RUNNING,
+        _running(
+            min=1, help="Processes of this machine that share the questions; each has the model, on a GPU its own."
         ),
     ] = 1,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
-    attention: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.", rich_help_panel=RUNNING)] = "sdpa",
+    attention: Annotated[str, _running(help="sdpa, eager or flash_attention_2.")] = "sdpa",
     seed: SeedOpt = 0,
     out: Annotated[
         Path | None,
@@ -138,42 +136,29 @@ def eval(
     ] = None,
     check_batching: Annotated[
         bool,
-        typer.Option(
+        _report(
             "--check-batching",
             help="Ask 64 questions of each task again, one at a time, and count the answers that change.",
-            rich_help_panel=REPORT,
         ),
     ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Set finished runs side by side; nothing is asked.", rich_help_panel=REPORT),
-    ] = False,
-    list_tasks: Annotated[
-        bool, typer.Option("--list", help="List the benchmarks and stop.", rich_help_panel=DATA)
-    ] = False,
+    compare: Annotated[bool, _report("--compare", help="Set finished runs side by side; nothing is asked.")] = False,
+    list_tasks: Annotated[bool, _data("--list", help="List the benchmarks and stop.")] = False,
     data_root: Annotated[
         Path | None,
-        typer.Option(
+        _data(
             metavar="DIR",
             help="Mirror with the data sets in lmms-lab-encoder/<name>/. (default: the Hugging Face cache or the hub)",
             show_default=False,
-            rich_help_panel=DATA,
         ),
     ] = None,
     fetch_data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Copy the data of these benchmarks to --data-root, and stop.", rich_help_panel=DATA
-        ),
+        str | None, _data(metavar="NAMES", help="Copy the data of these benchmarks to --data-root, and stop.")
     ] = None,
     overwrite: OverwriteOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     shown_as: Annotated[
-        str,
-        typer.Option(
-            "--format", callback=_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}.", rich_help_panel=REPORT
-        ),
+        str, _report("--format", callback=_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
     ] = "table",
     revision: RevisionOpt = None,
     offline: OfflineOpt = False,

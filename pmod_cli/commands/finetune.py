@@ -22,6 +22,7 @@ from pmod_cli.commands.common import (
     ProgressOpt,
     QuietOpt,
     model_or_default,
+    option_under,
     pick_device,
 )
 from pmod_cli.commands.finetune_eval import evaluate
@@ -60,7 +61,9 @@ SETTINGS = {  # those of a recipe that have an option of their own
     "eval": "--eval",
     "eval_limit": "--eval-limit",
 }
-DATA, PROCESSES, PLAN = "Data", "Several GPUs and machines", "Planning (--dry-run)"
+_data = option_under("Data")
+_processes = option_under("Several GPUs and machines")
+_planning = option_under("Planning (--dry-run)")
 
 
 def finetune(
@@ -107,48 +110,27 @@ def finetune(
     merge: Annotated[
         Path | None, typer.Option("--merge", metavar="DIR", help="Fold the adapters of a LoRA run into its weights.")
     ] = None,
-    check_data: Annotated[
-        bool,
-        typer.Option("--check-data", help="Look at every row, report, and stop.", rich_help_panel=DATA),
-    ] = False,
-    on_bad_row: Annotated[
-        str | None, typer.Option("--on-bad-row", metavar="WHAT", help="error or skip.", rich_help_panel=DATA)
-    ] = None,
+    check_data: Annotated[bool, _data("--check-data", help="Look at every row, report, and stop.")] = False,
+    on_bad_row: Annotated[str | None, _data("--on-bad-row", metavar="WHAT", help="error or skip.")] = None,
     engine: Annotated[
-        str | None,
-        typer.Option("--engine", metavar="NAME", help="ddp, fsdp2, zero1, zero2 or zero3.", rich_help_panel=PROCESSES),
+        str | None, _processes("--engine", metavar="NAME", help="ddp, fsdp2, zero1, zero2 or zero3.")
     ] = None,
-    num_processes: Annotated[
-        int, typer.Option("--num-processes", metavar="N", min=1, help="On all machines.", rich_help_panel=PROCESSES)
-    ] = 1,
-    num_machines: Annotated[int, typer.Option("--num-machines", metavar="N", min=1, rich_help_panel=PROCESSES)] = 1,
-    machine_rank: Annotated[
-        int,
-        typer.Option("--machine-rank", metavar="N", min=0, help="Number of this one.", rich_help_panel=PROCESSES),
-    ] = 0,
+    num_processes: Annotated[int, _processes("--num-processes", metavar="N", min=1, help="On all machines.")] = 1,
+    num_machines: Annotated[int, _processes("--num-machines", metavar="N", min=1)] = 1,
+    machine_rank: Annotated[int, _processes("--machine-rank", metavar="N", min=0, help="Number of this one.")] = 0,
     main_process_ip: Annotated[
-        str | None,
-        typer.Option("--main-process-ip", metavar="HOST", help="Address of machine 0.", rich_help_panel=PROCESSES),
+        str | None, _processes("--main-process-ip", metavar="HOST", help="Address of machine 0.")
     ] = None,
-    main_process_port: Annotated[
-        int, typer.Option("--main-process-port", metavar="N", min=1, rich_help_panel=PROCESSES)
-    ] = 29500,
+    main_process_port: Annotated[int, _processes("--main-process-port", metavar="N", min=1)] = 29500,
     accelerate_config: Annotated[
         Path | None,
-        typer.Option(
-            "--accelerate-config",
-            metavar="FILE",
-            help="As `accelerate config` writes it, instead of all the above.",
-            rich_help_panel=PROCESSES,
+        _processes(
+            "--accelerate-config", metavar="FILE", help="As `accelerate config` writes it, instead of all the above."
         ),
     ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option("--gpu", metavar="NAME|SIZE", help="Plan for a100-80gb, 24GB, …", rich_help_panel=PLAN),
-    ] = None,
+    gpu: Annotated[str | None, _planning("--gpu", metavar="NAME|SIZE", help="Plan for a100-80gb, 24GB, …")] = None,
     utilization: Annotated[
-        float,
-        typer.Option("--utilization", metavar="SHARE", min=0.01, max=1.0, help="Of peak FLOPs.", rich_help_panel=PLAN),
+        float, _planning("--utilization", metavar="SHARE", min=0.01, max=1.0, help="Of peak FLOPs.")
     ] = 0.4,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",
@@ -205,10 +187,7 @@ def finetune(
             sweep,
             out or Path("runs", sweep),
             seeds=seeds,
-            overrides=[
-                *(overrides or ()),
-                *(f"{key}={value}" for key, value in given.items() if value is not None),
-            ],
+            overrides=[*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)],
             device=pick_device(device),
             dry_run=dry_run,
             as_json=as_json,

@@ -15,6 +15,7 @@ from pmod_cli.commands.common import (
     OfflineOpt,
     RevisionOpt,
     model_or_default,
+    option_under,
     pick_device,
 )
 from pmod_cli.commands.profile_checks import (
@@ -46,9 +47,9 @@ pmod profile --report latency --random-weights --hidden-size 512 --threads 1
 """
 
 DEFAULT_MODEL = "llava-next-7b"
-WORKLOAD = "Workload: one batch"
-OVERRIDES = "What if: settings that replace the checkpoint's own"
-MEASURING = "Measuring: --report latency"
+_workload = option_under("Workload: one batch")
+_overrides = option_under("What if: settings that replace the checkpoint's own")
+_measuring = option_under("Measuring: --report latency")
 KINDS = f"{one_of(name for name in SCHEDULES if name != 'list')}."
 
 
@@ -63,37 +64,22 @@ def profile(
     model: ModelOpt = None,
     image_size: Annotated[
         str | None,
-        typer.Option(
+        _workload(
             metavar="WxH[,WxH]",
-            rich_help_panel=WORKLOAD,
             help="Image in pixels, one a row of the batch; two by two tiles, the paper's case, if not given.",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(rich_help_panel=WORKLOAD, help="Images in a row.")] = 1,
-    text_tokens: Annotated[
-        int | None, typer.Option(rich_help_panel=WORKLOAD, help="Text tokens of a row. (default: 58)")
-    ] = None,
-    new_tokens: Annotated[
-        int, typer.Option(rich_help_panel=WORKLOAD, help="Generated tokens fed back after the prefill.")
-    ] = 0,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", rich_help_panel=WORKLOAD, help="Rows. (default: one a size)")
-    ] = None,
+    images: Annotated[int, _workload(help="Images in a row.")] = 1,
+    text_tokens: Annotated[int | None, _workload(help="Text tokens of a row. (default: 58)")] = None,
+    new_tokens: Annotated[int, _workload(help="Generated tokens fed back after the prefill.")] = 0,
+    batch_size: Annotated[int | None, _workload("--batch-size", "-b", help="Rows. (default: one a size)")] = None,
     from_data: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=WORKLOAD,
-            metavar="FILE",
-            help="Average over a LLaVA JSON or JSONL file: image headers only.",
-        ),
+        Path | None, _workload(metavar="FILE", help="Average over a LLaVA JSON or JSONL file: image headers only.")
     ] = None,
     images_root: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=WORKLOAD, metavar="DIR", help="Folder of its images. (default: the file's)"),
+        Path | None, _workload(metavar="DIR", help="Folder of its images. (default: the file's)")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=WORKLOAD, help="First rows of the file only.")
-    ] = None,
+    limit: Annotated[int | None, _workload(min=1, help="First rows of the file only.")] = None,
     dtype: DtypeOpt = "auto",
     gpu_memory: Annotated[
         str | None,
@@ -122,50 +108,30 @@ def profile(
         ),
     ] = None,
     macs: Annotated[bool, typer.Option("--macs", help="Show multiply-adds instead of FLOPs.")] = False,
-    schedule: Annotated[str | None, typer.Option(metavar="KIND", rich_help_panel=OVERRIDES, help=KINDS)] = None,
-    shift: Annotated[
-        float | None, typer.Option(rich_help_panel=OVERRIDES, help="Shift of a decaying schedule.")
-    ] = None,
-    target_retention: Annotated[
-        float | None, typer.Option(rich_help_panel=OVERRIDES, help="Mean retention ratio to reach.")
-    ] = None,
-    max_ratio: Annotated[
-        float | None, typer.Option(rich_help_panel=OVERRIDES, help="Ratios above it become plain layers.")
-    ] = None,
-    min_ratio: Annotated[
-        float | None, typer.Option(rich_help_panel=OVERRIDES, help="Floor of a decaying schedule.")
-    ] = None,
-    target_tokens: Annotated[
-        str | None, typer.Option(metavar="KIND", rich_help_panel=OVERRIDES, help="vision_all or vision_hr.")
-    ] = None,
-    hidden_size: Annotated[
-        int | None, typer.Option(rich_help_panel=OVERRIDES, help="Another width of the same architecture.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(rich_help_panel=OVERRIDES, help="Another number of layers.")] = None,
+    schedule: Annotated[str | None, _overrides(metavar="KIND", help=KINDS)] = None,
+    shift: Annotated[float | None, _overrides(help="Shift of a decaying schedule.")] = None,
+    target_retention: Annotated[float | None, _overrides(help="Mean retention ratio to reach.")] = None,
+    max_ratio: Annotated[float | None, _overrides(help="Ratios above it become plain layers.")] = None,
+    min_ratio: Annotated[float | None, _overrides(help="Floor of a decaying schedule.")] = None,
+    target_tokens: Annotated[str | None, _overrides(metavar="KIND", help="vision_all or vision_hr.")] = None,
+    hidden_size: Annotated[int | None, _overrides(help="Another width of the same architecture.")] = None,
+    layers: Annotated[int | None, _overrides(help="Another number of layers.")] = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", rich_help_panel=MEASURING, help="Random weights of the model's shape.")
+        bool, _measuring("--random-weights", help="Random weights of the model's shape.")
     ] = False,
     phases: Annotated[
-        str, typer.Option(rich_help_panel=MEASURING, metavar="LIST", help=f"Some of {', '.join(PHASES)}.")
+        str, _measuring(metavar="LIST", help=f"Some of {', '.join(PHASES)}.")
     ] = "prefill,first-token,decode",
     against: Annotated[
-        str, typer.Option(rich_help_panel=MEASURING, metavar="LIST", help=f"Some of {', '.join(COMPARED)}.")
+        str, _measuring(metavar="LIST", help=f"Some of {', '.join(COMPARED)}.")
     ] = "stock,random,uniform",
-    repeats: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURING, help="Timed rounds.")] = 5,
-    warmup: Annotated[int, typer.Option(min=0, rich_help_panel=MEASURING, help="Rounds before them.")] = 1,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=4096, rich_help_panel=MEASURING, help="CPU threads. (default: torch's choice)"),
-    ] = None,
+    repeats: Annotated[int, _measuring(min=1, help="Timed rounds.")] = 5,
+    warmup: Annotated[int, _measuring(min=0, help="Rounds before them.")] = 1,
+    threads: Annotated[int | None, _measuring(min=1, max=4096, help="CPU threads. (default: torch's choice)")] = None,
     device: DeviceOpt = "auto",
-    attention: Annotated[
-        str, typer.Option(rich_help_panel=MEASURING, metavar="KIND", help="sdpa, eager or flash_attention_2.")
-    ] = "sdpa",
+    attention: Annotated[str, _measuring(metavar="KIND", help="sdpa, eager or flash_attention_2.")] = "sdpa",
     gpu: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=MEASURING, metavar="NAME", help="Compare with this GPU's peaks, not measured ones."
-        ),
+        str | None, _measuring(metavar="NAME", help="Compare with this GPU's peaks, not measured ones.")
     ] = None,
     revision: RevisionOpt = None,
     as_json: JsonOpt = False,

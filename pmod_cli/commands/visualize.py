@@ -19,6 +19,7 @@ from pmod_cli.commands.common import (
     QuietOpt,
     RevisionOpt,
     model_or_default,
+    option_under,
     pick_device,
 )
 from pmod_cli.core import output
@@ -37,7 +38,9 @@ pmod visualize rows.json --image-folder images/ --max-new-tokens 0
 """
 SCHEMA_VERSION = 2
 STATISTICS = "statistics.json"
-LOOK, COMPARE, WRITE = "What to draw", "Comparing", "What is written"
+_look = option_under("What to draw")
+_compare = option_under("Comparing")
+_write = option_under("What is written")
 
 
 def visualize(
@@ -49,86 +52,62 @@ def visualize(
             show_default=False,
         ),
     ],
-    layers: Annotated[
-        str,
-        typer.Option("--layers", metavar="LIST", help="Layers from 0: all, 2,14,26 or 2-8.", rich_help_panel=LOOK),
-    ] = "all",
+    layers: Annotated[str, _look("--layers", metavar="LIST", help="Layers from 0: all, 2,14,26 or 2-8.")] = "all",
     mode: Annotated[
         str | None,
-        typer.Option(
+        _look(
             metavar="MODE",
             help="kept: patches; weights: the router's; depth: how many layers keep a patch; schedule: planned and "
             "real retention; compare: two selections; grid: kept, small. (default: kept; compare with --against)",
             show_default=False,
-            rich_help_panel=LOOK,
         ),
     ] = None,
     parts: Annotated[
         str,
-        typer.Option(
+        _look(
             metavar="PARTS",
             help="Of LLaVA-NeXT's whole image and tiles: separate panels, merged in one, only base, or only tiles.",
-            rich_help_panel=LOOK,
         ),
     ] = "separate",
     question: Annotated[
         str | None,
-        typer.Option(
+        _look(
             metavar="TEXT",
             help="What to ask; <image> in it moves the image there. (default: the row's own, else: What is shown in "
             "this image?)",
             show_default=False,
-            rich_help_panel=LOOK,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="Length of the answer; 0 for no answer.", rich_help_panel=LOOK),
-    ] = 32,
+    max_new_tokens: Annotated[int, _look(min=0, metavar="N", help="Length of the answer; 0 for no answer.")] = 32,
     answer_only: Annotated[
-        bool,
-        typer.Option(
-            "--answer-only/--no-answer-only", help="Caption without question, legend and model.", rich_help_panel=LOOK
-        ),
+        bool, _look("--answer-only/--no-answer-only", help="Caption without question, legend and model.")
     ] = False,
     image_folder: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where the images of JSON rows are. (default: beside the file)",
-            show_default=False,
-            rich_help_panel=LOOK,
-        ),
+        _look(metavar="DIR", help="Where the images of JSON rows are. (default: beside the file)", show_default=False),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Another p-MoD checkpoint, a stock LLaVA (its attention is drawn), or an .npz file.",
-            rich_help_panel=COMPARE,
+        _compare(
+            metavar="NAME", help="Another p-MoD checkpoint, a stock LLaVA (its attention is drawn), or an .npz file."
         ),
     ] = None,
     against_question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The same model on another question.", rich_help_panel=COMPARE)
+        str | None, _compare(metavar="TEXT", help="The same model on another question.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        _write(
             "--out",
             "-o",
             metavar="PATH",
             help="Picture to write, .png or .svg; of several, a folder. (default: IMAGE-pmod.png)",
             show_default=False,
-            rich_help_panel=WRITE,
         ),
     ] = None,
-    svg: Annotated[bool, typer.Option("--svg", help="SVG where --out names no file.", rich_help_panel=WRITE)] = False,
-    html: Annotated[
-        bool, typer.Option("--html", help="Also a page with a layer slider, beside the picture.", rich_help_panel=WRITE)
-    ] = False,
-    npz: Annotated[
-        bool, typer.Option("--npz", help="Also the raw selection as NumPy arrays.", rich_help_panel=WRITE)
-    ] = False,
+    svg: Annotated[bool, _write("--svg", help="SVG where --out names no file.")] = False,
+    html: Annotated[bool, _write("--html", help="Also a page with a layer slider, beside the picture.")] = False,
+    npz: Annotated[bool, _write("--npz", help="Also the raw selection as NumPy arrays.")] = False,
     model: ModelOpt = None,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = "auto",

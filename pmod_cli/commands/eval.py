@@ -217,7 +217,7 @@ def eval(
     _check_processes(num_processes, device, launched)
     require_attention(attention, device)
     if dry_run:
-        from pmod_cli.evaluation.plan import plan
+        from pmod_cli.evaluation.dry_run import plan
 
         found = plan(benchmarks, chosen, settings, out, processes=num_processes, overwrite=overwrite)
         show_plan(found, as_json=shown_as == "json", quiet=quiet)
@@ -339,20 +339,22 @@ def _compare(runs: list[Path], seed: int, shown_as: str) -> None:
 
 
 def _print_results(results: dict[str, Any], shown_as: str) -> None:
-    from pmod_cli.evaluation import tables
+    from pmod_cli.evaluation import score_tables
 
     if shown_as == "json":
         output.print_json(results)
     elif shown_as in ("markdown", "csv"):
-        output.print_line({"markdown": tables.to_markdown, "csv": tables.to_csv}[shown_as](results).rstrip())
+        output.print_line(
+            {"markdown": score_tables.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip()
+        )
     else:
-        for line in tables.warnings(results):
+        for line in score_tables.warnings(results):
             output.print_line(line)
         # A narrower terminal wraps these lines; rich would drop columns.
-        width, output.stdout.width = output.stdout.width, max(output.stdout.width, tables.WIDTH)
-        output.stdout.print(tables.score_table(results), tables.answer_table(results))
+        width, output.stdout.width = output.stdout.width, max(output.stdout.width, score_tables.WIDTH)
+        output.stdout.print(score_tables.score_table(results), score_tables.answer_table(results))
         output.stdout.width = width
-        for line in tables.notes(results):
+        for line in score_tables.notes(results):
             output.print_line(line)
         if "folder" in results:
             output.print_line(Path(results["folder"], "results.json"))

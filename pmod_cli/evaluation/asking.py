@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pmod_cli.core.errors import explain
 from pmod_cli.evaluation.adapter import PmodModel, Unanswered
 from pmod_cli.evaluation.journal import Answer, Journal
-from pmod_cli.evaluation.memory import PeakMemory
+from pmod_cli.evaluation.peak_memory import PeakMemory
 from pmod_cli.evaluation.processes import Processes
 
 if TYPE_CHECKING:

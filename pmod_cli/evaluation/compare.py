@@ -8,7 +8,7 @@ from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.benchmarks import Benchmark
-from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.results import SCHEMA_VERSION, Report
 from pmod_cli.evaluation.stored import read_records, read_run
 
 OF_MODEL = ("dtype", "attention", "image_processor", "image_backend", "batch_size", "device")  # each changes answers

@@ -81,7 +81,7 @@ class Outcome:
         found: Answers that an earlier, unfinished run had written down.
         processes: Processes that answered.
         guesses: Answers that could not be read.
-        batching: What `flips` measured, where it was asked to.
+        batching: What `changed_answers` measured, where it was asked to.
         data: Where the questions came from, as `provenance.data` tells.
     """
 

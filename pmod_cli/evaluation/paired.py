@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.evaluation.statistics import UNKNOWN, Record, interval, summands
+from pmod_cli.evaluation.intervals import UNKNOWN, Record, interval, summands
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark
-from pmod_cli.evaluation.loading import load_tasks
+from pmod_cli.evaluation.lmms_tasks import load_tasks
 from pmod_cli.evaluation.processes import hidden_launcher
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.atomic import write_json, write_text
-from pmod_cli.evaluation import provenance, questions, tables
+from pmod_cli.evaluation import provenance, questions, score_tables
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, one_line, write_traceback
+from pmod_cli.evaluation.batch_check import changed_answers
 from pmod_cli.evaluation.benchmarks import Benchmark
-from pmod_cli.evaluation.flips import flips
-from pmod_cli.evaluation.folder import RESULTS, RunFolder
 from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity, sources_of
 from pmod_cli.evaluation.journal import Journal
 from pmod_cli.evaluation.outcome import Outcome
 from pmod_cli.evaluation.processes import ALONE, Processes
-from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.results import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
 from pmod_cli.evaluation.scoring import score
 from pmod_cli.evaluation.subjects import Loaded, Subject, load
 
@@ -55,7 +55,7 @@ def evaluate(
             cannot be loaded. A task that fails is in the report instead.
         OSError: answers or results cannot be written.
     """
-    with RunFolder(out, processes, overwrite=overwrite) as folder:
+    with ResultsFolder(out, processes, overwrite=overwrite) as folder:
         identity = run_identity(subjects, settings) if processes.first else {}  # reads weights, so once
         folder.prepare(identity, benchmarks, sources_of(subjects, settings))
         results = _evaluate(benchmarks, subjects, settings, folder, processes, on_progress)
@@ -67,7 +67,7 @@ def _evaluate(
     benchmarks: Sequence[Benchmark],
     subjects: Sequence[Subject],
     settings: EvalSettings,
-    folder: RunFolder,
+    folder: ResultsFolder,
     processes: Processes,
     on_progress: Progress,
 ) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def _evaluate(
                 _write_lines(folder.changed(subject.label, benchmark.name), changed)
             results = header | report.results()
             results["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(folder.path / "results.md", tables.to_markdown(results))
-            write_text(folder.path / "results.csv", tables.to_csv(results))
+            write_text(folder.path / "results.md", score_tables.to_markdown(results))
+            write_text(folder.path / "results.csv", score_tables.to_csv(results))
             write_json(folder.path / RESULTS, results)
     return results
 
@@ -159,7 +159,7 @@ def _outcome(
     try:
         outcome = score(benchmark, opened, asked.answers, seed=settings.seed, log=log)
         if settings.check_batching:
-            outcome.batching = flips(model, opened.requests, asked.answers, seed=settings.seed)
+            outcome.batching = changed_answers(model, opened.requests, asked.answers, seed=settings.seed)
     except Exception as cause:
         write_traceback(cause, log)
         return failed(one_line(cause))

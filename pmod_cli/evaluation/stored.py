@@ -11,8 +11,8 @@ from typing import Any
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation.report import SCHEMA_VERSION
-from pmod_cli.evaluation.statistics import Record
+from pmod_cli.evaluation.intervals import Record
+from pmod_cli.evaluation.results import SCHEMA_VERSION
 
 RESULTS = "results.json"
 ANSWERS = "answers"

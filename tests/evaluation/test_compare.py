@@ -8,8 +8,8 @@ from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.compare import compare
-from pmod_cli.evaluation.folder import RunFolder
-from pmod_cli.evaluation.report import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.results import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.results_folder import ResultsFolder
 from tests.evaluation import reports
 
 
@@ -200,7 +200,7 @@ def test_a_folder_with_damaged_results_is_not_taken_over(tmp_path, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text(text)
     folders.mark(tmp_path / "run", "evaluation", ["results.json"])
-    with RunFolder(tmp_path / "run") as folder, pytest.raises(PmodError, match="whose results cannot be read"):
+    with ResultsFolder(tmp_path / "run") as folder, pytest.raises(PmodError, match="whose results cannot be read"):
         folder.prepare({}, [benchmark])
 
 

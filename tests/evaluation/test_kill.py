@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli.evaluation.folder import RunFolder
 from pmod_cli.evaluation.outcome import TIMES
+from pmod_cli.evaluation.results_folder import ResultsFolder
 from tests.evaluation import forks
 
 QUESTIONS = 30  # of each of the two tasks
@@ -177,7 +177,7 @@ def test_a_dead_process_ends_its_run(stock_model, workdir):
 
 def test_what_a_process_refuses_is_said_once(stock_model, workdir):
     run = Run(stock_model(), workdir / "run", processes=1)
-    with RunFolder(workdir / "run") as held:
+    with ResultsFolder(workdir / "run") as held:
         held.prepare({}, [])
         command = forks.start([*run.arguments, "--num-processes", "2"], workdir)
         command.join(120)

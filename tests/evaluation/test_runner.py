@@ -8,7 +8,7 @@ from pmod_cli import cli
 from pmod_cli.checkpoints import bundled_path
 from pmod_cli.evaluation import runner, suite
 from pmod_cli.evaluation.benchmarks import groups
-from pmod_cli.evaluation.folder import RunFolder
+from pmod_cli.evaluation.results_folder import ResultsFolder
 from tests.evaluation import forks, mirrors
 
 
@@ -81,7 +81,7 @@ def test_a_full_disk_is_a_sentence(workdir, stock_model):
 
 
 def test_two_runs_into_one_folder(workdir, stock_model, capsys):
-    with RunFolder(workdir / "run") as held:
+    with ResultsFolder(workdir / "run") as held:
         held.prepare({}, [])
         assert evaluate("-t", "tiny_doc", "--limit", 2, "-m", stock_model(), "-o", "run") == 2
     assert "another run is writing run" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from lmms_eval.tasks.mmmu.utils import mmmu_aggregate_results
 from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score
 from lmms_eval.tasks.seedbench.utils import seed_aggregation_result
 
-from pmod_cli.evaluation.statistics import DRAWS, UNKNOWN, interval, summands
+from pmod_cli.evaluation.intervals import DRAWS, UNKNOWN, interval, summands
 
 
 def records(items, task="t"):

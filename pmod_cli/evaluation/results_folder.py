@@ -18,7 +18,7 @@ KIND = "evaluation"
 WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv")
 
 
-class RunFolder:
+class ResultsFolder:
     """A context in which no other run writes to the folder.
 
     Args:
@@ -38,7 +38,7 @@ class RunFolder:
         self._held = ExitStack()
         self._successor: Path | None = None  # once it is ours
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> ResultsFolder:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

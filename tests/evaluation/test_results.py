@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from pmod_cli import paper
-from pmod_cli.evaluation import suite, tables
+from pmod_cli.evaluation import score_tables, suite
 from pmod_cli.evaluation.benchmarks import groups
-from pmod_cli.evaluation.report import Report
+from pmod_cli.evaluation.results import Report
 from tests.evaluation import reports
 
 PAPER_SCORES = {name: score.pmod for name, score in paper.MODELS["llava_next"].scores.items()}
@@ -50,10 +50,10 @@ def printed(table) -> str:
 
 def test_the_tables_as_a_user_reads_them():
     results = reports.small().results()
-    assert printed(tables.score_table(results)) == SCORES
-    assert printed(tables.answer_table(results)) == ANSWERS
-    assert "\n".join(tables.notes(results)) == NOTES
-    assert tables.warnings(results) == [
+    assert printed(score_tables.score_table(results)) == SCORES
+    assert printed(score_tables.answer_table(results)) == ANSWERS
+    assert "\n".join(score_tables.notes(results)) == NOTES
+    assert score_tables.warnings(results) == [
         "limited run: scores marked * are not the scores of the benchmarks",
         "DocVQA: the data has 4 questions, the benchmark 5,349",
     ]
@@ -134,13 +134,13 @@ def test_no_average_over_missing_tasks():
     (average,) = results["averages"]
     assert average["scores"] == {}
     assert average["missing"] == {"p-mod": ["pope"]}
-    assert "p-mod: no average of general, which lacks pope" in tables.notes(results)
-    assert "AVG" not in printed(tables.score_table(results))
+    assert "p-mod: no average of general, which lacks pope" in score_tables.notes(results)
+    assert "AVG" not in printed(score_tables.score_table(results))
     assert reports.small().results()["averages"] == [], "nobody asked for the group"
 
 
 def test_average_row_is_last():
-    text = printed(tables.score_table(reports.group(PAPER_SCORES).results()))
+    text = printed(score_tables.score_table(reports.group(PAPER_SCORES).results()))
     assert text.rstrip().splitlines()[-1].split() == ["AVG", "general", "p-mod", "69.1", "69.2", "69.1", "+0.0"]
     assert "1495.5" in text
 
@@ -170,15 +170,15 @@ def test_average_interval_is_that_of_independent_benchmarks():
 
 def test_csv_and_markdown_agree_with_the_results():
     results = reports.small().results()
-    read = list(csv.DictReader(io.StringIO(tables.to_csv(results))))
-    expected = tables.rows(results)
+    read = list(csv.DictReader(io.StringIO(score_tables.to_csv(results))))
+    expected = score_tables.rows(results)
     assert len(read) == len(expected) == 4
     for line, row in zip(read, expected, strict=True):
         assert line == {key: "" if value is None else str(value) for key, value in row.items()}
     assert float(read[0]["score"]) == results["tasks"][0]["scores"]["p-mod"]["score"]
     assert float(read[1]["difference_low"]) == results["tasks"][0]["differences"]["stock"]["low"]
 
-    text = tables.to_markdown(results)
+    text = score_tables.to_markdown(results)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert cells[0] == ["benchmark", "model", "score", "paper", "its p-MoD", "to paper", "first − this", "changed"]
@@ -203,7 +203,7 @@ def test_flip_rate_is_summed_over_tasks():
     first["batching"] = {"questions": 60, "changed": 3, "batch_size": 16}
     second["batching"] = {"questions": 40, "changed": 0, "batch_size": 8}
     results["tasks"][0]["scores"]["stock"]["batching"] = {"questions": 0, "changed": 0, "batch_size": 1}
-    lines = tables.notes(results)
+    lines = score_tables.notes(results)
     assert (
         "p-mod: 3 of 100 answers change when asked one at a time instead of up to 16 together, in bfloat16 "
         "(3.0 %, at most 8.5 %)"
@@ -214,8 +214,8 @@ def test_flip_rate_is_summed_over_tasks():
 def test_markup_in_names_is_text():
     report = reports.small()
     results = json.loads(json.dumps(report.results()).replace('"stock"', '"[red]st|ock[/red]"'))
-    assert "[red]st|ock[/red]" in printed(tables.score_table(results))
-    assert r"[red]st\|ock[/red]" in tables.to_markdown(results)
+    assert "[red]st|ock[/red]" in printed(score_tables.score_table(results))
+    assert r"[red]st\|ock[/red]" in score_tables.to_markdown(results)
 
 
 def test_untrained_routers_are_named_but_not_for_controls():
@@ -224,11 +224,11 @@ def test_untrained_routers_are_named_but_not_for_controls():
         "new": {**reports.PMOD, "routers": "untrained"},
         "random": {**reports.PMOD, "routers": "untrained", "selection": "random"},
     }
-    first = tables.warnings(results)[0]
+    first = score_tables.warnings(results)[0]
     assert first.startswith("new: untrained routers; every token ties")
 
 
 def test_other_sizes_are_told_from_the_papers():
     results = reports.small().results()
     results["models"]["stock"]["layers"] = 40
-    assert any(line.startswith("stock: not of the paper's size") for line in tables.notes(results))
+    assert any(line.startswith("stock: not of the paper's size") for line in score_tables.notes(results))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 QUESTIONS = 64  # per task and model
 
 
-def flips(
+def changed_answers(
     model: PmodModel,
     requests: Sequence[Instance],
     answers: Mapping[int, Answer],

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pmod_cli import paper
-from pmod_cli.evaluation.statistics import rate_interval
+from pmod_cli.evaluation.intervals import rate_interval
 from pmod_cli.reporting.tables import escaped, markdown_table
 from pmod_cli.reporting.tables import to_csv as csv_of
 
@@ -181,7 +181,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"first − this: {labels[0]} minus the row's model, same questions; changed: answers that differ")
     if any(row["paper_baseline"] is not None for row in listed):
         lines += _about_the_paper(results)
-    lines += [f"{label}: {sentence}" for label in labels if (sentence := _flips(results, label))]
+    lines += [f"{label}: {sentence}" for label in labels if (sentence := _batching(results, label))]
     for average in results["averages"]:
         for label, lacking in average["missing"].items():
             lines.append(f"{label}: no average of {average['group']}, which lacks {', '.join(lacking)}")
@@ -211,7 +211,7 @@ def _has_size_of_paper(model: Mapping[str, Any]) -> bool:
     return found == tuple(paper.VICUNA_7B[key] for key in ("num_hidden_layers", "hidden_size", "model_type"))
 
 
-def _flips(results: Mapping[str, Any], label: str) -> str | None:
+def _batching(results: Mapping[str, Any], label: str) -> str | None:
     """Of `--check-batching`: the measured rate over all tasks, and what it can be at most."""
     entries = [task["scores"].get(label, {}) for task in results["tasks"]]
     checks = [entry["batching"] for entry in entries if entry.get("batching")]

@@ -5,7 +5,7 @@ import pytest
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import data, fallbacks, mirror, suite
 from pmod_cli.evaluation.benchmarks import Benchmark, Split, groups
-from pmod_cli.evaluation.loading import load_tasks
+from pmod_cli.evaluation.lmms_tasks import load_tasks
 from tests.evaluation import mirrors
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.data import listing
-from pmod_cli.evaluation.folder import RESULTS, RunFolder
 from pmod_cli.evaluation.identity import EvalSettings, run_identity, sources_of
+from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
 from pmod_cli.evaluation.subjects import Subject
 
 
@@ -38,7 +38,7 @@ def plan(
         PmodError: the folder is not for this run.
     """
     identity = run_identity(subjects, settings) if (out / RESULTS).exists() and not overwrite else {}
-    RunFolder(out, overwrite=overwrite).check(identity, benchmarks, sources_of(subjects, settings))
+    ResultsFolder(out, overwrite=overwrite).check(identity, benchmarks, sources_of(subjects, settings))
     tasks = []
     for benchmark, row in zip(benchmarks, listing(benchmarks, settings.data_root), strict=True):
         shown = {key: row[key] for key in ("name", "task", "data", "metric", "here")}

@@ -6,8 +6,8 @@ from lmms_eval.api.instance import Instance
 
 from pmod_cli.checkpoints import load_model
 from pmod_cli.evaluation.adapter import PmodModel
-from pmod_cli.evaluation.flips import flips
-from pmod_cli.evaluation.statistics import rate_interval
+from pmod_cli.evaluation.batch_check import changed_answers
+from pmod_cli.evaluation.intervals import rate_interval
 
 DOCS = [{"question": f"{'what is the value of rye and ' * (place % 4)}what is bar {place}?"} for place in range(12)]
 
@@ -38,7 +38,7 @@ def answers(model):
 
 
 def test_none_in_float32(model):
-    found = flips(model, requests(), answers(model), seed=0, questions=8)
+    found = changed_answers(model, requests(), answers(model), seed=0, questions=8)
     assert found == {"questions": 8, "changed": 0, "batch_size": 4}
     assert model.batch_size == 4
 
@@ -58,12 +58,12 @@ def test_a_dependence_on_the_batch_is_found(model, monkeypatch):
     single = answers(alone)
     differing = sum(said[place].text != single[place].text for place in said)
     assert differing > 0
-    assert flips(model, requests(), said, seed=0)["changed"] == differing
+    assert changed_answers(model, requests(), said, seed=0)["changed"] == differing
 
 
 def test_answers_that_were_alone_are_not_checked(model):
     model.batch_size = 1
-    assert flips(model, requests(), answers(model), seed=0) == {"questions": 0, "changed": 0, "batch_size": 1}
+    assert changed_answers(model, requests(), answers(model), seed=0) == {"questions": 0, "changed": 0, "batch_size": 1}
 
 
 def test_interval_of_a_rate():

@@ -10,8 +10,8 @@ import numpy as np
 
 from pmod_cli import paper
 from pmod_cli.evaluation.benchmarks import Benchmark, groups
+from pmod_cli.evaluation.intervals import UNKNOWN, Record, interval, summands
 from pmod_cli.evaluation.paired import Difference, difference, makes_up
-from pmod_cli.evaluation.statistics import UNKNOWN, Record, interval, summands
 
 SCHEMA_VERSION = 2
 AVERAGED = ("general", "text-rich")  # the groups that the paper averages

@@ -9,7 +9,7 @@ STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml tests/install
 # A process a core; one that has nothing left takes tests from another.
 SPREAD := -n $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) --dist worksteal
 
-.PHONY: setup demo test test-slow test-versions coverage types bench gpu gpu-cpu gpu-wheels soak lint format reference lock clean
+.PHONY: setup demo test test-slow test-versions coverage types bench gpu gpu-cpu gpu-wheels soak lint format reference docs lock clean
 
 setup: $(STAMP)
 
@@ -83,9 +83,13 @@ reference: setup
 	.venv/bin/python -m tests.reference > docs/commands.md.new
 	mv docs/commands.md.new docs/commands.md
 
+# The documentation as a site in site/. A link that leads nowhere, or a page that is in no menu, is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 # After installing other versions into .venv by hand: write down what is there.
 lock:
 	.venv/bin/python tests/install.py lock
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

@@ -68,7 +68,8 @@ def _prefill_share(source: Source, settings: PmodSettings) -> Callable[[PmodSett
 
     def share(settings: PmodSettings) -> float:
         ratios = settings.retention(sizes.decoder.layers)
-        routed = prefill(sizes, rows, ratios, settings.target_tokens, all_routed=settings.max_ratio > 1)
+        routers = settings.routed(sizes.decoder.layers)
+        routed = prefill(sizes, rows, ratios, settings.target_tokens, routers=routers)
         return routed.decoder / stock
 
     return share

@@ -30,6 +30,7 @@ from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError
 from pmod_cli.core.extras import require
 from pmod_cli.core.folders import staging_of
 from pmod_cli.core.hardware import require_attention, require_device
+from pmod_cli.model.registry import SELECTIONS
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.benchmarks import Benchmark
@@ -90,7 +91,7 @@ def eval(
         str | None,
         _report(
             metavar="NAMES",
-            help="Compare with: stock, random, uniform, downsample, any model, or none; comma-separated. "
+            help=f"Compare with: stock, {', '.join(SELECTIONS)}, downsample, any model, or none; comma-separated. "
             "(default: stock for a p-MoD model on tiny tasks, else none)",
             show_default=False,
         ),

@@ -7,12 +7,13 @@ from pathlib import Path
 import typer
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.model.registry import SELECTIONS
 
 REPORTS = ("flops", "kv", "memory", "latency", "all")
 PICTURES = (".png", ".svg", ".pdf")
 FORMATS = ("table", "markdown", "csv", "json")
 PHASES = ("prefill", "first-token", "decode", "train", "train-checkpointed")
-COMPARED = ("stock", "random", "uniform")
+COMPARED = ("stock", *SELECTIONS)
 
 
 def known_report(name: str) -> str:

@@ -158,7 +158,8 @@ def averaged(
     rows = average.read_rows(file, images, sizes, count_text, limit)
     dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
     settings = subject.pmod.settings
-    means = average.average(sizes, rows, subject.pmod.retention, settings.target_tokens, dtype)
+    pmod = subject.pmod
+    means = average.average(sizes, rows, pmod.retention, settings.target_tokens, dtype, pmod.has_router)
     said = average.average_json(means)
     counted = "as given" if text_tokens is not None else "by the model's tokenizer, without a chat template"
     return Shown(

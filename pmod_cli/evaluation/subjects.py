@@ -15,10 +15,9 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.downsample import downsample
 from pmod_cli.families import model_types
+from pmod_cli.model import SELECTIONS
 
-SELECTIONS = ("random", "uniform")
-DOWNSAMPLE = "downsample"
-CONTROLS = (*SELECTIONS, DOWNSAMPLE)
+DOWNSAMPLE, ROUTER = "downsample", "router"
 RUN_SETTINGS = "config.yaml"  # what finetune leaves beside a checkpoint, with the model that it started from
 
 
@@ -30,7 +29,7 @@ class Subject:
         label: Head of the column, unique in a run.
         path: Folder of the checkpoint.
         routers: `stock`, `untrained`, `trained` or `calibrated`.
-        selection: How a p-MoD layer picks its vision tokens: `router`, `random` or `uniform`.
+        selection: How a p-MoD layer picks its vision tokens, a name in `SELECTIONS`; `router` for a stock model too.
         commit: Commit of the checkpoint on the hub, where it came from there.
         tokens_left: Share of the vision tokens that the model's pictures are downsampled to; None: as they are.
     """
@@ -38,7 +37,7 @@ class Subject:
     label: str
     path: Path
     routers: str
-    selection: str = "router"
+    selection: str = ROUTER
     commit: str | None = None
     tokens_left: float | None = None
 
@@ -47,9 +46,9 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
     """The model `name` and what it is compared with, in the order given.
 
     Args:
-        against: `stock` (what the p-MoD model was made from), `random` and `uniform` (the same weights, as many vision
-            tokens kept, other ones), `downsample` (the stock model, its pictures so small that about as many vision
-            tokens are left), or any model name.
+        against: `stock` (what the p-MoD model was made from), a selection such as `random` or `uniform` (the same
+            weights, as many vision tokens kept, other ones), `downsample` (the stock model, its pictures so small that
+            about as many vision tokens are left), or any model name.
 
     Raises:
         PmodError: a model cannot be found or is no LLaVA, or a control was asked of a model that selects nothing.
@@ -57,7 +56,7 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
     main = _subject(name, revision, offline)
     subjects = [main]
     for other in against:
-        if other in CONTROLS and main.routers == "stock":
+        if (other in SELECTIONS or other == DOWNSAMPLE) and main.routers == "stock":
             raise PmodError(
                 f"`against={other}`: {name} is a plain LLaVA, which keeps every vision token",
                 hint=f"pmod convert {name}",
@@ -153,7 +152,12 @@ def _subject(name: str, revision: str | None, offline: bool, label: str | None =
     found = resolve(name, revision=revision, offline=offline)
     _require_llava(found.path)
     title = label or found.alias or Path(name).resolve().name
-    return Subject(title, found.path, router_state(found.path), commit=found.commit)
+    return Subject(title, found.path, router_state(found.path), _own_selection(found.path), found.commit)
+
+
+def _own_selection(path: Path) -> str:
+    """What the checkpoint chooses by."""
+    return (read_json(path / CONFIG).get("pmod") or {}).get("selection", ROUTER)
 
 
 def _require_llava(path: Path) -> None:

@@ -9,11 +9,12 @@ from importlib import import_module
 from pmod_cli.families import BUNDLED, FAMILIES, Family
 
 _HOMES = {
-    "registry": ("Registry",),
+    "registry": ("SELECTIONS", "Registry"),
     "schedule": ("SCHEDULES", "kept_tokens", "retention_schedule", "setting_of", "solve_shift", "takes_shift"),
     "settings": ("NORMS", "PmodSettings", "TARGET_TOKENS"),
-    "routing": ("Routing", "SELECTIONS"),
-    "capture": ("Selection", "SelectionRecord", "capture_selection"),
+    "routing": ("Routing",),
+    "selection": ("Selection",),
+    "capture": ("LayerSelection", "SelectionRecord", "capture_selection"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Selection:
+class LayerSelection:
     """What one routed layer did in one prefill.
 
     Attributes:
         kept: `(B, N)` bool, tokens that went through the layer: text and the K kept vision tokens. Padding is False.
-        weight: `(B, N)` float32 (float64 in a float64 model), router weights; 1 at tokens that are not routed.
-        logit: `(B, N)`, the router's output before normalisation.
+        weight: `(B, N)` float32 (float64 in a float64 model), router weights; 1 at tokens that are not routed, and in
+            a layer without a router.
+        logit: `(B, N)`, the router's output before normalisation; 0 in a layer without a router.
         K: `(B,)` int64, kept vision tokens of each row.
     """
 
@@ -29,11 +30,14 @@ class Selection:
 class SelectionRecord:
     """Selections of the last prefill by layer index, and `vision_mask`, `(B, N)` bool: routed tokens."""
 
-    layers: dict[int, Selection] = field(default_factory=dict)
+    layers: dict[int, LayerSelection] = field(default_factory=dict)
     vision_mask: Tensor | None = None
 
-    def add(self, layer: int, routing, gathered, weight: Tensor, logit: Tensor) -> None:
-        """Called by a routed layer while it runs; `gathered` is None where it processes every token."""
+    def add(self, layer: int, routing, gathered, weight: Tensor | None, logit: Tensor | None) -> None:
+        """Called by a routed layer while it runs; `gathered` is None where it processes every token, and weights and
+        logits where it has no router."""
+        if weight is None:
+            weight, logit = torch.ones_like(routing.rank_base), torch.zeros_like(routing.rank_base)
         if gathered is None:
             kept = routing.rank_base >= 0
         else:
@@ -41,7 +45,7 @@ class SelectionRecord:
             valid = torch.ones_like(gathered.index, dtype=torch.bool) if gathered.valid is None else gathered.valid
             kept.scatter_(1, gathered.index, valid)
         self.vision_mask = routing.target
-        self.layers[layer] = Selection(
+        self.layers[layer] = LayerSelection(
             kept, weight.detach().clone(), logit.detach().clone(), (kept & routing.target).sum(dim=1)
         )
 

@@ -38,11 +38,14 @@ class RoutedConfig:
         return self.settings.retention(self.text_config.num_hidden_layers)
 
     @property
+    def has_router(self) -> list[bool]:
+        """Whether each decoder layer has a router, length L."""
+        return self.settings.routed(self.text_config.num_hidden_layers)
+
+    @property
     def routed_layers(self) -> list[int]:
         """Indices of the decoder layers that have a router."""
-        return [
-            layer for layer, routed in enumerate(self.settings.routed(self.text_config.num_hidden_layers)) if routed
-        ]
+        return [layer for layer, has_router in enumerate(self.has_router) if has_router]
 
 
 def add_config(family) -> None:

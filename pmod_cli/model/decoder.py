@@ -10,6 +10,7 @@ from pmod_cli.families import DECODERS
 
 from .cache import CACHE_NAME, take_cache
 from .layer import RoutedLayer, Router
+from .registry import SELECTIONS
 
 ROUTED_DECODERS: dict[type, tuple[type, type]] = {}
 """By the stock text model: ours, and our layer."""
@@ -25,6 +26,26 @@ class RoutedDecoder:
                 init.zeros_(parameter)  # leaves what a checkpoint has filled
         else:
             super()._init_weights(module)
+
+    def set_selection(self, name: str, *, seed: int = 0) -> None:
+        """Gives the layers a selection by name, one object for all.
+
+        Raises:
+            ValueError: There is no such selection.
+        """
+        self.selection = SELECTIONS[name](seed=seed)
+        for layer in self.layers:
+            layer.selection = self.selection
+
+    def choose_at(self, chosen_at: list[int | None]) -> None:
+        """Says which layers choose, and whose choice the others hold.
+
+        Args:
+            chosen_at: Per layer, as `PmodSettings.chosen_at` gives it. A router of a layer that only holds a choice
+                does nothing: its weights are 1.
+        """
+        for index, layer in enumerate(self.layers):
+            layer.choose_at(chosen_at[index], held=index in chosen_at[index + 1 :])
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
         """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""

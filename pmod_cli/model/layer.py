@@ -5,6 +5,8 @@ The layer (paper, Section 3.2; PMOD.md, "The method"), with x the residual strea
     text token           y = h + MLP(LN h)        with h = x + Attn(LN x)
     kept vision token    y = h + w * MLP(LN h)
     skipped vision token y = w * x                (STRing; without it y = x)
+
+A layer that holds the choice of an earlier one has no router: w = 1.
 """
 
 import torch
@@ -13,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .cache import CACHE_NAME, hides_the_future, routed_cache_layer, take_cache
-from .routing import Routing, token_weights
+from .routing import Gathered, Routing, token_weights
 from .settings import PmodSettings
 
 
@@ -34,18 +36,31 @@ class RoutedLayer:
     def add_routing(self, settings: PmodSettings, ratio: float, routed: bool) -> None:
         """Gives a stock layer its retention ratio and, if it is routed, a zero-initialised router.
 
+        Which layers choose is said apart, see `choose_at`.
+
         Args:
             settings: Norm and STRing.
             ratio: Retention ratio of this layer.
             routed: Whether the layer has a router.
         """
         self.ratio = ratio
-        self.selects = routed and ratio < 1  # at ratio 1 a router only weighs: the layer's tokens stay as they stand
+        self.selects = ratio < 1  # at ratio 1 a router only weighs: the layer's tokens stay as they stand
         self.weight_norm = settings.weight_norm
         self.string = settings.string
         like = self.input_layernorm.weight
         router = Router(like.shape[0], device=like.device, dtype=like.dtype) if routed else None
         self.register_module("router", router)
+
+    def choose_at(self, chosen_at: int | None, held: bool) -> None:
+        """Says whose choice the layer keeps tokens by.
+
+        Args:
+            chosen_at: Index of the layer that chooses for this one; its own where it chooses. None: it keeps all.
+            held: Whether later layers hold the choice of this one.
+        """
+        self.chosen_at, self.held = chosen_at, held
+        # Without a choice of its own a layer is a stock one on fewer tokens; at ratio 1 a router may still weigh.
+        self.weighs = self.router is not None and chosen_at in (None, self.self_attn.layer_idx)
 
     def forward(
         self,
@@ -71,7 +86,7 @@ class RoutedLayer:
         cache = take_cache(kwargs)
         if use_cache and cache is None:
             raise ValueError("this step is to be cached, and the layer got no cache: later steps would be wrong")
-        if routing is not None and self.router is not None:
+        if routing is not None and (self.weighs or self.selects or self.held):
             return self._routed_forward(hidden_states, routing, attention_mask, position_embeddings, cache, **kwargs)
         if self.training and torch.is_grad_enabled() and self.router is not None:
             # Text-only step: the router takes part with weight zero, or distributed training would wait for it. Here,
@@ -103,18 +118,21 @@ class RoutedLayer:
         **kwargs,
     ) -> Tensor:
         layer_idx = self.self_attn.layer_idx
-        logits = self.router(hidden_states).squeeze(-1)  # (B, N)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = token_weights(logits, routing.plain, self.weight_norm)  # (B, N)
-        scale = weights.to(hidden_states.dtype).unsqueeze(-1)  # (B, N, 1)
-        gathered = routing.gather_plan(weights, self.ratio, layer_idx) if self.selects else None
+        weights = logits = scale = None
+        if self.weighs:
+            logits = self.router(hidden_states).squeeze(-1)  # (B, N)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            weights = token_weights(logits, routing.plain, self.weight_norm)  # (B, N)
+            scale = weights.to(hidden_states.dtype).unsqueeze(-1)  # (B, N, 1)
+        routing.position_embeddings = position_embeddings
+        gathered = self._choose(hidden_states, routing, weights)
         if routing.recorder is not None:
             routing.recorder.add(layer_idx, routing, gathered, weights, logits)
         if gathered is None:
             return self._process(hidden_states, scale, attention_mask, position_embeddings, cache, **kwargs)
         index, valid = gathered.index.unsqueeze(-1), gathered.valid  # (B, M, 1)
         rows = index.expand(-1, -1, hidden_states.shape[-1])
-        x, x_scale = hidden_states.gather(1, rows), scale.gather(1, index)
+        x, x_scale = hidden_states.gather(1, rows), None if scale is None else scale.gather(1, index)
         # Causality is all the mask there is: fillers stand last. No position_ids: gaps in them would be read as the
         # borders of packed sequences; the rotary tables carry them.
         config = self.self_attn.config
@@ -127,15 +145,27 @@ class RoutedLayer:
             cache_layer.expect(valid, hidden_states.shape[1] - x.shape[1], croppable)
         tables = routing.rotary_tables(position_embeddings, index)
         kept = self._process(x, x_scale, mask, tables, cache, **kwargs)
+        scales = self.string and scale is not None
         if valid is not None:  # fillers are skipped tokens
-            kept = torch.where(valid.unsqueeze(-1), kept, x * x_scale if self.string else x)
-        skipped = hidden_states * scale if self.string else hidden_states.clone()
+            kept = torch.where(valid.unsqueeze(-1), kept, x * x_scale if scales else x)
+        skipped = hidden_states * scale if scales else hidden_states.clone()
         return skipped.scatter_(1, rows, kept)
+
+    def _choose(self, hidden_states: Tensor, routing: Routing, weights: Tensor | None) -> Gathered | None:
+        """The tokens that the layer processes; None for all, as they stand."""
+        layer_idx = self.self_attn.layer_idx
+        if self.chosen_at == layer_idx and (self.selects or self.held):
+            routing.weights = None if weights is None else weights.detach()
+            order = self.selection.order(hidden_states, routing, self)
+            if self.held:
+                routing.hold(layer_idx, order)
+            return routing.gather_plan(order, self.ratio) if self.selects else None
+        return routing.held_plan(self.chosen_at, self.ratio) if self.selects else None
 
     def _process(
         self,
         x: Tensor,  # (B, M, D)
-        scale: Tensor,  # (B, M, 1)
+        scale: Tensor | None,  # (B, M, 1); None where every weight is 1
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         cache: Cache | None,
@@ -150,4 +180,5 @@ class RoutedLayer:
             **kwargs,
         )
         h = x + attended
-        return h + scale * self.mlp(self.post_attention_layernorm(h))
+        branch = self.mlp(self.post_attention_layernorm(h))
+        return h + (branch if scale is None else scale * branch)

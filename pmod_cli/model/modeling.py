@@ -26,7 +26,8 @@ from pmod_cli.families import FAMILIES
 from .cache import CACHE_NAME, take_cache
 from .configuration import CONFIGS, RoutedConfig
 from .decoder import ROUTED_DECODERS, has_tokens, is_2d
-from .routing import SELECTIONS, Routing
+from .registry import SELECTIONS
+from .routing import Routing
 from .selfcheck import check_release
 
 GENERATION: dict[type, type] = {}
@@ -69,12 +70,14 @@ class RoutedModel(CheckedRelease):
         decoder._no_split_modules = set(type(decoder)._no_split_modules)
         # What hidden states are captured from is kept by the name of the class; 5.23 made that a dict of its own kind.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
-        decoder.selection, decoder.selection_seed, decoder.selection_recorder = "router", 0, None
+        decoder.selection_recorder = None
         settings = config.settings
         layers = zip(decoder.layers, config.retention, settings.routed(len(decoder.layers)), strict=True)
         for layer, ratio, routed in layers:
             layer.__class__ = layer_class
             layer.add_routing(settings, ratio, routed)
+        decoder.set_selection(settings.selection)
+        decoder.choose_at(settings.chosen_at(len(decoder.layers)))
         # What a forward reads, as plain attributes: a traced graph cannot take settings apart.
         self.vision_token_keys = self.family.vision_tokens
         self.spares_base_image = settings.target_tokens == "vision_hr"
@@ -115,8 +118,6 @@ class RoutedModel(CheckedRelease):
             routing = Routing.build(
                 vision_mask,
                 step_mask,
-                selection=decoder.selection,
-                seed=decoder.selection_seed,
                 recorder=decoder.selection_recorder,
             )
             if routing.any_target:
@@ -174,17 +175,16 @@ class RoutedGeneration(CheckedRelease):
         """Chooses how the K vision tokens of a layer are found: by the routers, or by a control that they must beat.
 
         Args:
-            selection: `router` (default of every model), `random` (per layer, the same for every row) or `uniform`
-                (evenly spaced). Weights still come from the routers.
-            seed: Of the random control.
+            selection: A name in `SELECTIONS`, such as `router`, `random` (the same for every row) or `uniform`
+                (evenly spaced). Weights still come from the routers, and which layers choose stays as it is.
+            seed: Of selections that draw.
 
         Raises:
             ValueError: An unknown selection.
         """
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, found {selection!r}")
-        decoder = self.model.language_model
-        decoder.selection, decoder.selection_seed = selection, seed
+        self.model.language_model.set_selection(selection, seed=seed)
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, vision_mask=None, is_first_iteration=False, **kwargs

@@ -37,7 +37,7 @@ class Registry:
         """
 
         def add(entry: Any) -> Any:
-            if name in self._known or (name in self._files() and not _is_ours(entry)):
+            if name in self._known or (name in self.built_in() and not _is_ours(entry)):
                 raise ValueError(f"there is a {self.what} called {name!r} already")
             self._known[name] = entry
             return entry
@@ -50,7 +50,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Every name, those of installed packages last."""
-        return list(dict.fromkeys([*self._files(), *self._known, *_entry_points(self.group)]))
+        return list(dict.fromkeys([*self.built_in(), *self._known, *_entry_points(self.group)]))
 
     def is_built_in(self, name: str) -> bool:
         """Whether the model itself has it, and no other package.
@@ -60,11 +60,17 @@ class Registry:
         """
         return _is_ours(self[name])
 
+    def built_in(self) -> tuple[str, ...]:
+        """Names of the modules of `package`."""
+        return _modules(self.package) if self.package else ()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known or name in self._files() or name in _entry_points(self.group)
+        if not isinstance(name, str):  # whatever a file holds can be asked for
+            return False
+        return name in self._known or name in self.built_in() or name in _entry_points(self.group)
 
     def __getitem__(self, name: str) -> Any:
         """What a name stands for, imported if need be.
@@ -72,17 +78,14 @@ class Registry:
         Raises:
             ValueError: Nothing has this name, or the package that has it cannot be imported.
         """
+        if name not in self:
+            raise ValueError(f"unknown {self.what} {name!r:.80}: expected one of {', '.join(self)}")
         if name not in self._known:
-            if name in self._files():
+            if name in self.built_in():
                 import_module(f"{__package__}.{self.package}.{name}")
-            elif name in (points := _entry_points(self.group)):
-                self._known[name] = self._load(points[name])
             else:
-                raise ValueError(f"unknown {self.what} {name!r:.80}: expected one of {', '.join(self)}")
+                self._known[name] = self._load(_entry_points(self.group)[name])
         return self._known[name]
-
-    def _files(self) -> tuple[str, ...]:
-        return _modules(self.package) if self.package else ()
 
     def _load(self, point: EntryPoint) -> Any:
         try:
@@ -106,3 +109,6 @@ def _modules(package: str) -> tuple[str, ...]:
 @cache
 def _entry_points(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
+
+
+SELECTIONS = Registry("selection", "pmod_cli.selections", "selections")

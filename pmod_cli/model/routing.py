@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .schedule import kept_tokens
 
-SELECTIONS = ("router", "random", "uniform")
-
 
 def token_weights(logits: Tensor, plain: Tensor, norm: tuple[str, float, float]) -> Tensor:
     """Weights w = scale * activation(logit) + bias of the routed tokens; 1 for all others (paper, Eq. 3 and Table 4).
@@ -67,9 +65,9 @@ class Routing:
         counts: Per row (V, others, tail): routed tokens, other real tokens, and tokens behind the last routed one.
         padded: Whether the batch has padding.
         rank_base: `(B, N)` float, +inf for tokens that every layer keeps, -inf for padding, 0 for routed ones.
-        selection: How the K tokens are chosen: one of `SELECTIONS`; all but `router` are controls of the same K.
-        seed: Of the random control.
         recorder: Receives what each layer kept; see `capture.py`.
+        weights: `(B, N)`, router weights of the layer that is about to choose; None if it has no router.
+        position_embeddings: Rotary tables of the prefill, `(1 or B, N, d)` each.
     """
 
     target: Tensor
@@ -77,19 +75,21 @@ class Routing:
     counts: list[tuple[int, int, int]] | None
     padded: bool
     rank_base: Tensor
-    selection: str = "router"
-    seed: int = 0
     recorder: object | None = None
+    weights: Tensor | None = None
+    position_embeddings: tuple[Tensor, Tensor] | None = None
     _sizes: Tensor | None = None  # (B, 2) int64: V and others, where a graph is traced
     _lengths: dict[float, Lengths] = field(default_factory=dict)
     _rotary: tuple[Tensor, Tensor] | None = None  # the prefill's cosines, and both its tables in one
+    _orders: dict[int, Tensor] = field(default_factory=dict)  # (B, N) by layer: rankings that later layers hold
+    _plans: dict[tuple[int, float], Gathered] = field(default_factory=dict)  # of held choices, by layer and ratio
 
     @classmethod
     def build(cls, vision: Tensor, attention_mask: Tensor | None, **options) -> "Routing":
         """Args:
             vision: `(B, N)` bool, the vision tokens that are to be routed.
             attention_mask: `(B, N)`, nonzero for real tokens, or None if nothing is padded.
-            options: `selection`, `seed`, `recorder`.
+            options: `recorder`.
 
         Raises:
             ValueError: The mask is not 2D of the batch's shape: from a 4D one, padding cannot be read.
@@ -166,26 +166,38 @@ class Routing:
                 valid = torch.arange(most, device=self.target.device) < ends[place, :, None]
                 self._lengths[ratio] = Lengths(most, valid, ~valid * length)
 
-    def gather_plan(self, weights: Tensor, ratio: float, layer: int) -> Gathered:
-        """The tokens that a layer processes: all text and, per row, the K routed tokens of largest weight.
+    @property
+    def ordinals(self) -> Tensor:
+        """`(B, N)` int64: 0 ... V-1 at the vision tokens of a row, anything else elsewhere."""
+        return (self.target.cumsum(dim=1) - 1).clamp_(min=0)
 
-        Ties go to the lowest position. Rows that keep fewer than the longest are filled up with their next-ranked
-        tokens, padding last. Fillers stand behind the kept tokens, where causal attention hides them without a mask.
+    def gather_plan(self, order: Tensor, ratio: float) -> Gathered:
+        """The tokens that a layer processes: all text and, per row, the K best-ranked vision tokens.
+
+        Rows that keep fewer than the longest are filled up with their next-ranked tokens, padding last. Fillers stand
+        behind the kept tokens, where causal attention hides them without a mask.
 
         Args:
-            weights: `(B, N)` float, see `token_weights`.
+            order: `(B, N)` int64, positions from the best-ranked token to the last, see `Selection.order`.
             ratio: Retention ratio of the layer.
-            layer: Its index; seeds the random control.
         """
         self.prepare([ratio])
         longest, valid, behind = self._lengths[ratio]
-        scores = self._scores(weights, ratio, layer) + self.rank_base
-        # Stable, so that ties go to the lowest position: `topk` promises no order among them.
-        order = scores.argsort(dim=1, descending=True, stable=True)  # (B, N): text, routed by weight, padding
         index = order[:, :longest]
         if valid is None:
             return Gathered(index.sort(dim=1).values, None)
         return Gathered((index + behind).sort(dim=1).values - behind, valid)
+
+    def hold(self, layer: int, order: Tensor) -> None:
+        """Keeps the ranking of a layer that chooses, for the layers up to the next one."""
+        self._orders[layer] = order
+
+    def held_plan(self, layer: int, ratio: float) -> Gathered:
+        """The tokens of a layer that holds the choice of `layer`; layers of one ratio share one plan."""
+        key = (layer, ratio)
+        if key not in self._plans:
+            self._plans[key] = self.gather_plan(self._orders[layer], ratio)
+        return self._plans[key]
 
     def rotary_tables(self, tables: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the gathered tokens, `(B, M, d)` each.
@@ -199,17 +211,3 @@ class Routing:
             self._rotary = cosines, torch.cat(tables, dim=-1)
         joined = self._rotary[1].expand(len(index), -1, -1)
         return joined.gather(1, index.expand(-1, -1, joined.shape[-1])).split([cosines.shape[-1], sines.shape[-1]], -1)
-
-    def _scores(self, weights: Tensor, ratio: float, layer: int) -> Tensor:
-        """What routed tokens are ranked by: router weights, or a control's score of the routed token's ordinal."""
-        if self.selection == "router":
-            return weights.detach()
-        ordinal = (self.target.cumsum(dim=1) - 1).clamp_(min=0)  # (B, N), 0 ... V-1 at routed tokens
-        longest = max(num_vision for num_vision, *_ in self.counts)
-        if self.selection == "random":
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
-            draw = torch.rand(longest, generator=generator).to(weights.device)
-            return draw[ordinal] if longest else weights
-        num_vision = torch.tensor([max(row[0], 1) for row in self.counts], device=weights.device)[:, None]
-        kept = torch.tensor(self.kept(ratio), device=weights.device)[:, None]
-        return ((ordinal + 1) * kept // num_vision > ordinal * kept // num_vision).to(weights.dtype)

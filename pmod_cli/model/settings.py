@@ -1,9 +1,10 @@
 """The settings that make a stock LLaVA a p-MoD one, as they stand in a checkpoint's config.json under `pmod`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from .registry import SELECTIONS
 from .schedule import retention_schedule
 
 NORMS = ("tanh", "softmax", "shifted_softmax", "sigmoid", "none")
@@ -26,6 +27,9 @@ class PmodSettings:
         alpha: Range of `tanh` (w = 1 + alpha * tanh) and `shifted_softmax` (w = 1 - alpha + 2 * alpha * softmax).
         string: Whether a skipped vision token is scaled by its weight (STRing) or passes unchanged.
         target_tokens: Vision tokens that are routed: `vision_all`, or `vision_hr` (anyres: all but the base image).
+        selection: What ranks the vision tokens, a name in `registry.SELECTIONS`.
+        select_at: Layers that choose, ascending; each layer that keeps less than all holds the ranking of the last of
+            them, with a K of its own. Only these layers have a router. None: every routed layer chooses (the paper).
 
     Raises:
         ValueError: A value out of range.
@@ -41,6 +45,8 @@ class PmodSettings:
     alpha: float = 0.2
     string: bool = True
     target_tokens: str = "vision_all"
+    selection: str = "router"
+    select_at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.values is not None:
@@ -53,6 +59,10 @@ class PmodSettings:
             raise ValueError(f"target_tokens must be one of {', '.join(TARGET_TOKENS)}, found {self.target_tokens!r}")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, found {self.alpha}")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, found {self.selection!r:.80}")
+        if self.select_at is not None:
+            object.__setattr__(self, "select_at", _layers(self.select_at))
         _ = self.weight_norm
         self.retention(len(self.values) if self.values is not None else 32)
 
@@ -66,7 +76,10 @@ class PmodSettings:
 
     def to_dict(self) -> dict:
         """A JSON-ready dict that `from_dict` reads back."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        # The paper's choice is not written down: files of before and after these settings are alike.
+        later = {"selection": "router", "select_at": None}
+        return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
     def retention(self, num_layers: int) -> list[float]:
         """Retention ratio of each of `num_layers` decoder layers."""
@@ -81,8 +94,38 @@ class PmodSettings:
         )
 
     def routed(self, num_layers: int) -> list[bool]:
-        """Which layers have a router: those that keep less than all, and all of them if `max_ratio` is above 1."""
-        return [ratio < 1 or self.max_ratio > 1 for ratio in self.retention(num_layers)]
+        """Which layers have a router: those of `select_at`; without it those that keep less than all, and all of them
+        if `max_ratio` is above 1.
+
+        Raises:
+            ValueError: As `chosen_at`.
+        """
+        if self.select_at is None:
+            return [ratio < 1 or self.max_ratio > 1 for ratio in self.retention(num_layers)]
+        self.chosen_at(num_layers)
+        return [layer in self.select_at for layer in range(num_layers)]
+
+    def chosen_at(self, num_layers: int) -> list[int | None]:
+        """For each layer, the layer whose choice it keeps tokens by: itself where it chooses, None where it keeps all.
+
+        Raises:
+            ValueError: `select_at` names a layer that is not there, or a layer thins before the first of them.
+        """
+        ratios = self.retention(num_layers)
+        if self.select_at is None:
+            return [layer if ratio < 1 else None for layer, ratio in enumerate(ratios)]
+        if self.select_at[-1] >= num_layers:
+            raise ValueError(f"select_at names layer {self.select_at[-1]}, and the model has {num_layers} layers")
+        chosen: list[int | None] = []
+        for layer, ratio in enumerate(ratios):
+            last = max((at for at in self.select_at if at <= layer), default=None)
+            if ratio < 1 and last is None:
+                raise ValueError(
+                    f"layer {layer} keeps {ratio:.3g} of the vision tokens, and the first layer of select_at is "
+                    f"{self.select_at[0]}: no layer has chosen before it"
+                )
+            chosen.append(last if ratio < 1 or layer in self.select_at else None)
+        return chosen
 
     @property
     def weight_norm(self) -> tuple[str, float, float]:
@@ -103,3 +146,13 @@ class PmodSettings:
                 f"norm must be one of {', '.join(NORMS)} or activation_scale_bias, found {self.norm[:60]!r}"
             )
         return match[1], float(match[2]), float(match[3])
+
+
+def _layers(select_at: Sequence[int]) -> tuple[int, ...]:
+    """Layer indices, ascending."""
+    listed = tuple(select_at) if isinstance(select_at, list | tuple) else ()
+    if not listed or not all(type(layer) is int and layer >= 0 for layer in listed):
+        raise ValueError(f"select_at must be a list of layers, such as [8, 14], found {select_at!r:.80}")
+    if list(listed) != sorted(set(listed)):
+        raise ValueError(f"select_at must name layers in ascending order, each once, found {list(listed)}")
+    return listed

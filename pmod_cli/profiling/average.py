@@ -94,7 +94,14 @@ def read_rows(
     return rows
 
 
-def average(sizes: Sizes, rows: Sequence[Row], retention: Sequence[float], target_tokens: str, dtype: str) -> Average:
+def average(
+    sizes: Sizes,
+    rows: Sequence[Row],
+    retention: Sequence[float],
+    target_tokens: str,
+    dtype: str,
+    routers: Sequence[bool] | None = None,
+) -> Average:
     """Count every row by itself and take means. Rows of equal sizes are counted once.
 
     Args:
@@ -103,15 +110,16 @@ def average(sizes: Sizes, rows: Sequence[Row], retention: Sequence[float], targe
         retention: Retention ratio of each layer, length L.
         target_tokens: `vision_all` or `vision_hr`.
         dtype: Of the KV cache.
+        routers: Which layers have a router, length L; None is those that keep less than all.
     """
     counted: dict[Row, tuple[int, ...]] = {}
     setup, token = TrainingSetup(), bytes_per_token(sizes.decoder, dtype)
     for row in rows:
         if row not in counted:
             both = []
-            for ratios in (None, retention):
-                prefill = formulas.prefill(sizes, [row], ratios, target_tokens)
-                step = training_flops(sizes, [row], setup, ratios, target_tokens).step
+            for ratios, having in ((None, None), (retention, routers)):
+                prefill = formulas.prefill(sizes, [row], ratios, target_tokens, routers=having)
+                step = training_flops(sizes, [row], setup, ratios, target_tokens, routers=having).step
                 whole = [1.0] * sizes.decoder.layers if ratios is None else ratios
                 held = sum(tokens for _, tokens in layer_tokens([row], whole, target_tokens)) * token
                 both.append((prefill.full, prefill.paper, step, held))

@@ -40,7 +40,8 @@ def predict(result: Profile, gpus: list[Device] | None = None) -> Memory:
         gpus: GPUs to fill; some usual ones if None.
     """
     pmod, new = result.subject.pmod, result.workload.new_tokens
-    both = ({}, {"retention": pmod.retention, "target_tokens": pmod.settings.target_tokens})
+    routed = {"retention": pmod.retention, "target_tokens": pmod.settings.target_tokens, "routers": pmod.has_router}
+    both = ({}, routed)
     common = (result.sizes, result.longest, result.dtype)
     devices = gpus or [DEVICES[name] for name in USUAL_GPUS]
     return Memory(

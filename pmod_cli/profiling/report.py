@@ -79,7 +79,9 @@ class Profile:
         """A training step on this batch, stock and p-MoD: all but the vision tower is trained, as in the paper."""
         setup, pmod = TrainingSetup(checkpointing=checkpointing), self.subject.pmod
         stock = training_flops(self.sizes, self.rows, setup)
-        return stock, training_flops(self.sizes, self.rows, setup, pmod.retention, pmod.settings.target_tokens)
+        return stock, training_flops(
+            self.sizes, self.rows, setup, pmod.retention, pmod.settings.target_tokens, routers=pmod.has_router
+        )
 
     @property
     def longest(self) -> Row:
@@ -91,9 +93,8 @@ class Profile:
         config = self.subject.pmod
         if not pmod:
             return formulas.prefill(self.sizes, self.rows)
-        settings = config.settings
         return formulas.prefill(
-            self.sizes, self.rows, config.retention, settings.target_tokens, all_routed=settings.max_ratio > 1
+            self.sizes, self.rows, config.retention, config.settings.target_tokens, routers=config.has_router
         )
 
 

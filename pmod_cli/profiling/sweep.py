@@ -134,7 +134,7 @@ def sweep(
         pmod, sizes = subject.pmod, Sizes.of(subject.stock)
         rows, target = batch.rows(sizes), pmod.settings.target_tokens
         stock = formulas.prefill(sizes, rows)
-        routed = formulas.prefill(sizes, rows, pmod.retention, target, all_routed=pmod.settings.max_ratio > 1)
+        routed = formulas.prefill(sizes, rows, pmod.retention, target, routers=pmod.has_router)
         held = []
         for ratios in ([1.0] * sizes.decoder.layers, pmod.retention):
             tokens = [tokens for _, tokens in layer_tokens(rows, ratios, target)]

@@ -59,7 +59,8 @@ def run_flops(settings: Settings, config: PretrainedConfig, rows: int, tokens: i
     routed = getattr(config, "retention", None)
     target = config.settings.target_tokens if routed else "vision_all"
     row = row_of(sizes, vision_tokens / rows, tokens / rows)
-    return float(training_flops(sizes, [row], setup, routed, target).step) * rows
+    routers = config.has_router if routed else None
+    return float(training_flops(sizes, [row], setup, routed, target, routers=routers).step) * rows
 
 
 def this_device(device: str) -> Device:

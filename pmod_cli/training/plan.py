@@ -157,13 +157,17 @@ def plan(
 
     def memory(settings: Settings, processes: int, retention: list[float] | None) -> TrainingMemory:
         setup = setup_of(settings, processes, on_gpu)
-        return training_memory(sizes, batch_of(settings, data.longest), setup, retention, target_tokens)
+        routers = subject.pmod.has_router if retention is not None else None
+        return training_memory(
+            sizes, batch_of(settings, data.longest), setup, retention, target_tokens, routers=routers
+        )
 
     def cost(retention: list[float] | None) -> Cost:
         needed = memory(settings, processes, retention)
         setup = setup_of(settings, processes, on_gpu)
         batch = batch_of(settings, data.tokens)
-        flops = training_flops(sizes, batch, setup, retention, target_tokens).step * passes
+        routers = subject.pmod.has_router if retention is not None else None
+        flops = training_flops(sizes, batch, setup, retention, target_tokens, routers=routers).step * passes
         return Cost(
             memory=needed,
             fits=needed.total <= room if target.memory else None,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -165,7 +166,10 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
             model.to(device)
         calibrate_routers(model, calibration_batches(data, settings.model.calibration_images, device))
     if hasattr(model, "set_selection"):
-        model.set_selection(settings.pmod.selection, seed=settings.train.seed)
+        if settings.pmod.selection is not None:  # trained with it, so it is the result's own from here on
+            changed = replace(model.config.settings, selection=settings.pmod.selection)
+            model.config.pmod = changed.to_dict()
+        model.set_selection(model.config.settings.selection, seed=settings.train.seed)
     if hasattr(model.config, "router_state"):
         model.config.router_state = "trained"
     if settings.model.liger_kernel:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from math import ceil
 from typing import Any, Literal
 
-from pmod_cli.model import SCHEDULES
+from pmod_cli.model import SCHEDULES, SELECTIONS
 
 # The parts of a LLaVA that can be frozen, or trained at a rate of their own.
 PARTS = ("language_model", "projector", "vision_tower", "router")
@@ -76,7 +76,10 @@ class PmodArgs:
         alpha: range of tanh and shifted_softmax.
         string: whether a skipped vision token is scaled by its weight (STRing) or passes unchanged.
         target_tokens: vision_all, or vision_hr.
-        selection: how the kept tokens are chosen: by the routers, or by a control that keeps as many.
+        select_at: layers that choose; those up to the next one hold the choice and have no router. Without it every
+            routed layer chooses.
+        selection: how the kept tokens are chosen: router, a control that keeps as many, or another selection. The
+            result keeps it. Null is the checkpoint's own.
     """
 
     enabled: bool | None = None
@@ -90,7 +93,8 @@ class PmodArgs:
     alpha: float | None = None
     string: bool | None = None
     target_tokens: Literal["vision_all", "vision_hr"] | None = None
-    selection: Literal["router", "random", "uniform"] = "router"
+    select_at: list[int] | None = None
+    selection: str | None = one_of(SELECTIONS, None)
 
     @property
     def given(self) -> dict[str, Any]:

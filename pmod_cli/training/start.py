@@ -129,7 +129,9 @@ def _check_routing(source: Path, settings: Settings) -> None:
     """A p-MoD checkpoint keeps its routing: another one would be another model."""
     own = PmodSettings.from_dict(read_json(source / CONFIG)["pmod"]).to_dict()
     other = [
-        f"pmod.{key}: {own[key]!r} -> {value!r}" for key, value in settings.pmod.given.items() if own[key] != value
+        f"pmod.{key}: {own.get(key)!r} -> {value!r}"
+        for key, value in settings.pmod.given.items()
+        if own.get(key) != value
     ]
     if other:
         raise PmodError(

@@ -215,7 +215,7 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     model, processor = load_model(folder, dtype="float32")
     model.to(device)
     if hasattr(model, "set_selection"):
-        model.set_selection(settings.pmod.selection, seed=settings.train.seed)
+        model.set_selection(model.config.settings.selection, seed=settings.train.seed)
     scores = answered(model, processor, TASKS, images)
     spent = {"wall_seconds": round(perf_counter() - wall, 1), "cpu_seconds": round(process_time() - cpu, 1)}
     return result | {"loss": report.loss, "answered": {task: list(score) for task, score in scores.items()}} | spent

@@ -42,8 +42,11 @@ class RouterStatistics:
     def __init__(self) -> None:
         self.sums: dict[int, Tensor] = {}
 
-    def add(self, layer: int, routing, gathered, weight: Tensor, logit: Tensor) -> None:
-        """Called by a routed layer while it runs, and again where checkpointing repeats it."""
+    def add(self, layer: int, routing, gathered, weight: Tensor | None, logit: Tensor | None) -> None:
+        """Called by a routed layer while it runs, and again where checkpointing repeats it; without a router, with
+        None."""
+        if weight is None:
+            return
         weight, target = weight.detach().double(), routing.target
         self.sums[layer] = torch.stack([target.sum(), (weight * target).sum(), (weight.square() * target).sum()])
 

@@ -18,10 +18,12 @@ def naive_logits(model, embeds: Tensor, vision: Tensor) -> Tensor:
         vision: `(N,)` bool, routed tokens; later text may follow them.
     """
     decoder, config = model.model.language_model, model.config
-    x = [row for row in embeds]
+    x, select_at, ranked = [row for row in embeds], config.settings.select_at, []
     for index, layer in enumerate(decoder.layers):
         weight = _weights(layer, x, vision, config.settings) if getattr(layer, "router", None) is not None else None
-        kept = _kept(weight, vision, config.retention[index])
+        if select_at is None or index in select_at:  # else the last ranking is held
+            ranked = _ranked(weight, vision)
+        kept = _kept(ranked, vision, config.retention[index])
         keys, values, out = {}, {}, list(x)
         for t in kept:
             normed = _norm(layer.input_layernorm, x[t])
@@ -40,7 +42,7 @@ def naive_logits(model, embeds: Tensor, vision: Tensor) -> Tensor:
             scale = weight[t] if weight is not None and vision[t] else 1.0
             out[t] = h + scale * layer.mlp(_norm(layer.post_attention_layernorm, h))
         for t in set(range(len(x))) - set(kept):
-            out[t] = weight[t] * x[t] if config.settings.string else x[t]
+            out[t] = weight[t] * x[t] if config.settings.string and weight is not None else x[t]
         x = out
     return torch.stack([model.lm_head(_norm(decoder.norm, row)) for row in x])
 
@@ -55,12 +57,13 @@ def _weights(layer, x, vision, settings):
     return scale * active + bias
 
 
-def _kept(weight, vision, ratio) -> list[int]:
+def _ranked(weight, vision) -> list[int]:
     candidates = vision.nonzero().flatten().tolist()
-    if weight is None or not candidates:
-        return list(range(len(vision)))
-    ranked = sorted(candidates, key=lambda t: (-float(weight[t]), t))
-    chosen = set(ranked[: kept_tokens(len(candidates), ratio)])
+    return candidates if weight is None else sorted(candidates, key=lambda t: (-float(weight[t]), t))
+
+
+def _kept(ranked, vision, ratio) -> list[int]:
+    chosen = set(ranked[: kept_tokens(len(ranked), ratio)])
     return [t for t in range(len(vision)) if not vision[t] or t in chosen]
 
 

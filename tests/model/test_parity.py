@@ -58,6 +58,8 @@ def _merged(model, inputs):
         ("llava_next", "mistral", ROUTED_FROM_START | {"string": False}),
         ("llava", "qwen2", ROUTED_FROM_START | {"norm": "shifted_softmax"}),
         ("llava", "llama", {"norm": "sigmoid"}),
+        ("llava_next", "llama", ROUTED_FROM_START | {"select_at": [0]}),
+        ("llava", "qwen2", {"schedule": "list", "values": [1.0, 0.4, 0.4, 0.7], "select_at": [0, 2]}),
         ("llava_next", "qwen2", {"schedule": "interleaved", "norm": "none_0.1_1"}),
     ],
 )

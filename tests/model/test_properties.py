@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from pmod_cli.model import PmodLlavaNextModel, capture_selection, kept_tokens
+from pmod_cli.model import SELECTIONS, PmodLlavaNextModel, capture_selection, kept_tokens
 from tests import factories
 from tests.model.models import IMAGES, ROUTED_FROM_START, ROWS, batch, pmod_model, single
 
@@ -18,7 +18,7 @@ def model():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("selection", ["router", "random", "uniform"])
+@pytest.mark.parametrize("selection", list(SELECTIONS))
 def test_batch_equals_single_rows(model, side, selection):
     inputs = batch("llava_next", ROWS, side)
     positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
@@ -39,7 +39,7 @@ def test_batch_equals_single_rows(model, side, selection):
 
 def test_every_layer_keeps_k_vision_tokens_and_all_text(model):
     inputs = batch("llava_next", ROWS)
-    for selection in ("router", "random", "uniform"):
+    for selection in SELECTIONS:
         model.set_selection(selection)
         with torch.no_grad(), capture_selection(model) as record:
             model(**inputs)

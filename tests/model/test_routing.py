@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pmod_cli.model import Routing
+from pmod_cli.model import SELECTIONS, Routing
 from pmod_cli.model.routing import token_weights
 
 TARGET = torch.tensor([[False, True, True, True, False]])
@@ -29,8 +29,10 @@ def test_gather_plan_of_unequal_rows():
     routing = Routing.build(vision, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]))
     assert routing.counts == [(3, 2, 1), (2, 2, 2)]
     assert routing.padded
-    weights = torch.tensor([[1, 0.9, 1.1, 1.0, 1], [1, 0.9, 1.1, 1, 1]])
-    plan = routing.gather_plan(weights, 0.7, layer=0)
+    routing.weights = torch.tensor([[1, 0.9, 1.1, 1.0, 1], [1, 0.9, 1.1, 1, 1]])
+    order = SELECTIONS["router"]().order(routing.weights, routing, None)
+    assert order.tolist() == [[0, 4, 2, 3, 1], [0, 3, 2, 1, 4]]
+    plan = routing.gather_plan(order, 0.7)
     assert plan.index.tolist() == [[0, 2, 3, 4], [0, 2, 3, 1]]
     assert plan.valid.tolist() == [[True] * 4, [True, True, True, False]]
 
@@ -38,7 +40,8 @@ def test_gather_plan_of_unequal_rows():
 def test_equal_rows_need_no_mask_and_ratio_zero_keeps_text():
     vision = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]]).bool()
     routing = Routing.build(vision, None)
-    plan = routing.gather_plan(torch.ones(2, 4), 0.5, layer=0)
+    order = torch.tensor([[0, 3, 1, 2], [2, 3, 0, 1]])
+    plan = routing.gather_plan(order, 0.5)
     assert plan.valid is None
     assert plan.index.tolist() == [[0, 1, 3], [0, 2, 3]]
-    assert routing.gather_plan(torch.ones(2, 4), 0.0, layer=0).index.tolist() == [[0, 3], [2, 3]]
+    assert routing.gather_plan(order, 0.0).index.tolist() == [[0, 3], [2, 3]]

@@ -35,7 +35,7 @@ def test_each_ablation_changes_one_thing_and_keeps_as_many_tokens():
             reference.model,
         )
         assert same_data, name
-        changed = set(settings.pmod.given) | ({"selection"} if settings.pmod.selection != "router" else set())
+        changed = set(settings.pmod.given) | ({"selection"} if settings.pmod.selection is not None else set())
         expected = {"layers": {"schedule", "values"}, "p": set(), "stock": set()}
         assert changed == expected.get(name.partition("-")[0], {name.partition("-")[0]}), name
         ratios = PmodSettings.from_dict(settings.pmod.given).retention(32)

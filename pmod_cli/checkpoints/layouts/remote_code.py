@@ -9,10 +9,11 @@ from pathlib import Path
 from pmod_cli import __version__, families
 from pmod_cli import model as package
 from pmod_cli.checkpoints.layouts.layout import Draft, Layout, Progress
+from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES, DecoderKind, Family
 from pmod_cli.families.decoders import LLAMA
 from pmod_cli.families.llava_next import LLAVA_NEXT
-from pmod_cli.model import PmodSettings
+from pmod_cli.model import SELECTIONS, PmodSettings
 from pmod_cli.model.schedule import SCHEDULES
 
 FILE = "modeling_pmod.py"
@@ -63,6 +64,8 @@ def modeling_source(family: Family = LLAVA_NEXT, decoder: DecoderKind = LLAMA) -
         decoder: Its decoder.
     """
     names = [_FIRST, *(name for name in _modules(_START, []) if name != _FIRST)]
+    for selection in SELECTIONS.built_in():
+        names = _modules(f"{SELECTIONS.package}/{selection}", names)
     imports: dict[str, dict[str, None]] = {name: {} for name in names}
     first, *bodies = (
         f"# {'-' * 8} pmod_cli/model/{name}.py\n\n{_body(_source(name), imports[name])}" for name in names
@@ -122,7 +125,16 @@ def _arrange(draft: Draft) -> Draft:
 
 
 def _without_packages(settings: PmodSettings, layers: int) -> PmodSettings:
-    """The same without a schedule of another package, which plain transformers does not have: its ratios as a list."""
+    """The same without a schedule of another package, which plain transformers does not have: its ratios as a list.
+
+    Raises:
+        PmodError: the selection is of another package.
+    """
+    if not SELECTIONS.is_built_in(settings.selection):
+        raise PmodError(
+            f"the selection {settings.selection!r} is of another package, which plain transformers does not have",
+            hint="leave the layout out: pmod loads the checkpoint as it is",
+        )
     if SCHEDULES.is_built_in(settings.schedule):
         return settings
     ratios = tuple(settings.retention(layers))

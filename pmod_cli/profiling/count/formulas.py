@@ -58,7 +58,7 @@ def prefill(
     retention: Sequence[float] | None = None,
     target_tokens: str = "vision_all",
     *,
-    all_routed: bool = False,
+    routers: Sequence[bool] | None = None,
     attention: float = 1.0,
 ) -> Prefill:
     """Count the prefill of one batch.
@@ -68,7 +68,7 @@ def prefill(
         rows: The batch, as `Workload.rows` makes it.
         retention: Retention ratio of each layer, length L; None is the stock model.
         target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
-        all_routed: Whether layers that keep everything have a router too (settings with `max_ratio` above 1).
+        routers: Which layers have a router, length L; None is those that keep less than all.
         attention: Share of the rectangle of queries and keys that is counted: 0.5 is what a causal kernel computes.
     """
     decoder, batch = sizes.decoder, len(rows)
@@ -76,9 +76,9 @@ def prefill(
     anything = any(row.routable(target_tokens) for row in rows)  # a batch without images meets no router
     ratios = [1.0] * decoder.layers if retention is None else list(retention)
     matrix = products = 0
-    for ratio, (_, tokens) in zip(ratios, layer_tokens(rows, ratios, target_tokens), strict=True):
-        routed = retention is not None and anything and (ratio < 1 or all_routed)
-        matrix += layer_matrix(decoder, tokens, longest if routed else 0)
+    has_router = [ratio < 1 for ratio in ratios] if routers is None else routers
+    for router, (_, tokens) in zip(has_router, layer_tokens(rows, ratios, target_tokens), strict=True):
+        matrix += layer_matrix(decoder, tokens, longest if router and anything else 0)
         products += attention_products(decoder, tokens)
     return Prefill(
         matrix=batch * matrix,

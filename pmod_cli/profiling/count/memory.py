@@ -105,6 +105,7 @@ def inference_memory(
     new_tokens: int = 0,
     retention: Sequence[float] | None = None,
     target_tokens: str = "vision_all",
+    routers: Sequence[bool] | None = None,
 ) -> InferenceMemory:
     """Bytes that a batch needs.
 
@@ -115,12 +116,13 @@ def inference_memory(
         new_tokens: Tokens decoded after the prefill.
         retention: Retention ratio of each layer, length L; None is the stock model.
         target_tokens: `vision_all` or `vision_hr`.
+        routers: Which layers have a router, length L; None is those that keep less than all.
     """
     decoder, size = sizes.decoder, DTYPE_BYTES[dtype]
     ratios = [1.0] * decoder.layers if retention is None else list(retention)
     gathered = [tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
     longest = max(row.tokens for row in rows)
-    routers = 0 if retention is None else sum(ratio < 1 for ratio in ratios)
+    number = sum(routers or (ratio < 1 for ratio in ratios))
     token = bytes_per_token(decoder, dtype)
     cache = token * (sum(gathered) + decoder.layers * new_tokens)
     so_far = itertools.accumulate(gathered)
@@ -129,7 +131,7 @@ def inference_memory(
         for held, tokens in zip(so_far, gathered, strict=True)
     ]
     return InferenceMemory(
-        weights=parameters(sizes, routers).total * size,
+        weights=parameters(sizes, number).total * size,
         cache=len(rows) * cache,
         work=len(rows) * max(0, max(peaks) - cache),
     )
@@ -144,6 +146,7 @@ def fit(
     new_tokens: int = 0,
     retention: Sequence[float] | None = None,
     target_tokens: str = "vision_all",
+    routers: Sequence[bool] | None = None,
 ) -> Fit:
     """The largest batch of a prompt, and the longest text beside its images, that a device holds.
 
@@ -155,13 +158,20 @@ def fit(
         new_tokens: As in `inference_memory`.
         retention: As in `inference_memory`.
         target_tokens: As in `inference_memory`.
+        routers: As in `inference_memory`.
     """
     room = memory - RESERVE
 
     def needed(text_tokens: int) -> InferenceMemory:
         prompt = Row(row.images, text_tokens)
         return inference_memory(
-            sizes, [prompt], dtype, new_tokens=new_tokens, retention=retention, target_tokens=target_tokens
+            sizes,
+            [prompt],
+            dtype,
+            new_tokens=new_tokens,
+            retention=retention,
+            target_tokens=target_tokens,
+            routers=routers,
         )
 
     one = needed(row.text_tokens)

@@ -145,16 +145,19 @@ def decoder_cost(
     """
     decoder = model.model.language_model
     longest = max(row.tokens for row in rows)
-    counts: dict[tuple[float, bool], Count] = {}  # layers of one model differ only in these two
+    counts: dict[tuple, Count] = {}  # layers of one model differ only in ratio, router, and whether they choose
     layers = []
     for index, (layer, ratio, (vision, tokens)) in enumerate(
         zip(decoder.layers, retention, layer_tokens(rows, retention, target_tokens), strict=True)
     ):
-        routed = getattr(layer, "router", None) is not None
-        if (ratio, routed) not in counts:
-            routing = batch_routing(rows, target_tokens) if routed else None
-            counts[ratio, routed] = _count_layer(decoder, index, len(rows), longest, routing)
-        counted = counts[ratio, routed]
+        routed, chosen_at = getattr(layer, "router", None) is not None, getattr(layer, "chosen_at", None)
+        alike = (ratio, routed, chosen_at == index)
+        if alike not in counts:
+            routing = batch_routing(rows, target_tokens) if routed or chosen_at is not None else None
+            if chosen_at not in (None, index):
+                routing.hold(chosen_at, torch.empty(len(rows), longest, dtype=torch.int64, device="meta"))
+            counts[alike] = _count_layer(decoder, index, len(rows), longest, routing)
+        counted = counts[alike]
         mlp, router = counted.by_module["mlp"], counted.by_module.get("router", 0)
         layers.append(
             LayerCost(

@@ -191,6 +191,8 @@ def training_flops(
     setup: TrainingSetup,
     retention: Sequence[float] | None = None,
     target_tokens: str = "vision_all",
+    *,
+    routers: Sequence[bool] | None = None,
 ) -> TrainingFlops:
     """FLOPs of a forward and a backward pass of one batch.
 
@@ -203,11 +205,12 @@ def training_flops(
         setup: How it is trained.
         retention: Retention ratio of each layer, length L; None is the stock model.
         target_tokens: `vision_all` or `vision_hr`.
+        routers: Which layers have a router, length L; None is those that keep less than all.
 
     Raises:
         PmodError: An adapter's target that no layer has.
     """
-    counted = formulas.prefill(sizes, rows, retention, target_tokens)
+    counted = formulas.prefill(sizes, rows, retention, target_tokens, routers=routers)
     tower, projector = setup.trains("vision_tower"), setup.trains("projector")
     weights = counted.matrix + counted.lm_head if setup.trains("language_model") else 0
     backward = counted.matrix + counted.lm_head + 2 * counted.attention_products + weights  # inputs, then weights
@@ -235,6 +238,8 @@ def training_memory(
     setup: TrainingSetup,
     retention: Sequence[float] | None = None,
     target_tokens: str = "vision_all",
+    *,
+    routers: Sequence[bool] | None = None,
 ) -> TrainingMemory:
     """Peak bytes of a training step on one device, once the optimizer has its states.
 
@@ -247,10 +252,10 @@ def training_memory(
         setup: How it is trained.
         retention: Retention ratio of each layer, length L; None is the stock model.
         target_tokens: `vision_all` or `vision_hr`.
+        routers: Which layers have a router, length L; None is those that keep less than all.
     """
     decoder, ratios = sizes.decoder, _ratios(sizes, retention)
-    routed = 0 if retention is None else sum(ratio < 1 for ratio in ratios)
-    numbers = parameters(sizes, routed, setup)
+    numbers = parameters(sizes, sum(routers or (ratio < 1 for ratio in ratios)), setup)
     positions = len(rows) * max(row.tokens for row in rows)
     gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
 

@@ -11,6 +11,7 @@ import torch
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.units import GIB
+from pmod_cli.model import SELECTIONS
 from pmod_cli.profiling.count.memory import DTYPE_BYTES, bytes_per_token
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.workload import Workload
@@ -34,7 +35,7 @@ class LatencySettings:
             on a CPU.
         attention: Attention implementation.
         phases: Some of `phases.PHASES`.
-        names: Models to compare, some of `models.NAMES`; the stock model always runs.
+        names: `p-mod`, and selections to run beside it on the same weights; the stock model always runs.
         warmup: Untimed rounds.
         repeats: Timed rounds.
         threads: CPU threads of torch; None leaves them as they are.
@@ -154,7 +155,8 @@ def measure(
             raise PmodError(f"{subject.name}: {str(error).splitlines()[0]}", hint="`attention=sdpa`") from error
         model = pair.stock
         result = profile(subject, workload, dtype=str(model.dtype).removeprefix("torch."))
-        names = [STOCK, *(name for name in NAMES if name in settings.names and name != STOCK)]
+        known = dict.fromkeys((*NAMES, *SELECTIONS))
+        names = [STOCK, *(name for name in known if name in settings.names and name != STOCK)]
         inputs = prompt(model.config, result.rows, device=settings.device, dtype=model.dtype)
         bench = Bench(pair, inputs, workload.new_tokens or DEFAULT_STEPS)
         caches = {name: cache_bytes(bench.filled_cache(name)) for name in names}

@@ -17,8 +17,7 @@ from pmod_cli.profiling.count.workload import Row
 from pmod_cli.profiling.subject import Subject
 
 STOCK, PMOD = "stock", "p-mod"
-CONTROLS = ("random", "uniform")
-NAMES = (STOCK, PMOD, *CONTROLS)
+NAMES = (STOCK, PMOD, "random", "uniform")  # what is measured unless told
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ class ModelPair:
     pmod: PreTrainedModel
 
     def __getitem__(self, name: str) -> PreTrainedModel:
-        """The model of one of `NAMES`, its selection set."""
+        """The model of a name, its selection set: stock, p-MoD with its own selection, or p-MoD with another one."""
         if name == STOCK:
             return self.stock
-        self.pmod.set_selection("router" if name == PMOD else name)
+        self.pmod.set_selection(self.pmod.config.settings.selection if name == PMOD else name)
         return self.pmod
 
 

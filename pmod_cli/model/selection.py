@@ -1,0 +1,67 @@
+"""What decides which K vision tokens a layer keeps, as a protocol.
+
+A selection is one class, registered by name, that returns scores. What always holds is seen to here and in
+`Routing.gather_plan`: text is kept, K is exact, padding comes last, equal scores go to the lowest position, and a row
+of a batch gets what it would get alone. It is asked at the layers of `PmodSettings.select_at`; the layers up to the
+next one hold its ranking, each with a K of its own.
+
+Other packages add theirs with `SELECTIONS.register(name)` or an entry point of the group `pmod_cli.selections`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .routing import Routing
+
+
+class Selection:
+    """Base class. One object serves a model; it must keep nothing of a prefill.
+
+    Args:
+        seed: Of selections that draw.
+
+    Attributes:
+        finite: Whether `scores` never holds NaN or infinite values. Where it may, they are replaced, at a cost of one
+            operator: NaN and -inf rank last of the vision tokens, +inf first.
+    """
+
+    finite = False
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
+        """Scores of one layer's tokens, higher is kept; those of text and padding are ignored.
+
+        A row's scores may depend on that row alone, and not on how many rows or how much padding stand beside it.
+
+        Args:
+            hidden_states: `(B, N, D)`, the residual stream in front of the layer.
+            routing: Of the prefill: `target` (which tokens are vision tokens), `counts`, `ordinals`, `weights` (the
+                router's, None in a layer without one), `position_embeddings` (rotary tables).
+            layer: The decoder layer: `ratio`, `self_attn`, `input_layernorm`, `self_attn.layer_idx` and so on.
+
+        Returns:
+            `(B, N)`, float, without a gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no scores")
+
+    def order(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
+        """Positions of each row's tokens as a layer ranks them: text, vision tokens from the best, padding.
+
+        Returns:
+            `(B, N)` int64.
+
+        Raises:
+            ValueError: The scores have another shape than `(B, N)`.
+        """
+        scores = self.scores(hidden_states, routing, layer).detach()
+        if scores.shape != routing.target.shape:
+            found, expected = tuple(scores.shape), tuple(routing.target.shape)
+            raise ValueError(f"the scores of {type(self).__name__} have shape {found}, expected {expected}")
+        if not self.finite:
+            scores = scores if scores.is_floating_point() else scores.to(routing.rank_base.dtype)
+            most = torch.finfo(scores.dtype).max
+            scores = scores.nan_to_num(nan=-most, posinf=most, neginf=-most)
+        # Stable, so that ties go to the lowest position: `topk` promises no order among them.
+        return (scores + routing.rank_base).argsort(dim=1, descending=True, stable=True)

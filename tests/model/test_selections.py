@@ -1,0 +1,170 @@
+"""Selections: what holds for each of them on every family and batch shape, and choices that later layers hold.
+
+`test_parity.py` holds held choices to the naive loop, with caches and padding on either side.
+"""
+
+import pytest
+import torch
+
+from pmod_cli.model import SELECTIONS, PmodSettings, Selection, capture_selection, kept_tokens
+from tests import factories
+from tests.model.models import IMAGES, ROWS, batch, pmod_model, single
+from tests.model.test_launches import ROUTER, operators_of_a_layer
+
+HELD = {"schedule": "list", "values": [0.6, 0.6, 0.3, 0.8], "select_at": [0, 3]}
+"""Layer 0 chooses; layer 1 keeps as many, layer 2 fewer; layer 3 chooses again."""
+
+
+def captured(model, inputs):
+    with torch.no_grad(), capture_selection(model) as record:
+        logits = model(**inputs).logits
+    return logits, record
+
+
+def positions(inputs):
+    return (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("select_at", [None, [0, 3]])
+@pytest.mark.parametrize("kind", factories.KINDS)
+@pytest.mark.parametrize("selection", list(SELECTIONS))
+def test_what_holds_for_every_selection(selection, kind, select_at, side):
+    """Text is kept, K is exact, padding is not, and a row of a batch gets what it gets alone."""
+    model = pmod_model(kind, pmod=HELD | {"select_at": select_at, "selection": selection})
+    inputs = batch(kind, ROWS, side)
+    logits, record = captured(model, inputs | {"position_ids": positions(inputs)})
+    num_vision = record.vision_mask.sum(dim=1).tolist()
+    text = inputs["attention_mask"].bool() & ~record.vision_mask
+    for layer, selected in record.layers.items():
+        assert selected.K.tolist() == [kept_tokens(number, model.config.retention[layer]) for number in num_vision]
+        assert torch.equal(selected.kept & ~record.vision_mask, text)
+    for row in range(len(ROWS)):
+        real = inputs["attention_mask"][row].bool()
+        expected, alone = captured(model, single(inputs, row, IMAGES[row]))
+        torch.testing.assert_close(logits[row][real], expected[0], atol=2e-5, rtol=1e-5)
+        for layer, selected in alone.layers.items():
+            assert torch.equal(record.layers[layer].kept[row][real], selected.kept[0])
+
+
+@pytest.mark.parametrize("selection", list(SELECTIONS))
+def test_a_held_choice_is_the_earlier_one(selection):
+    model = pmod_model(pmod=HELD | {"selection": selection})
+    _, record = captured(model, batch("llava_next", ROWS))
+    first, same, fewer, anew = (record.layers[layer].kept for layer in range(4))
+    assert torch.equal(first, same)
+    assert not (fewer & ~first).any()
+    assert fewer.sum() < first.sum() < anew.sum()
+    assert [layer.router is not None for layer in model.model.language_model.layers] == [True, False, False, True]
+    assert model.config.routed_layers == [0, 3]
+    assert (record.layers[1].weight == 1).all()
+
+
+def test_uniform_choices_that_are_held_stay_spread():
+    model = pmod_model(pmod=HELD | {"selection": "uniform"})
+    _, record = captured(model, batch("llava_next", ROWS[:1]))
+    kept = record.layers[2].kept[0][record.vision_mask[0]].nonzero().flatten()
+    assert kept.diff().max() <= 3 / 0.3
+
+
+def test_a_held_layer_starts_fewer_kernels():
+    """No router, no ranking; what is left is moving tokens. A second layer of the same ratio makes no plan either."""
+    counts = {}
+    for at in (range(4), [0]):
+        model = pmod_model(pmod=HELD | {"values": [0.6, 0.3, 0.3, 0.3], "select_at": list(at)})
+        counts[len(at)] = operators_of_a_layer(model, batch("llava_next", ROWS[:1]), use_cache=False)
+    chosen, held = counts[4], counts[1]
+    spared = chosen - held
+    assert all(spared[name] >= number for name, number in ROUTER.items())
+    assert spared["aten::sort.stable"] == spared["aten::sort"] == 1
+    assert spared["aten::gather"] == 1  # of the weights
+    assert held - chosen == {"aten::clone": 1}  # in the place of the scaling of skipped tokens
+    assert chosen.total() - held.total() == 10
+
+
+def test_gradient_checkpointing_recomputes_held_choices():
+    model = pmod_model(pmod=HELD)
+    inputs = batch("llava_next", ROWS)
+    gradients = []
+    for repeated in (False, True):
+        model.zero_grad()
+        if repeated:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, use_cache=False).logits.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert any(".router." in name for name in gradients[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_scores_of_any_kind_cannot_break_the_count():
+    class Odd(Selection):
+        def scores(self, hidden_states, routing, layer):
+            odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+            return odd.repeat(routing.target.numel())[: routing.target.numel()].view(routing.target.shape)
+
+    model = pmod_model(pmod=HELD)
+    SELECTIONS.register("odd")(Odd)
+    try:
+        model.set_selection("odd")
+        inputs = batch("llava_next", ROWS)
+        logits, record = captured(model, inputs)
+        text = inputs["attention_mask"].bool() & ~record.vision_mask
+        assert logits[inputs["attention_mask"].bool()].isfinite().all()
+        for layer, selected in record.layers.items():
+            wanted = [kept_tokens(n, model.config.retention[layer]) for n in record.vision_mask.sum(dim=1).tolist()]
+            assert selected.K.tolist() == wanted
+            assert torch.equal(selected.kept & ~record.vision_mask, text)
+    finally:
+        SELECTIONS.unregister("odd")
+
+
+def test_scores_of_another_shape_are_refused():
+    class Short(Selection):
+        def scores(self, hidden_states, routing, layer):
+            return torch.zeros(len(hidden_states))
+
+    model = pmod_model(pmod=HELD)
+    SELECTIONS.register("short")(Short)
+    try:
+        model.set_selection("short")
+        with pytest.raises(ValueError, match=r"the scores of Short have shape \(1,\), expected \(1, "):
+            model(**batch("llava_next", ROWS[:1]))
+    finally:
+        SELECTIONS.unregister("short")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"select_at": []}, "must be a list of layers"),
+        ({"select_at": "8"}, "must be a list of layers"),
+        ({"select_at": [True]}, "must be a list of layers"),
+        ({"select_at": [8, 4]}, "in ascending order"),
+        ({"select_at": [4, 4]}, "in ascending order"),
+        ({"selection": "best"}, "selection must be one of random, router, uniform"),
+        ({"selection": ["router"]}, "selection must be one of"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PmodSettings(**settings)
+
+
+def test_settings_that_do_not_fit_the_layers():
+    with pytest.raises(ValueError, match="select_at names layer 40, and the model has 32 layers"):
+        PmodSettings(select_at=[8, 40]).routed(32)
+    with pytest.raises(ValueError, match=r"layer 8 keeps 0.844 .* no layer has chosen before it"):
+        PmodSettings(select_at=[9]).chosen_at(32)
+    assert PmodSettings(select_at=[8, 14]).chosen_at(32) == [None] * 8 + [8] * 6 + [14] * 18
+
+
+def test_the_papers_choice_is_not_written_down():
+    """Files of before these settings read as before, and are written as before."""
+    assert not {"selection", "select_at"} & PmodSettings().to_dict().keys()
+    assert PmodSettings.from_dict(PmodSettings().to_dict()) == PmodSettings()
+    held = PmodSettings(selection="uniform", select_at=[8])
+    assert held.to_dict()["select_at"] == [8]
+    assert PmodSettings.from_dict(held.to_dict()) == held

@@ -6,12 +6,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.checkpoints.files import read_json, refuse_outside
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.configs import decoder_kind, known_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,27 +126,14 @@ def write_processor_files(
         return
     if vocabulary.model_file:  # beside the new tokenizer.json, for the way back to the original code
         shutil.copyfile(vocabulary.model_file, folder / vocabulary.model_file.name)
-    from transformers import (
-        CLIPImageProcessorPil,
-        LlavaImageProcessorPil,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
-        LlavaProcessor,
-    )
-
+    family = known_family(config)
+    processor = getattr(import_module(family.module), family.processor or f"{family.classes}Processor")
     side = config["vision_config"]["image_size"]
     options = {key: pixels[key] for key in ("image_mean", "image_std") if key in pixels}
     options |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    if config["model_type"] == "llava_next":
-        images = LlavaNextImageProcessorPil(image_grid_pinpoints=config["image_grid_pinpoints"], **options)
-    elif pad_to_square:
-        images = LlavaImageProcessorPil(do_pad=True, **options)
-    else:
-        images = CLIPImageProcessorPil(**options)
-    processor = LlavaNextProcessor if config["model_type"] == "llava_next" else LlavaProcessor
     vocabulary.tokenizer.padding_side = "left"  # what batched generation needs
     processor(
-        image_processor=images,
+        image_processor=family.image_processor(config, options, pad_to_square),
         tokenizer=vocabulary.tokenizer,
         patch_size=config["vision_config"]["patch_size"],
         vision_feature_select_strategy=config["vision_feature_select_strategy"],
@@ -211,8 +200,8 @@ def restore_original(folder: Path, rows: int) -> None:
 
 def _template(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> str:
     """The conversation form that the family was trained with, told by its special tokens."""
-    if config["text_config"]["model_type"] == "mistral":
-        return "mistral"
+    if (template := decoder_kind(config["text_config"], known_family(config)).template) is not None:
+        return template
     known = tokenizer.get_vocab()
     if "<|start_header_id|>" in known:
         return "llama3"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from pmod_cli.checkpoints.transforms import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.units import memory_size
 from pmod_cli.families import FAMILIES
+from pmod_cli.families.configs import known_family
 from pmod_cli.model import PmodSettings
 
 if TYPE_CHECKING:
@@ -155,23 +157,13 @@ def _logits(folder: Path, config: PreTrainedConfig) -> torch.Tensor:
         if ".router." in name:
             parameter.data.zero_()
     side = config.vision_config.image_size
-    image = torch.linspace(-1, 1, 3 * side * side, dtype=model.dtype).view(1, 3, side, side)
-    inputs = {"pixel_values": image}
-    if hasattr(config, "image_grid_pinpoints"):
-        tiles = image_size_to_tiles(config)
-        inputs = {"pixel_values": image[None].repeat(1, tiles, 1, 1, 1), "image_sizes": torch.tensor([[side, side]])}
+    shape, others = known_family(config).pixel_inputs(config, [(side, side)])
+    inputs = {"pixel_values": torch.linspace(-1, 1, prod(shape), dtype=model.dtype).view(shape)}
+    inputs |= {name: torch.tensor(value) for name, value in others.items()}
     with torch.no_grad():
         tokens = len(model.get_image_features(**inputs, return_dict=True).pooler_output[0])
         ids = torch.tensor([[1, *[config.image_token_id] * tokens, 2, 3]])
         return model(input_ids=ids, **inputs).logits
-
-
-def image_size_to_tiles(config: PreTrainedConfig) -> int:
-    """Tiles of an image of one tile's size, as the stock model cuts it."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    side = config.vision_config.image_size
-    return image_size_to_num_patches((side, side), config.image_grid_pinpoints, side)
 
 
 def _config(values: dict) -> PreTrainedConfig:

@@ -146,10 +146,10 @@ def averaged(
     limit: int | None,
     dtype: str,
 ) -> Shown:
+    from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling import average
     from pmod_cli.profiling.count_report import SCHEMA_VERSION
     from pmod_cli.profiling.report import cache_dtype
-    from pmod_cli.profiling.sizes import Sizes
 
     if text_tokens is not None and text_tokens < 0:
         raise PmodError(f"--text-tokens {text_tokens} is negative: expected 0 or more", hint="pmod profile --help")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pmod_cli.core.registry import Registry
 from pmod_cli.families import decoders, llava, llava_next, towers
-from pmod_cli.families.record import DecoderKind, Family, TowerKind
+from pmod_cli.families.record import DecoderKind, Family, ImageTokens, TowerKind
 
 __all__ = [
     "BUNDLED",
@@ -17,6 +17,7 @@ __all__ = [
     "TOWERS",
     "DecoderKind",
     "Family",
+    "ImageTokens",
     "TowerKind",
     "family_of",
     "high_resolution_titles",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Shapes = dict[str, tuple[int, ...]]
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
 
 _DECODER = {
     "hidden_size": 4096,
@@ -94,6 +95,36 @@ class TowerKind:
         return {**_TOWER, **self.sizes}
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """One image as the model sees it.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
+        tiles: Passes through the vision tower, the downscaled base image included.
+        base: Vision tokens of the base image.
+        high_resolution: Vision tokens of the other tiles after unpadding, one `image_newline` a row included. 0 for
+            LLaVA-1.5.
+        patches_per_tile: Vision tokens that the tower gives for one tile; all of them pass the projector.
+    """
+
+    width: int
+    height: int
+    tiles: int
+    base: int
+    high_resolution: int
+    patches_per_tile: int
+
+    @property
+    def tokens(self) -> int:
+        """Vision tokens of the prompt, V."""
+        return self.base + self.high_resolution
+
+
+PixelInputs = tuple[tuple[int, ...], dict[str, list]]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Family:
     """A vision-language model of transformers that can become a p-MoD model.
@@ -104,11 +135,19 @@ class Family:
         classes: What the names of its classes begin with: `LlavaNext` of `LlavaNextConfig`, `LlavaNextModel`,
             `LlavaNextForConditionalGeneration` and `LlavaNextPreTrainedModel`.
         defaults: What a config.json leaves out, its parts included.
+        image_tokens: How many vision tokens an image gives: `(sizes, (width, height) in pixels or None for a square of
+            two by two tiles)`, of a `Sizes`.
+        pixel_inputs: What the model takes for images: `(config, [(height, width) in pixels])` to the shape of
+            `pixel_values`, all images of the batch together, and the values of the other inputs by name.
+        place_tokens: Where the vision tokens of an image lie: `(image_processor, patch_size, height, width)` to a
+            `geometry.Layout`.
+        image_processor: `(config, options, pad_to_square)` to the stock image processor for such a config.
         small_config: What the configuration of a tiny model needs besides, its tower one of 8-pixel tiles of 2-pixel
             patches. A transformers that is newer than any tested one is checked on such a model.
         small_pixels: Shape of the `pixel_values` of one image for it.
         small_inputs: What comes with these pixels.
         vision_tokens: Attributes of the configuration that hold the ids of vision tokens.
+        processor: Name of the processor class; None: `classes` + `Processor`.
         vector_shapes: Names of tensors of shape `(hidden_size,)` beside decoder, tower and projector.
         high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
         module: Where the classes are imported from.
@@ -118,12 +157,17 @@ class Family:
     title: str
     classes: str
     defaults: Mapping[str, Any]
+    image_tokens: Callable[[Any, tuple[int, int] | None], ImageTokens]
+    pixel_inputs: Callable[[Any, Sequence[tuple[int, int]]], PixelInputs]
+    place_tokens: Callable[..., Any]
+    image_processor: Callable[[Mapping[str, Any], dict[str, Any], bool], BaseImageProcessor]
     small_pixels: tuple[int, ...]
     small_config: Mapping[str, Any] = field(default_factory=dict)
     small_inputs: Mapping[str, Any] = field(default_factory=dict)
     vision_tokens: tuple[str, ...] = ("image_token_id",)
     vector_shapes: tuple[str, ...] = ()
     high_resolution: bool = False
+    processor: str | None = None
     module: str = "transformers"
 
     @property

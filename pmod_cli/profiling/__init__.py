@@ -9,8 +9,9 @@ Names resolve on first use, so that formulas cost no import of torch.
 
 from importlib import import_module
 
+from pmod_cli.families.sizes import Sizes as Sizes
+
 _HOMES = {
-    "sizes": ("Sizes",),
     "count.workload": ("Row", "Workload"),
     "count.formulas": ("Prefill", "prefill"),
     "count.training": ("TrainingSetup", "training_flops", "training_memory"),
@@ -22,7 +23,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)
+__all__ = ["Sizes", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str):

@@ -16,12 +16,11 @@ from pmod_cli.core.units import GIGA, MIB, TERA, percent
 from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
 from pmod_cli.data.images import find_image
 from pmod_cli.data.sources import LlavaFile
-from pmod_cli.profiling.anyres import image_tokens
+from pmod_cli.families.sizes import Sizes, image_tokens
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import bytes_per_token
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Row, layer_tokens
-from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
 from pmod_cli.reporting.tables import plain_table
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import DTYPE_BYTES, KvCost, kv_cache
 from pmod_cli.profiling.count.trace import DecoderCost, VisionCost, decoder_cost, meta_model, vision_cost
 from pmod_cli.profiling.count.training import TrainingFlops, TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Row, Workload
-from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject
 
 CONVENTIONS = {

@@ -20,8 +20,8 @@ from pmod_cli.checkpoints.layouts.shapes import checked_shapes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import Family, family_of, model_types
 from pmod_cli.families.configs import MOST_LAYERS, known_family, left_out
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling.sizes import Sizes
 
 WIDEST = 2**20
 # What transformers raises at values that it does not foresee in a file, beside its own errors.

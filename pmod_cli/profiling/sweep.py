@@ -13,11 +13,11 @@ from rich.table import Table
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.units import GIGA, MIB, TERA, percent
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import kv_cache
 from pmod_cli.profiling.count.workload import Workload, layer_tokens
-from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import find_config, subject_of
 from pmod_cli.reporting.tables import plain_table
 

@@ -7,10 +7,10 @@ import torch
 from transformers import PretrainedConfig
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Row, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
-from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.training.arguments import precision
 from pmod_cli.training.settings import Settings
 

@@ -7,16 +7,16 @@ import torch
 from transformers import PretrainedConfig
 
 from pmod_cli.checkpoints import load_processor, resolve
-from pmod_cli.checkpoints.aliases import ALIASES
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.dataset import build_dataset
+from pmod_cli.families.llava import LLAVA
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.training import TrainingMemory, training_flops, training_memory
 from pmod_cli.profiling.count.workload import Row, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
-from pmod_cli.profiling.sizes import Sizes
 from pmod_cli.profiling.subject import Subject, load_subject
 from pmod_cli.training.cost import row_of, setup_of, this_device
 from pmod_cli.training.dataset import SyntheticDocuments
@@ -218,8 +218,7 @@ def subject_of(settings: Settings) -> tuple[Known, str]:
     model = settings.model
     name = model.name
     if model.llm is not None:
-        name = "llava-1.5-7b" if model.kind == "llava" else "llava-next-vicuna-7b"
-        name = name if name in ALIASES else "llava-next-7b"
+        name = "llava-1.5-7b" if model.kind == LLAVA.name else "llava-next-7b"
     found: Subject = load_subject(name, settings.pmod.given)
     shown = name if model.llm is None else f"{model.llm} and others, taken to have the sizes of {name}"
     asked = settings.pmod.enabled or bool(settings.pmod.given) or _holds_routers(name)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from math import ceil
 from typing import Any, Literal
 
+from pmod_cli.families.llava import LLAVA
+from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import SCHEDULES, SELECTIONS
 
 # The parts of a LLaVA that can be frozen, or trained at a rate of their own.
@@ -48,7 +50,7 @@ class ModelArgs:
     llm: str | None = None
     vision_tower: str | None = None
     projector: str | None = None
-    kind: Literal["llava", "llava_next"] = "llava_next"
+    kind: str = one_of((LLAVA.name, LLAVA_NEXT.name), LLAVA_NEXT.name)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     quantize: Literal["none", "nf4"] = "none"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

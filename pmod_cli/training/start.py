@@ -10,6 +10,7 @@ from pmod_cli.checkpoints import Options, convert, resolve, router_state
 from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.resolve import find_here
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.settings import Settings
 
@@ -89,7 +90,7 @@ def _options(settings: Settings, source: Path, converted: Path) -> Options:
         return options
     tower = resolve(model.vision_tower).path
     projector = _projector(settings, source, tower, converted.with_name("projector.safetensors"))
-    return replace(options, vision_tower=str(tower), projector=projector, anyres=model.kind == "llava_next")
+    return replace(options, vision_tower=str(tower), projector=projector, anyres=model.kind == LLAVA_NEXT.name)
 
 
 def _projector(settings: Settings, llm: Path, tower: Path, new: Path) -> Path:

@@ -7,8 +7,9 @@ times zero. (Routers see to themselves, in the decoder.)
 
 from torch import Tensor, nn, zeros
 from torch import tensor as as_tensor
-from transformers import LlavaNextConfig, PreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers import PreTrainedModel
+
+from pmod_cli.families.configs import known_family
 
 
 class BlankImage:
@@ -35,12 +36,6 @@ class BlankImage:
     def _inputs(self, embeds: Tensor) -> dict[str, Tensor]:
         config = self.llava.config
         tile = config.vision_config.image_size
-        pixels = {"dtype": embeds.dtype, "device": embeds.device}
-        if not isinstance(config, LlavaNextConfig):
-            return {"pixel_values": zeros(1, 3, tile, tile, **pixels)}
-        size = min(config.image_grid_pinpoints, key=lambda pinpoint: pinpoint[0] * pinpoint[1])  # (height, width)
-        tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, tile)
-        return {
-            "pixel_values": zeros(1, tiles, 3, tile, tile, **pixels),
-            "image_sizes": as_tensor([size], device=embeds.device),
-        }
+        shape, others = known_family(config).pixel_inputs(config, [(tile, tile)])
+        pixels = zeros(shape, dtype=embeds.dtype, device=embeds.device)
+        return {"pixel_values": pixels, **{name: as_tensor(o, device=embeds.device) for name, o in others.items()}}

@@ -1,10 +1,10 @@
 """See which image patches each layer keeps: `select` returns arrays, `draw` a figure, `save` writes it."""
 
 from pmod_cli.core.images import LoadedImage, load_image
+from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.archive import load_npz, save_npz
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
 from pmod_cli.visualization.figure import BLIND, MODES, PARTS, asked_blindly, draw
-from pmod_cli.visualization.geometry import Layout, Part, image_layout
 from pmod_cli.visualization.html import html_page, save_html
 from pmod_cli.visualization.inputs import Item, check_pictures, find_items, short_name
 from pmod_cli.visualization.job import Drawn, Settings, check_saved, run
@@ -42,7 +42,6 @@ __all__ = [
     "find_items",
     "folder_targets",
     "html_page",
-    "image_layout",
     "image_statistics",
     "in_common",
     "layer_table",

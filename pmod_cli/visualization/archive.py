@@ -22,8 +22,8 @@ from PIL import Image
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import MOST_PIXELS
+from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.checked import check_selection, check_words, expect
-from pmod_cli.visualization.geometry import Layout, Part
 from pmod_cli.visualization.record import SelectionRecord
 
 FORMAT = 1

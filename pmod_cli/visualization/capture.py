@@ -10,7 +10,8 @@ from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.data.images import is_anyres, reduced
-from pmod_cli.visualization.geometry import Layout, image_layout
+from pmod_cli.families.configs import known_family
+from pmod_cli.families.geometry import Layout
 from pmod_cli.visualization.record import IMAGE_MARK, SelectionRecord
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ def _prepare(
     model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, question: str
 ) -> tuple[BatchFeature, Layout]:
     """The model's inputs, and where their vision tokens lie."""
-    layout = image_layout(processor.image_processor, processor.patch_size, image.height, image.width)
+    place = known_family(model.config).place_tokens
+    layout = place(processor.image_processor, processor.patch_size, image.height, image.width)
     inputs = _prompt(processor, image, question).to(model.device, model.dtype)
     num_vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
     if layout.size != num_vision:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.core.images import MOST_PIXELS
-from pmod_cli.visualization.geometry import Layout, Part, numbered
+from pmod_cli.families.geometry import Layout, Part, numbered
 from pmod_cli.visualization.record import SelectionRecord
 
 ROUTER_STATES = ("untrained", "trained", "calibrated", "stock")

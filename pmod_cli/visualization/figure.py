@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.charts import schedule_chart
-from pmod_cli.visualization.geometry import Layout, Part
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, prepare
 from pmod_cli.visualization.page import ALERT, INK, QUIET
 from pmod_cli.visualization.record import SelectionRecord

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from pmod_cli.core.atomic import write_text
+from pmod_cli.families.geometry import Part
 from pmod_cli.reporting.html import render
-from pmod_cli.visualization.geometry import Part
 from pmod_cli.visualization.overlay import canvas
 from pmod_cli.visualization.record import SelectionRecord
 

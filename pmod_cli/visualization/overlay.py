@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pmod_cli.visualization.geometry import Layout, Part
+from pmod_cli.families.geometry import Layout, Part
 
 KEPT = np.array([213, 94, 0], dtype=np.uint8)  # vermillion of the Okabe-Ito palette, told from grey by every eye
 SKIPPED = np.array([205, 205, 205], dtype=np.uint8)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.visualization.geometry import Layout
+from pmod_cli.families.geometry import Layout
 
 IMAGE_MARK = "<image>"  # in a question, the place of the image; without it the image stands first
 

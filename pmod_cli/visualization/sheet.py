@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pmod_cli.visualization.geometry import Layout
+from pmod_cli.families.geometry import Layout
 from pmod_cli.visualization.overlay import canvas
 from pmod_cli.visualization.page import INK, LINE, MARGIN, QUIET, SMALL_PT, TEXT_PT, TITLE_PT, Page, measure, wrap
 

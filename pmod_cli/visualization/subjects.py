@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import printable
+from pmod_cli.families.configs import known_family
 from pmod_cli.visualization.record import parse_layers
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def check_subject(found: Resolved, name: str, *, layers: str, parts: str) -> Non
         )
     config = _config(found.path)
     parse_layers(layers, config.text_config.num_hidden_layers)
-    if parts in ("base", "tiles") and not hasattr(config, "image_grid_pinpoints"):
-        raise PmodError(f"`parts={parts}`: {name} is a LLaVA-1.5, which sees one picture", hint="`parts=separate`")
+    if parts in ("base", "tiles") and not (family := known_family(config)).high_resolution:
+        raise PmodError(f"`parts={parts}`: {name} is a {family.title}, which sees one picture", hint="`parts=separate`")
 
 
 def check_pair(first: Resolved, second: Resolved) -> None:

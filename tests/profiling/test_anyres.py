@@ -8,8 +8,8 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 from pmod_cli.checkpoints import builtin_config
+from pmod_cli.families.sizes import image_tokens
 from pmod_cli.profiling import Sizes
-from pmod_cli.profiling.anyres import image_tokens
 from tests import factories
 
 

@@ -82,9 +82,9 @@ def batch_of(processor, images):
 @pytest.mark.soak  # a width at which matrix products outweigh the rest takes a minute and 4 GB
 def test_a_step_costs_what_its_flops_say(pair, tmp_path):
     """CPU time of p-MoD against stock, in turn, against the ratio of the FLOPs that are counted for them."""
+    from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling.count.training import TrainingSetup, training_flops
     from pmod_cli.profiling.count.workload import Row, Workload
-    from pmod_cli.profiling.sizes import Sizes
 
     stock, pmod, processor = pair
     batch = batch_of(processor, images=8)

@@ -74,7 +74,7 @@ def test_a_7b_selection_is_drawn_in_three_seconds_and_a_gigabyte(tmp_path, mode)
     """32 layers of 2,928 tokens, from a saved file, in a process of its own: reading, drawing and writing."""
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    from pmod_cli.visualization.geometry import image_layout
+    from tests.visualization.records import image_layout
 
     processor = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     layout = image_layout(processor, 14, 1000, 1000)

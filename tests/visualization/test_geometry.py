@@ -15,7 +15,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.visualization.geometry import image_layout
+from tests.visualization.records import image_layout
 
 PATCH = 7
 SIDE = 84

@@ -41,7 +41,7 @@ def test_the_largest_page_is_at_most_three_megabytes(tmp_path):
     """Noise of 1,000 x 1,000 pixels, which no picture format makes small; 2,928 tokens, 32 layers."""
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    from pmod_cli.visualization.geometry import image_layout
+    from tests.visualization.records import image_layout
 
     processor = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     random = np.random.default_rng(0)

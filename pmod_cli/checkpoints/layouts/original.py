@@ -18,6 +18,8 @@ from pmod_cli.checkpoints.source import Part, Source, files_of
 from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES
+from pmod_cli.families.llava import LLAVA
+from pmod_cli.families.llava_next import LLAVA_NEXT
 
 _TEXT = (
     "attention_bias",
@@ -210,9 +212,9 @@ def _image_config(config: dict, where: Path) -> dict:
     merge, ratio = config.get("mm_patch_merge_type") or "flat", config.get("image_aspect_ratio") or "square"
     if merge == "spatial_unpad" and ratio == "anyres":
         points = _pinpoints(config.get("image_grid_pinpoints"), where)
-        return {"model_type": "llava_next", "image_grid_pinpoints": points, **common}
+        return {"model_type": LLAVA_NEXT.name, "image_grid_pinpoints": points, **common}
     if merge == "flat" and ratio in ("pad", "square"):
-        return {"model_type": "llava", **common}
+        return {"model_type": LLAVA.name, **common}
     raise PmodError(
         f"{where}: image_aspect_ratio {ratio!r} with mm_patch_merge_type {merge!r}; expected 'pad' with 'flat' "
         "(LLaVA-1.5) or 'anyres' with 'spatial_unpad' (LLaVA-NeXT)"

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pmod_cli.families.sizes import Decoder, Sizes, Tower
 from pmod_cli.profiling.count.workload import Row, layer_tokens
-from pmod_cli.profiling.sizes import Decoder, Sizes, Tower
 
 
 @dataclass(frozen=True)

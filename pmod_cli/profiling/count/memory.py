@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmod_cli.core.units import GIB
+from pmod_cli.families.sizes import Decoder, Sizes
 from pmod_cli.profiling.count.training import parameters
 from pmod_cli.profiling.count.workload import Row, layer_tokens
-from pmod_cli.profiling.sizes import Decoder, Sizes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import Routing
 from pmod_cli.profiling.count.operators import Count, count
 from pmod_cli.profiling.count.workload import Row, layer_tokens
-from pmod_cli.profiling.sizes import Sizes
 
 FLOPS_PER_MAC = 2
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.workload import Row, layer_tokens
-from pmod_cli.profiling.sizes import Sizes
 
 PARTS = ("language_model", "projector", "vision_tower", "router")
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -155,7 +155,7 @@ def parameters(sizes: Sizes, routed_layers: int = 0, setup: TrainingSetup | None
         layer=decoder.layer_weights,
         layers=decoder.layers,
         lm_head=0 if decoder.tied else decoder.vocabulary * decoder.hidden,
-        projector=formulas.projector_token(sizes) // 2 + (2 + (sizes.pinpoints is not None)) * decoder.hidden,
+        projector=formulas.projector_token(sizes) // 2 + (2 + len(sizes.family.vector_shapes)) * decoder.hidden,
         tower=tower.layers * encoder + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden,
         routers=routed_layers * (decoder.hidden + 1),
         adapter=_adapter(sizes, setup) if setup is not None and setup.lora_rank else 0,

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import ImageTokens, Sizes, image_tokens
 from pmod_cli.model.schedule import kept_tokens
-from pmod_cli.profiling.anyres import ImageTokens, image_tokens
-from pmod_cli.profiling.sizes import Sizes
 
 MOST_ROWS = 100_000
 MOST_PIXELS = 10**6  # on a side

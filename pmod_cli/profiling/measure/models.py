@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.checkpoints import load_model
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.configs import known_family
 from pmod_cli.model.layer import Router
 from pmod_cli.profiling.count.workload import Row
 from pmod_cli.profiling.subject import Subject
@@ -138,12 +139,9 @@ def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: tor
         ids[index, start : start + row.vision_tokens] = image_token
         mask[index, longest - row.tokens :] = 1
     images = [image for row in rows for image in row.images]
-    side = config.vision_config.image_size
-    anyres = hasattr(config, "image_grid_pinpoints")
-    shape = (len(images), max(image.tiles for image in images)) if anyres else (len(images),)
-    pixels = {"pixel_values": torch.randn(*shape, 3, side, side, generator=generator).to(device, dtype)}
-    if anyres:
-        pixels["image_sizes"] = torch.tensor([[image.height, image.width] for image in images], device=device)
+    shape, others = known_family(config).pixel_inputs(config, [(image.height, image.width) for image in images])
+    pixels = {"pixel_values": torch.randn(*shape, generator=generator).to(device, dtype)}
+    pixels |= {name: torch.tensor(value, device=device) for name, value in others.items()}
     padded = any(row.tokens < longest for row in rows)
     ids = ids.to(device)
     return Prompt(ids, mask.to(device) if padded else None, pixels, ids == image_token)

@@ -1,9 +1,8 @@
 """From a vision token to its pixels: where each token of an image lies in the original picture.
 
-The stock image processors resize, pad, crop and tile, and LLaVA-NeXT then drops the patches that only saw padding and
-ends each row of the rest with an `image_newline` token. Each of these steps is repeated here on coordinates, with the
-stock functions where they exist. All of them treat rows and columns alone, so a grid of tokens needs only the pixel
-span of each of its rows and columns.
+The stock image processors resize, pad, crop and tile. Each family's `place_tokens` repeats its steps on coordinates,
+with the stock functions where they exist. All of them treat rows and columns alone, so a grid of tokens needs only the
+pixel span of each of its rows and columns.
 
 Coordinates are float pixels of the original image, x to the right and y down, (0, 0) its top left corner. Spans may
 reach beyond the image: a patch may look at padding.
@@ -86,60 +85,6 @@ class Layout:
         return boxes
 
 
-def image_layout(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
-    """Where the vision tokens of a height x width image lie, for the processor's own settings.
-
-    Args:
-        image_processor: a stock CLIP, LLaVA or LLaVA-NeXT image processor (either backend).
-        patch_size: pixels of the vision tower's patch, in the resized picture.
-        height, width: of the original image, in pixels.
-
-    Raises:
-        PmodError: the processor places no patch grid on images (no fixed output size).
-    """
-    if getattr(image_processor, "image_grid_pinpoints", None):
-        return _anyres_layout(image_processor, patch_size, height, width)
-    pad = bool(image_processor.do_pad) and hasattr(image_processor, "pad_to_square")
-    side = max(height, width)
-    seen_h, seen_w = (side, side) if pad else (height, width)
-    top, left = ((side - height) // 2, (side - width) // 2) if pad else (0, 0)
-    rows, columns = _patch_spans(image_processor, patch_size, seen_h, seen_w)
-    part = numbered("image", rows - top, columns - left, first=0)
-    return Layout(width, height, (part,))
-
-
-def _anyres_layout(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
-    """Base image squashed to one square, then the tiles of the resized and padded image, unpadded and row-ended."""
-    import torch
-    from transformers.image_processing_utils import select_best_resolution
-    from transformers.models.llava_next.modeling_llava_next import unpad_image
-
-    # Base: the whole image, its aspect ratio given up, in one square.
-    square_h, square_w = _square(image_processor)
-    rows, columns = _patch_spans(image_processor, patch_size, square_h, square_w)
-    base = numbered("base", rows * (height / square_h), columns * (width / square_w), first=0)
-
-    # Tiles: aspect ratio kept, centred on a canvas of whole tiles.
-    canvas_h, canvas_w = select_best_resolution((height, width), image_processor.image_grid_pinpoints)
-    resized_h, resized_w = _fit((height, width), (canvas_h, canvas_w))
-    top, left = (canvas_h - resized_h) // 2, (canvas_w - resized_w) // 2
-    tile = image_processor.crop_size.height if image_processor.crop_size else square_h
-    tile_grid = canvas_h // tile, canvas_w // tile
-    rows, columns = _patch_spans(image_processor, patch_size, tile, tile)
-    rows = np.concatenate([rows + index * tile for index in range(tile_grid[0])])  # (R, 2) on the canvas
-    columns = np.concatenate([columns + index * tile for index in range(tile_grid[1])])  # (C, 2)
-    rows = (rows - top) * (height / resized_h)
-    columns = (columns - left) * (width / resized_w)
-
-    # The model's own function says how many rows or columns of patches it drops as padding, the same at both ends.
-    cells = torch.empty(1, len(rows), len(columns), dtype=torch.bool)
-    kept_r, kept_c = unpad_image(cells, (height, width)).shape[1:]
-    rows = rows[(len(rows) - kept_r) // 2 :][:kept_r]
-    columns = columns[(len(columns) - kept_c) // 2 :][:kept_c]
-    tiles = numbered("tiles", rows, columns, first=base.size, newline=True)
-    return Layout(width, height, (base, tiles), tile_grid)
-
-
 def numbered(name: str, rows: np.ndarray, columns: np.ndarray, *, first: int, newline: bool = False) -> Part:
     """Number the cells row by row from `first`; with `newline` each row is one token longer than its cells."""
     indices = first + np.arange(len(rows) * (len(columns) + newline)).reshape(len(rows), len(columns) + newline)
@@ -147,7 +92,7 @@ def numbered(name: str, rows: np.ndarray, columns: np.ndarray, *, first: int, ne
     return Part(name, tokens, rows, columns, newlines.ravel())
 
 
-def _patch_spans(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int):
+def patch_spans(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int):
     """Spans of the patch grid's rows (R, 2) and columns (C, 2) in a picture given to resize and centre crop."""
     shown_h, shown_w = _resized(image_processor, height, width) if image_processor.do_resize else (height, width)
     top = left = 0
@@ -193,13 +138,13 @@ def _resized(image_processor: BaseImageProcessor, height: int, width: int) -> tu
     )
 
 
-def _square(image_processor: BaseImageProcessor) -> tuple[int, int]:
+def square(image_processor: BaseImageProcessor) -> tuple[int, int]:
     """Height and width to which LLaVA-NeXT squashes the base image."""
     size = image_processor.size
     return (size.height, size.width) if size.height and size.width else (size.shortest_edge, size.shortest_edge)
 
 
-def _fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the image scaled to fit the anyres canvas."""
     from transformers.image_processing_utils import get_patch_output_size
     from transformers.image_utils import ChannelDimension

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families import DECODERS, TOWERS, Family
+from pmod_cli.families import DECODERS, TOWERS, Family, ImageTokens
 from pmod_cli.families.configs import MOST_LAYERS, decoder_kind, get, known_family, tower_kind
 
 
@@ -85,12 +85,14 @@ class Sizes:
     Args:
         decoder: The language model.
         tower: Vision tower and projector.
-        pinpoints: LLaVA-NeXT: the (height, width) in pixels that an image may be fitted to. None for LLaVA-1.5.
+        pinpoints: The (height, width) in pixels that an image may be fitted to. None where images are not cut.
+        family: How an image is cut.
     """
 
     decoder: Decoder
     tower: Tower
     pinpoints: tuple[tuple[int, int], ...] | None
+    family: Family
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | object) -> Sizes:
@@ -136,7 +138,18 @@ class Sizes:
             tied=bool(get(text, "tie_word_embeddings") if tied is None else tied),
         )
         tower = _tower(config, family)
-        return cls(decoder, tower, _pinpoints(config, tower.tile, family) if family.high_resolution else None)
+        anyres = "image_grid_pinpoints" in family.defaults
+        return cls(decoder, tower, _pinpoints(config, tower.tile, family) if anyres else None, family)
+
+
+def image_tokens(sizes: Sizes, image_size: tuple[int, int] | None = None) -> ImageTokens:
+    """Cut an image as the stock model does.
+
+    Args:
+        sizes: The model.
+        image_size: Width and height in pixels; None is a square of two by two tiles.
+    """
+    return sizes.family.image_tokens(sizes, image_size)
 
 
 def _pinpoints(config: Mapping[str, Any] | object, tile: int, family: Family) -> tuple[tuple[int, int], ...]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from pmod_cli import __version__
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.card import model_card
-from pmod_cli.checkpoints.conversion_plan import ROUTERS, Plan, make_plan
+from pmod_cli.checkpoints.conversion_plan import ROUTERS, ConversionPlan, make_plan
 from pmod_cli.checkpoints.layouts import LAYOUTS, output_layout, output_layouts, read_source
 from pmod_cli.checkpoints.layouts.huggingface import HUGGINGFACE
 from pmod_cli.checkpoints.lora import keep_apart, merged, read_config
@@ -142,7 +142,7 @@ def _refuse_same_again(source: Source, options: Options) -> None:
         )
 
 
-def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
+def _report(plan: ConversionPlan, target: Path, origin: str) -> ConversionReport:
     same = _links(plan, target)
     unchanged = list(plan.weights.unchanged)
     sizes = {name: path.stat().st_size for name, path in plan.weights.unchanged.items()}
@@ -173,7 +173,7 @@ def _report(plan: Plan, target: Path, origin: str) -> ConversionReport:
     )
 
 
-def _links(plan: Plan, target: Path) -> bool:
+def _links(plan: ConversionPlan, target: Path) -> bool:
     """Whether unchanged files are hard-linked: asked for, and on the file system of the target."""
     device = _existing(target).stat().st_dev
     return plan.options.link == "hard" and all(path.stat().st_dev == device for path in plan.weights.unchanged.values())
@@ -193,7 +193,7 @@ def _check_space(report: ConversionReport, target: Path) -> None:
         )
 
 
-def _finished(report: ConversionReport, plan: Plan, target: Path) -> ConversionReport:
+def _finished(report: ConversionReport, plan: ConversionPlan, target: Path) -> ConversionReport:
     """The report of a target that is there already.
 
     Raises:
@@ -220,14 +220,14 @@ def _copy_small_file(path: Path, target: Path) -> None:
     write_json(target, values)
 
 
-def _write_index(plan: Plan, staging: Path) -> None:
+def _write_index(plan: ConversionPlan, staging: Path) -> None:
     names = [*plan.weights.names, *([ROUTERS] if plan.draft.routers else [])]
     if names != [files.SINGLE]:
         index = {"metadata": {"total_size": plan.total_bytes()}, "weight_map": plan.weight_map()}
         (staging / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _provenance(report: ConversionReport, plan: Plan) -> dict:
+def _provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
     """Enough to say later what this was made of: digests of what is small, header digests of the shards."""
     folder = plan.source.folder
     small = [path for path in [folder / files.CONFIG, *plan.source.small_files] if path.is_file()]

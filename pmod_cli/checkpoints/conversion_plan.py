@@ -9,7 +9,7 @@ from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts import Draft, output_layout
 from pmod_cli.checkpoints.layouts.names import canonical
 from pmod_cli.checkpoints.options import DTYPES, Options
-from pmod_cli.checkpoints.source import LAYER, Part, Source
+from pmod_cli.checkpoints.source import LAYER, Source, TensorSource
 from pmod_cli.checkpoints.writing import WeightFiles, lay_out
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES, high_resolution_titles
@@ -19,7 +19,7 @@ ROUTERS = "model-routers.safetensors"
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What is to be written.
 
     Attributes:
@@ -81,7 +81,7 @@ class Plan:
         return old + self.weights.streamed_bytes + new
 
 
-def make_plan(source: Source, settings: PmodSettings | None, options: Options) -> Plan:
+def make_plan(source: Source, settings: PmodSettings | None, options: Options) -> ConversionPlan:
     """Decide everything that does not need a weight.
 
     Args:
@@ -107,7 +107,7 @@ def make_plan(source: Source, settings: PmodSettings | None, options: Options) -
     routers, config = _new_routers(source, routed), _config(source, settings, options)
     draft = to.arrange(Draft(source, options, settings, config, parts, routers, routed))
     trained = source.settings is not None and settings is not None
-    return Plan(
+    return ConversionPlan(
         draft,
         weights=lay_out(
             draft.parts,
@@ -190,5 +190,5 @@ def _norm_dtype(source: Source) -> str:
     return dtypes.pop()
 
 
-def _cast(part: Part, dtype: str) -> str | None:
+def _cast(part: TensorSource, dtype: str) -> str | None:
     return dtype if part.source.dtype in ("F32", "BF16", "F16", "F64") else None

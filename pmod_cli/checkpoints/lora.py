@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts.names import canonical, from_original
-from pmod_cli.checkpoints.source import LowRank, Part, Source
+from pmod_cli.checkpoints.source import LowRank, Source, TensorSource
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 
@@ -61,7 +61,7 @@ def merged(source: Source, folder: Path) -> Source:
             raise PmodError(
                 f"{tensor.path}: {spelled} {list(tensor.shape)} has no counterpart of its shape in the model"
             )
-        parts[name] = Part(tensor, dtype=parts[name].result.dtype)
+        parts[name] = TensorSource(tensor, dtype=parts[name].result.dtype)
     return replace(source, parts=parts)
 
 

@@ -29,7 +29,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSource:
     """One tensor of the result: bytes of the source, and what happens to them on the way.
 
     Attributes:
@@ -78,7 +78,7 @@ class Source:
     folder: Path
     layout: str
     config: dict
-    parts: dict[str, Part]
+    parts: dict[str, TensorSource]
     files: dict[Path, set[str]]
     small_files: list[Path] = field(default_factory=list)
     write_processor: Callable[[Path], None] | None = None

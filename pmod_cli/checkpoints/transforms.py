@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints.files import Tensor
-from pmod_cli.checkpoints.source import Part
+from pmod_cli.checkpoints.source import TensorSource
 from pmod_cli.core.errors import PmodError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "f
 _PIECE = 32 * 2**20  # bytes of the source at a time
 
 
-def transformed(part: Part) -> Iterator[memoryview]:
+def transformed(part: TensorSource) -> Iterator[memoryview]:
     """Bytes of the result, in pieces of bounded size; a LoRA update is merged in float32, a whole matrix at once."""
     result = part.result
     if part.low_rank is not None:
@@ -31,7 +31,7 @@ def transformed(part: Part) -> Iterator[memoryview]:
         yield _bytes(mean.expand(part.rows - rows, *mean.shape[1:]).contiguous(), result.dtype)
 
 
-def merged(part: Part) -> torch.Tensor:
+def merged(part: TensorSource) -> torch.Tensor:
     """`weight + scale * up @ down`, in float32.
 
     Raises:

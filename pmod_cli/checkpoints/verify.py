@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.conversion_plan import Plan
+from pmod_cli.checkpoints.conversion_plan import ConversionPlan
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.checkpoints.layouts.huggingface import OURS
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
-from pmod_cli.checkpoints.source import Part
+from pmod_cli.checkpoints.source import TensorSource
 from pmod_cli.checkpoints.transforms import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.units import memory_size
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PIECE = 32 * 2**20  # bytes
 
 
-def verify(plan: Plan, folder: Path) -> list[str]:
+def verify(plan: ConversionPlan, folder: Path) -> list[str]:
     """Compare a written checkpoint with what it was made of.
 
     Args:
@@ -77,7 +77,7 @@ def _same_bytes(written: Path, source: Path) -> None:
             raise _differs(written, f"it is shorter than {source}")
 
 
-def _same_tensor(written: files.Tensor, part: Part, name: str) -> None:
+def _same_tensor(written: files.Tensor, part: TensorSource, name: str) -> None:
     expected = part.result
     if (written.dtype, written.shape) != (expected.dtype, expected.shape):
         found = f"{written.dtype} {list(written.shape)}"
@@ -102,7 +102,7 @@ def _raw(tensor: files.Tensor) -> Iterator[bytes]:
             yield piece
 
 
-def _keys_and_shapes(plan: Plan, folder: Path) -> str:
+def _keys_and_shapes(plan: ConversionPlan, folder: Path) -> str:
     """Names and shapes on disk against the model itself, which is built on the meta device."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -123,7 +123,7 @@ def _keys_and_shapes(plan: Plan, folder: Path) -> str:
     return f"{len(expected)} names and shapes: those of {type(model).__name__}"
 
 
-def _forward(plan: Plan, folder: Path) -> str:
+def _forward(plan: ConversionPlan, folder: Path) -> str:
     """Logits with every layer routed at ratio 1 by zero routers, against the stock model with the same weights."""
     import torch
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pmod_cli.checkpoints.files import SINGLE, encode_header
-from pmod_cli.checkpoints.source import Part, Source
+from pmod_cli.checkpoints.source import Source, TensorSource
 from pmod_cli.checkpoints.transforms import transformed
 
 SHARD_BYTES = 5 * 10**9
@@ -30,7 +30,7 @@ class WeightFiles:
     """
 
     unchanged: dict[str, Path] = field(default_factory=dict)
-    streamed: dict[str, dict[str, Part]] = field(default_factory=dict)
+    streamed: dict[str, dict[str, TensorSource]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -41,7 +41,9 @@ class WeightFiles:
         return sum(part.result.nbytes for parts in self.streamed.values() for part in parts.values())
 
 
-def lay_out(parts: dict[str, Part], source: Source, *, max_shard_bytes: int | None, routers: str | None) -> WeightFiles:
+def lay_out(
+    parts: dict[str, TensorSource], source: Source, *, max_shard_bytes: int | None, routers: str | None
+) -> WeightFiles:
     """Decide which files of the source serve as they are, and how the rest is cut into shards.
 
     Args:
@@ -71,9 +73,9 @@ def lay_out(parts: dict[str, Part], source: Source, *, max_shard_bytes: int | No
     return WeightFiles(dict(zip(names, kept, strict=False)), dict(zip(names[len(kept) :], shards, strict=True)))
 
 
-def _cut(parts: dict[str, Part], limit: int) -> list[dict[str, Part]]:
+def _cut(parts: dict[str, TensorSource], limit: int) -> list[dict[str, TensorSource]]:
     """Shards of at most `limit` bytes, in order; a larger tensor gets its own."""
-    shards: list[dict[str, Part]] = []
+    shards: list[dict[str, TensorSource]] = []
     room = 0
     for name, part in parts.items():
         nbytes = part.result.nbytes
@@ -136,7 +138,7 @@ def stream(weights: WeightFiles, folder: Path, progress: Callable[[int], None]) 
         raise failures[0]
 
 
-def write_shard(path: Path, parts: dict[str, Part], progress: Callable[[int], None]) -> None:
+def write_shard(path: Path, parts: dict[str, TensorSource], progress: Callable[[int], None]) -> None:
     """One safetensors file: a header, then the tensors.
 
     Ranges that do not change are copied inside the kernel; what changes is computed beside that, in a second thread.
@@ -161,7 +163,7 @@ class _Range:
     target: int
 
 
-def _places(parts: dict[str, Part], start: int) -> tuple[list[_Range], list[tuple[int, Part]]]:
+def _places(parts: dict[str, TensorSource], start: int) -> tuple[list[_Range], list[tuple[int, TensorSource]]]:
     """(ranges to copy, parts that change with their places). Neighbours that stay neighbours are one range."""
     ranges: list[_Range] = []
     changing = []
@@ -180,7 +182,7 @@ def _places(parts: dict[str, Part], start: int) -> tuple[list[_Range], list[tupl
     return ranges, changing
 
 
-def _write_changing(out: BinaryIO, changing: list[tuple[int, Part]], progress: Callable[[int], None]) -> None:
+def _write_changing(out: BinaryIO, changing: list[tuple[int, TensorSource]], progress: Callable[[int], None]) -> None:
     for place, part in changing:
         for piece in transformed(part):
             _write_at(out, piece, place)

@@ -208,11 +208,13 @@ def finetune(
         _check_data(settings, as_json)
         return
 
-    from pmod_cli.training.fleet import Fleet
+    from pmod_cli.training.distributed import Distributed
     from pmod_cli.training.preflight import Intent, preflight
 
     elsewhere = dry_run and gpu is not None
-    fleet = Fleet(num_processes, num_machines, machine_rank, main_process_ip, main_process_port, accelerate_config)
+    distributed = Distributed(
+        num_processes, num_machines, machine_rank, main_process_ip, main_process_port, accelerate_config
+    )
     launched = "LOCAL_RANK" in os.environ
     wanted, device = device, "cuda" if elsewhere else pick_device(device)
     if wanted == "auto" and device == "cpu" and num_processes > 1:
@@ -220,7 +222,7 @@ def finetune(
             f"--num-processes {num_processes}: each process takes a GPU of its own, and none was found",
             hint="--device cpu shares the cores; --dry-run --gpu NAME plans for a machine that has GPUs",
         )
-    lacking = preflight(Intent(settings, fleet, device, out, resume, overwrite, launched), elsewhere=elsewhere)
+    lacking = preflight(Intent(settings, distributed, device, out, resume, overwrite, launched), elsewhere=elsewhere)
     silence_transformers()
     if dry_run:
         _plan(settings, num_processes, device, gpu, utilization, out, lacking, as_json, quiet)
@@ -230,10 +232,10 @@ def finetune(
     from pmod_cli.training.launch import launch
     from pmod_cli.training.run import finetune as run
 
-    if engine is not None and not fleet.is_launch and not launched:
+    if engine is not None and not distributed.is_launch and not launched:
         output.warn(f"--engine {engine}: one process shares nothing; it is used with --num-processes")
     out = out or Path("runs", f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    if fleet.is_launch:
+    if distributed.is_launch:
         job = {
             "settings": asdict(settings),
             "out": str(out.resolve()),
@@ -244,7 +246,7 @@ def finetune(
             "quiet": quiet,
             "progress": shown,
         }
-        report = launch(fleet, job, lambda command: output.note(f"$ {command}"))
+        report = launch(distributed, job, lambda command: output.note(f"$ {command}"))
         report = replace(report, path=out)
     else:
         with Watching(settings) as watching:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow, Conversation
 from pmod_cli.data.images import is_anyres, open_image, padding_processor, reduced
-from pmod_cli.data.sources import Source, open_source
+from pmod_cli.data.sources import RowSource, open_source
 from pmod_cli.data.templates import IGNORED, encode, renderer
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Rows(Dataset):
         lengths: int32, words of each row, negative where it has no image.
     """
 
-    def __init__(self, source: Source, encoder: RowEncoder, *, skip_bad: bool, skipped: Path | None = None) -> None:
+    def __init__(self, source: RowSource, encoder: RowEncoder, *, skip_bad: bool, skipped: Path | None = None) -> None:
         self.source, self.encoder = source, encoder
         self.skip_bad, self.skipped = skip_bad, skipped
         self.lengths = source.lengths

@@ -13,7 +13,7 @@ from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_me
 from pmod_cli.data.index import open_index
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows that are read one by one.
 
     Attributes:
@@ -169,7 +169,7 @@ def _read(path: str | None) -> bytes:
         raise BadRow(f"cannot read the image {path}: {error.strerror}") from None
 
 
-def open_source(kind: str, path: str, images: str | None) -> Source:
+def open_source(kind: str, path: str, images: str | None) -> RowSource:
     """The rows of ``data.kind`` llava or hub."""
     if kind == "hub":
         return HubRows(path)

@@ -44,14 +44,14 @@ class Rendered:
 
     Attributes:
         text: with ``<image>`` in the places of images.
-        spoken: [start, end) character ranges that are learned.
+        learned: [start, end) character ranges that are learned.
         broken_at: from here on the text cannot be cut into rounds; None where all of it can.
         always_learned: tokens that are learned wherever they stand.
         begins: whether the tokenizer's beginning-of-sequence token has to be put before it.
     """
 
     text: str
-    spoken: list[tuple[int, int]]
+    learned: list[tuple[int, int]]
     broken_at: int | None = None
     always_learned: frozenset[int] = field(default_factory=frozenset)
     begins: bool = False
@@ -129,7 +129,7 @@ def encode(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", limit: int 
         ids += piece_ids
         starts += [offset + start for start, _ in piece_offsets]
     ids, starts = np.array(ids, dtype=np.int64), np.array(starts, dtype=np.int64)
-    bounds = [edge for span in rendered.spoken for edge in span]
+    bounds = [edge for span in rendered.learned for edge in span]
     learned = np.searchsorted(bounds, starts, side="right") % 2 == 1
     if rendered.always_learned:
         learned |= np.isin(ids, list(rendered.always_learned))
@@ -144,11 +144,11 @@ class _Text:
     """Text under construction, with the ranges that are learned."""
 
     def __init__(self, text: str = "") -> None:
-        self.text, self.spoken = text, []
+        self.text, self.learned = text, []
 
     def add(self, text: str, learned: bool = False) -> None:
         if learned and text:
-            self.spoken.append((len(self.text), len(self.text) + len(text)))
+            self.learned.append((len(self.text), len(self.text) + len(text)))
         self.text += text
 
 
@@ -162,7 +162,7 @@ def _vicuna(turns: Sequence[Turn]) -> Rendered:
         else:
             text.add("ASSISTANT:")
             text.add(f" {turn.text}</s>" if turn.text else "", learned=True)
-    return Rendered(text.text, text.spoken, _first_break(text.text, " ASSISTANT: "), begins=True)
+    return Rendered(text.text, text.learned, _first_break(text.text, " ASSISTANT: "), begins=True)
 
 
 def _mistral(turns: Sequence[Turn]) -> Rendered:
@@ -177,7 +177,7 @@ def _mistral(turns: Sequence[Turn]) -> Rendered:
             text.add(f"[INST] {head}{turn.text} [/INST]" if turn.text else "")
         else:
             text.add(f" {turn.text} </s>" if turn.text else "", learned=True)
-    return Rendered(text.text, text.spoken, _first_break(text.text, "[/INST] "), begins=True)
+    return Rendered(text.text, text.learned, _first_break(text.text, "[/INST] "), begins=True)
 
 
 def _first_break(text: str, question_end: str) -> int | None:
@@ -199,7 +199,7 @@ def _plain(turns: Sequence[Turn]) -> Rendered:
         raise BadRow("template plain: expected one question with an image, and one answer")
     text = _Text(IMAGE)
     text.add(f"{turns[1].text}\n", learned=True)
-    return Rendered(text.text, text.spoken, begins=True)
+    return Rendered(text.text, text.learned, begins=True)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _headed(turns: Sequence[Turn], style: _Headers, learned: Sequence[int]) -> R
     for turn in (Turn("system", system), *turns):
         said = turn.text.strip() if style.strip else turn.text
         text.add(style.head.format(turn.role) + said + style.end, learned=turn.role == "assistant")
-    return Rendered(text.text, text.spoken, always_learned=frozenset(learned))
+    return Rendered(text.text, text.learned, always_learned=frozenset(learned))
 
 
 class _Own:

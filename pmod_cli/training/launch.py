@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
-from pmod_cli.training.fleet import Fleet
+from pmod_cli.training.distributed import Distributed
 from pmod_cli.training.parts import Part
 from pmod_cli.training.summary import FinetuneReport, Summary
 
@@ -24,25 +24,25 @@ WORKER = "pmod_cli.commands.finetune_worker"
 PATIENCE = 600  # seconds that a save may take after a signal
 
 
-def launcher_arguments(fleet: Fleet, folder: Path) -> list[str]:
+def launcher_arguments(distributed: Distributed, folder: Path) -> list[str]:
     """What the launcher is told, the worker's job in ``folder`` included."""
     worker = ["-m", WORKER, str(folder)]
-    if fleet.accelerate_config is not None:
-        return ["--config_file", str(fleet.accelerate_config), *worker]
+    if distributed.accelerate_config is not None:
+        return ["--config_file", str(distributed.accelerate_config), *worker]
     where = ["--standalone"]
-    if fleet.machines > 1:
-        where = ["--nnodes", str(fleet.machines), "--node-rank", str(fleet.machine_rank)]
-        where += ["--master-addr", str(fleet.main_ip), "--master-port", str(fleet.main_port)]
-    quiet = ",".join(f"{rank}:3" for rank in range(1, fleet.here))
+    if distributed.machines > 1:
+        where = ["--nnodes", str(distributed.machines), "--node-rank", str(distributed.machine_rank)]
+        where += ["--master-addr", str(distributed.main_ip), "--master-port", str(distributed.main_port)]
+    quiet = ",".join(f"{rank}:3" for rank in range(1, distributed.here))
     logs = ["--log-dir", str(folder / "logs"), *(["--redirects", quiet] if quiet else [])]
-    return [*where, "--nproc-per-node", str(fleet.here), "--shutdown-timeout", str(PATIENCE), *logs, *worker]
+    return [*where, "--nproc-per-node", str(distributed.here), "--shutdown-timeout", str(PATIENCE), *logs, *worker]
 
 
-def launch(fleet: Fleet, job: dict[str, Any], on_command: Callable[[str], None]) -> FinetuneReport:
+def launch(distributed: Distributed, job: dict[str, Any], on_command: Callable[[str], None]) -> FinetuneReport:
     """Start the processes, wait for them, and return what the first one of this machine reports.
 
     Args:
-        fleet: the processes.
+        distributed: the processes.
         job: what each of them is told.
         on_command: is told the command that is run.
 
@@ -52,10 +52,10 @@ def launch(fleet: Fleet, job: dict[str, Any], on_command: Callable[[str], None])
     with tempfile.TemporaryDirectory(prefix="pmod-launch-") as scratch:
         folder = Path(scratch)
         (folder / "job.json").write_text(json.dumps(job))
-        program = "torchrun" if fleet.accelerate_config is None else "accelerate launch"
-        arguments = launcher_arguments(fleet, folder)
+        program = "torchrun" if distributed.accelerate_config is None else "accelerate launch"
+        arguments = launcher_arguments(distributed, folder)
         on_command(f"{program} {shlex.join(arguments)}")
-        failure = _torchrun(arguments) if fleet.accelerate_config is None else _accelerate(arguments)
+        failure = _torchrun(arguments) if distributed.accelerate_config is None else _accelerate(arguments)
         return _outcome(folder, failure)
 
 

@@ -13,7 +13,7 @@ from pmod_cli.core.extras import require
 from pmod_cli.core.hardware import require_device
 from pmod_cli.profiling.count.training import LORA_TARGETS
 from pmod_cli.training import folder
-from pmod_cli.training.fleet import Fleet
+from pmod_cli.training.distributed import Distributed
 from pmod_cli.training.requirements import check_report, check_requirements
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import check_start
@@ -25,7 +25,7 @@ class Intent:
 
     Args:
         settings: the whole run.
-        fleet: its processes.
+        distributed: its processes.
         device: what they run on: cpu, cuda, cuda:N or mps.
         out: the run folder; None is a new one.
         resume: as ``run.finetune`` takes it.
@@ -34,7 +34,7 @@ class Intent:
     """
 
     settings: Settings
-    fleet: Fleet = field(default_factory=Fleet)
+    distributed: Distributed = field(default_factory=Distributed)
     device: str = "cpu"
     out: Path | None = None
     resume: bool = True
@@ -44,7 +44,7 @@ class Intent:
     @property
     def processes(self) -> int | None:
         """How many share the run; None where only another launcher knows."""
-        return None if self.launched or self.fleet.accelerate_config is not None else self.fleet.processes
+        return None if self.launched or self.distributed.accelerate_config is not None else self.distributed.processes
 
 
 def preflight(run: Intent, *, elsewhere: bool = False) -> list[str]:
@@ -98,11 +98,11 @@ def _settings(run: Intent) -> None:
 
 
 def _folder(run: Intent) -> None:
-    if run.fleet.machines > 1 and run.out is None:
+    if run.distributed.machines > 1 and run.out is None:
         raise PmodError("`num_machines` needs `out`, a folder that all machines share")
     if run.out is not None:
         refuse_bytes(run.out)
-    if run.out is not None and run.processes is not None and run.fleet.machine_rank == 0:
+    if run.out is not None and run.processes is not None and run.distributed.machine_rank == 0:
         folder.check_free(run.out, run.settings, run.processes, resume=run.resume, overwrite=run.overwrite)
         state = run.out / folder.STATE
         if state.is_dir() and not run.overwrite:
@@ -134,11 +134,11 @@ def _questions(run: Intent) -> None:
 
 
 def _devices(run: Intent) -> None:
-    require_device(run.device, 1 if run.processes is None else run.fleet.here)
+    require_device(run.device, 1 if run.processes is None else run.distributed.here)
 
 
 def _packages(run: Intent) -> None:
-    check_requirements(run.settings, run.device, run.launched or run.fleet.is_launch)
+    check_requirements(run.settings, run.device, run.launched or run.distributed.is_launch)
 
 
 def _data(run: Intent) -> None:

@@ -50,17 +50,17 @@ def answered(
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each stretch of labels, row after row, whether all of its tokens are foretold: bool (answers,).
+    """For each stretch of labels, row after row, whether all of its tokens are predicted: bool (answers,).
 
     Args:
         logits: (B, N, vocabulary).
         labels: int64 (B, N), -100 outside the answers.
     """
     target = labels[:, 1:]
-    spoken = target != IGNORED
-    begins = spoken & ~torch.nn.functional.pad(spoken, (1, 0))[:, :-1]
-    number = begins.flatten().cumsum(0)[spoken.flatten()] - 1
-    missed = (logits[:, :-1].argmax(-1) != target)[spoken]
+    labelled = target != IGNORED
+    begins = labelled & ~torch.nn.functional.pad(labelled, (1, 0))[:, :-1]
+    number = begins.flatten().cumsum(0)[labelled.flatten()] - 1
+    missed = (logits[:, :-1].argmax(-1) != target)[labelled]
     misses = torch.zeros(int(begins.sum()), dtype=torch.int64, device=labels.device)
     return misses.index_add_(0, number, missed.long()) == 0
 

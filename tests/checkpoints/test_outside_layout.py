@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts import Layout
-from pmod_cli.checkpoints.source import Part, Source, files_of
+from pmod_cli.checkpoints.source import TensorSource, Source, files_of
 
 
 def recognises(config, options):
@@ -33,7 +33,7 @@ def read(folder, config, options):
         folder=folder,
         layout="toy",
         config=config["stock"],
-        parts={name.removeprefix("toy."): Part(tensor) for name, tensor in tensors.items()},
+        parts={name.removeprefix("toy."): TensorSource(tensor) for name, tensor in tensors.items()},
         files=files_of(tensors),
         small_files=[path for path in folder.glob("*.json") if path.name != "config.json"],
     )

@@ -17,7 +17,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
-from pmod_cli.training.fleet import Fleet
+from pmod_cli.training.distributed import Distributed
 from pmod_cli.training.launch import launch, launcher_arguments
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
@@ -65,7 +65,9 @@ def settings_for(model, rows, *overrides):
 def start(settings, out, processes=2):
     job = {"settings": asdict(settings), "out": str(out), "device": "cpu", "resume": True, "overwrite": False}
     return launch(
-        Fleet(processes), job | {"named": out.name, "quiet": True, "progress": False}, on_command=lambda command: None
+        Distributed(processes),
+        job | {"named": out.name, "quiet": True, "progress": False},
+        on_command=lambda command: None,
     )
 
 
@@ -151,11 +153,11 @@ def test_what_a_process_says_is_what_is_raised(routed, rows, tmp_path):
 )
 def test_numbers_that_do_not_fit(options, part):
     with pytest.raises(PmodError, match=part):
-        Fleet(**options)
+        Distributed(**options)
 
 
 def test_the_command_of_a_machine_among_several(tmp_path):
-    words = launcher_arguments(Fleet(processes=16, machines=2, machine_rank=1, main_ip="node0"), tmp_path)
+    words = launcher_arguments(Distributed(processes=16, machines=2, machine_rank=1, main_ip="node0"), tmp_path)
     line = " ".join(words)
     assert "--nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500 --nproc-per-node 8" in line
 
@@ -169,7 +171,7 @@ def test_deepspeed_trains_as_one_process(routed, rows, alone, tmp_path, engine):
     settings = settings_for(routed, rows, "train.batch_size=1", f"train.engine={engine}", "model.precision=float32")
     job = {"settings": asdict(settings), "out": str(tmp_path / "run"), "device": "cuda", "resume": True}
     launch(
-        Fleet(2),
+        Distributed(2),
         job | {"named": "run", "overwrite": False, "quiet": True, "progress": False},
         on_command=lambda command: None,
     )

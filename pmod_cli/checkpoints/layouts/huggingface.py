@@ -10,7 +10,7 @@ from pmod_cli.checkpoints.layouts.layout import Draft, Layout
 from pmod_cli.checkpoints.layouts.names import canonical
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, section
 from pmod_cli.checkpoints.options import Options
-from pmod_cli.checkpoints.source import Part, Source, files_of
+from pmod_cli.checkpoints.source import Source, TensorSource, files_of
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, family_of, model_types
 from pmod_cli.families.configs import decoder_kind, filled, known_family
@@ -50,7 +50,7 @@ def read_huggingface(folder: Path, config: dict, options: Options) -> Source:
         folder=folder,
         layout="huggingface",
         config=stock,
-        parts={name: Part(tensor) for name, tensor in tensors.items()},
+        parts={name: TensorSource(tensor) for name, tensor in tensors.items()},
         files=files_of(tensors),
         small_files=small_files(folder),
         settings=settings,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmod_cli.checkpoints.options import Options
-from pmod_cli.checkpoints.source import Part, Source
+from pmod_cli.checkpoints.source import Source, TensorSource
 from pmod_cli.core.registry import Registry
 from pmod_cli.model import PmodSettings
 
@@ -33,10 +33,10 @@ class Draft:
     options: Options
     settings: PmodSettings | None
     config: dict
-    parts: dict[str, Part]
+    parts: dict[str, TensorSource]
     routers: dict[str, tuple[int, ...]]
     routed_layers: list[int]
-    tower: dict[str, Part] = field(default_factory=dict)
+    tower: dict[str, TensorSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pmod_cli.checkpoints.layouts.layout import Layout
 from pmod_cli.checkpoints.layouts.names import OBSOLETE, from_original
 from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
 from pmod_cli.checkpoints.options import Options
-from pmod_cli.checkpoints.source import Part, Source, files_of
+from pmod_cli.checkpoints.source import Source, TensorSource, files_of
 from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES
@@ -106,11 +106,11 @@ def from_flat(
     stock["vision_config"] = vision_tower.tower_config(tower_name, place)
     tower = {} if inside else files.read_tensors(place)
     dtype = next((tensor.dtype for name, tensor in found.items() if name.endswith("norm.weight")), None)
-    parts = {name: Part(tensor) for name, tensor in found.items()}
+    parts = {name: TensorSource(tensor) for name, tensor in found.items()}
     if layout == "parts":
         parts = {n: p if n.startswith("language_model.") else replace(p, dtype=dtype) for n, p in parts.items()}
     # A tower from elsewhere is stored wider as a rule; the original code casts it when it loads it.
-    parts |= {name: Part(tensor, dtype=dtype) for name, tensor in vision_tower.tower_names(tower).items()}
+    parts |= {name: TensorSource(tensor, dtype=dtype) for name, tensor in vision_tower.tower_names(tower).items()}
     parts = {name: part for name, part in parts.items() if not OBSOLETE.fullmatch(name)}
 
     settings = None
@@ -131,7 +131,7 @@ def from_flat(
 
 
 def _whole(
-    folder: Path, stock: dict, parts: dict[str, Part], config: dict, *, tokenizer: Path | None, pixels: dict
+    folder: Path, stock: dict, parts: dict[str, TensorSource], config: dict, *, tokenizer: Path | None, pixels: dict
 ) -> Source:
     """The parts as one model: vocabulary, feature sizes and checks."""
     where = folder / files.CONFIG
@@ -140,7 +140,9 @@ def _whole(
     check_shapes({name: part.source for name, part in parts.items()}, stock, where)
     vocabulary = read_vocabulary(tokenizer or folder, rows)
     if vocabulary.rows != rows:
-        parts = {n: Part(part.source, rows=vocabulary.rows) if n in EMBEDDINGS else part for n, part in parts.items()}
+        parts = {
+            n: TensorSource(part.source, rows=vocabulary.rows) if n in EMBEDDINGS else part for n, part in parts.items()
+        }
     vision = stock["vision_config"]
     stock["text_config"] |= {"vocab_size": vocabulary.rows, "pad_token_id": vocabulary.pad_token}
     if vocabulary.pad_token is None:

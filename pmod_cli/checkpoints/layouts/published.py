@@ -14,7 +14,7 @@ from pmod_cli.checkpoints.layouts.layout import Draft, Layout, Progress
 from pmod_cli.checkpoints.layouts.names import canonical, to_original
 from pmod_cli.checkpoints.layouts.original import EMBEDDINGS, is_original, read_original
 from pmod_cli.checkpoints.layouts.vision_tower import KNOWN
-from pmod_cli.checkpoints.source import Part, Source
+from pmod_cli.checkpoints.source import Source, TensorSource
 from pmod_cli.checkpoints.tokenizer_files import MODEL_FILE, clip_preprocessor, restore_original
 from pmod_cli.checkpoints.writing import WeightFiles, stream
 from pmod_cli.core.atomic import write_json
@@ -65,7 +65,7 @@ def _finish(draft: Draft, folder: Path, progress: Progress) -> list[str]:
     return [] if (folder / MODEL_FILE).is_file() else [NO_MODEL_FILE]
 
 
-def _resized(name: str, part: Part, rows: int | None) -> Part:
+def _resized(name: str, part: TensorSource, rows: int | None) -> TensorSource:
     if rows is None or canonical(name) not in EMBEDDINGS:
         return part
     return replace(part, rows=None if part.source.shape[0] == rows else rows)
@@ -131,7 +131,7 @@ def _rows_before_images(config: dict) -> int | None:
     return image if isinstance(image, int) and 0 < rows - image <= 64 and image > rows // 2 else None
 
 
-def own_tower(source: Source, parts: dict[str, Part], config: dict) -> dict[str, Part]:
+def own_tower(source: Source, parts: dict[str, TensorSource], config: dict) -> dict[str, TensorSource]:
     """Tensors of the tower by the names of a CLIP, to be written beside the published config, which only names it.
 
     None of them where the name is a hub id: then the published code fetches the tower itself. Else config names the

@@ -40,7 +40,7 @@ WORDS = [
     "no",
 ]
 
-# LLaVA's own conversation form. The end of each answer is marked as spoken, so that training sets labels there.
+# LLaVA's own conversation form. The end of each answer is marked as labelled, so that training sets labels there.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}

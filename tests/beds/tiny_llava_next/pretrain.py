@@ -102,18 +102,18 @@ def run_stage(
 def compute_losses(
     model: LlavaNextForConditionalGeneration, grounding: Grounding | None, batch: Batch, stage: dict, step: int
 ) -> dict[str, Tensor]:
-    """The weighted answer loss, ``right`` (share of answer tokens foretold, no gradient) and the grounding losses."""
+    """The weighted answer loss, ``right`` (share of answer tokens predicted, no gradient) and the grounding losses."""
     hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
     labels, weights = batch.labels[:, 1:], batch.weights[:, 1:]
-    spoken = labels >= 0
-    logits = model.lm_head(hidden[:, :-1][spoken])
-    each = F.cross_entropy(logits, labels[spoken], reduction="none")
-    weights = weights[spoken]
+    labelled = labels >= 0
+    logits = model.lm_head(hidden[:, :-1][labelled])
+    each = F.cross_entropy(logits, labels[labelled], reduction="none")
+    weights = weights[labelled]
     losses = {"answers": (each * weights).sum() / weights.sum()}
     if grounding and loss_weights(stage, step).get("looks"):
         losses |= grounding(batch)
-    words = labels[spoken] != model.config.text_config.eos_token_id
-    losses["right"] = (logits.argmax(-1) == labels[spoken])[words].float().mean()
+    words = labels[labelled] != model.config.text_config.eos_token_id
+    losses["right"] = (logits.argmax(-1) == labels[labelled])[words].float().mean()
     return losses
 
 

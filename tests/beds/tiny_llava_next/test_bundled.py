@@ -84,9 +84,9 @@ def test_the_collator_labels_what_the_assistant_says(processor):
     documents = [draw(task, seed_of("train", 3)) for task in TASKS]
     batch = Collator(processor)([row(document) for document in documents])
     for ids, labels, document in zip(batch["input_ids"], batch["labels"], documents, strict=True):
-        spoken = labels >= 0
-        assert torch.equal(ids[spoken], labels[spoken])
-        said = processor.decode(labels[spoken]).replace(" ", "").split("</s>")
+        labelled = labels >= 0
+        assert torch.equal(ids[labelled], labels[labelled])
+        said = processor.decode(labels[labelled]).replace(" ", "").split("</s>")
         assert said == [turn.answer for turn in document.turns] + [""]
 
 

@@ -7,7 +7,7 @@ from pmod_cli.core.errors import PmodError
 
 
 @dataclass(frozen=True)
-class Fleet:
+class Distributed:
     """The processes of a run.
 
     Args:

@@ -24,7 +24,7 @@ from pmod_cli.commands.common import (
     option_under,
     pick_device,
 )
-from pmod_cli.commands.eval_plan import show_plan
+from pmod_cli.commands.eval_show import Bars, show_plan, show_results, show_suite
 from pmod_cli.core import output
 from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError
 from pmod_cli.core.extras import require
@@ -174,7 +174,7 @@ def eval(
     if launched and os.environ.get("RANK", "0") != "0":
         output.set_quiet(True)
     if list_tasks:
-        _print_suite(known.groups(), data_root, as_json)
+        show_suite(known.groups(), data_root, as_json)
         return
     if as_json and shown_as not in ("table", "json"):
         raise PmodError(f"two formats: --json and --format {shown_as}; give one")
@@ -237,7 +237,7 @@ def eval(
     if quiet and shown_as != "json":
         output.print_line(out)
     else:
-        _print_results({"folder": str(out), **results}, shown_as)
+        show_results({"folder": str(out), **results}, shown_as)
     if results["failed"]:
         scored = any(score["score"] is not None for task in results["tasks"] for score in task["scores"].values())
         failed, where = results["failed"], staging_of(out) if overwrite else out
@@ -270,7 +270,7 @@ def _answer(
             benchmarks,
             lambda folder: output.warn(f"waiting for another process, which draws the questions in {folder}"),
         )
-    with _Bars() as bars:
+    with Bars() as bars:
         return evaluate(
             benchmarks, chosen, settings, out, overwrite=overwrite, processes=processes, on_progress=bars.show
         )
@@ -306,59 +306,13 @@ def _pick_dtype(dtype: str, device: str) -> str:
     return "float32"
 
 
-class _Bars:
-    """One bar per model and task on a terminal; elsewhere one line when a task ends."""
-
-    def __init__(self) -> None:
-        self.bars = output.progress()
-        self.known: dict[tuple[str, str], Any] = {}
-
-    def __enter__(self) -> _Bars:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
-
-    def show(self, model: str, task: str, answered: int, questions: int) -> None:
-        """`questions` is 1 until the task is loaded and their number known."""
-        if (model, task) not in self.known:
-            self.known[model, task] = self.bars.add_task(f"{model} · {task}", total=None)
-        if questions > 1 or answered:
-            self.bars.update(self.known[model, task], completed=answered, total=questions)
-        if answered == questions and not output.shows_progress():
-            output.note(f"{model} · {task}: {answered:,} answers")
-
-
 def _compare(runs: list[Path], seed: int, shown_as: str) -> None:
     from pmod_cli.evaluation.compare import compare
 
     results = compare(runs, seed=seed)
     for sentence in results["unequal"]:
         output.warn(sentence)
-    _print_results(results, shown_as)
-
-
-def _print_results(results: dict[str, Any], shown_as: str) -> None:
-    from pmod_cli.evaluation import score_tables
-
-    if shown_as == "json":
-        output.print_json(results)
-    elif shown_as in ("markdown", "csv"):
-        output.print_line(
-            {"markdown": score_tables.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip()
-        )
-    else:
-        for line in score_tables.warnings(results):
-            output.print_line(line)
-        # A narrower terminal wraps these lines; rich would drop columns.
-        width, output.stdout.width = output.stdout.width, max(output.stdout.width, score_tables.WIDTH)
-        output.stdout.print(score_tables.score_table(results), score_tables.answer_table(results))
-        output.stdout.width = width
-        for line in score_tables.notes(results):
-            output.print_line(line)
-        if "folder" in results:
-            output.print_line(Path(results["folder"], "results.json"))
+    show_results(results, shown_as)
 
 
 def _fetch(benchmarks: tuple[Benchmark, ...], data_root: Path | None, as_json: bool) -> None:
@@ -372,28 +326,3 @@ def _fetch(benchmarks: tuple[Benchmark, ...], data_root: Path | None, as_json: b
     else:
         output.note(f"{len(files)} files; on the other machine: sha256sum --check {mirror.CHECKSUMS}")
         output.print_line(data_root)
-
-
-def _print_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None, as_json: bool) -> None:
-    from pmod_cli.evaluation import data
-
-    rows = data.listing(data_root=data_root)
-    if as_json:
-        output.print_json({"schema_version": 1, "benchmarks": rows})
-        return
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, padding=0)
-    for title in ("name", "lmms-eval task", "data set and split", "rows", "metric", "here"):
-        table.add_column(title, overflow="fold", justify="right" if title == "rows" else "left")
-    for row in rows:
-        repositories = ", ".join(name.rpartition("/")[2] for name in row["data"])
-        data_set = f"{repositories} {', '.join(row['split'])}" if repositories else "drawn here"
-        here = "yes" if row["here"] else "no"
-        rows_of = f"{row['rows']:,}" if row["rows"] else "not known"
-        table.add_row(row["name"], row["task"], data_set, rows_of, row["metric"] or "the first", here)
-    output.stdout.print(table)
-    for name, group in groups.items():
-        output.print_line(f"{name}: {', '.join(benchmark.name for benchmark in group)}")
-    output.print_line("any other lmms-eval task: by its name there")

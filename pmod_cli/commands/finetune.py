@@ -26,9 +26,15 @@ from pmod_cli.commands.common import (
     pick_device,
 )
 from pmod_cli.commands.finetune_eval import evaluate
-from pmod_cli.commands.finetune_plan import refuse_unfit, show_plan
-from pmod_cli.commands.finetune_show import Watching, show_check, show_report, silence_transformers
-from pmod_cli.commands.sweep import run_sweep
+from pmod_cli.commands.finetune_show import (
+    Watching,
+    refuse_unfit,
+    show_check,
+    show_plan,
+    show_report,
+    silence_transformers,
+)
+from pmod_cli.commands.finetune_sweep import run_sweep
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import INTERRUPTED, PmodError
 from pmod_cli.core.extras import require

@@ -1,4 +1,4 @@
-"""What `pmod finetune` shows: steps as they come, a look at the data, a report."""
+"""What `pmod finetune` shows: steps as they come, a look at the data, a report, and the plan of a run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from pmod_cli.training.settings import Settings
     from pmod_cli.training.summary import FinetuneReport
     from pmod_cli.training.watch import Step
+
+
+from typing import TYPE_CHECKING
+
+from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.core.units import disk_size, memory_size
+
+if TYPE_CHECKING:
+    from pmod_cli.training.plan import Plan
+    from pmod_cli.training.remedies import Remedy
 
 
 def silence_transformers() -> None:
@@ -105,3 +115,117 @@ def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
     merged = (report.path / "config.json").is_file()
     following = f"eval --tasks tiny --model {report.path}" if merged else f"finetune --merge {report.path}"
     output.note(f"next: pmod {following}")
+
+
+def show_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
+    """One table: what is trained, what it takes, p-MoD beside stock."""
+    if as_json:
+        output.print_json(_plan_json(plan))
+        return
+    if quiet:  # the exit code says whether it fits
+        return
+    table = Table("part", "parameters", "trained", "learning rate")
+    for part, numbers in plan.parameters.items():
+        rate = f"{plan.learning_rates[part]:g}" if numbers.trained else "frozen"
+        table.add_row(part, f"{numbers.parameters:,}", f"{numbers.trained:,}", rate)
+    output.stdout.print(table)
+
+    columns = (plan.pmod, plan.stock)
+    table = Table(f"{plan.model} on {plan.devices} x {plan.device.name}", "p-MoD", "stock", caption=_caption(plan))
+    for part in ("weights", "optimizer", "gradients", "activations", "logits", "total"):
+        name = "memory of one device, peak" if part == "total" else f"  {part}"
+        table.add_row(name, *(f"{memory_size(getattr(cost.memory, part))}" for cost in columns))
+    disk = plan.disk
+    fits = {True: "yes", False: "no", None: "not known"}
+    table.add_row(f"fits {memory_size(plan.device.memory)}", *(fits[cost.fits] for cost in columns))
+    table.add_section()
+    table.add_row("steps", *[f"{plan.steps:,}"] * 2)
+    table.add_row("rows, a step and in all", *[f"{plan.rows_per_step:,}; {plan.rows_per_step * plan.steps:,}"] * 2)
+    table.add_row("tokens", *[f"{plan.tokens:,}"] * 2)
+    table.add_row("vision tokens a layer keeps", *(f"{cost.mean_retention:.2%}" for cost in columns))
+    table.add_row("training FLOPs", *(f"{cost.flops:.3g}" for cost in columns))
+    table.add_row("disk: a checkpoint, the result", *[f"{disk_size(disk.checkpoint)}, {disk_size(disk.result)}"] * 2)
+    free = "" if disk.free is None else f" of {disk_size(disk.free)} free"
+    table.add_row("disk at most", *[f"{disk_size(disk.peak)}{free}"] * 2)
+    table.add_row(
+        f"hours at {plan.utilization:.0%} of peak",
+        *("not known" if cost.hours is None else f"{cost.hours:.1f}" for cost in columns),
+    )
+    output.stdout.print(table)
+
+
+def _caption(plan: Plan) -> str:
+    name = {"p-mod": "p-MoD", "stock": "stock"}[plan.runs_as]
+    source = plan.device.source
+    return f"this run is the {name} column; data: {plan.data.source}; device: {source}"
+
+
+def _plan_json(plan: Plan) -> dict:
+    def cost(column) -> dict:
+        memory = {f"{part}_bytes": number for part, number in asdict(column.memory).items()}
+        return {
+            "memory_bytes": column.memory.total,
+            **memory,
+            "fits": column.fits,
+            "flops": column.flops,
+            "hours": column.hours,
+            "mean_retention_ratio": column.mean_retention,
+        }
+
+    return {
+        "schema_version": 1,
+        "model": plan.model,
+        "runs_as": plan.runs_as,
+        "parameters": {
+            part: {**asdict(numbers), "learning_rate": plan.learning_rates.get(part)}
+            for part, numbers in plan.parameters.items()
+        },
+        "data": asdict(plan.data),
+        "steps": plan.steps,
+        "rows_per_step": plan.rows_per_step,
+        "rows": plan.rows_per_step * plan.steps,
+        "tokens": plan.tokens,
+        "device": {"name": plan.device.name, "count": plan.devices, "memory_bytes": plan.device.memory},
+        "utilization": plan.utilization,
+        "pmod": cost(plan.pmod),
+        "stock": cost(plan.stock),
+        "disk": {
+            "checkpoint_bytes": plan.disk.checkpoint,
+            "result_bytes": plan.disk.result,
+            "peak_bytes": plan.disk.peak,
+            "free_bytes": plan.disk.free,
+            "fits": plan.disk.fits,
+        },
+        "remedies": [asdict(remedy) for remedy in plan.remedies],
+        "lacking_here": plan.lacking,
+    }
+
+
+def refuse_unfit(plan: Plan) -> None:
+    """End a plan that cannot be carried out with what would make it fit.
+
+    Raises:
+        PmodError: the run takes more memory or more disk than there is.
+    """
+    needed, there = plan.cost.memory.total, plan.device.memory
+    if plan.cost.fits is False:
+        ways = "; ".join(f"{_flags(remedy, plan.devices)} ({memory_size(remedy.memory)})" for remedy in plan.remedies)
+        raise PmodError(
+            f"the run does not fit: it takes {memory_size(needed)} on each {plan.device.name}, which has "
+            f"{memory_size(there)}",
+            hint=f"what would fit: {ways}" if ways else "no batch, engine or adapter makes it fit: take a larger GPU",
+            code=RUN_FAILED,
+        )
+    if plan.disk.fits is False:
+        raise PmodError(
+            f"the run does not fit on the disk: it needs {disk_size(plan.disk.peak)}, and "
+            f"{disk_size(plan.disk.free or 0)} are free",
+            hint="choose another disk with --out, or keep fewer: --set train.keep_checkpoints=1",
+            code=RUN_FAILED,
+        )
+
+
+def _flags(remedy: Remedy, processes: int) -> str:
+    """A remedy as the words of the command."""
+    words = [f"`{key}={str(value).lower()}`" for key, value in remedy.settings.items()]
+    return " ".join([*words, *([f"`num_processes={remedy.processes}`"] if remedy.processes != processes else [])])

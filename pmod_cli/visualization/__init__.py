@@ -6,14 +6,12 @@ from pmod_cli.visualization.archive import load_npz, save_npz
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
 from pmod_cli.visualization.figure import BLIND, MODES, PARTS, asked_blindly, draw
 from pmod_cli.visualization.html import html_page, save_html
-from pmod_cli.visualization.inputs import Item, check_pictures, find_items, short_name
-from pmod_cli.visualization.job import Drawn, Settings, check_saved, run
+from pmod_cli.visualization.inputs import Item, check_pictures, find_items, folder_targets, one_target, short_name
+from pmod_cli.visualization.job import Drawn, Settings, check_saved, describe, layer_table, run, summary_lines
 from pmod_cli.visualization.page import check_format, save
 from pmod_cli.visualization.record import SelectionRecord, parse_layers
-from pmod_cli.visualization.report import describe, layer_table, summary_lines
 from pmod_cli.visualization.statistics import ImageStatistics, image_statistics, in_common, summarise
 from pmod_cli.visualization.subjects import Subject, check_pair, check_subject, load_subject
-from pmod_cli.visualization.targets import folder_targets, one_target
 
 __all__ = [
     "BLIND",

@@ -1,0 +1,101 @@
+"""What `pmod eval` shows: the benchmarks, a plan, progress, results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from pmod_cli.core import output
+
+if TYPE_CHECKING:
+    from pmod_cli.evaluation.benchmarks import Benchmark
+
+
+def show_plan(plan: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """The tasks, how many questions each asks, and whether its data is on this machine."""
+    if as_json:
+        output.print_json(plan)
+        return
+    if quiet:
+        output.print_line(plan["folder"])
+        return
+    table = Table("task", "lmms-eval task", "questions", "metric", "data here")
+    for task in plan["tasks"]:
+        here = "yes" if task["here"] else "no: fetched from the hub"
+        table.add_row(task["name"], task["task"], _count(task["questions"]), task["metric"] or "its own", here)
+    output.stdout.print(table)
+    models = len(plan["models"])
+    output.print_line(f"{_count(plan['questions'])} questions in all to {models} model{'s' * (models > 1)}")
+
+
+def _count(number: int | None) -> str:
+    return "not known" if number is None else f"{number:,}"
+
+
+class Bars:
+    """One bar per model and task on a terminal; elsewhere one line when a task ends."""
+
+    def __init__(self) -> None:
+        self.bars = output.progress()
+        self.known: dict[tuple[str, str], Any] = {}
+
+    def __enter__(self) -> Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def show(self, model: str, task: str, answered: int, questions: int) -> None:
+        """`questions` is 1 until the task is loaded and their number known."""
+        if (model, task) not in self.known:
+            self.known[model, task] = self.bars.add_task(f"{model} · {task}", total=None)
+        if questions > 1 or answered:
+            self.bars.update(self.known[model, task], completed=answered, total=questions)
+        if answered == questions and not output.shows_progress():
+            output.note(f"{model} · {task}: {answered:,} answers")
+
+
+def show_results(results: dict[str, Any], shown_as: str) -> None:
+    from pmod_cli.evaluation import score_tables
+
+    if shown_as == "json":
+        output.print_json(results)
+    elif shown_as in ("markdown", "csv"):
+        output.print_line({"markdown": score_tables.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip())
+    else:
+        for line in score_tables.warnings(results):
+            output.print_line(line)
+        # A narrower terminal wraps these lines; rich would drop columns.
+        width, output.stdout.width = output.stdout.width, max(output.stdout.width, score_tables.WIDTH)
+        output.stdout.print(score_tables.score_table(results), score_tables.answer_table(results))
+        output.stdout.width = width
+        for line in score_tables.notes(results):
+            output.print_line(line)
+        if "folder" in results:
+            output.print_line(Path(results["folder"], "results.json"))
+
+
+def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None, as_json: bool) -> None:
+    from pmod_cli.evaluation import data
+
+    rows = data.listing(data_root=data_root)
+    if as_json:
+        output.print_json({"schema_version": 1, "benchmarks": rows})
+        return
+    table = Table(box=box.SIMPLE, padding=0)
+    for title in ("name", "lmms-eval task", "data set and split", "rows", "metric", "here"):
+        table.add_column(title, overflow="fold", justify="right" if title == "rows" else "left")
+    for row in rows:
+        repositories = ", ".join(name.rpartition("/")[2] for name in row["data"])
+        data_set = f"{repositories} {', '.join(row['split'])}" if repositories else "drawn here"
+        here = "yes" if row["here"] else "no"
+        rows_of = f"{row['rows']:,}" if row["rows"] else "not known"
+        table.add_row(row["name"], row["task"], data_set, rows_of, row["metric"] or "the first", here)
+    output.stdout.print(table)
+    for name, group in groups.items():
+        output.print_line(f"{name}: {', '.join(benchmark.name for benchmark in group)}")
+    output.print_line("any other lmms-eval task: by its name there")

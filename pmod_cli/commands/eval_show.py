@@ -65,7 +65,9 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
     if shown_as == "json":
         output.print_json(results)
     elif shown_as in ("markdown", "csv"):
-        output.print_line({"markdown": score_tables.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip())
+        output.print_line(
+            {"markdown": score_tables.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip()
+        )
     else:
         for line in score_tables.warnings(results):
             output.print_line(line)

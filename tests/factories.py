@@ -3,34 +3,27 @@
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
+    ProcessorMixin,
 )
 
+from pmod_cli import families
+from pmod_cli.families.decoders import BUNDLED
 from tests.beds.tiny_llava_next.model import CHAT_TEMPLATE, IMAGE, build_tokenizer
 
-KINDS = ("llava", "llava_next")
-DECODERS = ("llama", "mistral", "qwen2")
+KINDS = tuple(family.name for family in families.BUNDLED)
+DECODERS = tuple(decoder.name for decoder in BUNDLED)
 TILE, PATCH = 32, 8  # pixels: 16 vision tokens a tile
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]  # (height, width) in pixels
 
 
-def processor(
-    kind: str = "llava_next", tokenizer: PreTrainedTokenizerBase | None = None
-) -> LlavaProcessor | LlavaNextProcessor:
+def processor(kind: str = "llava_next", tokenizer: PreTrainedTokenizerBase | None = None) -> ProcessorMixin:
     """The stock processor of `kind`, over the tokenizer of the bundled tiny model unless another is given."""
     pixels = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
     options = {
@@ -40,17 +33,17 @@ def processor(
         "num_additional_image_tokens": 1,
         "chat_template": CHAT_TEMPLATE,
     }
-    if kind == "llava":
-        return LlavaProcessor(image_processor=CLIPImageProcessorPil(**pixels), **options)
-    return LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(image_grid_pinpoints=PINPOINTS, **pixels), **options
-    )
+    family = families.FAMILIES[kind]
+    images = family.image_processor({"image_grid_pinpoints": PINPOINTS}, pixels, False)
+    return getattr(transformers, family.processor or f"{family.classes}Processor")(image_processor=images, **options)
 
 
-def config(kind: str = "llava_next", decoder: str = "llama", layers: int = 4, **text) -> LlavaConfig | LlavaNextConfig:
+def config(kind: str = "llava_next", decoder: str = "llama", layers: int = 4, **text) -> PreTrainedConfig:
     """A stock config of `layers` decoder layers of width 32, grouped K/V heads; `text` overrides the decoder's."""
     tokenizer = build_tokenizer()
-    decoder_config = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[decoder]
+    family, kind_of_decoder = families.FAMILIES[kind], families.DECODERS[decoder]
+    decoder_config = getattr(transformers, f"{kind_of_decoder.classes}Config")
+    layers_read = family.defaults["vision_feature_layer"]
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -64,7 +57,7 @@ def config(kind: str = "llava_next", decoder: str = "llama", layers: int = 4, **
         "eos_token_id": tokenizer.eos_token_id,
         "tie_word_embeddings": False,
     }
-    if decoder == "mistral":
+    if kind_of_decoder.window(settings):
         settings["sliding_window"] = None
     common = {
         "text_config": decoder_config(**settings | text),
@@ -80,18 +73,19 @@ def config(kind: str = "llava_next", decoder: str = "llama", layers: int = 4, **
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
         "image_seq_length": (TILE // PATCH) ** 2,
         "vision_feature_select_strategy": "default",
-        "vision_feature_layer": -2,
+        "vision_feature_layer": [-2, -1] if isinstance(layers_read, list) else layers_read,
         "tie_word_embeddings": False,
     }
-    return LlavaConfig(**common) if kind == "llava" else LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **common)
+    if "image_grid_pinpoints" in family.defaults:
+        common["image_grid_pinpoints"] = PINPOINTS
+    return getattr(transformers, f"{family.classes}Config")(**common)
 
 
 def model(
     kind: str = "llava_next", decoder: str = "llama", layers: int = 4, *, seed: int = 0, **text
-) -> LlavaForConditionalGeneration | LlavaNextForConditionalGeneration:
+) -> PreTrainedModel:
     """A stock model in eval mode, float32, whose weights are large enough that every layer changes the logits."""
-    cls = LlavaForConditionalGeneration if kind == "llava" else LlavaNextForConditionalGeneration
-    stock = cls(config(kind, decoder, layers, **text)).eval()
+    stock = getattr(transformers, families.FAMILIES[kind].stock_class)(config(kind, decoder, layers, **text)).eval()
     fill(stock, seed)
     return stock
 

@@ -122,6 +122,6 @@ LLAVA_NEXT = Family(
     small_config={"image_grid_pinpoints": [[8, 16]]},
     small_pixels=(1, 3, 3, 8, 8),  # the whole image and two tiles
     small_inputs={"image_sizes": [[8, 16]]},
-    vector_shapes=("image_newline",),
+    more_shapes=lambda hidden, projector_in: {"image_newline": (hidden,)},
     high_resolution=True,
 )

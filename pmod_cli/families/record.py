@@ -148,7 +148,8 @@ class Family:
         small_inputs: What comes with these pixels.
         vision_tokens: Attributes of the configuration that hold the ids of vision tokens.
         processor: Name of the processor class; None: `classes` + `Processor`.
-        vector_shapes: Names of tensors of shape `(hidden_size,)` beside decoder, tower and projector.
+        more_shapes: `(hidden, projector_in)` to names and shapes of tensors beside decoder, tower and the two maps
+            of the projector; `projector_in` is the width of what the projector takes.
         high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
         module: Where the classes are imported from.
     """
@@ -165,7 +166,7 @@ class Family:
     small_config: Mapping[str, Any] = field(default_factory=dict)
     small_inputs: Mapping[str, Any] = field(default_factory=dict)
     vision_tokens: tuple[str, ...] = ("image_token_id",)
-    vector_shapes: tuple[str, ...] = ()
+    more_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = lambda hidden, projector_in: {}
     high_resolution: bool = False
     processor: str | None = None
     module: str = "transformers"

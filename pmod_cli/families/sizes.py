@@ -184,7 +184,7 @@ def _tower(config: Mapping[str, Any] | object, family: Family) -> Tower:
             f"vision_config.image_size is {size['image_size']}, less than one patch of {size['patch_size']} pixels",
             hint="name a LLaVA's config.json",
         )
-    layer = get(config, "vision_feature_layer")
+    layer = get(config, "vision_feature_layer") or family.defaults["vision_feature_layer"]
     return Tower(
         layers=size["num_hidden_layers"],
         hidden=size["hidden_size"],

@@ -115,7 +115,7 @@ def expected_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple
     shapes = decoder_shapes(text, f"{where}: text_config", decoder_kind(text, family))
     shapes |= tower_shapes(vision, f"{where}: vision_config", tower_kind(vision, family))
     hidden = shapes["language_model.model.norm.weight"][0]
-    features = config.get("vision_feature_layer")
+    features = config.get("vision_feature_layer", family.defaults["vision_feature_layer"])
     joined = len(features) if isinstance(features, list) else 1
     width = joined * shapes["vision_tower.embeddings.position_embedding.weight"][1]
     shapes |= {
@@ -124,7 +124,7 @@ def expected_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple
     }
     if config.get("multimodal_projector_bias", family.defaults["multimodal_projector_bias"]):
         shapes |= {f"multi_modal_projector.linear_{n}.bias": (hidden,) for n in (1, 2)}
-    return shapes | dict.fromkeys(family.vector_shapes, (hidden,))
+    return shapes | family.more_shapes(hidden, width)
 
 
 def checked_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
@@ -149,13 +150,14 @@ class Parameters:
 def parameters(sizes: Sizes, routed_layers: int = 0, setup: TrainingSetup | None = None) -> Parameters:
     """Numbers of weights, without the norms of the decoder (less than 0.01 %)."""
     decoder, tower = sizes.decoder, sizes.tower
+    more = sizes.family.more_shapes(decoder.hidden, tower.features * tower.hidden)
     encoder = 4 * tower.hidden**2 + 2 * tower.hidden * tower.inner + 9 * tower.hidden + tower.inner
     return Parameters(
         embedding=decoder.vocabulary * decoder.hidden,
         layer=decoder.layer_weights,
         layers=decoder.layers,
         lm_head=0 if decoder.tied else decoder.vocabulary * decoder.hidden,
-        projector=formulas.projector_token(sizes) // 2 + (2 + len(sizes.family.vector_shapes)) * decoder.hidden,
+        projector=formulas.projector_token(sizes) // 2 + 2 * decoder.hidden + sum(map(prod, more.values())),
         tower=tower.layers * encoder + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden,
         routers=routed_layers * (decoder.hidden + 1),
         adapter=_adapter(sizes, setup) if setup is not None and setup.lora_rank else 0,

@@ -65,14 +65,14 @@ def left_out(config: Mapping[str, Any]) -> list[str]:
         config: A whole one, stock or p-MoD.
     """
     family, found = known_family(config), []
-    kinds = {"text_config": decoder_kind, "vision_config": tower_kind}
-    for part, kind in kinds.items():
+    for part, kind in (("text_config", decoder_kind), ("vision_config", tower_kind)):
         if not (said := config.get(part)):
             found.append(part)
             continue
+        record: DecoderKind | TowerKind = kind(said, family)
         found += [
             f"{part}.{key} {default}"
-            for key, default in kind(said, family).defaults.items()
+            for key, default in record.defaults.items()
             if isinstance(default, int) and key not in said
         ]
     return found

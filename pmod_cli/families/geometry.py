@@ -87,12 +87,16 @@ class Layout:
 
 def numbered(name: str, rows: np.ndarray, columns: np.ndarray, *, first: int, newline: bool = False) -> Part:
     """Number the cells row by row from `first`; with `newline` each row is one token longer than its cells."""
-    indices = first + np.arange(len(rows) * (len(columns) + newline)).reshape(len(rows), len(columns) + newline)
+    indices: np.ndarray = first + np.arange(len(rows) * (len(columns) + newline)).reshape(
+        len(rows), len(columns) + newline
+    )
     tokens, newlines = np.split(indices, [len(columns)], axis=1)
     return Part(name, tokens, rows, columns, newlines.ravel())
 
 
-def patch_spans(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int):
+def patch_spans(
+    image_processor: BaseImageProcessor, patch_size: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Spans of the patch grid's rows (R, 2) and columns (C, 2) in a picture given to resize and centre crop."""
     shown_h, shown_w = _resized(image_processor, height, width) if image_processor.do_resize else (height, width)
     top = left = 0
@@ -100,8 +104,8 @@ def patch_spans(image_processor: BaseImageProcessor, patch_size: int, height: in
     if image_processor.do_center_crop:
         view_h, view_w = image_processor.crop_size.height, image_processor.crop_size.width
         top, left = (shown_h - view_h) // 2, (shown_w - view_w) // 2  # below 0 where the crop pads a small picture
-    rows = _spans(view_h // patch_size, patch_size) + top
-    columns = _spans(view_w // patch_size, patch_size) + left
+    rows: np.ndarray = _spans(view_h // patch_size, patch_size) + top
+    columns: np.ndarray = _spans(view_w // patch_size, patch_size) + left
     return rows * (height / shown_h), columns * (width / shown_w)
 
 

@@ -91,7 +91,7 @@ def _tiles(height: int, width: int, tile: int) -> int:
 
 def best_resolution(width: int, height: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
     """The (height, width) that shows most pixels of the image and, among those, wastes least."""
-    best, most, least_waste = pinpoints[0], 0, float("inf")
+    best, most, least_waste = (pinpoints[0][0], pinpoints[0][1]), 0, float("inf")
     for high, wide in pinpoints:
         scale = min(wide / width, high / height)
         shown = min(int(width * scale) * int(height * scale), width * height)

@@ -160,7 +160,8 @@ def _pinpoints(config: Mapping[str, Any] | object, tile: int, family: Family) ->
             f"image_grid_pinpoints is {found!r:.60}: expected a list of [height, width] in pixels",
             hint="name a LLaVA-NeXT's config.json",
         )
-    points = tuple(tuple(_positive("image_grid_pinpoints", side, None) for side in pair) for pair in found)
+    key = "image_grid_pinpoints"
+    points = tuple((_positive(key, height, None), _positive(key, width, None)) for height, width in found)
     if small := [list(pair) for pair in points if min(pair) < tile]:
         raise PmodError(
             f"image_grid_pinpoints has {small[0]}, which is less than one tile of {tile} x {tile} pixels",

@@ -34,9 +34,9 @@ from pmod_cli.model.registry import SELECTIONS
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.benchmarks import Benchmark
+    from pmod_cli.evaluation.eval_models import EvalModel
     from pmod_cli.evaluation.identity import EvalSettings
     from pmod_cli.evaluation.processes import Processes
-    from pmod_cli.evaluation.subjects import Subject
 
 EXAMPLES = """\
 pmod eval --tasks tiny
@@ -191,9 +191,9 @@ def eval(
     benchmarks = suite.resolve(tasks.split(","))
     name = model_or_default(model)
 
-    from pmod_cli.evaluation import data, subjects
+    from pmod_cli.evaluation import data, eval_models
 
-    chosen = subjects.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
+    chosen = eval_models.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
     data.require_data(benchmarks, data_root)
 
     from pmod_cli.evaluation.identity import EvalSettings, default_folder
@@ -212,7 +212,7 @@ def eval(
         check_batching=check_batching,
     )
     out = out or default_folder(chosen, benchmarks, settings)
-    output.note(f"models: {', '.join(f'{subject.label} ({subject.path})' for subject in chosen)}")
+    output.note(f"models: {', '.join(f'{eval_model.label} ({eval_model.path})' for eval_model in chosen)}")
     output.note(f"tasks: {', '.join(benchmark.task for benchmark in benchmarks)}")
     output.note(f"folder: {out}")
     _check_processes(num_processes, device, launched)
@@ -252,7 +252,7 @@ def eval(
 def _answer(
     processes: Processes,
     benchmarks: tuple[Benchmark, ...],
-    chosen: list[Subject],
+    chosen: list[EvalModel],
     settings: EvalSettings,
     out: Path,
     overwrite: bool,
@@ -285,14 +285,14 @@ def _check_processes(count: int, device: str, launched: bool) -> None:
 def _against(against: str | None, name: str, benchmarks: tuple[Benchmark, ...], offline: bool) -> list[str]:
     """What to compare with. The tiny tasks take seconds, so there the stock model stands beside p-MoD unasked."""
     from pmod_cli.checkpoints import resolve, router_state
-    from pmod_cli.evaluation import subjects
+    from pmod_cli.evaluation import eval_models
 
     if against is not None:
         return [part.strip() for part in against.split(",") if part.strip() not in ("", "none")]
     path = resolve(name, offline=offline).path
     if router_state(path) == "stock" or any(benchmark.group != "tiny" for benchmark in benchmarks):
         return []
-    if subjects.stock_source(path) is None:
+    if eval_models.stock_source(path) is None:
         output.note("no stock model beside it: the checkpoint does not say what it was made from; --against names one")
         return []
     return ["stock"]

@@ -10,14 +10,14 @@ from typing import Any
 
 from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.data import listing
+from pmod_cli.evaluation.eval_models import EvalModel
 from pmod_cli.evaluation.identity import EvalSettings, run_identity, sources_of
 from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
-from pmod_cli.evaluation.subjects import Subject
 
 
 def plan(
     benchmarks: Sequence[Benchmark],
-    subjects: Sequence[Subject],
+    eval_models: Sequence[EvalModel],
     settings: EvalSettings,
     out: Path,
     *,
@@ -37,8 +37,8 @@ def plan(
     Raises:
         PmodError: the folder is not for this run.
     """
-    identity = run_identity(subjects, settings) if (out / RESULTS).exists() and not overwrite else {}
-    ResultsFolder(out, overwrite=overwrite).check(identity, benchmarks, sources_of(subjects, settings))
+    identity = run_identity(eval_models, settings) if (out / RESULTS).exists() and not overwrite else {}
+    ResultsFolder(out, overwrite=overwrite).check(identity, benchmarks, sources_of(eval_models, settings))
     tasks = []
     for benchmark, row in zip(benchmarks, listing(benchmarks, settings.data_root), strict=True):
         shown = {key: row[key] for key in ("name", "task", "data", "metric", "here")}
@@ -50,10 +50,10 @@ def plan(
         "folder": str(out),
         "models": [
             {"label": one.label, "path": str(one.path), "routers": one.routers, "selection": one.selection}
-            for one in subjects
+            for one in eval_models
         ],
         "tasks": tasks,
-        "questions": None if None in known else sum(known) * len(subjects),
+        "questions": None if None in known else sum(known) * len(eval_models),
         "settings": asdict(settings) | {"data_root": settings.data_root and str(settings.data_root)},
         "processes": processes,
     }

@@ -14,7 +14,7 @@ from typing import Any
 from pmod_cli import __version__
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.benchmarks import Benchmark
-from pmod_cli.evaluation.subjects import Subject
+from pmod_cli.evaluation.eval_models import EvalModel
 
 # Another place of the same weights, or another GPU of the same machine, does not change an answer.
 NOT_OF_AN_ANSWER = ("path", "commit", "device")
@@ -48,16 +48,16 @@ class EvalSettings:
     check_batching: bool = False
 
 
-def run_identity(subjects: Sequence[Subject], settings: EvalSettings) -> dict[str, Any]:
+def run_identity(eval_models: Sequence[EvalModel], settings: EvalSettings) -> dict[str, Any]:
     """What a run is about: models by their files, and settings. Not where things lie, nor how many are asked."""
     return {
         "models": {
-            subject.label: {
-                **{name: value for name, value in _checkpoint(subject.path).items() if name not in NOT_OF_AN_ANSWER},
-                "selection": subject.selection,
-                "tokens_left": subject.tokens_left,
+            eval_model.label: {
+                **{name: value for name, value in _checkpoint(eval_model.path).items() if name not in NOT_OF_AN_ANSWER},
+                "selection": eval_model.selection,
+                "tokens_left": eval_model.tokens_left,
             }
-            for subject in subjects
+            for eval_model in eval_models
         },
         "limit": settings.limit,
         "seed": settings.seed,
@@ -67,26 +67,26 @@ def run_identity(subjects: Sequence[Subject], settings: EvalSettings) -> dict[st
     }
 
 
-def sources_of(subjects: Iterable[Subject], settings: EvalSettings) -> list[Path]:
+def sources_of(eval_models: Iterable[EvalModel], settings: EvalSettings) -> list[Path]:
     """The folders that a run reads."""
-    return [*(subject.path for subject in subjects), *([settings.data_root] if settings.data_root else [])]
+    return [*(eval_model.path for eval_model in eval_models), *([settings.data_root] if settings.data_root else [])]
 
 
 def answerer(described: Mapping[str, Any], settings: EvalSettings) -> str:
     """Digest of a loaded model and of what is around it; the batch size is no part of it.
 
     Args:
-        described: As `subjects.Loaded.describe` gives it.
+        described: As `eval_models.Loaded.describe` gives it.
     """
     parts = {name: value for name, value in described.items() if name not in NOT_OF_AN_ANSWER}
     around = {"device": settings.device.partition(":")[0], "seed": settings.seed, "packages": _versions()}
     return _digest({**parts, **around})
 
 
-def default_folder(subjects: Sequence[Subject], benchmarks: Iterable[Benchmark], settings: EvalSettings) -> Path:
+def default_folder(eval_models: Sequence[EvalModel], benchmarks: Iterable[Benchmark], settings: EvalSettings) -> Path:
     """`./runs/eval-<model>-<eight digits>`: the same command goes on in the same folder, another one gets another."""
-    parts = [run_identity(subjects, settings), [benchmark.task for benchmark in benchmarks]]
-    return Path("runs", f"eval-{subjects[0].path.resolve().name}-{_digest(parts)[:8]}")
+    parts = [run_identity(eval_models, settings), [benchmark.task for benchmark in benchmarks]]
+    return Path("runs", f"eval-{eval_models[0].path.resolve().name}-{_digest(parts)[:8]}")
 
 
 @cache

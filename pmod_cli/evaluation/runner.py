@@ -16,6 +16,7 @@ from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, one_line, write_traceback
 from pmod_cli.evaluation.batch_check import changed_answers
 from pmod_cli.evaluation.benchmarks import Benchmark
+from pmod_cli.evaluation.eval_models import EvalModel, Loaded, load
 from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity, sources_of
 from pmod_cli.evaluation.journal import Journal
 from pmod_cli.evaluation.outcome import Outcome
@@ -23,14 +24,13 @@ from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.results import SCHEMA_VERSION, Report
 from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
 from pmod_cli.evaluation.scoring import score
-from pmod_cli.evaluation.subjects import Loaded, Subject, load
 
 Progress = Callable[[str, str, int, int], None]  # model, task, questions answered, questions of the task
 
 
 def evaluate(
     benchmarks: Sequence[Benchmark],
-    subjects: Sequence[Subject],
+    eval_models: Sequence[EvalModel],
     settings: EvalSettings,
     out: Path,
     *,
@@ -38,7 +38,7 @@ def evaluate(
     processes: Processes = ALONE,
     on_progress: Progress = lambda model, task, answered, asked: None,
 ) -> dict[str, Any]:
-    """Score every subject on every benchmark and return the report, as `results.json` in `out` holds it.
+    """Score every model on every benchmark and return the report, as `results.json` in `out` holds it.
 
     Answers that an earlier run of the same models and settings left in `out` are not asked again.
 
@@ -56,16 +56,16 @@ def evaluate(
         OSError: answers or results cannot be written.
     """
     with ResultsFolder(out, processes, overwrite=overwrite) as folder:
-        identity = run_identity(subjects, settings) if processes.first else {}  # reads weights, so once
-        folder.prepare(identity, benchmarks, sources_of(subjects, settings))
-        results = _evaluate(benchmarks, subjects, settings, folder, processes, on_progress)
+        identity = run_identity(eval_models, settings) if processes.first else {}  # reads weights, so once
+        folder.prepare(identity, benchmarks, sources_of(eval_models, settings))
+        results = _evaluate(benchmarks, eval_models, settings, folder, processes, on_progress)
         folder.finish(whole=not results.get("failed"))
         return results
 
 
 def _evaluate(
     benchmarks: Sequence[Benchmark],
-    subjects: Sequence[Subject],
+    eval_models: Sequence[EvalModel],
     settings: EvalSettings,
     folder: ResultsFolder,
     processes: Processes,
@@ -82,36 +82,36 @@ def _evaluate(
     report = Report(benchmarks, seed=settings.seed)
     loaded: Loaded | None = None
     results: dict[str, Any] = {}
-    for subject in subjects:
-        if loaded is None or not loaded.serves(subject):
+    for eval_model in eval_models:
+        if loaded is None or not loaded.serves(eval_model):
             loaded = None  # the model before is freed first
-            on_progress(subject.label, "loading", 0, 1)
+            on_progress(eval_model.label, "loading", 0, 1)
             device = device_of_rank(settings.device)
-            loaded = load(subject, dtype=settings.dtype, device=device, attention=settings.attention)
-        described = loaded.describe(subject) if processes.first else {}
+            loaded = load(eval_model, dtype=settings.dtype, device=device, attention=settings.attention)
+        described = loaded.describe(eval_model) if processes.first else {}
         by = processes.gather(answerer(described, settings) if described else None)[0]
-        report.add_model(subject.label, described)
+        report.add_model(eval_model.label, described)
         asked = PmodModel(
-            str(subject.path),
+            str(eval_model.path),
             settings.batch_size,
-            selection=subject.selection,
+            selection=eval_model.selection,
             seed=settings.seed,
             halve=settings.halve,
             model=loaded.model,
             processor=loaded.processor,
         )
         for benchmark in benchmarks:
-            on_progress(subject.label, benchmark.title, 0, 1)
-            journal = Journal(folder.journal(subject.label), benchmark.name, processes.rank)
-            show = _named(on_progress, subject.label, benchmark.title)
+            on_progress(eval_model.label, benchmark.title, 0, 1)
+            journal = Journal(folder.journal(eval_model.label), benchmark.name, processes.rank)
+            show = _named(on_progress, eval_model.label, benchmark.title)
             outcome = _outcome(asked, benchmark, settings, by, journal, processes, folder.log(processes.rank), show)
             if not processes.first:
                 continue
-            report.add(benchmark, subject.label, outcome.entry(), outcome.samples)
-            _write_lines(folder.answers(subject.label, benchmark.name), outcome.samples)
-            if subject.label in report.differences[benchmark.name]:
-                changed = report.differences[benchmark.name][subject.label].changed
-                _write_lines(folder.changed(subject.label, benchmark.name), changed)
+            report.add(benchmark, eval_model.label, outcome.entry(), outcome.samples)
+            _write_lines(folder.answers(eval_model.label, benchmark.name), outcome.samples)
+            if eval_model.label in report.differences[benchmark.name]:
+                changed = report.differences[benchmark.name][eval_model.label].changed
+                _write_lines(folder.changed(eval_model.label, benchmark.name), changed)
             results = header | report.results()
             results["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
             write_text(folder.path / "results.md", score_tables.to_markdown(results))

@@ -22,8 +22,8 @@ RUN_SETTINGS = "config.yaml"  # what finetune leaves beside a checkpoint, with t
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One column of the report.
+class EvalModel:
+    """A model as the report has it: one column.
 
     Attributes:
         label: Head of the column, unique in a run.
@@ -42,7 +42,7 @@ class Subject:
     tokens_left: float | None = None
 
 
-def choose(name: str, against: Iterable[str], *, revision: str | None = None, offline: bool = False) -> list[Subject]:
+def choose(name: str, against: Iterable[str], *, revision: str | None = None, offline: bool = False) -> list[EvalModel]:
     """The model `name` and what it is compared with, in the order given.
 
     Args:
@@ -53,8 +53,8 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
     Raises:
         PmodError: a model cannot be found or is no LLaVA, or a control was asked of a model that selects nothing.
     """
-    main = _subject(name, revision, offline)
-    subjects = [main]
+    main = _eval_model(name, revision, offline)
+    eval_models = [main]
     for other in against:
         if (other in SELECTIONS or other == DOWNSAMPLE) and main.routers == "stock":
             raise PmodError(
@@ -62,7 +62,7 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
                 hint=f"pmod convert {name}",
             )
         if other in SELECTIONS:
-            subjects.append(Subject(other, main.path, main.routers, other, main.commit))
+            eval_models.append(EvalModel(other, main.path, main.routers, other, main.commit))
         elif other in ("stock", DOWNSAMPLE):
             source = stock_source(main.path)
             if source is None:
@@ -70,11 +70,11 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
                     f"`against={other}`: {main.path} does not say what it was made from",
                     hint="`against=FOLDER` names a stock model",
                 )
-            stock = _subject(source, None, offline, label=other)
-            subjects.append(stock if other == "stock" else replace(stock, tokens_left=_mean_retention(main.path)))
+            stock = _eval_model(source, None, offline, label=other)
+            eval_models.append(stock if other == "stock" else replace(stock, tokens_left=_mean_retention(main.path)))
         else:
-            subjects.append(_subject(other, None, offline))
-    return [_unique(subject, subjects[:place]) for place, subject in enumerate(subjects)]
+            eval_models.append(_eval_model(other, None, offline))
+    return [_unique(eval_model, eval_models[:place]) for place, eval_model in enumerate(eval_models)]
 
 
 def _mean_retention(path: Path) -> float:
@@ -116,24 +116,24 @@ def _made_from(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A subject's model in eval mode, its processor, and what a score depends on as far as it lies in them."""
+    """A model in eval mode, its processor, and what a score depends on as far as it lies in them."""
 
-    subject: Subject
+    eval_model: EvalModel
     model: Any
     processor: Any
     downsampled: dict[str, Any] | None = None
 
-    def serves(self, other: Subject) -> bool:
-        """Is it also the model of another subject?"""
-        return (self.subject.path, self.subject.tokens_left) == (other.path, other.tokens_left)
+    def serves(self, other: EvalModel) -> bool:
+        """Whether another column is of the same model."""
+        return (self.eval_model.path, self.eval_model.tokens_left) == (other.path, other.tokens_left)
 
-    def describe(self, subject: Subject) -> dict[str, Any]:
+    def describe(self, eval_model: EvalModel) -> dict[str, Any]:
         """For the result file."""
         described = {
-            **provenance.checkpoint(subject.path, subject.commit),
+            **provenance.checkpoint(eval_model.path, eval_model.commit),
             **provenance.loaded(self.model, self.processor),
-            "routers": subject.routers,
-            "selection": subject.selection if subject.routers != "stock" else None,
+            "routers": eval_model.routers,
+            "selection": eval_model.selection if eval_model.routers != "stock" else None,
             "downsampled": self.downsampled,
         }
         if self.downsampled is not None:
@@ -141,18 +141,18 @@ class Loaded:
         return described
 
 
-def load(subject: Subject, *, dtype: str, device: str, attention: str) -> Loaded:
-    """The model of a subject, its pictures downsampled where the subject says so."""
-    model, processor = load_model(subject.path, dtype=dtype, device=device, attn_implementation=attention)
-    done = downsample(model, processor, subject.tokens_left) if subject.tokens_left is not None else None
-    return Loaded(subject, model, processor, done)
+def load(eval_model: EvalModel, *, dtype: str, device: str, attention: str) -> Loaded:
+    """A model of the report, its pictures downsampled where that is asked."""
+    model, processor = load_model(eval_model.path, dtype=dtype, device=device, attn_implementation=attention)
+    done = downsample(model, processor, eval_model.tokens_left) if eval_model.tokens_left is not None else None
+    return Loaded(eval_model, model, processor, done)
 
 
-def _subject(name: str, revision: str | None, offline: bool, label: str | None = None) -> Subject:
+def _eval_model(name: str, revision: str | None, offline: bool, label: str | None = None) -> EvalModel:
     found = resolve(name, revision=revision, offline=offline)
     _require_llava(found.path)
     title = label or found.alias or Path(name).resolve().name
-    return Subject(title, found.path, router_state(found.path), _own_selection(found.path), found.commit)
+    return EvalModel(title, found.path, router_state(found.path), _own_selection(found.path), found.commit)
 
 
 def _own_selection(path: Path) -> str:
@@ -172,7 +172,7 @@ def _require_llava(path: Path) -> None:
         )
 
 
-def _unique(subject: Subject, before: list[Subject]) -> Subject:
+def _unique(eval_model: EvalModel, before: list[EvalModel]) -> EvalModel:
     """`name`, or `name (2)` where an earlier column has that name."""
-    count = 1 + sum(other.label == subject.label for other in before)
-    return subject if count == 1 else Subject(**{**vars(subject), "label": f"{subject.label} ({count})"})
+    count = 1 + sum(other.label == eval_model.label for other in before)
+    return eval_model if count == 1 else EvalModel(**{**vars(eval_model), "label": f"{eval_model.label} ({count})"})

@@ -4,7 +4,7 @@ import pytest
 
 from pmod_cli.checkpoints import convert
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation import subjects
+from pmod_cli.evaluation import eval_models
 from pmod_cli.model import PmodSettings
 
 
@@ -16,20 +16,26 @@ def converted(stock_model, tmp_path_factory):
 
 
 def test_stock_is_where_the_checkpoint_came_from(stock_model, converted, tmp_path):
-    assert subjects.stock_source(converted) == str(stock_model())
+    assert eval_models.stock_source(converted) == str(stock_model())
     run = tmp_path / "run"  # a fine-tuned one names the checkpoint that it started from
     run.mkdir()
     (run / "config.json").write_text((converted / "config.json").read_text())
-    assert subjects.stock_source(run) is None
+    assert eval_models.stock_source(run) is None
     (run / "config.yaml").write_text(f"model:\n  name: {converted}\n")
-    assert subjects.stock_source(run) == str(stock_model())
+    assert eval_models.stock_source(run) == str(stock_model())
 
 
 def test_columns(stock_model, converted):
-    chosen = subjects.choose(str(converted), ["stock", "random", str(converted), "downsample"])
-    assert [subject.label for subject in chosen] == ["tiny-pmod", "stock", "random", "tiny-pmod (2)", "downsample"]
-    assert [subject.routers for subject in chosen] == ["untrained", "stock", "untrained", "untrained", "stock"]
-    assert [subject.selection for subject in chosen] == ["router", "router", "random", "router", "router"]
+    chosen = eval_models.choose(str(converted), ["stock", "random", str(converted), "downsample"])
+    assert [eval_model.label for eval_model in chosen] == [
+        "tiny-pmod",
+        "stock",
+        "random",
+        "tiny-pmod (2)",
+        "downsample",
+    ]
+    assert [eval_model.routers for eval_model in chosen] == ["untrained", "stock", "untrained", "untrained", "stock"]
+    assert [eval_model.selection for eval_model in chosen] == ["router", "router", "random", "router", "router"]
     assert chosen[1].path == chosen[4].path == stock_model()
     retention = PmodSettings().retention(4)
     assert chosen[4].tokens_left == pytest.approx(sum(retention) / 4)
@@ -38,6 +44,6 @@ def test_columns(stock_model, converted):
 def test_what_cannot_be_compared(stock_model, converted, tmp_path):
     for control in ("random", "downsample"):
         with pytest.raises(PmodError, match=f"`against={control}`.*keeps every vision token"):
-            subjects.choose(str(stock_model()), [control])
+            eval_models.choose(str(stock_model()), [control])
     with pytest.raises(PmodError, match="no folder"):
-        subjects.choose(str(converted), [str(tmp_path / "gone")])
+        eval_models.choose(str(converted), [str(tmp_path / "gone")])

@@ -59,7 +59,7 @@ class Summands:
 
 
 def interval(draws: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % percentile interval of resampled scores. Draws that are all equal (no answer right) tell of none."""
+    """The 95 % percentile interval of resampled scores; `UNKNOWN` where all are equal, as if no answer is right."""
     if np.ptp(draws) == 0:
         return UNKNOWN
     low, high = np.percentile(draws, [2.5, 97.5])

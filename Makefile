@@ -9,7 +9,7 @@ STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml tests/install
 # A process a core; one that has nothing left takes tests from another.
 SPREAD := -n $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) --dist worksteal
 
-.PHONY: setup demo test test-slow test-versions coverage types bench gpu gpu-cpu gpu-wheels soak lint format reference docs lock clean
+.PHONY: setup demo test test-slow test-versions coverage types bench gpu gpu-cpu gpu-wheels soak lint format reference notebooks docs lock clean
 
 setup: $(STAMP)
 
@@ -82,6 +82,10 @@ format: setup
 reference: setup
 	.venv/bin/python -m tests.reference > docs/commands.md.new
 	mv docs/commands.md.new docs/commands.md
+
+# The notebooks of docs/, with what their cells print and draw.
+notebooks: setup
+	.venv/bin/python -m tests.notebooks
 
 # The documentation as a site in site/. A link that leads nowhere, or a page that is in no menu, is an error.
 docs: setup

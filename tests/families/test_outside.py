@@ -12,6 +12,7 @@ from PIL import Image
 
 from pmod_cli import cli, families
 from pmod_cli.checkpoints import load_model
+from pmod_cli.checkpoints.layouts.shapes import decoder_shapes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES, DecoderKind, register_decoder
 from pmod_cli.families.decoders import QKVO
@@ -120,6 +121,11 @@ def test_an_unknown_decoder_is_a_sentence_in_each_command(stock_model, tmp_path,
         assert "gpt_bigcode" in said
         assert "llama, mistral, qwen2" in said
         assert "Traceback" not in said
+
+
+def test_a_null_that_this_decoder_does_not_take_is_a_sentence(outside):
+    with pytest.raises(PmodError, match="head_dim is None, expected a whole number"):
+        decoder_shapes({"model_type": "qwen3", "head_dim": None}, "config.json")
 
 
 def test_two_of_one_name_are_refused():

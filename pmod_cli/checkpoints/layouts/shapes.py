@@ -48,7 +48,8 @@ def decoder_shapes(
     vocabulary, heads = size(text, "vocab_size", where), size(text, "num_attention_heads", where)
     shared = kind.defaults["num_key_value_heads"] or text["num_key_value_heads"] is not None
     kv_heads = size(text, "num_key_value_heads", where) if shared else heads
-    head = max(hidden // heads, 1) if text["head_dim"] is None else size(text, "head_dim", where)
+    derived = text["head_dim"] is None and kind.defaults["head_dim"] is None
+    head = max(hidden // heads, 1) if derived else size(text, "head_dim", where)
     if hidden % heads:
         raise PmodError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     if heads % kv_heads:

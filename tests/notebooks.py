@@ -61,7 +61,7 @@ def _run_cell(source: str, names: dict[str, Any], number: int) -> list[dict[str,
 def _shown(value: Any) -> dict[str, Any]:
     file = io.BytesIO()
     if hasattr(value, "savefig"):  # a figure of matplotlib
-        value.savefig(file, format="png", dpi=110)
+        value.savefig(file, format="png", dpi=110, bbox_inches="tight")
     elif hasattr(value, "save"):  # an image of Pillow
         value.save(file, format="png")
     else:

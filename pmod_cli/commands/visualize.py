@@ -122,7 +122,7 @@ def visualize(
     from pmod_cli import checkpoints, visualization
 
     compares = against is not None or against_question is not None
-    settings = visualization.Settings(
+    settings = visualization.DrawSettings(
         layers=layers,
         mode=mode or ("compare" if compares else "kept"),
         parts=parts,
@@ -151,13 +151,13 @@ def visualize(
     if not all(item.is_saved for item in items):
         name = model_or_default(model)
         found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
-        visualization.check_subject(found, name, layers=layers, parts=parts)
+        visualization.check_checkpoint(found, name, layers=layers, parts=parts)
         loading = {"dtype": dtype, "device": pick_device(device)}
         if against and not saved_other:
             found_other = checkpoints.resolve(against, offline=offline, cache_dir=cache_dir)
             visualization.check_pair(found, found_other)
-            other = visualization.load_subject(found_other, against, **loading)
-        subject = visualization.load_subject(found, name, **loading)
+            other = visualization.load_checkpoint(found_other, against, **loading)
+        subject = visualization.load_checkpoint(found, name, **loading)
         if "untrained" in (subject.router_state, getattr(other, "router_state", None)):
             output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
     elif against and not saved_other:

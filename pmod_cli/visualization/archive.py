@@ -24,7 +24,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import MOST_PIXELS
 from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.checked import check_selection, check_words, expect
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import ImageSelection
 
 FORMAT = 1
 PER_TOKEN = {"kept": np.bool_, "weight": np.float32}
@@ -37,14 +37,14 @@ CHUNK = 1 << 20  # bytes
 MOST_WORDS = 1 << 20  # characters of `about`
 
 
-def save_npz(record: SelectionRecord, path: Path) -> None:
+def save_npz(record: ImageSelection, path: Path) -> None:
     """Write the record; an existing file is replaced at once or not at all."""
     from pmod_cli.core.atomic import write_bytes
 
     write_bytes(path, npz_bytes(record))
 
 
-def npz_bytes(record: SelectionRecord) -> bytes:
+def npz_bytes(record: ImageSelection) -> bytes:
     """The file's content."""
     about = {word: getattr(record, word) for word in WORDS}
     about |= {"format": FORMAT, "tile_grid": record.layout.tile_grid, "parts": [p.name for p in record.layout.parts]}
@@ -61,7 +61,7 @@ def npz_bytes(record: SelectionRecord) -> bytes:
     return buffer.getvalue()
 
 
-def load_npz(path: Path) -> SelectionRecord:
+def load_npz(path: Path) -> ImageSelection:
     """Read what `save_npz` wrote. Pickled objects are refused.
 
     Raises:
@@ -81,7 +81,7 @@ def load_npz(path: Path) -> SelectionRecord:
         ) from error
 
 
-def _read(archive: zipfile.ZipFile) -> SelectionRecord:
+def _read(archive: zipfile.ZipFile) -> ImageSelection:
     about = json.loads(str(_array(archive, "about", np.str_, (), 4 * MOST_WORDS)))
     expect(isinstance(about, dict), "`about` is no object")
     expect(about.get("format") == FORMAT, f"format {about.get('format')}, expected {FORMAT}")
@@ -96,7 +96,7 @@ def _read(archive: zipfile.ZipFile) -> SelectionRecord:
     arrays = {name: _array(archive, name, dtype, (None, layout.size)) for name, dtype in PER_TOKEN.items()}
     layers = len(arrays["kept"])
     arrays |= {name: _array(archive, name, dtype, (layers,)) for name, dtype in PER_LAYER.items()}
-    record = SelectionRecord(image=Image.fromarray(image), layout=layout, **arrays, **words)
+    record = ImageSelection(image=Image.fromarray(image), layout=layout, **arrays, **words)
     check_selection(record)
     boxes = _array(archive, "boxes_px", np.float64, (layout.size, 4))
     expect(np.array_equal(boxes, layout.boxes(), equal_nan=True), "`boxes_px` are not the boxes of its parts")

@@ -12,7 +12,7 @@ from pmod_cli.core.images import LoadedImage
 from pmod_cli.data.images import is_anyres, reduced
 from pmod_cli.families.configs import known_family
 from pmod_cli.families.geometry import Layout
-from pmod_cli.visualization.record import IMAGE_MARK, SelectionRecord
+from pmod_cli.visualization.record import IMAGE_MARK, ImageSelection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,7 @@ def select(
     max_new_tokens: int = MAX_NEW_TOKENS,
     name: str = "p-MoD",
     regions: tuple[tuple[float, float, float, float], ...] = (),
-) -> SelectionRecord:
+) -> ImageSelection:
     """Run the prefill of one image and question, then answer greedily.
 
     Args:
@@ -58,7 +58,7 @@ def select(
         regions = tuple(tuple(edge / scale for edge, scale in zip(box, by, strict=True)) for box in regions)
     inputs, layout = _prepare(model, processor, image, question)
     kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)
-    return SelectionRecord(
+    return ImageSelection(
         image=image,
         layout=layout,
         kept=kept,
@@ -110,7 +110,7 @@ def run(
     return kept, weight, np.isin(np.arange(num_layers), list(captured.layers)), new
 
 
-def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: SelectionRecord, *, name: str) -> SelectionRecord:
+def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelection, *, name: str) -> ImageSelection:
     """What a stock model's last prompt token attends to, mean of all heads, cut to as many tokens as `beside` keeps.
 
     The prefill runs without its last token; that one then attends to the cache, so that no N x N map is ever held
@@ -145,7 +145,7 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: SelectionR
     weight = np.stack([layer[0, :, 0].float().mean(0).cpu()[is_vision].numpy() for layer in last.attentions])  # (L, V)
     order = np.argsort(-weight, axis=1, kind="stable")
     rank = np.argsort(order, axis=1, kind="stable")
-    return SelectionRecord(
+    return ImageSelection(
         image=beside.image,
         layout=layout,
         kept=rank < beside.kept.sum(axis=1, keepdims=True),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmod_cli.visualization.page import INK, LINE, MARGIN, QUIET, SMALL_PT, TEXT_PT, Page, wrap
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import ImageSelection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ COLOURS = {"base": "#0072b2", "tiles": "#009e73", "ends of rows": "#cc79a7"}  # 
 DPI = 300
 
 
-def schedule_chart(record: SelectionRecord, caption: Sequence[tuple[str, str]]) -> Figure:
+def schedule_chart(record: ImageSelection, caption: Sequence[tuple[str, str]]) -> Figure:
     """Retention over layers: the plan as steps, the real share as points, the shares of each part as lines."""
     lines = [line for text, colour in caption for line in wrap(text, WIDTH - 2 * MARGIN, colour)]
     shares = _shares(record)
@@ -70,7 +70,7 @@ def schedule_chart(record: SelectionRecord, caption: Sequence[tuple[str, str]]) 
     return page.figure
 
 
-def _shares(record: SelectionRecord) -> dict[str, tuple[str, np.ndarray]]:
+def _shares(record: ImageSelection) -> dict[str, tuple[str, np.ndarray]]:
     """Of an image with several parts: label and share of its tokens kept, (L,), for each."""
     if len(record.layout.parts) == 1:
         return {}

@@ -8,7 +8,7 @@ import numpy as np
 
 from pmod_cli.core.images import MOST_PIXELS
 from pmod_cli.families.geometry import Layout, Part, numbered
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import ImageSelection
 
 ROUTER_STATES = ("untrained", "trained", "calibrated", "stock")
 CHOOSERS = ("router", "attention")
@@ -57,7 +57,7 @@ def check_regions(boxes: Any) -> tuple[tuple[float, float, float, float], ...]:
     return tuple(tuple(float(edge) for edge in box) for box in boxes)
 
 
-def check_selection(record: SelectionRecord) -> None:
+def check_selection(record: ImageSelection) -> None:
     """Hold the arrays of a record to each other. Their types and shapes are right already.
 
     Raises:

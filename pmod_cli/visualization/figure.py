@@ -12,7 +12,7 @@ from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.charts import schedule_chart
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, prepare
 from pmod_cli.visualization.page import ALERT, INK, QUIET
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import ImageSelection
 from pmod_cli.visualization.sheet import REGION, ColourBar, Notes, Sheet
 from pmod_cli.visualization.statistics import in_common
 
@@ -30,11 +30,11 @@ BLIND = "The image stands before both questions, so no layer knew them: both sel
 
 
 def draw(
-    record: SelectionRecord,
+    record: ImageSelection,
     layers: Sequence[int],
     mode: str = "kept",
     *,
-    against: SelectionRecord | None = None,
+    against: ImageSelection | None = None,
     parts: str = "separate",
     answer_only: bool = False,
 ) -> Figure:
@@ -83,7 +83,7 @@ def part_groups(layout: Layout, parts: str) -> list[list[Part]]:
 
 
 def _draw_layers(
-    record: SelectionRecord, layers: Sequence[int], groups: list[list[Part]], answer_only: bool, mode: str
+    record: ImageSelection, layers: Sequence[int], groups: list[list[Part]], answer_only: bool, mode: str
 ) -> Figure:
     """One column a layer: kept patches, or router weights, or the contact sheet of kept patches."""
     weights, small = mode == "weights", mode == "grid"
@@ -104,7 +104,7 @@ def _draw_layers(
     return sheet.figure
 
 
-def _draw_depth(record: SelectionRecord, groups: list[list[Part]], answer_only: bool) -> Figure:
+def _draw_depth(record: ImageSelection, groups: list[list[Part]], answer_only: bool) -> Figure:
     """The image, and in how many layers each patch is kept."""
     low, high = int(record.depth.min()), record.num_layers
     bar = ColourBar(_gradient(), str(low), str(high), f"kept in so many of {high} layers")
@@ -126,8 +126,8 @@ def _draw_depth(record: SelectionRecord, groups: list[list[Part]], answer_only: 
 
 
 def _draw_compare(
-    record: SelectionRecord,
-    against: SelectionRecord | None,
+    record: ImageSelection,
+    against: ImageSelection | None,
     layers: Sequence[int],
     groups: list[list[Part]],
     answer_only: bool,
@@ -159,7 +159,7 @@ def _draw_compare(
     return sheet.figure
 
 
-def _heading(record: SelectionRecord, layer: int, *, short: bool) -> list[str]:
+def _heading(record: ImageSelection, layer: int, *, short: bool) -> list[str]:
     """Which layer, how many tokens it keeps, at which ratio."""
     total = record.layout.size
     if not record.routed[layer]:
@@ -197,7 +197,7 @@ def _paint_kept(panel: Panel, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray 
     return panel.draw_kept(kept), strip
 
 
-def _weight_colours(record: SelectionRecord, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], ColourBar | None]:
+def _weight_colours(record: ImageSelection, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], ColourBar | None]:
     """Colours of each routed layer's tokens on one scale, and its bar; None where every layer is plain."""
     routed = [layer for layer in layers if record.routed[layer]]
     if not routed:
@@ -218,7 +218,7 @@ def _gradient() -> np.ndarray:
     return _colours(np.linspace(0, 1, 256), 0, 1)
 
 
-def _legend(record: SelectionRecord, groups: list[list[Part]], mode: str, answer_only: bool) -> list[tuple[dict, str]]:
+def _legend(record: ImageSelection, groups: list[list[Part]], mode: str, answer_only: bool) -> list[tuple[dict, str]]:
     if answer_only:
         return []
     kept, skipped = (f"#{bytes(colour).hex()}" for colour in (KEPT, SKIPPED))
@@ -245,20 +245,20 @@ def _legend(record: SelectionRecord, groups: list[list[Part]], mode: str, answer
     return legend
 
 
-def _questions(record: SelectionRecord, against: SelectionRecord) -> list[tuple[str, str]]:
+def _questions(record: ImageSelection, against: ImageSelection) -> list[tuple[str, str]]:
     if record.question == against.question:
         return [(f"Q: {record.question}", INK)]
     asked = [(f"{letter} is asked: {own.question}", INK) for letter, own in (("A", record), ("B", against))]
     return [*asked, (BLIND, ALERT)] if asked_blindly(record, against) else asked
 
 
-def asked_blindly(record: SelectionRecord, against: SelectionRecord) -> bool:
+def asked_blindly(record: ImageSelection, against: ImageSelection) -> bool:
     """Whether two questions were put to one model so that they could not change what it keeps."""
     other = record.question != against.question and record.model == against.model
     return other and record.image_first and against.image_first and against.chosen_by == "router"
 
 
-def _caption(record: SelectionRecord, answer_only: bool) -> list[tuple[str, str]]:
+def _caption(record: ImageSelection, answer_only: bool) -> list[tuple[str, str]]:
     """Texts and their colours: question, answer, model."""
     caption = [] if answer_only else [(f"Q: {record.question}", INK)]
     if record.answer is not None:
@@ -266,7 +266,7 @@ def _caption(record: SelectionRecord, answer_only: bool) -> list[tuple[str, str]
     return caption + _about(record, answer_only, answer=False)
 
 
-def _about(record: SelectionRecord, answer_only: bool, *, answer: bool = True) -> list[tuple[str, str]]:
+def _about(record: ImageSelection, answer_only: bool, *, answer: bool = True) -> list[tuple[str, str]]:
     """One model: its name, what chose the tokens, its answer. That routers are untrained is never left out."""
     texts = [record.answer or "(nothing)"] if answer and answer_only and record.answer is not None else []
     if not answer_only:

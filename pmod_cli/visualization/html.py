@@ -18,14 +18,14 @@ from pmod_cli.core.atomic import write_text
 from pmod_cli.families.geometry import Part
 from pmod_cli.reporting.html import render
 from pmod_cli.visualization.overlay import canvas
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import ImageSelection
 
 LONGEST_SIDE = 1600  # pixels of the embedded image; the boxes stay those of the original
 IMAGE_BYTES = 900_000  # of the embedded image; base64 makes them a third more
 QUALITIES = (90, 80, 65, 50, 30)
 
 
-def save_html(record: SelectionRecord, path: Path, *, layers: Sequence[int] | None = None) -> None:
+def save_html(record: ImageSelection, path: Path, *, layers: Sequence[int] | None = None) -> None:
     """Write the page; an existing file is replaced at once or not at all.
 
     Args:
@@ -34,12 +34,12 @@ def save_html(record: SelectionRecord, path: Path, *, layers: Sequence[int] | No
     write_text(path, html_page(record, layers=layers))
 
 
-def html_page(record: SelectionRecord, *, layers: Sequence[int] | None = None) -> str:
+def html_page(record: ImageSelection, *, layers: Sequence[int] | None = None) -> str:
     """The page's text, at most 3 MB for 1,000 x 1,000 pixels, 2,928 tokens and 32 layers."""
     return render("selection.html", title=f"{record.model}: {record.question}", data=_data(record, layers))
 
 
-def _data(record: SelectionRecord, layers: Sequence[int] | None) -> dict[str, Any]:
+def _data(record: ImageSelection, layers: Sequence[int] | None) -> dict[str, Any]:
     x0, y0, x1, y1 = canvas(record.layout)
     layers = list(range(record.num_layers)) if layers is None else list(layers)
     return {
@@ -65,7 +65,7 @@ def _data(record: SelectionRecord, layers: Sequence[int] | None) -> dict[str, An
     }
 
 
-def _part(part: Part, record: SelectionRecord) -> dict[str, Any]:
+def _part(part: Part, record: ImageSelection) -> dict[str, Any]:
     titles = {
         "image": "Image",
         "base": "Whole image",

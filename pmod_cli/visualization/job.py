@@ -13,20 +13,20 @@ from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.core.text import printable
 from pmod_cli.visualization.archive import load_npz, npz_bytes
 from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
+from pmod_cli.visualization.checkpoint import LoadedModel
 from pmod_cli.visualization.figure import ALL_LAYERS, MODES, PARTS, draw
 from pmod_cli.visualization.html import html_page
 from pmod_cli.visualization.inputs import Item
 from pmod_cli.visualization.page import check_format, encode
-from pmod_cli.visualization.record import SelectionRecord, parse_layers
+from pmod_cli.visualization.record import ImageSelection, parse_layers
 from pmod_cli.visualization.statistics import in_common
-from pmod_cli.visualization.subjects import Subject
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Settings:
+class DrawSettings:
     """What to ask and what to draw.
 
     Attributes:
@@ -65,13 +65,13 @@ class Drawn:
     """One finished item: its record, what it was compared with, the layers drawn, the files written."""
 
     item: Item
-    record: SelectionRecord
-    against: SelectionRecord | None
+    record: ImageSelection
+    against: ImageSelection | None
     layers: list[int]
     files: tuple[Path, ...]
 
 
-def check_saved(items: Sequence[Item], against: Path | None, settings: Settings) -> None:
+def check_saved(items: Sequence[Item], against: Path | None, settings: DrawSettings) -> None:
     """Read saved selections and parse the layers asked of them, before anything is started.
 
     Raises:
@@ -90,11 +90,11 @@ def check_saved(items: Sequence[Item], against: Path | None, settings: Settings)
 
 def run(
     items: Sequence[Item],
-    settings: Settings,
+    settings: DrawSettings,
     targets: Sequence[Path],
     *,
-    subject: Subject | None,
-    against: Subject | Path | None = None,
+    subject: LoadedModel | None,
+    against: LoadedModel | Path | None = None,
     beside: Sequence[str] = (),
 ) -> Iterator[Drawn]:
     """Draw each item into its target, one by one; the files of an item are written when all of them are made.
@@ -121,7 +121,7 @@ def run(
         yield Drawn(item, record, other, layers, tuple(files))
 
 
-def _ask(subject: Subject, item: Item, settings: Settings, question: str | None = None) -> SelectionRecord:
+def _ask(subject: LoadedModel, item: Item, settings: DrawSettings, question: str | None = None) -> ImageSelection:
     return select(
         subject.model,
         subject.processor,
@@ -134,8 +134,12 @@ def _ask(subject: Subject, item: Item, settings: Settings, question: str | None 
 
 
 def _other(
-    record: SelectionRecord, item: Item, settings: Settings, subject: Subject | None, against: Subject | Path | None
-) -> SelectionRecord:
+    record: ImageSelection,
+    item: Item,
+    settings: DrawSettings,
+    subject: LoadedModel | None,
+    against: LoadedModel | Path | None,
+) -> ImageSelection:
     """The second record of a comparison: saved, of another question, of another model, or of stock attention."""
     if isinstance(against, Path):
         return load_npz(against)

@@ -17,7 +17,7 @@ IMAGE_MARK = "<image>"  # in a question, the place of the image; without it the 
 
 
 @dataclass(frozen=True)
-class SelectionRecord:
+class ImageSelection:
     """The selection of every layer for one image and question.
 
     L layers, V vision tokens. A plain layer keeps every token and weights none: its weights are 1.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import ImageSelection
 
 ON_REGION = 0.25  # a patch is on a region when they share this much of the smaller one of the two
 RESAMPLES = 2000  # of images, for the 95 % intervals
@@ -38,7 +38,7 @@ class ImageStatistics:
     on_regions_in_parts: np.ndarray
 
 
-def image_statistics(record: SelectionRecord) -> ImageStatistics:
+def image_statistics(record: ImageSelection) -> ImageStatistics:
     kept, total = record.kept, record.layout.size
     counts = kept.sum(axis=1)
     both = np.minimum(counts[:-1], counts[1:])
@@ -54,7 +54,7 @@ def image_statistics(record: SelectionRecord) -> ImageStatistics:
     return ImageStatistics(overlap, chance, share, np.where(known, marked.mean(), np.nan), in_parts)
 
 
-def tokens_on(record: SelectionRecord) -> np.ndarray:
+def tokens_on(record: ImageSelection) -> np.ndarray:
     """bool (V,): tokens whose patch and one of the record's regions share a quarter of the smaller one."""
     boxes = record.layout.boxes()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # NaN, hence never on a region, for newlines
@@ -66,7 +66,7 @@ def tokens_on(record: SelectionRecord) -> np.ndarray:
     return on
 
 
-def in_common(first: SelectionRecord, second: SelectionRecord) -> tuple[np.ndarray, np.ndarray]:
+def in_common(first: ImageSelection, second: ImageSelection) -> tuple[np.ndarray, np.ndarray]:
     """float64 (L,) each: share of the smaller selection that the other keeps too, and the same by chance.
 
     Raises:
@@ -83,7 +83,7 @@ def in_common(first: SelectionRecord, second: SelectionRecord) -> tuple[np.ndarr
     return (first.kept & second.kept).sum(axis=1) / smaller, counts.max(axis=0) / first.layout.size
 
 
-def _same_places(first: SelectionRecord, second: SelectionRecord) -> bool:
+def _same_places(first: ImageSelection, second: ImageSelection) -> bool:
     return np.array_equal(first.layout.boxes(clip=False), second.layout.boxes(clip=False), equal_nan=True)
 
 

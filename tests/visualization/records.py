@@ -9,7 +9,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from pmod_cli.families.geometry import Layout
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
-from pmod_cli.visualization.record import SelectionRecord
+from pmod_cli.visualization.record import ImageSelection
 
 SIDE, PATCH = 84, 7
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
@@ -22,7 +22,7 @@ def image_layout(image_processor, patch_size: int, height: int, width: int) -> L
     return family.place_tokens(image_processor, patch_size, height, width)
 
 
-def record_of(layout: Layout, kept: np.ndarray | None = None, *, layers: int = 4, **changes) -> SelectionRecord:
+def record_of(layout: Layout, kept: np.ndarray | None = None, *, layers: int = 4, **changes) -> ImageSelection:
     """The first half of the layers plain; the others keep `kept`, or every third token."""
     routed = np.arange(layers) >= layers // 2
     chosen = np.arange(layout.size) % 3 == 0 if kept is None else kept
@@ -38,17 +38,17 @@ def record_of(layout: Layout, kept: np.ndarray | None = None, *, layers: int = 4
         "router_state": "trained",
         "model": "planted",
     }
-    return SelectionRecord(**values | changes)
+    return ImageSelection(**values | changes)
 
 
-def anyres_record(height: int, width: int, **changes) -> SelectionRecord:
+def anyres_record(height: int, width: int, **changes) -> ImageSelection:
     processor = LlavaNextImageProcessorPil(image_grid_pinpoints=PINPOINTS, **SQUARE)
     return record_of(image_layout(processor, PATCH, height, width), **changes)
 
 
-def cropped_record(height: int, width: int, **changes) -> SelectionRecord:
+def cropped_record(height: int, width: int, **changes) -> ImageSelection:
     return record_of(image_layout(CLIPImageProcessorPil(**SQUARE), PATCH, height, width), **changes)
 
 
-def padded_record(height: int, width: int, **changes) -> SelectionRecord:
+def padded_record(height: int, width: int, **changes) -> ImageSelection:
     return record_of(image_layout(LlavaImageProcessorPil(do_pad=True, **SQUARE), PATCH, height, width), **changes)

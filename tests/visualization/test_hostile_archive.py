@@ -11,7 +11,7 @@ import pytest
 from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization import check_saved, draw, load_npz, save_npz
 from pmod_cli.visualization.inputs import find_items
-from pmod_cli.visualization.job import Settings
+from pmod_cli.visualization.job import DrawSettings
 from tests.visualization.records import anyres_record, padded_record
 
 
@@ -166,7 +166,7 @@ def test_boxes_of_rows_are_held_to_the_same(tmp_path, box):
 def test_a_page_of_a_thousand_layers_is_refused_before_it_is_made(tmp_path):
     record = padded_record(60, 90, layers=1000)
     save_npz(record, tmp_path / "deep.npz")
-    check_saved(find_items([tmp_path / "deep.npz"]), None, Settings())
+    check_saved(find_items([tmp_path / "deep.npz"]), None, DrawSettings())
     with pytest.raises(PmodError, match=r"the picture would have .* pixels, too many to draw"):
         draw(record, range(1000))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model that can be asked.
 
     Attributes:
@@ -32,7 +32,7 @@ class Subject:
     router_state: str
 
 
-def check_subject(found: Resolved, name: str, *, layers: str, parts: str) -> None:
+def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str) -> None:
     """Can this checkpoint be drawn? Read from its configuration alone.
 
     Raises:
@@ -61,7 +61,7 @@ def check_pair(first: Resolved, second: Resolved) -> None:
         )
 
 
-def load_subject(found: Resolved, name: str, *, dtype: str, device: str) -> Subject:
+def load_checkpoint(found: Resolved, name: str, *, dtype: str, device: str) -> LoadedModel:
     """Load a checkpoint; a stock one with eager attention, the only kind that gives its maps away."""
     from pmod_cli.checkpoints import load_model, router_state
 
@@ -69,7 +69,7 @@ def load_subject(found: Resolved, name: str, *, dtype: str, device: str) -> Subj
     attention = "eager" if state == "stock" else "sdpa"
     model, processor = load_model(found.path, dtype=dtype, device=device, attn_implementation=attention)
     shown = found.path.resolve().name if found.origin == "folder" else name
-    return Subject(printable(shown), model, processor, state)
+    return LoadedModel(printable(shown), model, processor, state)
 
 
 def _config(path: Path) -> PreTrainedConfig:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.checkpoints.layouts.remote_code import FILE, modeling_source
 from pmod_cli.model import PmodSettings
+from tests.factories import KINDS
 from tests.model.published import GOLDEN
 
 SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.6, 0.4, 0.2))
@@ -50,7 +51,7 @@ assert not any(name.startswith("pmod_cli") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_same_logits_and_words_without_pmod(kind, stock_model, tmp_path):
     options = Options(to="remote-code", router_init="normal:1")
     report = convert(stock_model(kind), tmp_path / "remote", SETTINGS, options)

@@ -27,6 +27,7 @@ from pmod_cli.data.index import open_index
 from pmod_cli.data.templates import IGNORED
 from tests import factories
 from tests.data.tokenizers import processor_of
+from tests.factories import KINDS
 
 
 def settings(path, images=None, **changes):
@@ -128,7 +129,7 @@ def test_missing_files_and_folders(tmp_path):
         build_dataset(settings(write(tmp_path / "rows.json", [said()]), tmp_path / "none"), processor)
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_with_no_one_and_several_images(tmp_path, pictures, kind):
     several = {
         "image": ["a.png", "b.png"],
@@ -229,7 +230,7 @@ def broken_images(folder):
     }
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_trains_or_is_named(tmp_path, pictures, kind):
     expected = broken_images(pictures)
     path = write(tmp_path / "rows.json", [said(image=name) for name in expected])

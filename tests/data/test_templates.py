@@ -10,6 +10,7 @@ from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.data.templates import IGNORED, encode, renderer
 from tests.data import published
 from tests.data.tokenizers import processor_of
+from tests.factories import KINDS
 
 TEMPLATES = ("vicuna_v1", "mistral", "llama3", "qwen")
 
@@ -159,7 +160,7 @@ def test_templates_refuse_what_they_cannot_hold():
         renderer("auto", without)
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", ["vicuna_v1", "llama3"])
 def test_token_ids_are_those_of_the_processor_at_inference(kind, template):
     """The same text through the stock processor: image places expanded in the same way, to the same ids."""

@@ -12,6 +12,7 @@ from pmod_cli.evaluation import adapter, batching, prompts
 from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.model import PmodSettings
+from tests.factories import KINDS
 
 QUESTIONS = (
     ("what is the price of ham?", [(64, 64)]),
@@ -73,7 +74,7 @@ def pmod_model(stock_model, tmp_path_factory):
     return target.with_name("trained")
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_plain_generate(stock_model, kind):
     """One image-text prompt at a time, through transformers' own template and generate."""
     path = stock_model(kind)

@@ -8,6 +8,7 @@ from PIL import Image
 from pmod_cli.checkpoints import load_model
 from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.downsample import downsample, patches_per_side
+from tests.factories import KINDS
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
 
@@ -33,7 +34,7 @@ def tokens(model, processor) -> int:
     return int((encoded["input_ids"] == model.config.image_token_index).sum())
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_as_many_tokens_as_near_as_can_be(stock_model, kind, dtype):
     model, processor = load_model(stock_model(kind), dtype=dtype)

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
+from tests.factories import KINDS
 from tests.model.models import ROUTED_FROM_START, ROWS, batch, pmod_model
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def test_the_decoder_is_one_graph_for_all_images(padded):
         torch.testing.assert_close(ours, eager, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_whole_prefill_is_one_graph(kind, padded):
     """Everything from the embeddings (LLaVA: from the pixels) to the logits; each layer has a ratio of its own."""

@@ -12,6 +12,7 @@ from transformers.utils import output_capturing
 from pmod_cli.checkpoints.layouts.remote_code import modeling_source
 from pmod_cli.core.errors import explain
 from pmod_cli.model import layer, selfcheck, versions
+from tests.factories import KINDS
 from tests.model.models import ROWS, batch, pmod_model
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def newer(monkeypatch):
     monkeypatch.setattr(selfcheck, "_checked", set())
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_newer_release_is_checked_once_and_warned_of_once(kind, newer, tmp_path, caplog):
     model = pmod_model(kind)
     model.save_pretrained(tmp_path)

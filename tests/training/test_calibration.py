@@ -5,6 +5,7 @@ import torch
 
 from pmod_cli.model import capture_selection, kept_tokens
 from pmod_cli.training.calibration import SPREAD, _most_attended, calibrate_routers
+from tests.factories import KINDS
 from tests.model.models import ROWS, batch, pmod_model
 
 
@@ -18,7 +19,7 @@ def test_the_most_attended_are_the_k_that_a_later_token_reads_most():
     assert _most_attended(attention, vision, 0.4).tolist() == [[False, True, False, False, False]]
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_calibrated_routers_foretell_what_is_attended_to(kind):
     model = pmod_model(kind, router_std=0.0)
     inputs = batch(kind, ROWS, "right")

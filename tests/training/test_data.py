@@ -14,6 +14,7 @@ from pmod_cli.model import PmodSettings
 from pmod_cli.training.dataset import SKIPPED
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
+from tests.factories import KINDS
 
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple")
 
@@ -41,7 +42,7 @@ def rows(tmp_path):
     return tmp_path / "rows.json"
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next"])
+@pytest.fixture(scope="module", params=KINDS)
 def routed(request, stock_model, tmp_path_factory):
     target = tmp_path_factory.mktemp("routed") / "model"
     convert(stock_model(request.param, "llama"), target, PmodSettings())

@@ -8,6 +8,7 @@ from PIL import Image
 from pmod_cli import checkpoints, cli
 from pmod_cli.data import images
 from pmod_cli.model import PmodSettings
+from tests.factories import KINDS
 
 SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.15))
 
@@ -81,7 +82,7 @@ def test_a_template_that_fails_is_named(ready, capsys, template):
         (("size", "shortest_edge"), 0, "size 0 in its processor"),
     ],
 )
-@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_processor_of_other_pictures_is_refused(ready, capsys, kind, keys, to, what):
     change(ready / kind / "processor_config.json", "image_processor", *keys, to=to)
     code, message = drawn(capsys, model=kind)

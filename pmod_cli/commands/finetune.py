@@ -311,7 +311,7 @@ def _plan(
 
 def _check_data(settings: Settings, as_json: bool) -> None:
     silence_transformers()
-    from pmod_cli.training.dataset import check_all
+    from pmod_cli.training.run_data import check_all
 
     show_check(check_all(settings), as_json, skips=settings.data.on_bad_row == "skip")
 

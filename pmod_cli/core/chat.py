@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from pmod_cli.core import memory
+from pmod_cli.core import memory_limit
 from pmod_cli.core.errors import PmodError
 
 MEMORY = 1 << 30  # bytes that a template may take
@@ -25,7 +25,7 @@ def rendered(render: Callable[[], Prompt], text_of: Callable[[Prompt], str] = st
             prompt longer than `LONGEST`.
     """
     try:
-        with memory.at_most(MEMORY):
+        with memory_limit.at_most(MEMORY):
             made = render()
     except PmodError:
         raise

@@ -131,10 +131,10 @@ class PmodModel(lmms):
         for settings, prepared in windows(
             requests, lambda place: self._prepare(place, requests[place]), self.batch_size
         ):
-            apart = [(place, row) for place, row in prepared if not isinstance(row, prompts.Row)]
+            apart = [(place, row) for place, row in prepared if not isinstance(row, prompts.Prompt)]
             if apart:
                 yield apart
-            rows = sorted((row for _, row in prepared if isinstance(row, prompts.Row)), key=lambda row: -row.length)
+            rows = sorted((row for _, row in prepared if isinstance(row, prompts.Prompt)), key=lambda row: -row.length)
             while rows:
                 size = 1 if _sampling(settings)["do_sample"] else min(self.batch_size, len(rows))
                 answered = self._answer_or_halve(rows[:size], settings)
@@ -142,7 +142,7 @@ class PmodModel(lmms):
                     yield [(row.index, answer) for row, answer in zip(rows[:size], answered, strict=True)]
                     rows = rows[size:]
 
-    def _prepare(self, place: int, request: Instance) -> tuple[int, prompts.Row | Answer | Unanswered]:
+    def _prepare(self, place: int, request: Instance) -> tuple[int, prompts.Prompt | Answer | Unanswered]:
         """Runs in a thread. A tokenizer is not safe to share between threads, so each has its own."""
         if not hasattr(self._of_thread, "processor"):
             self._of_thread.processor = copy.deepcopy(self.processor)
@@ -160,7 +160,7 @@ class PmodModel(lmms):
             return place, Answer("", row.prompt, row.length, too_long=True)
         return place, row
 
-    def _answer_or_halve(self, rows: list[prompts.Row], settings: dict) -> list[Answer] | None:
+    def _answer_or_halve(self, rows: list[prompts.Prompt], settings: dict) -> list[Answer] | None:
         """The answers of a batch; None where it was out of memory and the batch size has been halved."""
         try:
             return self._answer(rows, settings)
@@ -172,7 +172,7 @@ class PmodModel(lmms):
         return None
 
     @torch.inference_mode()
-    def _answer(self, rows: list[prompts.Row], settings: dict) -> list[Answer]:
+    def _answer(self, rows: list[prompts.Prompt], settings: dict) -> list[Answer]:
         """Answers of one batch, cut at the first of the task's `until` strings."""
         pad_id = self._pad_id()
         batch = {

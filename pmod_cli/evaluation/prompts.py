@@ -16,7 +16,7 @@ IMAGE = "<image>"  # lmms-eval's mark for the place of an image, in tasks that i
 
 
 @dataclass(frozen=True)
-class Row:
+class Prompt:
     """One prepared question.
 
     Attributes:
@@ -57,15 +57,15 @@ def render(processor: Any, question: str, images: int) -> str:
     return chat.rendered(lambda: processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def prepare(processor: Any, index: int, question: str, images: Sequence[Image]) -> Row:
+def prepare(processor: Any, index: int, question: str, images: Sequence[Image]) -> Prompt:
     """Prompt and pixels of one question; no padding yet."""
     prompt = render(processor, question, len(images))
     encoded = processor(text=[prompt], images=list(images) or None, return_tensors="pt")
     inputs = {name: value for name, value in encoded.items() if name not in ("input_ids", "attention_mask")}
-    return Row(index, prompt, {"input_ids": encoded["input_ids"][0], **inputs})
+    return Prompt(index, prompt, {"input_ids": encoded["input_ids"][0], **inputs})
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Prompt], pad_id: int) -> dict[str, torch.Tensor]:
     """One batch of B rows: `input_ids` and `attention_mask` (B, N) padded on the left, pixels joined along the images.
 
     Images of LLaVA-NeXT have different numbers of tiles; the missing ones are zeros, which the model drops.

@@ -19,11 +19,11 @@ from pmod_cli.profiling.count.workload import Row, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
 from pmod_cli.profiling.subject import Subject, load_subject
 from pmod_cli.training.cost import row_of, setup_of, this_device
-from pmod_cli.training.dataset import SyntheticDocuments
 from pmod_cli.training.disk import Disk, disk_of
 from pmod_cli.training.parts import Part, count, freeze
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.remedies import Remedy, remedies
+from pmod_cli.training.run_data import SyntheticDocuments
 from pmod_cli.training.settings import Settings
 
 SAMPLE = 16  # synthetic rows drawn to estimate the tokens of a row

@@ -18,12 +18,12 @@ from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, copy_adapter, fold
 from pmod_cli.training.arguments import precision, processes, training_arguments
 from pmod_cli.training.calibration import calibrate_routers
-from pmod_cli.training.dataset import Counting, Data, open_data
 from pmod_cli.training.liger import use_liger
 from pmod_cli.training.parts import count, freeze, repeat_in_backward
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.requirements import check_requirements
 from pmod_cli.training.resume import hold_source, set_damaged_aside
+from pmod_cli.training.run_data import Counting, Data, open_data
 from pmod_cli.training.settings import Settings
 from pmod_cli.training.start import source_of, starting_checkpoint
 from pmod_cli.training.summary import FinetuneReport, Summary, write_reports

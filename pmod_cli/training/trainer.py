@@ -12,9 +12,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.training.dataset import COUNTS, Counting
 from pmod_cli.training.parts import parameter_groups
 from pmod_cli.training.resume import list_files
+from pmod_cli.training.run_data import COUNTS, Counting
 from pmod_cli.training.settings import TrainArgs
 from pmod_cli.training.text_only import BlankImage
 from pmod_cli.training.watch import Watch

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.model import kept_tokens
-from pmod_cli.training.dataset import Counts
+from pmod_cli.training.run_data import Counts
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import BadRow, from_llava, from_messages
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.grouping import ModalityBatches
-from pmod_cli.data.images import open_image
 from pmod_cli.data.index import open_index
+from pmod_cli.data.row_images import open_image
 from pmod_cli.data.templates import IGNORED
 from tests import factories
 from tests.data.tokenizers import processor_of

@@ -11,9 +11,9 @@ from transformers import AutoProcessor
 from pmod_cli.checkpoints import convert
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
-from pmod_cli.training.dataset import SKIPPED
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
+from pmod_cli.training.run_data import SKIPPED
 from tests.factories import KINDS
 
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple")

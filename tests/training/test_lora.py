@@ -15,9 +15,9 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, merge
-from pmod_cli.training.dataset import SyntheticDocuments
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
+from pmod_cli.training.run_data import SyntheticDocuments
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.arguments import training_arguments
-from pmod_cli.training.dataset import COUNTS, Counting
 from pmod_cli.training.parts import freeze
 from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.run_data import COUNTS, Counting
 from pmod_cli.training.trainer import PmodTrainer
 from pmod_cli.training.watch import Watch
 from tests.factories import save_stock

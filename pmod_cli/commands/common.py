@@ -133,3 +133,11 @@ def pick_device(device: str) -> str:
     found = find_accelerator()
     output.note(f"device: {found or 'cpu'} ({'found' if found else 'no accelerator found'})")
     return found or "cpu"
+
+
+def layer_list(text: str | None) -> list[int] | None:
+    """`8,14` of --select-at."""
+    parts = None if text is None else [part.strip() for part in text.split(",")]
+    if parts is not None and not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        raise PmodError(f"--select-at {text!r:.60}: expected layers separated by commas, such as 8,14")
+    return None if parts is None else [int(part) for part in parts]

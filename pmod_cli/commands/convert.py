@@ -20,11 +20,13 @@ from pmod_cli.commands.common import (
     QuietOpt,
     RevisionOpt,
     SeedOpt,
+    layer_list,
     option_under,
 )
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
+from pmod_cli.model.registry import SELECTIONS
 from pmod_cli.model.schedule import SCHEDULES
 
 EXAMPLES = """\
@@ -81,6 +83,17 @@ def convert(
     ] = None,
     target_tokens: Annotated[
         str | None, _method(help="vision_all, or vision_hr: the high-resolution part only. (default: vision_all)")
+    ] = None,
+    selection: Annotated[
+        str | None, _method(metavar="NAME", help=f"What ranks the tokens: {one_of(SELECTIONS)}. (default: router)")
+    ] = None,
+    select_at: Annotated[
+        str | None,
+        _method(
+            metavar="L,L,...",
+            help="Layers that choose and have a router; those up to the next one hold the choice. (default: all that "
+            "keep less)",
+        ),
     ] = None,
     router_init: Annotated[str, _method(help="zero, or normal:STD such as normal:0.02.")] = "zero",
     to: Annotated[
@@ -176,6 +189,8 @@ def convert(
         "alpha": alpha,
         "string": string,
         "target_tokens": target_tokens,
+        "selection": selection,
+        "select_at": layer_list(select_at),
     }
     wanted = {key: value for key, value in wanted.items() if value is not None}
     if not layout.routed and (wanted or target_flops is not None):

@@ -14,6 +14,7 @@ from pmod_cli.commands.common import (
     ModelOpt,
     OfflineOpt,
     RevisionOpt,
+    layer_list,
     model_or_default,
     option_under,
     pick_device,
@@ -34,6 +35,7 @@ from pmod_cli.commands.profile_show import averaged, profiled, show, swept
 from pmod_cli.core import output, state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
+from pmod_cli.model.registry import SELECTIONS
 from pmod_cli.model.schedule import SCHEDULES
 
 EXAMPLES = """\
@@ -114,6 +116,8 @@ def profile(
     max_ratio: Annotated[float | None, _overrides(help="Ratios above it become plain layers.")] = None,
     min_ratio: Annotated[float | None, _overrides(help="Floor of a decaying schedule.")] = None,
     target_tokens: Annotated[str | None, _overrides(metavar="KIND", help="vision_all or vision_hr.")] = None,
+    selection: Annotated[str | None, _overrides(metavar="NAME", help=f"{one_of(SELECTIONS)}.")] = None,
+    select_at: Annotated[str | None, _overrides(metavar="L,L,...", help="Layers that choose.")] = None,
     hidden_size: Annotated[int | None, _overrides(help="Another width of the same architecture.")] = None,
     layers: Annotated[int | None, _overrides(help="Another number of layers.")] = None,
     random_weights: Annotated[
@@ -145,7 +149,10 @@ def profile(
         raise PmodError(f"--json and --format {output_format} are two forms: give one of them")
     output_format = "json" if as_json else output_format or "table"
     sizes = image_sizes(image_size)
-    chosen_phases, controls = some_of(phases, PHASES, "phase"), some_of(against, COMPARED, "model to compare")
+    chosen_phases, controls = (
+        some_of(phases, PHASES, "phase"),
+        some_of(against, ("stock", *SELECTIONS), "model to compare"),
+    )
     check_files(plot, html)
     for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
         if given is not None and report in ("latency", "memory"):
@@ -164,6 +171,8 @@ def profile(
         "max_ratio": max_ratio,
         "min_ratio": min_ratio,
         "target_tokens": target_tokens,
+        "selection": selection,
+        "select_at": layer_list(select_at),
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
     subject = profiling.load_subject(name, overrides, revision=revision)
@@ -200,7 +209,9 @@ def profile(
             gpu=gpu,
         )
         folder = None if random_weights else resolve(name, revision=revision).path
-        result, latency = profiling.measure(subject, workload, folder, settings, lambda phase: output.note(phase))
+        result, latency = profiling.measure_latency(
+            subject, workload, folder, settings, lambda phase: output.note(phase)
+        )
     else:
         result, latency = profiling.profile(subject, workload, dtype=dtype), None
     if result.unknown_operators:

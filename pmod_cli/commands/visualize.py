@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,8 @@ from pmod_cli.commands.common import (
 )
 from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.text import one_of
+from pmod_cli.model.registry import SELECTIONS
 
 if TYPE_CHECKING:
     from pmod_cli.visualization import Drawn
@@ -89,7 +92,9 @@ def visualize(
     against: Annotated[
         str | None,
         _compare(
-            metavar="NAME", help="Another p-MoD checkpoint, a stock LLaVA (its attention is drawn), or an .npz file."
+            metavar="NAME",
+            help="Another p-MoD checkpoint, a stock LLaVA (its attention is drawn), an .npz file, or a selection for "
+            f"the same weights: {one_of(SELECTIONS)}.",
         ),
     ] = None,
     against_question: Annotated[
@@ -153,11 +158,13 @@ def visualize(
         found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
         visualization.check_checkpoint(found, name, layers=layers, parts=parts)
         loading = {"dtype": dtype, "device": pick_device(device)}
-        if against and not saved_other:
+        if against and not saved_other and against not in SELECTIONS:
             found_other = checkpoints.resolve(against, offline=offline, cache_dir=cache_dir)
             visualization.check_pair(found, found_other)
             other = visualization.load_checkpoint(found_other, against, **loading)
         subject = visualization.load_checkpoint(found, name, **loading)
+        if against in SELECTIONS:
+            other = replace(subject, name=f"{subject.name}, {against}", selection=against)
         if "untrained" in (subject.router_state, getattr(other, "router_state", None)):
             output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
     elif against and not saved_other:

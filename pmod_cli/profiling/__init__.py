@@ -17,7 +17,7 @@ _HOMES = {
     "count.training": ("TrainingSetup", "training_flops", "training_memory"),
     "subject": ("Subject", "load_subject", "scaled"),
     "report": ("CONVENTIONS", "Profile", "profile"),
-    "measure.latency": ("LatencySettings", "measure"),
+    "measure.latency": ("LatencySettings", "measure_latency"),
     "count_report": ("to_json",),
     "measure.clock": ("interleaved", "peak_bytes", "threads", "timed"),
 }

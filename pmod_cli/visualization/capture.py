@@ -33,6 +33,7 @@ def select(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     name: str = "p-MoD",
+    selection: str | None = None,
     regions: tuple[tuple[float, float, float, float], ...] = (),
 ) -> ImageSelection:
     """Run the prefill of one image and question, then answer greedily.
@@ -44,6 +45,7 @@ def select(
         question: stands behind the image, or around it where it holds `<image>`.
         max_new_tokens: length limit of the answer; 0 for no answer, which costs the prefill alone.
         name: what pictures call the model.
+        selection: what chooses the tokens, a name in `SELECTIONS`; None is the checkpoint's own.
         regions: pixel boxes to keep with the record.
 
     Raises:
@@ -57,6 +59,8 @@ def select(
         by = [picture.pixels.width / image.width, picture.pixels.height / image.height] * 2
         regions = tuple(tuple(edge / scale for edge, scale in zip(box, by, strict=True)) for box in regions)
     inputs, layout = _prepare(model, processor, image, question)
+    chosen_by = selection or model.config.settings.selection
+    model.set_selection(chosen_by)
     kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)
     return ImageSelection(
         image=image,
@@ -69,6 +73,7 @@ def select(
         answer=processor.decode(new_tokens, skip_special_tokens=True).strip() if max_new_tokens else None,
         router_state=model.config.router_state,
         model=name,
+        chosen_by=chosen_by,
         notes=notes,
         regions=regions,
     )

@@ -8,10 +8,11 @@ import numpy as np
 
 from pmod_cli.core.images import MOST_PIXELS
 from pmod_cli.families.geometry import Layout, Part, numbered
+from pmod_cli.model import SELECTIONS
 from pmod_cli.visualization.record import ImageSelection
 
 ROUTER_STATES = ("untrained", "trained", "calibrated", "stock")
-CHOOSERS = ("router", "attention")
+STOCK_CHOOSER = "attention"  # of a stock model; all others are selections
 MOST_LAYERS = 1000
 MOST_REGIONS = 1000
 FARTHEST = 1e9  # pixels: no edge of a patch or of a region lies farther away
@@ -36,7 +37,9 @@ def check_words(words: dict[str, Any]) -> dict[str, Any]:
         expect(isinstance(text, str), f"expected a text, found {text!r:.60}")
         text.encode()  # half a surrogate pair cannot be drawn or written
     expect(words["router_state"] in ROUTER_STATES, f"router state {words['router_state']!r:.60}")
-    expect(words["chosen_by"] in CHOOSERS, f"chosen by {words['chosen_by']!r:.60}")
+    expect(
+        words["chosen_by"] == STOCK_CHOOSER or words["chosen_by"] in SELECTIONS, f"chosen by {words['chosen_by']!r:.60}"
+    )
     return {**words, "notes": tuple(notes), "regions": check_regions(words["regions"])}
 
 
@@ -72,7 +75,7 @@ def check_selection(record: ImageSelection) -> None:
     expect(np.isfinite(weight).all(), "`weight` holds values that are no finite numbers")
     expect(((retention >= 0) & (retention <= 1)).all(), "`retention` lies outside 0 … 1")
     expect(kept[~routed].all(), "a plain layer keeps every token, and this one does not")
-    if record.chosen_by == "router":
+    if record.chosen_by != STOCK_CHOOSER:
         expect((weight[~routed] == 1).all(), "a plain layer weights no token, and this one does")
     else:
         expect(((weight >= 0) & (weight <= 1)).all(), "a share of attention lies outside 0 … 1")

@@ -24,12 +24,14 @@ class LoadedModel:
     Attributes:
         name: what pictures call it.
         router_state: "stock" for a model whose attention is read, instead of a router's choice.
+        selection: what chooses its tokens; None is the checkpoint's own.
     """
 
     name: str
     model: PreTrainedModel
     processor: ProcessorMixin
     router_state: str
+    selection: str | None = None
 
 
 def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str) -> None:

@@ -255,7 +255,7 @@ def _questions(record: ImageSelection, against: ImageSelection) -> list[tuple[st
 def asked_blindly(record: ImageSelection, against: ImageSelection) -> bool:
     """Whether two questions were put to one model so that they could not change what it keeps."""
     other = record.question != against.question and record.model == against.model
-    return other and record.image_first and against.image_first and against.chosen_by == "router"
+    return other and record.image_first and against.image_first and against.chosen_by != "attention"
 
 
 def _caption(record: ImageSelection, answer_only: bool) -> list[tuple[str, str]]:
@@ -270,15 +270,15 @@ def _about(record: ImageSelection, answer_only: bool, *, answer: bool = True) ->
     """One model: its name, what chose the tokens, its answer. That routers are untrained is never left out."""
     texts = [record.answer or "(nothing)"] if answer and answer_only and record.answer is not None else []
     if not answer_only:
-        chosen = (
-            f"{record.router_state} routers"
-            if record.chosen_by == "router"
-            else "the tokens that the prompt's last token attends to most, mean of all heads"
-        )
+        known = {
+            "router": f"{record.router_state} routers",
+            "attention": "the tokens that the prompt's last token attends to most, mean of all heads",
+        }
+        chosen = known.get(record.chosen_by, f"tokens chosen by the selection {record.chosen_by}")
         answered = [f"answers: {record.answer or '(nothing)'}"] if answer and record.answer is not None else []
         texts.append("; ".join([f"{record.model}, {chosen}", *answered, *record.notes]))
     about = [(text, QUIET) for text in texts]
-    if record.router_state == "untrained":
+    if record.router_state == "untrained" and record.chosen_by == "router":
         words = "Untrained routers: all weights tie and the first tokens win. This is no choice of the model."
         about.append((words, ALERT))
     return about

@@ -129,6 +129,7 @@ def _ask(subject: LoadedModel, item: Item, settings: DrawSettings, question: str
         question or settings.question or item.question or DEFAULT_QUESTION,
         max_new_tokens=settings.max_new_tokens,
         name=subject.name,
+        selection=subject.selection,
         regions=item.regions,
     )
 
@@ -149,6 +150,7 @@ def _other(
         return attend(against.model, against.processor, record, name=against.name)
     picture = LoadedImage(record.image, record.notes)
     asked = {"max_new_tokens": settings.max_new_tokens, "name": against.name, "regions": record.regions}
+    asked["selection"] = against.selection
     return select(against.model, against.processor, picture, record.question, **asked)
 
 

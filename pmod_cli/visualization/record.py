@@ -33,7 +33,8 @@ class ImageSelection:
         answer: what the model answered, None where it was not asked to.
         router_state: "untrained", "trained" or "calibrated"; "stock" where attention was read from a stock model.
         model: a name for the caption.
-        chosen_by: "router", or "attention": the tokens that the last token of the prompt attends to most.
+        chosen_by: a selection, such as "router", or "attention": the tokens that the last token of the prompt attends
+            to most.
         notes: what was done to the picture that its owner may not expect, for the caption.
         regions: pixel boxes (x0, y0, x1, y1) given with the picture, such as its text.
     """

@@ -1,15 +1,26 @@
-"""A retention schedule of another package: an entry point, or one call, and every verb knows it."""
+"""A schedule and a selection of another package: an entry point, or one call, and every verb knows them."""
 
 import importlib
 import json
 
 import pytest
+from PIL import Image
 
 from pmod_cli import cli
-from pmod_cli.checkpoints import Options, convert
-from pmod_cli.model import SCHEDULES, PmodSettings, registry, retention_schedule
+from pmod_cli.checkpoints import Options, convert, load_model
+from pmod_cli.model import SCHEDULES, SELECTIONS, PmodSettings, registry, retention_schedule
+from pmod_cli.visualization.archive import load_npz
+from tests import factories
 
 PACKAGE = '''
+from pmod_cli.model import Selection
+
+class Louder(Selection):
+    """Keeps the tokens whose hidden state is largest."""
+
+    def scores(self, hidden_states, routing, layer):
+        return hidden_states.float().norm(dim=-1)
+
 def halves(num_layers, mean):
     """All of the first half of the layers, equally little of the second."""
     whole = num_layers // 2
@@ -20,13 +31,22 @@ ENTRY_POINTS = """
 [pmod_cli.schedules]
 halves = toy_pmod:halves
 broken = toy_pmod:not_there
+
+[pmod_cli.selections]
+louder = toy_pmod:Louder
 """
 
 
 @pytest.fixture
 def package(tmp_path_factory, monkeypatch):
     """An installed package with entry points, as pip leaves it."""
-    for verb in ("convert", "profile"):  # help that lists names is written once a process: for other tests, before this
+    for verb in (
+        "convert",
+        "profile",
+        "profile_checks",
+        "eval",
+        "visualize",
+    ):  # help that lists names is written once a process: for other tests, before this
         importlib.import_module(f"pmod_cli.commands.{verb}")
     site = tmp_path_factory.mktemp("site")
     (site / "toy_pmod.py").write_text(PACKAGE)
@@ -37,10 +57,18 @@ def package(tmp_path_factory, monkeypatch):
     monkeypatch.syspath_prepend(site)
     registry._entry_points.cache_clear()
     yield site
-    for known in (SCHEDULES,):
-        for name in ("halves", "broken"):
+    for known in (SCHEDULES, SELECTIONS):
+        for name in ("halves", "broken", "louder"):
             known._known.pop(name, None)
     registry._entry_points.cache_clear()
+
+
+@pytest.fixture
+def tiny_config(workdir):
+    """A config.json alone."""
+    path = workdir / "config.json"
+    factories.config("llava_next", layers=4).to_json_file(path)
+    return path
 
 
 def run(*words) -> int:
@@ -68,6 +96,49 @@ def test_a_schedule_through_every_verb(package, stock_model, workdir, capsys):
     assert run("convert", stock_model(), "-o", "x", "--target-flops", "0.8", "--schedule", "halves", "--dry-run") == 0
     assert run("convert", stock_model(), "-o", "x", "--schedule", "halves", "--target-retention", "0.2") == 2
     assert "schedule 'halves' cannot have a mean retention as low as 0.2" in capsys.readouterr().err
+
+
+def test_a_selection_through_every_verb(package, stock_model, workdir, capsys, monkeypatch):
+    """As the checkpoint's own, with a choice that is held, and beside the routers of another one."""
+    assert run("convert", stock_model(), "-o", "mine", "--ratios", "1,0.5,0.5,0.25", "--schedule", "list") == 0
+    own = ("--selection", "louder", "--select-at", "1")
+    assert run("convert", stock_model(), "-o", "toy", "--ratios", "1,0.5,0.5,0.25", "--schedule", "list", *own) == 0
+    assert json.loads((workdir / "toy" / "config.json").read_text())["pmod"]["select_at"] == [1]
+    model, _ = load_model(workdir / "toy")
+    assert type(model.model.language_model.selection).__name__ == "Louder"
+    assert model.config.routed_layers == [1]
+    capsys.readouterr()
+    assert run("profile", "--model", "toy", "--json") == 0
+    counted = json.loads(capsys.readouterr().out)["layers"]
+    assert [layer["router_gflops"] > 0 for layer in counted] == [False, True, False, False]
+
+    one_question = ("-t", "tiny_presence", "--limit", 1, "-q")
+    assert run("eval", "-m", "mine", "--against", "louder", "-o", "scored", *one_question) == 0
+    scored = json.loads((workdir / "scored" / "results.json").read_text())["models"]
+    assert [one["selection"] for one in scored.values()] == ["router", "louder"]
+    assert run("eval", "-m", "toy", "--against", "none", "-o", "own", *one_question) == 0
+    (one,) = json.loads((workdir / "own" / "results.json").read_text())["models"].values()
+    assert one["selection"] == "louder"
+
+    Image.effect_mandelbrot((50, 60), (-2, -1.5, 1, 1.5), 30).convert("RGB").save("img.png")
+    drawn = ("--layers", "1", "--max-new-tokens", 0, "--npz")
+    assert run("visualize", "img.png", "-m", "mine", "--against", "louder", *drawn) == 0
+    assert run("visualize", "img.png", "-m", "toy", "-o", "toy.png", *drawn) == 0
+    assert load_npz(workdir / "toy.npz").chosen_by == "louder"
+
+    quick = ("--max-steps", 1, "--batch-size", 1, "--set", "data.turns=1", "--device", "cpu")
+    assert run("finetune", "-r", "tiny", "-m", "mine", "-o", "run", "--set", "pmod.selection=louder", *quick) == 0
+    assert json.loads((workdir / "run" / "config.json").read_text())["pmod"]["selection"] == "louder"
+    assert run("convert", "toy", "-o", "remote", "--to", "remote-code") == 2
+    assert "the selection 'louder' is of another package" in capsys.readouterr().err
+
+
+def test_a_selection_is_timed_beside_the_routers(package, tiny_config, capsys):
+    """Its cost is part of the prefill."""
+    words = ("--report", "latency", "--random-weights", "--against", "stock,louder", "--repeats", 1, "--warmup", 0)
+    assert run("profile", "--model", tiny_config, *words, "--phases", "prefill", "--json", "--device", "cpu") == 0
+    phases = json.loads(capsys.readouterr().out)["latency"]["phases"]
+    assert [row["model"] for row in phases] == ["stock", "p-mod", "louder"]
 
 
 def test_plain_transformers_gets_the_ratios(package, stock_model, tmp_path):

@@ -98,6 +98,8 @@ def write_settings(settings: PmodSettings, num_layers: int) -> dict:
     """
     if not settings.string:
         raise _inexpressible("`string=False`: it always scales skipped tokens")
+    if settings.select_at is not None or settings.selection != "router":
+        raise _inexpressible("`select_at` and `selection`: each routed layer chooses by its own router")
     ratios = settings.retention(num_layers)
     routed = [layer for layer, is_routed in enumerate(settings.routed(num_layers)) if is_routed]
     for name, factor in _candidates(settings, ratios, num_layers):

@@ -117,7 +117,7 @@ class Latency:
     parts: dict[str, dict[str, float]]
 
 
-def measure(
+def measure_latency(
     subject: Subject,
     workload: Workload,
     folder: Path | None,

@@ -144,7 +144,7 @@ def test_scores_of_another_shape_are_refused():
         ({"select_at": [True]}, "must be a list of layers"),
         ({"select_at": [8, 4]}, "in ascending order"),
         ({"select_at": [4, 4]}, "in ascending order"),
-        ({"selection": "best"}, "selection must be one of random, router, uniform"),
+        ({"selection": "best"}, "selection must be one of .*router"),
         ({"selection": ["router"]}, "selection must be one of"),
     ],
 )

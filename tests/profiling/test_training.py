@@ -9,8 +9,9 @@ from pmod_cli.checkpoints import builtin_config
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import Sizes, TrainingSetup, Workload, load_subject, scaled, training_flops, training_memory
+from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.trace import meta_model
-from pmod_cli.profiling.count.training import PARTS, parameters
+from pmod_cli.profiling.count.training import PARTS
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.models import Prompt, prompt, random_pair
 

@@ -1,4 +1,6 @@
-"""A prefill's FLOPs as formulas, written down apart from the trace so that each checks the other. Needs no torch.
+"""A prefill's FLOPs and a model's parameters as formulas, apart from the trace so that each checks the other.
+
+Needs no torch.
 
 Same conventions as the trace: two FLOPs a multiply-add, matrix products and convolutions only, attention over the full
 rectangle of queries and keys. This is also what solves for a schedule, sweeps, and counts whole data sets, where a
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from pmod_cli.families.sizes import Decoder, Sizes, Tower
 from pmod_cli.profiling.count.workload import Row, layer_tokens
@@ -121,3 +124,60 @@ def tower_tile(tower: Tower) -> int:
 def projector_token(sizes: Sizes) -> int:
     """FLOPs of the two-layer projector on one patch."""
     return 2 * (sizes.tower.features * sizes.tower.hidden + sizes.decoder.hidden) * sizes.decoder.hidden
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights by part.
+
+    Args:
+        embedding: The table of token embeddings.
+        layer: One decoder layer, norms left out.
+        layers: How many there are.
+        lm_head: 0 where it is the embedding table.
+        projector: With biases and, for LLaVA-NeXT, `image_newline`.
+        tower: The vision tower.
+        routers: All routers.
+        adapter: LoRA's on one decoder layer; 0 without it.
+    """
+
+    embedding: int
+    layer: int
+    layers: int
+    lm_head: int
+    projector: int
+    tower: int
+    routers: int
+    adapter: int
+
+    @property
+    def decoder(self) -> int:
+        return self.embedding + self.layer * self.layers + self.lm_head
+
+    @property
+    def total(self) -> int:
+        """Of the model, without adapters."""
+        return self.decoder + self.projector + self.tower + self.routers
+
+
+def parameters(sizes: Sizes, routed_layers: int = 0, adapter: int = 0) -> Parameters:
+    """Count the weights of a model, without the norms of the decoder (less than 0.01 %).
+
+    Args:
+        sizes: The model.
+        routed_layers: Layers with a router; 0 for the stock model.
+        adapter: Weights of LoRA's adapters on one decoder layer.
+    """
+    decoder, tower = sizes.decoder, sizes.tower
+    more = sizes.family.more_shapes(decoder.hidden, tower.features * tower.hidden)
+    encoder = 4 * tower.hidden**2 + 2 * tower.hidden * tower.inner + 9 * tower.hidden + tower.inner
+    return Parameters(
+        embedding=decoder.vocabulary * decoder.hidden,
+        layer=decoder.layer_weights,
+        layers=decoder.layers,
+        lm_head=0 if decoder.tied else decoder.vocabulary * decoder.hidden,
+        projector=projector_token(sizes) // 2 + 2 * decoder.hidden + sum(map(prod, more.values())),
+        tower=tower.layers * encoder + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden,
+        routers=routed_layers * (decoder.hidden + 1),
+        adapter=adapter,
+    )

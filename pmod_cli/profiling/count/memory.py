@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pmod_cli.core.units import GIB
 from pmod_cli.families.sizes import Decoder, Sizes
-from pmod_cli.profiling.count.training import parameters
+from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.workload import Row, layer_tokens
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count import formulas
+from pmod_cli.profiling.count.formulas import Parameters, parameters
 from pmod_cli.profiling.count.workload import Row, layer_tokens
 
 PARTS = ("language_model", "projector", "vision_tower", "router")
@@ -111,57 +111,6 @@ class TrainingFlops:
     @property
     def step(self) -> int:
         return self.forward + self.backward + self.recomputed
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of weights by part.
-
-    Args:
-        embedding: The table of token embeddings.
-        layer: One decoder layer, norms left out.
-        layers: How many there are.
-        lm_head: 0 where it is the embedding table.
-        projector: With biases and, for LLaVA-NeXT, `image_newline`.
-        tower: The vision tower.
-        routers: All routers.
-        adapter: LoRA's on one decoder layer; 0 without it.
-    """
-
-    embedding: int
-    layer: int
-    layers: int
-    lm_head: int
-    projector: int
-    tower: int
-    routers: int
-    adapter: int
-
-    @property
-    def decoder(self) -> int:
-        return self.embedding + self.layer * self.layers + self.lm_head
-
-    @property
-    def total(self) -> int:
-        """Of the model, without adapters."""
-        return self.decoder + self.projector + self.tower + self.routers
-
-
-def parameters(sizes: Sizes, routed_layers: int = 0, setup: TrainingSetup | None = None) -> Parameters:
-    """Numbers of weights, without the norms of the decoder (less than 0.01 %)."""
-    decoder, tower = sizes.decoder, sizes.tower
-    more = sizes.family.more_shapes(decoder.hidden, tower.features * tower.hidden)
-    encoder = 4 * tower.hidden**2 + 2 * tower.hidden * tower.inner + 9 * tower.hidden + tower.inner
-    return Parameters(
-        embedding=decoder.vocabulary * decoder.hidden,
-        layer=decoder.layer_weights,
-        layers=decoder.layers,
-        lm_head=0 if decoder.tied else decoder.vocabulary * decoder.hidden,
-        projector=formulas.projector_token(sizes) // 2 + 2 * decoder.hidden + sum(map(prod, more.values())),
-        tower=tower.layers * encoder + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden,
-        routers=routed_layers * (decoder.hidden + 1),
-        adapter=_adapter(sizes, setup) if setup is not None and setup.lora_rank else 0,
-    )
 
 
 def _adapter(sizes: Sizes, setup: TrainingSetup) -> int:
@@ -257,7 +206,8 @@ def training_memory(
         routers: Which layers have a router, length L; None is those that keep less than all.
     """
     decoder, ratios = sizes.decoder, _ratios(sizes, retention)
-    numbers = parameters(sizes, sum(routers or (ratio < 1 for ratio in ratios)), setup)
+    adapter = _adapter(sizes, setup) if setup.lora_rank else 0
+    numbers = parameters(sizes, sum(routers or (ratio < 1 for ratio in ratios)), adapter)
     positions = len(rows) * max(row.tokens for row in rows)
     gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
 

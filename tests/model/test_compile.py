@@ -44,11 +44,11 @@ def test_the_decoder_is_one_graph_for_all_images(padded):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_whole_prefill_is_one_graph(kind, padded):
+@pytest.mark.parametrize(("padded", "select_at"), [(False, None), (True, None), (True, [0, 6])])
+def test_a_whole_prefill_is_one_graph(kind, padded, select_at):
     """Everything from the embeddings (LLaVA: from the pixels) to the logits; each layer has a ratio of its own."""
     values = [0.9 - 0.07 * layer for layer in range(12)]  # more than the recompilations that are allowed
-    model = pmod_model(kind, layers=12, pmod={"schedule": "list", "values": values})
+    model = pmod_model(kind, layers=12, pmod={"schedule": "list", "values": values, "select_at": select_at})
     rows = [
         [(TEXT * times, [size]), *([("yes", [])] if padded else [])]
         for times, size in zip((1, 2, 1, 3), SIZES, strict=True)

@@ -27,6 +27,7 @@ SCHEDULES = {
     "constant": {"schedule": "constant", "mean": 0.3},
     "shifted": {"shift": 0.3, "max_ratio": 0.7, "min_ratio": 0.1},
     "every layer routed": {"max_ratio": 1.1, "schedule": "constant", "mean": 1.0},
+    "held choice": {"schedule": "constant", "mean": 0.3, "select_at": [0, 3]},
 }
 NAMES = [name for name in ALIASES if not name.startswith(("tiny", "p-mod"))]
 LARGEST = ("llava-1.5-13b", "llava-next-34b", "llava-next-72b", "llava-next-110b")  # half of the time
@@ -83,6 +84,8 @@ def test_any_schedule_and_a_padded_batch(workdir: Path, schedule: str, target_to
     assert torchs_count(subject.pmod, result.rows, target_tokens) == pytest.approx(formula.full, rel=1e-3)
     if schedule == "every layer routed":
         assert formula.decoder > result.formula(pmod=False).decoder  # routers
+    if schedule == "held choice":
+        assert [layer.router > 0 for layer in result.pmod.layers] == [layer in (0, 3) for layer in range(8)]
 
 
 def test_sizes_left_out_of_a_config_json_are_the_defaults_of_their_class() -> None:

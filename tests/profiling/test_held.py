@@ -87,7 +87,7 @@ def test_without_weights_what_is_assumed_is_named(checkpoint, tmp_path, capsys):
 def test_a_config_of_the_original_code_is_no_config_of_defaults(tmp_path):
     flat = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 5120}
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    with pytest.raises(PmodError, match="layout of the original code"):
+    with pytest.raises(PmodError, match="in the original layout"):
         load_subject(str(tmp_path / "config.json"))
 
 

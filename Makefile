@@ -33,9 +33,9 @@ test: setup
 test-slow: setup
 	.venv/bin/python -m pytest $(SPREAD) -m "slow and not soak"
 
-# The model under the oldest and the newest transformers that are admitted; `test` runs it under the locked one. What all
+# The model under the oldest transformers that is admitted; `test` runs it under the locked one, the newest. What all
 # of them declare is alike, so a folder with the other release in front is enough.
-VERSIONS ?= 5.20 5.24
+VERSIONS ?= 5.20
 test-versions: setup
 	for version in $(VERSIONS); do \
 		.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/transformers-$$version \

@@ -60,7 +60,11 @@ def test_anyres_counts_a_base_view_tiles_and_newlines(processor, model, size, to
     inputs = processor(text="USER: <image>\nASSISTANT:", images=Image.new("RGB", size), return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_index).sum() == tokens
     with torch.no_grad():
-        assert model(**inputs).image_hidden_states.shape == (tokens, model.config.text_config.hidden_size)
+        (features,) = model.model.get_image_features(
+            inputs["pixel_values"], inputs["image_sizes"], return_dict=True
+        ).pooler_output
+        assert features.shape == (tokens, model.config.text_config.hidden_size)
+        model(**inputs)
 
 
 @pytest.mark.parametrize("text", ["hello, world 2048", "what is the price of tea?", "the qr-code: x1 (3.5%)", "A b C"])

@@ -44,7 +44,7 @@ def demo(
     max_steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Optimizer steps of the training; default the recipe's.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 80,
 ) -> None:
     """Convert, train, evaluate, profile and draw the bundled model, into one folder.
 

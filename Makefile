@@ -24,14 +24,15 @@ $(STAMP):
 demo: setup
 	.venv/bin/pmod demo
 
-# The everyday suite, a process a core; then, alone on the machine, the tests that hold a command to a time.
+# The everyday suite, a process a core.
 test: setup
 	.venv/bin/python -m pytest $(SPREAD) -m "not slow and not soak and not timing"
-	.venv/bin/python -m pytest -m "timing and not soak"
 
-# What takes too long for every day and is not cut short either; CI runs it after `test`.
+# What takes too long for every day and is not cut short either; then, alone on the machine, the tests that hold a command
+# to a time. CI runs both after `test`.
 test-slow: setup
 	.venv/bin/python -m pytest $(SPREAD) -m "slow and not soak"
+	.venv/bin/python -m pytest -m "timing and not soak"
 
 # The model under the oldest transformers that is admitted; `test` runs it under the locked one, the newest. What all
 # of them declare is alike, so a folder with the other release in front is enough.

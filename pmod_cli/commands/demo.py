@@ -42,8 +42,8 @@ class Step:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of everything.")] = Path("demo"),
     max_steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps of the training; default the recipe's.")
-    ] = None,
+        int, typer.Option(min=1, metavar="N", help="Optimizer steps of the training; recipe tiny has 125.")
+    ] = 100,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 80,
 ) -> None:
     """Convert, train, evaluate, profile and draw the bundled model, into one folder.
@@ -69,9 +69,9 @@ def demo(
     output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --layers 8-31")
 
 
-def _steps(out: Path, max_steps: int | None, limit: int, *, question: str) -> Iterator[Step]:
+def _steps(out: Path, max_steps: int, limit: int, *, question: str) -> Iterator[Step]:
     converted, trained = str(out / "converted"), str(out / "p-mod")
-    shorter = ("--max-steps", str(max_steps)) if max_steps else ()
+    shorter = ("--max-steps", str(max_steps))
     yield Step(
         "convert", "A stock LLaVA-NeXT becomes a p-MoD model.", ("convert", STOCK, "-o", converted, "--overwrite")
     )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.measure.models import PMOD, STOCK, ModelPair
-from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, PREFILL
+from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, PREFILL, forward_and_backward
 from tests.bench.__main__ import Batch, RepeatedRows
 from tests.gpu.machine import Machine
 from tests.gpu.rows import Row, emit, faster_row, timed_row
@@ -145,20 +145,8 @@ def _adapted(pair: ModelPair) -> dict[str, PreTrainedModel]:
 
 
 def _lora_step(model, batch: Batch) -> Callable[[], None]:
-    prompt, base = batch.prompt, model.get_base_model()
-
-    def step() -> None:
-        model.train()
-        decoder = base.model.language_model
-        decoder.activation_checkpointing_enable()
-        try:
-            model(input_ids=prompt.input_ids, labels=prompt.input_ids, use_cache=False, **prompt.pixels).loss.backward()
-        finally:
-            model.zero_grad(set_to_none=True)
-            decoder.activation_checkpointing_disable()
-            model.eval()
-
-    return step
+    decoder = model.get_base_model().model.language_model
+    return lambda: forward_and_backward(model, decoder, batch.prompt, checkpointed=True)
 
 
 def _lora_limit(batch: Batch, subject) -> float:

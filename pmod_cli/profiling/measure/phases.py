@@ -103,17 +103,27 @@ class Bench:
         return loop
 
     def _train(self, model: PreTrainedModel, checkpointed: bool) -> None:
-        """Padding has no mask, as in `PmodTrainer`; every position has a label."""
-        prompt = self.prompt
+        """With the vision tower frozen."""
         model.requires_grad_(True)
         model.model.vision_tower.requires_grad_(False)
-        model.train()
-        decoder = model.model.language_model
-        if checkpointed:  # on the whole model it would send gradients through the frozen vision tower
-            decoder.activation_checkpointing_enable()
-        try:
-            model(input_ids=prompt.input_ids, labels=prompt.input_ids, use_cache=False, **prompt.pixels).loss.backward()
-        finally:
-            model.zero_grad(set_to_none=True)
-            decoder.activation_checkpointing_disable()
-            model.eval()
+        forward_and_backward(model, model.model.language_model, self.prompt, checkpointed)
+
+
+def forward_and_backward(model: PreTrainedModel, decoder: PreTrainedModel, prompt: Prompt, checkpointed: bool) -> None:
+    """One training step without an optimizer; its gradients are dropped.
+
+    Args:
+        model: With or without an adapter around it.
+        decoder: Its language model, which alone is checkpointed: else gradients would go through the frozen tower.
+        prompt: The batch. Its padding has no mask, as in `PmodTrainer`; every position has a label.
+        checkpointed: Whether the decoder's layers compute their activations again in the backward pass.
+    """
+    model.train()
+    if checkpointed:
+        decoder.activation_checkpointing_enable()
+    try:
+        model(input_ids=prompt.input_ids, labels=prompt.input_ids, use_cache=False, **prompt.pixels).loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        decoder.activation_checkpointing_disable()
+        model.eval()

@@ -18,8 +18,7 @@ import typer
 
 from pmod_cli import __version__
 from pmod_cli.core import output
-from pmod_cli.core.errors import BAD_INPUT, INTERRUPTED, RUN_FAILED, explain
-from pmod_cli.core.flags import as_flags
+from pmod_cli.core.errors import BAD_INPUT, INTERRUPTED, RUN_FAILED, as_flags, explain
 
 VERBS = {
     "convert": "Turn a stock LLaVA checkpoint into a p-MoD checkpoint, without copying its weights.",

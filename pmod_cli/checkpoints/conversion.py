@@ -31,8 +31,7 @@ from pmod_cli.checkpoints.writing import place, stream
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
-from pmod_cli.core.text import one_of, printable
-from pmod_cli.core.units import disk_size
+from pmod_cli.core.text import disk_size, one_of, printable
 from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"

@@ -16,7 +16,7 @@ from pmod_cli.checkpoints.layouts.names import OBSOLETE, canonical
 from pmod_cli.checkpoints.source import TensorSource
 from pmod_cli.checkpoints.transforms import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.core.units import memory_size
+from pmod_cli.core.text import memory_size
 from pmod_cli.families import FAMILIES
 from pmod_cli.families.configs import known_family
 from pmod_cli.model import PmodSettings

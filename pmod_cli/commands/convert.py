@@ -22,8 +22,9 @@ from pmod_cli.commands.common import (
     SeedOpt,
     layer_list,
     option_under,
+    record_current,
 )
-from pmod_cli.core import output, state
+from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
 from pmod_cli.model.registry import SELECTIONS
@@ -222,7 +223,7 @@ def convert(
             progress=written,
         )
     if not dry_run and layout.current:  # an export is for other programs
-        state.record_current(target)
+        record_current(target)
     if as_json:
         output.print_json(view.as_json(report, dry_run))
     elif quiet:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from pmod_cli.core import output
-from pmod_cli.core.units import disk_size
+from pmod_cli.core.text import disk_size
 
 if TYPE_CHECKING:
     from pmod_cli.checkpoints import ConversionReport

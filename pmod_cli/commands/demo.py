@@ -14,8 +14,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.core import output
-from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
-from pmod_cli.core.extras import require
+from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError, require
 
 EXAMPLES = """\
 pmod demo

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.table import Table
 
 from pmod_cli import __version__
-from pmod_cli.commands.common import JsonOpt
-from pmod_cli.core import output, state
+from pmod_cli.commands.common import JsonOpt, default_model
+from pmod_cli.core import output
 
 EXAMPLES = """\
 pmod env
@@ -62,7 +62,7 @@ def collect() -> dict:
         "torch_threads": torch.get_num_threads(),
         "hf_cache": constants.HF_HUB_CACHE,
         "hf_offline": constants.HF_HUB_OFFLINE,
-        "current_model": str(state.default_model() or "none"),
+        "current_model": str(default_model() or "none"),
     }
 
 

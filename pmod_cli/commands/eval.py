@@ -26,8 +26,7 @@ from pmod_cli.commands.common import (
 )
 from pmod_cli.commands.eval_show import Bars, show_plan, show_results, show_suite
 from pmod_cli.core import output
-from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError
-from pmod_cli.core.extras import require
+from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError, require
 from pmod_cli.core.folders import staging_of
 from pmod_cli.core.hardware import require_attention, require_device
 from pmod_cli.model.registry import SELECTIONS

@@ -24,6 +24,7 @@ from pmod_cli.commands.common import (
     model_or_default,
     option_under,
     pick_device,
+    record_current,
 )
 from pmod_cli.commands.finetune_eval import evaluate
 from pmod_cli.commands.finetune_show import (
@@ -35,9 +36,8 @@ from pmod_cli.commands.finetune_show import (
     silence_transformers,
 )
 from pmod_cli.commands.finetune_sweep import run_sweep
-from pmod_cli.core import output, state
-from pmod_cli.core.errors import INTERRUPTED, PmodError
-from pmod_cli.core.extras import require
+from pmod_cli.core import output
+from pmod_cli.core.errors import INTERRUPTED, PmodError, require
 from pmod_cli.core.folders import staging_of
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def finetune(
             code=INTERRUPTED,
         )
     if folder.is_checkpoint(out):
-        state.record_current(out)
+        record_current(out)
         if settings.eval and machine_rank == 0:
             evaluate(out, settings.eval, device, limit=settings.eval_limit, quiet=quiet)
     show_report(report, as_json, quiet)
@@ -322,7 +322,7 @@ def _merge(folder: Path, model: str | None, as_json: bool) -> None:
     from pmod_cli.training.adapters import merge
 
     merged = merge(folder, name=_lasting_name(model) if model else None)
-    state.record_current(folder)
+    record_current(folder)
     if as_json:
         output.print_json({"schema_version": 1, "path": str(folder), "adapter": merged})
         return

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.core.units import disk_size, memory_size
+from pmod_cli.core.text import disk_size, memory_size
 
 if TYPE_CHECKING:
     from pmod_cli.training.plan import Plan

@@ -14,6 +14,7 @@ from pmod_cli.commands.common import (
     ModelOpt,
     OfflineOpt,
     RevisionOpt,
+    default_model,
     layer_list,
     model_or_default,
     option_under,
@@ -32,7 +33,7 @@ from pmod_cli.commands.profile_checks import (
     some_of,
 )
 from pmod_cli.commands.profile_show import averaged, profiled, show, swept
-from pmod_cli.core import output, state
+from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
 from pmod_cli.model.registry import SELECTIONS
@@ -221,7 +222,7 @@ def profile(
 
 def _model(model: str | None) -> str:
     """--model, else the checkpoint of this directory, else the paper's larger model; the choice is named on stderr."""
-    if model is None and state.default_model() is None:
+    if model is None and default_model() is None:
         output.note(f"model: {DEFAULT_MODEL}, from its built-in configuration (no --model, and no checkpoint here yet)")
         return DEFAULT_MODEL
     return model_or_default(model)

@@ -2,19 +2,58 @@
 
 A file is written under a temporary name beside its target, synced and renamed. The temporary name is always the same,
 under a lock, so that a rerun replaces what a killed run left. Whole folders: see `folders`.
+
+There is one kind of lock: a file beside what it guards, held by one process at a time. It is filelock's `flock` on a
+plain file. The system drops it when its holder dies, however that happens, so what a dead run left is told from the
+work of a live one. A plain file can be locked on network file systems too, where a folder cannot. Processes that the
+holder forks do not keep it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.core.locks import locked
+
+class Busy(Exception):
+    """Another process, or another part of this one, holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, *, wait: float | None = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`, which is gone afterwards; a killed holder leaves it, and the next one removes it.
+
+    Args:
+        path: In a folder that exists.
+        wait: Seconds to wait for another holder; None waits as long as it takes.
+
+    Raises:
+        Busy: it is still held after that time.
+        OSError: the folder is missing, or takes no files.
+    """
+    import filelock
+
+    if not path.parent.is_dir():  # filelock would make it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    lock = filelock.FileLock(path, timeout=-1 if wait is None else wait)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Busy(path) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile finds that it is gone, and repeats
+        lock.release()
+
 
 LONGEST_NAME = 255  # bytes, on every file system in use
 
@@ -71,3 +110,30 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_HERE = -100  # AT_FDCWD
+_EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+_MISSING = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # of this kernel or this file system
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two existing paths of one file system. False where there is no such call; then nothing has changed.
+
+    Raises:
+        OSError: the swap was refused.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    first, second = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_HERE, first, _HERE, second, _EXCHANGE)
+    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(first, second, _EXCHANGE)
+    else:
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in _MISSING:
+        return False
+    raise OSError(number, os.strerror(number), str(other))

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
-from pmod_cli.core import memory_limit
 from pmod_cli.core.errors import PmodError
+
+_STATUS = Path("/proc/self/statm")
+
+
+@contextmanager
+def at_most(extra: int) -> Iterator[None]:
+    """Let this process take `extra` bytes of address space more than it has; beyond that is a MemoryError.
+
+    The limit holds for all threads while the block lasts, so it is for short work. Where the system does not tell how
+    much the process has (macOS), there is no limit.
+    """
+    if not _STATUS.is_file():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(_STATUS.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + extra
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
 
 MEMORY = 1 << 30  # bytes that a template may take
 LONGEST = 4_000_000  # characters of a prompt
@@ -25,7 +52,7 @@ def rendered(render: Callable[[], Prompt], text_of: Callable[[Prompt], str] = st
             prompt longer than `LONGEST`.
     """
     try:
-        with memory_limit.at_most(MEMORY):
+        with at_most(MEMORY):
             made = render()
     except PmodError:
         raise

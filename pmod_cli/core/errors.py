@@ -2,13 +2,20 @@
 
 `PmodError` is raised on purpose. `explain` turns the exceptions that other libraries raise, and that a user can do
 something about, into one; everything it does not know is a bug of ours and keeps its traceback.
+
+The library speaks of its own arguments, in backticks: "`out` is the source", "replace it with `overwrite=True`",
+"lower `train.batch_size`". A verb has options of the same names, so `as_flags` makes these `--out`, `--overwrite`,
+`--batch-size` where an error is printed; and `--set KEY=VALUE` of a setting of a recipe that has no option of its own.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
 
 BAD_INPUT = 2
 RUN_FAILED = 1
@@ -30,6 +37,11 @@ class PmodError(Exception):
         self.what = what
         self.hint = hint
         self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, without the lines that only its authors understand."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _instance_of(error: BaseException, module: str, *names: str) -> bool:
@@ -93,3 +105,46 @@ def _explain_os_error(error: OSError) -> PmodError | None:
     if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError) and error.filename:
         return PmodError(f"{where}: {error.strerror}")
     return None
+
+
+_NAME = r"[a-z_]+(?:\.[a-z_0-9]+)*"
+_ARGUMENT = re.compile(rf"`({_NAME})(?:=([^`]*))?`")
+
+
+def as_flags(text: str, options: Mapping[str, str], *, settings: bool = False) -> str:
+    """A message as a user of the command line reads it; what is no option of the verb stays as it is.
+
+    Args:
+        text: With arguments of the library in backticks, as `name` or `name=value`.
+        options: Of the verb: the name of an argument to its flag, such as `out` to `--out`.
+        settings: Whether the verb takes any setting of a recipe by `--set`.
+    """
+
+    def translate(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        flag = options.get(name)
+        if flag is None:
+            if not settings or "." not in name:
+                return found[0] if "." not in name else found[0].strip("`")
+            return name if value is None else f"--set {name}={value}"
+        if value in (None, "True"):
+            return flag
+        if value == "False":
+            return f"--no-{flag.removeprefix('--')}"
+        return f"{flag} {value}"
+
+    return _ARGUMENT.sub(translate, text)
+
+
+def require(extra: str, *modules: str) -> None:
+    """Check, without importing them, that the top-level `modules` of an extra are installed.
+
+    Raises:
+        PmodError: names what is missing and how to install it.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise PmodError(
+            f"this needs {', '.join(missing)}, which the [{extra}] extra installs",
+            hint=f"in the checkout: pip install -e '.[{extra}]'",
+        )

@@ -18,10 +18,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pmod_cli.core.atomic import sync_folder
+from pmod_cli.core.atomic import Busy, exchange, locked, sync_folder
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.exchange import exchange
-from pmod_cli.core.locks import Busy, locked
 from pmod_cli.core.markers import (
     LOCK,
     MARKER,

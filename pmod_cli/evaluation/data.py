@@ -11,7 +11,7 @@ from typing import Any
 from pmod_cli.checkpoints.resolve import HUB_ANSWERS_WITHIN, within
 from pmod_cli.core.atomic import write_text
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.core.units import disk_size
+from pmod_cli.core.text import disk_size
 from pmod_cli.evaluation import mirror
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pmod_cli.core.units import GIGA, KIB, MEGA, MIB, TERA, percent
+from pmod_cli.core.text import GIGA, KIB, MEGA, MIB, TERA, percent
 from pmod_cli.profiling.count.memory import KvCost
 from pmod_cli.profiling.count.trace import FLOPS_PER_MAC, LayerCost
 from pmod_cli.profiling.latency_report import latency_json

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pmod_cli.core.units import MIB, TERA
+from pmod_cli.core.text import MIB, TERA
 from pmod_cli.profiling.measure.latency import Latency, PhaseResult, peak_share
 from pmod_cli.profiling.measure.models import STOCK
 from pmod_cli.profiling.measure.phases import DECODE, PHASES

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pmod_cli.core.units import GIB, percent
+from pmod_cli.core.text import GIB, percent
 from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
 from pmod_cli.profiling.count.training import USUAL, TrainingMemory, training_memory
 from pmod_cli.profiling.measure.devices import DEVICES, Device

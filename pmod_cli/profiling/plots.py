@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pmod_cli.core.atomic import write_bytes
-from pmod_cli.core.units import GIGA, MIB, TERA, percent
+from pmod_cli.core.text import GIGA, MIB, TERA, percent
 from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.sweep import Axis, Point, Scores
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.units import GIGA, MIB, TERA, percent
+from pmod_cli.core.text import GIGA, MIB, TERA, percent
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas

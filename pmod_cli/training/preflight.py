@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmod_cli.checkpoints.loading import refuse_bytes
-from pmod_cli.core.errors import PmodError
-from pmod_cli.core.extras import require
+from pmod_cli.core.errors import PmodError, require
 from pmod_cli.core.hardware import require_device
 from pmod_cli.profiling.count.training import LORA_TARGETS
 from pmod_cli.training import folder

@@ -17,9 +17,8 @@ from statistics import mean, stdev
 from time import perf_counter, process_time
 
 from pmod_cli import recipes
-from pmod_cli.core.atomic import write_json
+from pmod_cli.core.atomic import Busy, locked, write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
-from pmod_cli.core.locks import Busy, locked
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.settings import Settings

@@ -10,7 +10,7 @@ import pytest
 
 from pmod_cli.checkpoints import files, load_model
 from pmod_cli.cli import main
-from pmod_cli.core import state
+from pmod_cli.commands.common import default_model
 from pmod_cli.core.errors import PmodError
 from tests.conftest import ROOT
 
@@ -91,14 +91,14 @@ def test_a_path_that_is_no_utf8(stock_model, workdir, capfdbinary):
     assert main(["convert", os.fsdecode(name), "-o", os.fsdecode(name + b"-pmod"), "-q"]) == 0
     assert capfdbinary.readouterr().out == name + b"-pmod\n"
     assert Path(".pmod/current").read_bytes() == name + b"-pmod\n"
-    assert state.default_model() == Path(os.fsdecode(name + b"-pmod"))
-    assert main(["convert", str(state.default_model()), "--to", "stock", "-o", os.fsdecode(name + b"-stock")]) == 0
+    assert default_model() == Path(os.fsdecode(name + b"-pmod"))
+    assert main(["convert", str(default_model()), "--to", "stock", "-o", os.fsdecode(name + b"-stock")]) == 0
     out, err = capfdbinary.readouterr()
     assert b"model-\\xff\\xe9-stock" in out
     assert b"source: model-\\xff\\xe9-pmod (folder)" in err
     provenance = files.read_json(Path(os.fsdecode(name + b"-stock"), "pmod_provenance.json"))
     with pytest.raises(PmodError, match="no UTF-8, and transformers cannot read"):
-        load_model(state.default_model())
+        load_model(default_model())
     assert provenance["source"] == r"model-\xff\xe9-pmod"
 
 

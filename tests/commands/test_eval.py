@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from pmod_cli import cli
-from pmod_cli.core import extras
+from pmod_cli.core import errors
 from pmod_cli.data import documents
 from pmod_cli.evaluation import adapter
 
@@ -130,8 +130,8 @@ def test_missing_model_missing_data_missing_extra(stock_model, workdir, capsys, 
     assert "lmms-lab-encoder/DocVQA DocVQA validation (2.3 GB), lmms-lab-encoder/ChartQA test (73 MB)" in data
     assert "pmod eval --fetch-data docvqa,chartqa --data-root DIR" in data
 
-    find_spec = extras.find_spec
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "lmms_eval" else find_spec(name))
+    find_spec = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "lmms_eval" else find_spec(name))
     assert evaluate("--tasks", "docvqa,chartqa", "-m", stock_model()) == 2
     extra = capsys.readouterr().err
     assert "pip install -e '.[eval]'" in extra
@@ -160,7 +160,7 @@ def test_dry_run_writes_nothing(converted, capsys):
 
 
 def test_list_needs_no_extra(capsys, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
     assert evaluate("--list") == 0
     assert "ok_vqa_val2014" in capsys.readouterr().out
     assert evaluate("--list", "--json") == 0

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import load_model
-from pmod_cli.core import extras
+from pmod_cli.core import errors
 from tests.conftest import ROOT
 
 QUICK = ("--max-steps", 2, "--batch-size", 2, "--set", "data.turns=1", "--set", "train.log_steps=1", "--device", "cpu")
@@ -156,8 +156,8 @@ def test_bad_input_is_a_sentence(workdir, capsys, words, parts):
 
 
 def test_a_missing_extra_is_a_sentence(stock_model, workdir, capsys, monkeypatch):
-    find = extras.find_spec
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    find = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "accelerate" else find(name))
     assert call("finetune", "-m", stock_model()) == 2
     assert "pip install -e '.[train]'" in capsys.readouterr().err
 

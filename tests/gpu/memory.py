@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.units import GIB
+from pmod_cli.core.text import GIB
 from pmod_cli.profiling.latency_report import predicted_cache
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.latency import cache_bytes

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli.cli import main
-from pmod_cli.core import memory_limit
+from pmod_cli.core.chat import at_most
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import check_rows
 from pmod_cli.data.dataset import build_dataset
@@ -154,7 +154,7 @@ def run(kind: Callable, seeds: range, folder: Path, capsys) -> tuple[Counter, fl
         signal.alarm(WAITS)
         started, done = time.process_time(), "damage"
         try:
-            with memory_limit.at_most(MEMORY):
+            with at_most(MEMORY):
                 done, outcome = kind(place, draw, capsys)
         except BaseException as error:
             raise AssertionError(f"{kind.__name__}, seed {seed}") from error

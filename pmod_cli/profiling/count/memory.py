@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pmod_cli.core.units import GIB
+from pmod_cli.core.text import GIB
 from pmod_cli.families.sizes import Decoder, Sizes
 from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.workload import Row, layer_tokens

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.units import GIB, GIGA, MIB, TERA
+from pmod_cli.core.text import GIB, GIGA, MIB, TERA
 
 MOST_GB = 10**6  # of a device
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.units import GIB
+from pmod_cli.core.text import GIB
 from pmod_cli.model import SELECTIONS
 from pmod_cli.profiling.count.memory import DTYPE_BYTES, bytes_per_token
 from pmod_cli.profiling.count.trace import meta_model

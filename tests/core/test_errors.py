@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pmod_cli.core.flags import as_flags
+from pmod_cli.core.errors import as_flags
 from tests.conftest import ROOT
 
 OPTIONS = {"out": "--out", "overwrite": "--overwrite", "resume": "--resume", "train.batch_size": "--batch-size"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pmod_cli.core.units import disk_size, memory_size
+from pmod_cli.core.text import disk_size, memory_size
 
 
 @pytest.mark.parametrize(

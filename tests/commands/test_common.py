@@ -6,58 +6,60 @@ import sys
 
 import pytest
 
-from pmod_cli.core import extras, output, state
-from pmod_cli.core.errors import PmodError
+from pmod_cli.commands.common import default_model, record_current
+from pmod_cli.core import output
+from pmod_cli.core.errors import PmodError, require
 from tests.conftest import ROOT
 
 
 def test_nothing_written_yet(workdir):
-    assert state.default_model() is None
+    assert default_model() is None
 
 
 def test_current_is_relative_inside_the_directory(workdir):
     (workdir / "runs" / "one").mkdir(parents=True)
-    state.record_current(workdir / "runs" / "one")
+    record_current(workdir / "runs" / "one")
     assert (workdir / ".pmod" / "current").read_text() == "runs/one\n"
-    assert state.default_model().samefile("runs/one")
+    assert default_model().samefile("runs/one")
 
 
 def test_environment_wins(workdir, monkeypatch):
     (workdir / "a").mkdir()
     (workdir / "b").mkdir()
-    state.record_current(workdir / "a")
+    record_current(workdir / "a")
     monkeypatch.setenv("PMOD_MODEL", str(workdir / "b"))
-    assert state.default_model() == workdir / "b"
+    assert default_model() == workdir / "b"
 
 
 def test_a_checkpoint_that_is_gone_is_named(workdir):
-    state.record_current(workdir / "gone")
+    record_current(workdir / "gone")
     with pytest.raises(PmodError, match=r"current names the checkpoint gone"):
-        state.default_model()
+        default_model()
 
 
 def test_a_directory_that_cannot_be_written_gives_a_warning(workdir, capsys):
     (workdir / ".pmod").write_text("a file, so that nobody can write into it, root included")
-    state.record_current(workdir / "runs")
+    record_current(workdir / "runs")
     assert "cannot be written here" in capsys.readouterr().err
     assert (workdir / ".pmod").is_file()
 
 
 def test_what_a_killed_command_left_goes_with_the_next(workdir):
-    code = "import os\nfrom pathlib import Path\nfrom pmod_cli.core import state\nos.fsync = lambda _: os.abort()\n"
+    code = "import os\nfrom pathlib import Path\nfrom pmod_cli.commands.common import record_current\n"
+    code += "os.fsync = lambda _: os.abort()\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code + "state.record_current(Path('runs'))"], env=environment)
+    subprocess.run([sys.executable, "-c", code + "record_current(Path('runs'))"], env=environment)
     assert not (workdir / ".pmod" / "current").exists()
     assert list((workdir / ".pmod").iterdir())
-    state.record_current(workdir / "runs")
+    record_current(workdir / "runs")
     assert [path.name for path in (workdir / ".pmod").iterdir()] == ["current"]
 
 
 def test_missing_extra_names_the_install_command():
     with pytest.raises(PmodError, match="no_such_module_a") as caught:
-        extras.require("eval", "json", "no_such_module_a")
+        require("eval", "json", "no_such_module_a")
     assert caught.value.hint == "in the checkout: pip install -e '.[eval]'"
-    extras.require("eval", "json")
+    require("eval", "json")
 
 
 def test_quiet_hides_notes_but_not_warnings(capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts import Draft, output_layout
-from pmod_cli.checkpoints.layouts.names import canonical
+from pmod_cli.checkpoints.layouts.shapes import canonical
 from pmod_cli.checkpoints.options import DTYPES, Options
 from pmod_cli.checkpoints.source import LAYER, Source, TensorSource
 from pmod_cli.checkpoints.writing import WeightFiles, lay_out

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core import json_text
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 FETCH = "fetch it again"
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32"}
+TORCH_NAMES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if differing:
         raise PmodError(
             f"{index} names {len(differing)} tensors that its files lack: {', '.join(differing[:5])}",
-            hint="fetch the checkpoint again",
+            hint=FETCH,
         )
     return tensors
 
@@ -227,9 +229,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         LookupError,
         TypeError,
     ) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PmodError(
-            f"{path} is pickled, and loading such a pickle can run any code; torch's safe reader says: {first}",
+            f"{path} is pickled, and loading such a pickle can run any code; torch's safe reader says: "
+            f"{first_line(error)}",
             hint="take a safetensors version of the model: most repositories have one",
         ) from error
     tensors = {}
@@ -243,9 +245,6 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         else:
             tensors[name] = Tensor(path, dtype, tuple(tensor.shape), loaded=loaded[name].contiguous())
     return tensors
-
-
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32"}
 
 
 def _lies_whole(tensor: Any) -> bool:

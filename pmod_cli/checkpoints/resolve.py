@@ -14,7 +14,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.aliases import ALIASES, alias_of, bundled_path
 from pmod_cli.checkpoints.files import missing_files
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.core.folders import heal
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -169,10 +169,10 @@ def _from_hub(
     except HfHubHTTPError:
         raise  # the hub answered: gated, unknown, not allowed
     except (OSError, RuntimeError, TimeoutError) as error:
-        raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {_first_line(error)}") from error
+        raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {first_line(error)}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-            raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {_first_line(error)}") from error
+            raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {first_line(error)}") from error
         raise
 
 
@@ -185,7 +185,7 @@ def _cached(repo: str, revision: str | None, cache_dir: Path | None) -> Path | N
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise PmodError(f"{repo!r} cannot be a repository: {_first_line(error)}") from error
+        raise PmodError(f"{repo!r} cannot be a repository: {first_line(error)}") from error
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -210,7 +210,3 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmod_cli.checkpoints.files import read_json, refuse_outside
 from pmod_cli.core.atomic import write_json
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.families.configs import decoder_kind, known_family
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         try:
             return (AutoTokenizer if known else plain).from_pretrained(aside, local_files_only=True)
         except Exception as error:  # the tokenizers library raises plain Exception
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PmodError(
-                f"the tokenizer in {folder} cannot be read: {first}", hint="give one that can with `tokenizer=FOLDER`"
+                f"the tokenizer in {folder} cannot be read: {first_line(error)}",
+                hint="give one that can with `tokenizer=FOLDER`",
             ) from error
 
 

@@ -1,4 +1,7 @@
-"""Weight files of the result: linked where not a byte differs, else written anew, shard by shard in bounded memory."""
+"""Weight files of the result: linked where not a byte differs, else written anew, shard by shard in bounded memory.
+
+New routers are written without torch, in any dtype of the format.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from pmod_cli.checkpoints.files import SINGLE, encode_header
-from pmod_cli.checkpoints.source import Source, TensorSource
-from pmod_cli.checkpoints.transforms import transformed
+import numpy as np
+
+from pmod_cli.checkpoints.files import SINGLE, Tensor, encode_header
+from pmod_cli.checkpoints.source import Source, TensorSource, transformed
+
+
+def write_routers(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, std: float, seed: int) -> None:
+    """A safetensors file of routers.
+
+    Args:
+        path: File to write.
+        shapes: Shape by tensor name.
+        dtype: `F32`, `BF16` or `F16`.
+        std: Standard deviation of the weights; biases are zero.
+        seed: Of the weights.
+    """
+    generator = np.random.default_rng(seed)
+    with open(path, "wb") as file:
+        file.write(encode_header({name: (dtype, shape) for name, shape in shapes.items()}))
+        for name, shape in shapes.items():
+            if std and name.endswith("weight"):
+                file.write(_encoded(generator.normal(0.0, std, shape).astype(np.float32), dtype))
+            else:
+                file.write(bytes(Tensor(path, dtype, shape).nbytes))
+
+
+def _encoded(values: np.ndarray, dtype: str) -> bytes:
+    if dtype != "BF16":
+        return values.astype(np.float16 if dtype == "F16" else np.float32).tobytes()
+    bits = values.view(np.uint32)  # numpy has no bfloat16: the upper half of a float32, rounded to even
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
+
 
 SHARD_BYTES = 5 * 10**9
 _CHUNK = 64 * 2**20  # bytes

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 
 _STATUS = Path("/proc/self/statm")
 
@@ -61,8 +61,9 @@ def rendered(render: Callable[[], Prompt], text_of: Callable[[Prompt], str] = st
             f"the chat template takes more than {MEMORY >> 20:,} MB, which is the limit", hint=HINT
         ) from None
     except Exception as error:  # a template may fail in any way
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise PmodError(f"the chat template fails: {type(error).__name__}: {first:.200}", hint=HINT) from error
+        raise PmodError(
+            f"the chat template fails: {type(error).__name__}: {first_line(error):.200}", hint=HINT
+        ) from error
     if len(text_of(made)) > LONGEST:
         raise PmodError(
             f"the chat template makes a prompt of {len(text_of(made)):,} characters; the limit is {LONGEST:,}",

@@ -74,14 +74,14 @@ def explain(error: BaseException) -> PmodError | None:
         )
     if _instance_of(error, "huggingface_hub.errors", "HfHubHTTPError", "LocalEntryNotFoundError"):
         return PmodError(
-            f"the Hugging Face hub did not answer as expected: {text.splitlines()[0]}",
+            f"the Hugging Face hub did not answer as expected: {first_line(error)}",
             hint="try again, or pass a local folder",
             code=RUN_FAILED,
         )
     if _instance_of(error, "safetensors", "SafetensorError"):
         return PmodError(f"a safetensors file cannot be read: {text}", hint="fetch or convert the checkpoint again")
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "transformers":
-        return PmodError(text.splitlines()[0], hint="pmod env shows what is installed; the README, what is tested")
+        return PmodError(first_line(error), hint="pmod env shows what is installed; the README, what is tested")
     if isinstance(error, OSError):
         return _explain_os_error(error)
     return None

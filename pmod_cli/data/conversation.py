@@ -1,10 +1,20 @@
-"""One row of training data: who says what, and which images go where."""
+"""One row of training data: who says what, which images go where, and how these are opened."""
 
+import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import as_rgb, load_image
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
 
 IMAGE = "<image>"  # stands in a turn's text where an image goes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -145,3 +155,83 @@ def _number(count: int, what: str) -> str:
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__
+
+
+LONGEST_PADDED_SIDE = 8192  # pixels: a longer side is reduced before padding, since a square of it is huge
+
+
+def open_image(source: Any, folder: Path | None = None) -> Image.Image:
+    """An RGB image, opened as in every other verb (`pmod_cli.core.images`).
+
+    Args:
+        source: a file name below ``folder``, encoded bytes, or a PIL image.
+        folder: the image folder.
+
+    Raises:
+        BadRow: no such file, one outside the folder, not an image, cut off, or too large to decode safely.
+    """
+    if isinstance(source, Image.Image):
+        return as_rgb(source)
+    try:
+        if isinstance(source, str):
+            return load_image(find_image(source, folder), source).pixels
+        if isinstance(source, bytes):
+            return load_image(source, "its image").pixels
+        raise BadRow(f"expected an image, its bytes or a file name, found {type(source).__name__}")
+    except BadRow:
+        raise
+    except PmodError as error:
+        raise BadRow(error.what) from None
+
+
+def find_image(name: str, folder: Path | None) -> Path:
+    """The file ``name`` of the image folder.
+
+    Raises:
+        BadRow: there is none, or it lies outside the folder.
+    """
+    path = inside(name, folder)
+    if not os.path.exists(path):  # False for a name that is too long, where `Path.exists` raises
+        raise BadRow(f"no such image: {name}, in {folder}")
+    return path
+
+
+def inside(name: str, folder: Path | None) -> Path:
+    """The path of ``name`` in the image folder, there or not. Raises BadRow where it lies outside."""
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise BadRow(f"{name} lies outside the image folder")
+    return (folder or Path()) / relative
+
+
+def reduced(image: Image.Image, padded: bool) -> Image.Image:
+    """The image, smaller by a whole factor where padding it to a square would take gigabytes."""
+    longest = max(image.size)
+    if not padded or longest <= LONGEST_PADDED_SIDE:
+        return image
+    factor = -(-longest // LONGEST_PADDED_SIDE)
+    return image.resize([max(1, side // factor) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def is_anyres(processor: "ProcessorMixin") -> bool:
+    """Whether the processor cuts images into tiles (LLaVA-NeXT)."""
+    return hasattr(processor.image_processor, "image_grid_pinpoints")
+
+
+def padding_processor(processor: "ProcessorMixin") -> "ProcessorMixin":
+    """A LLaVA-1.5 processor that pads images to a square with their mean colour, as LLaVA-1.5 was trained.
+
+    The processors of the Hugging Face LLaVA-1.5 checkpoints crop the centre instead. Save the one returned here with
+    the trained model, so that it sees in use what it saw in training. LLaVA-NeXT's is returned as it is.
+    """
+    images = processor.image_processor
+    if is_anyres(processor) or getattr(images, "do_pad", False):
+        return processor
+    if type(images).__name__.endswith("Pil"):
+        from transformers import LlavaImageProcessorPil as Padding
+    else:
+        from transformers import LlavaImageProcessor as Padding
+    settings = {key: value for key, value in images.to_dict().items() if hasattr(Padding, key)}
+    padding = copy.copy(processor)
+    padding.image_processor = Padding(**{**settings, "do_pad": True})
+    return padding

@@ -15,8 +15,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.conversation import BadRow, Conversation
-from pmod_cli.data.row_images import is_anyres, open_image, padding_processor, reduced
+from pmod_cli.data.conversation import BadRow, Conversation, is_anyres, open_image, padding_processor, reduced
 from pmod_cli.data.sources import RowSource, open_source
 from pmod_cli.data.templates import IGNORED, encode, renderer
 

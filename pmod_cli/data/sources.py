@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pmod_cli.core import json_text
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_messages, length_of
 from pmod_cli.data.index import open_index
 
@@ -140,8 +140,7 @@ def _load(path: str) -> Any:
     except DatasetNotFoundError as error:
         raise PmodError(f"no such data set: {path} ({error})", hint="set data.path to its name on the hub") from None
     except (ConnectionError, FileNotFoundError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PmodError(f"the data set {path} cannot be read: {first}", hint="see data.path") from None
+        raise PmodError(f"the data set {path} cannot be read: {first_line(error)}", hint="see data.path") from None
 
 
 def _undecoded(rows: Any) -> Any:

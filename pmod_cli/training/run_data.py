@@ -12,10 +12,9 @@ from torch.utils.data import Dataset, Sampler
 from pmod_cli.checkpoints import load_processor
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import DataReport, check_rows, refuse_bad
-from pmod_cli.data.collator import Collator
+from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.documents import draw, seed_of
-from pmod_cli.data.grouping import ModalityBatches
 from pmod_cli.data.rows import row
 from pmod_cli.training.arguments import processes
 from pmod_cli.training.folder import SKIPPED

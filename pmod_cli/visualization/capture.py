@@ -9,7 +9,7 @@ import numpy as np
 from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
-from pmod_cli.data.row_images import is_anyres, reduced
+from pmod_cli.data.conversation import is_anyres, reduced
 from pmod_cli.families.configs import known_family
 from pmod_cli.families.geometry import Layout
 from pmod_cli.visualization.record import IMAGE_MARK, ImageSelection

@@ -14,8 +14,7 @@ from PIL import Image
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import load_image
-from pmod_cli.data.conversation import BadRow
-from pmod_cli.data.row_images import inside
+from pmod_cli.data.conversation import BadRow, inside
 from pmod_cli.visualization.checked import check_regions
 from pmod_cli.visualization.page import check_format
 

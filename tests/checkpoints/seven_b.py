@@ -11,8 +11,7 @@ import numpy as np
 
 from pmod_cli.checkpoints.aliases import ALIASES
 from pmod_cli.checkpoints.files import encode_header
-from pmod_cli.checkpoints.layouts.names import to_original
-from pmod_cli.checkpoints.layouts.shapes import expected_shapes
+from pmod_cli.checkpoints.layouts.shapes import expected_shapes, to_original
 from pmod_cli.families.towers import CLIP_L_336
 
 SHARD = 5 * 10**9  # bytes

@@ -18,12 +18,10 @@ from torch.utils.data import DataLoader
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data import index as index_module
 from pmod_cli.data.check import check_rows, refuse_bad
-from pmod_cli.data.collator import Collator
-from pmod_cli.data.conversation import BadRow, from_llava, from_messages
+from pmod_cli.data.collator import Collator, ModalityBatches
+from pmod_cli.data.conversation import BadRow, from_llava, from_messages, open_image
 from pmod_cli.data.dataset import build_dataset
-from pmod_cli.data.grouping import ModalityBatches
 from pmod_cli.data.index import open_index
-from pmod_cli.data.row_images import open_image
 from pmod_cli.data.templates import IGNORED
 from tests import factories
 from tests.data.tokenizers import processor_of

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pmod_cli.checkpoints.layouts.names import canonical, from_original
+from pmod_cli.checkpoints.layouts.shapes import canonical, from_original
 from pmod_cli.model import (
     PmodLlavaConfig,
     PmodLlavaForConditionalGeneration,

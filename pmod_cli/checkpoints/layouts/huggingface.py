@@ -7,8 +7,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts.layout import Draft, Layout
-from pmod_cli.checkpoints.layouts.names import canonical
-from pmod_cli.checkpoints.layouts.shapes import check_shapes, section
+from pmod_cli.checkpoints.layouts.shapes import canonical, check_shapes, section
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.checkpoints.source import Source, TensorSource, files_of
 from pmod_cli.core.errors import PmodError

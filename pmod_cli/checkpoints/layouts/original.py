@@ -11,8 +11,7 @@ from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts import published_settings, vision_tower
 from pmod_cli.checkpoints.layouts.huggingface import check_decoder
 from pmod_cli.checkpoints.layouts.layout import Layout
-from pmod_cli.checkpoints.layouts.names import OBSOLETE, from_original
-from pmod_cli.checkpoints.layouts.shapes import check_shapes, size
+from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, check_shapes, from_original, size
 from pmod_cli.checkpoints.options import Options
 from pmod_cli.checkpoints.source import Source, TensorSource, files_of
 from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files

@@ -3,14 +3,22 @@
 from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.archive import load_npz, save_npz
-from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
-from pmod_cli.visualization.checkpoint import LoadedModel, check_checkpoint, check_pair, load_checkpoint
+from pmod_cli.visualization.ask import (
+    DEFAULT_QUESTION,
+    MAX_NEW_TOKENS,
+    LoadedModel,
+    attend,
+    check_checkpoint,
+    check_pair,
+    load_checkpoint,
+    select,
+)
 from pmod_cli.visualization.figure import BLIND, MODES, PARTS, asked_blindly, draw
-from pmod_cli.visualization.html import html_page, save_html
+from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
 from pmod_cli.visualization.inputs import Item, check_pictures, find_items, folder_targets, one_target, short_name
 from pmod_cli.visualization.job import Drawn, DrawSettings, check_saved, describe, layer_table, run, summary_lines
 from pmod_cli.visualization.page import check_format, save
-from pmod_cli.visualization.record import ImageSelection, parse_layers
+from pmod_cli.visualization.selection_page import html_page, save_html
 from pmod_cli.visualization.statistics import ImageStatistics, image_statistics, in_common, summarise
 
 __all__ = [

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from pmod_cli.visualization.image_selection import ImageSelection
 from pmod_cli.visualization.page import INK, LINE, MARGIN, QUIET, SMALL_PT, TEXT_PT, Page, wrap
-from pmod_cli.visualization.record import ImageSelection
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 3.4, 1.9  # inches: a paper column; of the axes alone, the height
 LEFT, BELOW = 0.42, 0.36  # inches for the labels of the axes

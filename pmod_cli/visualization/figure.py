@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.charts import schedule_chart
+from pmod_cli.visualization.image_selection import ImageSelection
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, prepare
 from pmod_cli.visualization.page import ALERT, INK, QUIET
-from pmod_cli.visualization.record import ImageSelection
 from pmod_cli.visualization.sheet import REGION, ColourBar, Notes, Sheet
 from pmod_cli.visualization.statistics import in_common
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MODES = ("kept", "weights", "depth", "schedule", "compare", "grid")
 ALL_LAYERS = ("depth", "schedule")  # modes that show every layer
 PARTS = ("separate", "merged", "base", "tiles")
 PART_NAMES = {"image": "", "base": "whole image", "tiles": "{}×{} tiles"}
 COLOUR_MAP = "cividis"  # the same order for every eye; light where there is much, so that print stays readable
-
-
 BLIND = "The image stands before both questions, so no layer knew them: both selections are the same by construction."
 
 
@@ -209,8 +205,6 @@ def _weight_colours(record: ImageSelection, layers: Sequence[int]) -> tuple[dict
 
 def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """uint8 (V, 3) for values (V,)."""
-    import matplotlib
-
     return matplotlib.colormaps[COLOUR_MAP]((values - low) / max(high - low, 1e-9), bytes=True)[:, :3]
 
 

@@ -15,7 +15,7 @@ from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import load_image
 from pmod_cli.data.conversation import BadRow, inside
-from pmod_cli.visualization.checked import check_regions
+from pmod_cli.visualization.archive import check_regions
 from pmod_cli.visualization.page import check_format
 
 Region = tuple[float, float, float, float]

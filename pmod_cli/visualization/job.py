@@ -12,13 +12,12 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.core.text import printable
 from pmod_cli.visualization.archive import load_npz, npz_bytes
-from pmod_cli.visualization.capture import DEFAULT_QUESTION, MAX_NEW_TOKENS, attend, select
-from pmod_cli.visualization.checkpoint import LoadedModel
+from pmod_cli.visualization.ask import DEFAULT_QUESTION, MAX_NEW_TOKENS, LoadedModel, attend, select
 from pmod_cli.visualization.figure import ALL_LAYERS, MODES, PARTS, draw
-from pmod_cli.visualization.html import html_page
+from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
 from pmod_cli.visualization.inputs import Item
 from pmod_cli.visualization.page import check_format, encode
-from pmod_cli.visualization.record import ImageSelection, parse_layers
+from pmod_cli.visualization.selection_page import html_page
 from pmod_cli.visualization.statistics import in_common
 
 if TYPE_CHECKING:

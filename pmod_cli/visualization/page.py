@@ -7,17 +7,21 @@ import textwrap
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.image import BboxImage
+from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
+from matplotlib.transforms import Affine2D, Bbox, TransformedBbox
 from PIL import Image
 
+from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from pmod_cli.visualization.backdrop import Backdrop
 
 FORMATS = ("png", "svg")
 MARGIN = 0.08  # inches
@@ -37,9 +41,6 @@ class Page:
     """
 
     def __init__(self, width: float, height: float, dpi: int) -> None:
-        from matplotlib.figure import Figure
-        from matplotlib.transforms import Affine2D
-
         wide, high = round(width * dpi), round(height * dpi)
         if max(wide, high) > MOST_SIDE or wide * high > MOST_PIXELS:
             raise PmodError(
@@ -57,18 +58,49 @@ class Page:
 
     def picture(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
         """uint8 (h, w, 3), stretched over the box, whose edges are moved to the nearest pixels of the page."""
-        from pmod_cli.visualization.backdrop import Backdrop
-
         self._backdrop = self._backdrop or Backdrop(self.figure)
         edges = (round(edge * self.figure.dpi) for edge in (x, y, x + width, y + height))
         self._backdrop.paste(pixels, *edges)
 
     def frame(self, x: float, y: float, width: float, height: float, **style) -> None:
         """A rectangle, by default a thin empty one."""
-        from matplotlib.patches import Rectangle
-
         drawn = {"facecolor": "none", "edgecolor": QUIET, "linewidth": 0.4} | style
         self.figure.add_artist(Rectangle((x, y), width, height, transform=self._inches, **drawn))
+
+
+class Backdrop(BboxImage):
+    """The pixels of a whole figure, white at first.
+
+    An image artist for each of a sheet's panels, each resampled by matplotlib, takes ten times as long.
+
+    Attributes:
+        boxes: (left, top, right, bottom) of each pasted picture, in pixels of the figure.
+    """
+
+    def __init__(self, figure: Figure) -> None:
+        super().__init__(TransformedBbox(Bbox.unit(), figure.transFigure), interpolation="none")
+        width, height = figure.canvas.get_width_height()
+        self.set_data(np.broadcast_to(np.uint8(255), (height, width, 4)))
+        self._pixels = self.get_array()  # set_data's copy; filled in place
+        self.boxes: list[tuple[int, int, int, int]] = []
+        figure.add_artist(self)
+
+    def paste(self, picture: np.ndarray, left: int, top: int, right: int, bottom: int) -> None:
+        """uint8 (h, w, 3), stretched over the box, whose lines and columns are those nearest in the picture."""
+        lines = np.arange(bottom - top) * picture.shape[0] // max(bottom - top, 1)
+        columns = np.arange(right - left) * picture.shape[1] // max(right - left, 1)
+        self._pixels[top:bottom, left:right, :3] = picture[lines[:, None], columns]
+        self.boxes.append((left, top, right, bottom))
+
+    def make_image(self, renderer: RendererBase, magnification: float = 1.0, unsampled: bool = False):
+        """The pixels as they are, where the figure is drawn whole and at its own resolution.
+
+        Elsewhere, as in a notebook or with `bbox_inches="tight"`, matplotlib moves and scales them.
+        """
+        x0, y0, x1, y1 = self.get_window_extent(renderer).extents * magnification
+        if (x0, y0, int(y1), int(x1)) == (0, 0, *self._pixels.shape[:2]):
+            return self._pixels[::-1], 0, 0, None  # the lowest line first
+        return super().make_image(renderer, magnification, unsampled)
 
 
 def wrap(text: str, width: float, colour: str, most: int = 5) -> list[tuple[str, str]]:
@@ -86,9 +118,6 @@ def wrap(text: str, width: float, colour: str, most: int = 5) -> list[tuple[str,
 @cache
 def measure(line: str, size: float = TEXT_PT) -> float:
     """Width in inches of a line of text."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         points, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=size), ismath=False)
@@ -101,16 +130,11 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         PmodError: another ending.
     """
-    from pmod_cli.core.atomic import write_bytes
-
     write_bytes(path, encode(figure, check_format(path)))
 
 
 def encode(figure: Figure, kind: str) -> bytes:
     """The figure as a file of one of FORMATS."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     buffer = io.BytesIO()
     # Hinting fits letters to the pixels of a screen; at the resolution of print it only takes time. With the salt and
     # without a date, the same figure gives the same SVG.

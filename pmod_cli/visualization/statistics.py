@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.visualization.record import ImageSelection
+from pmod_cli.visualization.image_selection import ImageSelection
 
 ON_REGION = 0.25  # a patch is on a region when they share this much of the smaller one of the two
 RESAMPLES = 2000  # of images, for the 95 % intervals

@@ -9,7 +9,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from pmod_cli.families.geometry import Layout
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
-from pmod_cli.visualization.record import ImageSelection
+from pmod_cli.visualization.image_selection import ImageSelection
 
 SIDE, PATCH = 84, 7
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}

@@ -14,7 +14,7 @@ from pmod_cli import checkpoints
 from pmod_cli.model import PmodSettings
 from pmod_cli.visualization import LoadedImage, select
 from tests.factories import PATCH, TILE
-from tests.visualization.test_capture import like_brightness
+from tests.visualization.test_ask import like_brightness
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]  # rows, columns of tiles: those of the paper
 PINPOINTS = [[rows * TILE, columns * TILE] for rows, columns in GRIDS]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pmod_cli.visualization.html import html_page, save_html
+from pmod_cli.visualization.selection_page import html_page, save_html
 from tests.visualization.records import anyres_record, padded_record, record_of
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

@@ -17,8 +17,8 @@ from PIL import Image
 from pmod_cli.core.atomic import write_text
 from pmod_cli.families.geometry import Part
 from pmod_cli.reporting.html import render
+from pmod_cli.visualization.image_selection import ImageSelection
 from pmod_cli.visualization.overlay import canvas
-from pmod_cli.visualization.record import ImageSelection
 
 LONGEST_SIDE = 1600  # pixels of the embedded image; the boxes stay those of the original
 IMAGE_BYTES = 900_000  # of the embedded image; base64 makes them a third more

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.visualization.record import parse_layers
+from pmod_cli.visualization.image_selection import parse_layers
 from tests.visualization.records import anyres_record
 
 

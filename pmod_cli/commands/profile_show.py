@@ -53,7 +53,7 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
     if html is not None:
         from pmod_cli.core.atomic import write_text
         from pmod_cli.profiling import plots
-        from pmod_cli.reporting.html import report_page
+        from pmod_cli.reporting import report_page
 
         figures = [] if shown.figure is None else [(shown.caption, plots.to_svg(shown.figure()))]
         write_text(html, report_page(shown.title, shown.headline, figures, shown.tables, shown.notes))
@@ -61,7 +61,7 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
     if form == "json":
         output.print_json(shown.json)
     elif form in ("csv", "markdown"):
-        from pmod_cli.reporting.tables import to_csv, to_markdown
+        from pmod_cli.reporting import to_csv, to_markdown
 
         text = to_csv(shown.rows) if form == "csv" else to_markdown(shown.headline, shown.tables, shown.notes)
         output.stdout.file.write(text)

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from pmod_cli import paper
 from pmod_cli.evaluation.intervals import rate_interval
-from pmod_cli.reporting.tables import escaped, markdown_table
-from pmod_cli.reporting.tables import to_csv as csv_of
+from pmod_cli.reporting import escaped, markdown_table
+from pmod_cli.reporting import to_csv as csv_of
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]  # heading -> from a row to its cell

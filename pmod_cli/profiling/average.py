@@ -21,7 +21,7 @@ from pmod_cli.profiling.count.memory import bytes_per_token
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Row, layer_tokens
 from pmod_cli.profiling.subject import Subject
-from pmod_cli.reporting.tables import plain_table
+from pmod_cli.reporting import plain_table
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pmod_cli.profiling.count.trace import FLOPS_PER_MAC, LayerCost
 from pmod_cli.profiling.latency_report import latency_json
 from pmod_cli.profiling.measure.latency import Latency
 from pmod_cli.profiling.report import CONVENTIONS, Profile
-from pmod_cli.reporting.tables import plain_table
+from pmod_cli.reporting import plain_table
 
 
 @dataclass(frozen=True)

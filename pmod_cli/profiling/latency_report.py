@@ -11,7 +11,7 @@ from pmod_cli.profiling.measure.latency import Latency, PhaseResult, peak_share
 from pmod_cli.profiling.measure.models import STOCK
 from pmod_cli.profiling.measure.phases import DECODE, PHASES
 from pmod_cli.profiling.report import Profile
-from pmod_cli.reporting.tables import plain_table
+from pmod_cli.reporting import plain_table
 
 
 def latency_table(result: Profile, latency: Latency) -> Table:

@@ -12,7 +12,7 @@ from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, 
 from pmod_cli.profiling.count.training import USUAL, TrainingMemory, training_memory
 from pmod_cli.profiling.measure.devices import DEVICES, Device
 from pmod_cli.profiling.report import Profile
-from pmod_cli.reporting.tables import plain_table
+from pmod_cli.reporting import plain_table
 
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")
 

@@ -19,7 +19,7 @@ from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import kv_cache
 from pmod_cli.profiling.count.workload import Workload, layer_tokens
 from pmod_cli.profiling.subject import find_config, subject_of
-from pmod_cli.reporting.tables import plain_table
+from pmod_cli.reporting import plain_table
 
 NUMBERS = ("shift", "target-retention", "max-ratio", "min-ratio")
 KEYS = {"target-retention": "mean", "max-ratio": "max_ratio", "min-ratio": "min_ratio"}  # as `PmodSettings` names them

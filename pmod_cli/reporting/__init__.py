@@ -1,4 +1,120 @@
-"""What was found, in each form: tables for the terminal, Markdown and CSV (`tables`), and HTML pages (`html`).
+"""What was found, in each form: rows and columns as a table for the terminal, as Markdown, as CSV and as HTML pages.
 
-JSON is written by `core`: `output.print_json` and `atomic.write_json`.
+Pages come from Jinja2 templates: one style with a dark mode, no network, no other file; they open from a folder. JSON
+is written by `core`: `output.print_json` and `atomic.write_json`.
 """
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def plain_table(title: str, *headings: str, space: int = 2) -> Table:
+    """A table without lines: the first column to the left, numbers to the right.
+
+    Args:
+        title: Stands above it.
+        headings: One a column.
+        space: Blanks between two columns.
+    """
+    look = {"title_justify": "left", "title_style": "bold", "header_style": "dim", "box": None, "pad_edge": False}
+    table = Table(title=title, padding=(0, space, 0, 0), **look)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def cells_of(table: Table) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows of a table that holds plain strings."""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return [str(column.header) for column in table.columns], [[str(cell) for cell in row] for row in rows]
+
+
+def to_markdown(headline: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """A report as Markdown: what it is about, its tables, and what the words mean."""
+    parts = [f"**{escaped(headline)}**"]
+    parts += [f"{escaped(str(table.title))}\n\n{markdown_table(*cells_of(table))}" for table in tables]
+    parts.append("\n".join(f"- {escaped(note)}" for note in notes))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """One table as Markdown.
+
+    Args:
+        headings: One a column.
+        rows: As many cells each.
+        words: How many columns at the left are set to the left; numbers are set to the right.
+    """
+    ruler = ["---"] * words + ["---:"] * (len(headings) - words)
+    lines = [[escaped(heading) for heading in headings], ruler, *([escaped(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """The text without what Markdown would read as a column, an emphasis or a tag, and on one line."""
+    for mark in ("\\", "|", "*", "_", "<", "`"):
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
+
+
+def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """One line a row: numbers unrounded, nothing where there is none; lists and objects are left out.
+
+    Args:
+        rows: By column.
+        columns: In this order; those of the rows if None.
+    """
+    plain = [{key: value for key, value in row.items() if not isinstance(value, list | dict)} for row in rows]
+    out = io.StringIO()
+    columns = list(dict.fromkeys(key for row in plain for key in row)) if columns is None else columns
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    return out.getvalue()
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("pmod_cli.reporting")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    # `tojson` also escapes what would end a script element.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
+    return environment
+
+
+def render(template: str, **values: object) -> str:
+    """The text of a page.
+
+    Args:
+        template: File name in `templates/`.
+        values: What it shows; text is escaped.
+    """
+    return _environment().get_template(template).render(values) + "\n"
+
+
+def report_page(
+    title: str, lead: str, figures: Sequence[tuple[str, str]], tables: Sequence[Table], notes: Sequence[str]
+) -> str:
+    """A report as a page without scripts.
+
+    Args:
+        title: The model.
+        lead: What was profiled.
+        figures: (what it shows in words, SVG element) pairs.
+        tables: As in the terminal.
+        notes: What the words mean.
+    """
+    shown = [(str(table.title), *cells_of(table)) for table in tables]
+    return render("report.html", title=title, lead=lead, figures=figures, tables=shown, notes=notes)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pmod_cli.core.atomic import write_text
 from pmod_cli.families.geometry import Part
-from pmod_cli.reporting.html import render
+from pmod_cli.reporting import render
 from pmod_cli.visualization.image_selection import ImageSelection
 from pmod_cli.visualization.overlay import canvas
 

@@ -8,8 +8,7 @@ import pytest
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from pmod_cli.reporting.html import render, report_page
-from pmod_cli.reporting.tables import cells_of, plain_table, to_csv, to_markdown
+from pmod_cli.reporting import cells_of, plain_table, render, report_page, to_csv, to_markdown
 
 HOSTILE = 'a|b *c* <script>alert(1)</script> `d` _e_ \\ & "f"'
 

@@ -30,6 +30,7 @@ from pmod_cli.commands.profile_checks import (
     image_sizes,
     known_format,
     known_report,
+    known_tasks,
     some_of,
 )
 from pmod_cli.commands.profile_show import averaged, profiled, show, swept
@@ -47,12 +48,14 @@ pmod profile --image-size 1280x720 --new-tokens 128 --json
 pmod profile --sweep shift=0.3:0.7:0.05 --plot sweep.png
 pmod profile --from-data llava_v1_5_mix665k.json --images-root images --text-tokens 200
 pmod profile --report latency --random-weights --hidden-size 512 --threads 1
+pmod profile --report depth --model tiny-llava-next --plot depth.png
 """
 
 DEFAULT_MODEL = "llava-next-7b"
 _workload = option_under("Workload: one batch")
 _overrides = option_under("What if: settings that replace the checkpoint's own")
 _measuring = option_under("Measuring: --report latency")
+_reading = option_under("Where it reads: --report depth")
 KINDS = f"{one_of(name for name in SCHEDULES if name != 'list')}."
 
 
@@ -138,13 +141,20 @@ def profile(
     gpu: Annotated[
         str | None, _measuring(metavar="NAME", help="Compare with this GPU's peaks, not measured ones.")
     ] = None,
+    tasks: Annotated[str, _reading(metavar="LIST", help="tiny, or some of its tasks.")] = "tiny",
+    data: Annotated[
+        str | None,
+        _reading(metavar="NAME", help="Instead: a LLaVA JSON file, a folder of pictures or a data set of the hub."),
+    ] = None,
+    samples: Annotated[int, _reading(min=1, help="Pictures to ask about.")] = 32,
     revision: RevisionOpt = None,
     as_json: JsonOpt = False,
     offline: OfflineOpt = False,
 ) -> None:
     """Count FLOPs, KV cache and memory, or measure time, p-MoD beside stock.
 
-    Counting needs no weights, no network for an alias, and no GPU. --report all is every count; latency is measured.
+    Counting needs no weights, no network for an alias, and no GPU. --report all is every count. Measured are latency,
+    and depth: what the answers lose when a layer is skipped, or images are hidden from it on.
     """
     if as_json and output_format not in (None, "json"):
         raise PmodError(f"--json and --format {output_format} are two forms: give one of them")
@@ -156,11 +166,25 @@ def profile(
     )
     check_files(plot, html)
     for given, flag in ((from_data, "--from-data"), (sweep, "--sweep")):
-        if given is not None and report in ("latency", "memory"):
+        if given is not None and report in ("latency", "memory", "depth"):
             raise PmodError(
                 f"{flag} counts; it does not go with --report {report}", hint=f"leave --report {report} out"
             )
     check_used(context, report, from_data is not None, sweep is not None)
+    if report == "depth":
+        from pmod_cli.commands.profile_depth import read_depth
+
+        chosen = data or known_tasks(tasks)
+        shown = read_depth(
+            model_or_default(model),
+            chosen,
+            images_root,
+            samples,
+            device=pick_device(device),
+            dtype=dtype,
+            revision=revision,
+        )
+        return show(shown, output_format, html, plot)
     name = _model(model)
     from pmod_cli import profiling
     from pmod_cli.checkpoints import resolve

@@ -9,10 +9,14 @@ import typer
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model.registry import SELECTIONS
 
-REPORTS = ("flops", "kv", "memory", "latency", "all")
+REPORTS = ("flops", "kv", "memory", "latency", "depth", "all")
+MEASURED = ("latency", "depth")
 PICTURES = (".png", ".svg", ".pdf")
 FORMATS = ("table", "markdown", "csv", "json")
 PHASES = ("prefill", "first-token", "decode", "train", "train-checkpointed")
+OVERRIDES = (
+    *("schedule", "shift", "target_retention", "max_ratio", "min_ratio", "target_tokens", "selection", "select_at"),
+)
 COMPARED = ("stock", *SELECTIONS)
 
 
@@ -50,18 +54,33 @@ def some_of(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
     return names
 
 
+def known_tasks(text: str) -> str:
+    from pmod_cli.calibration.samples import TASKS, tiny_tasks
+
+    if not tiny_tasks(text):
+        raise typer.BadParameter(f"--tasks {text!r}: expected tiny, or some of {', '.join(TASKS)}; --data takes others")
+    return text
+
+
 # What an option is for: given elsewhere, it would be ignored.
 _USES = {
     "--report latency": (
-        ("random_weights", "phases", "against", "repeats", "warmup", "threads", "device", "attention", "gpu"),
+        ("random_weights", "phases", "against", "repeats", "warmup", "threads", "attention", "gpu"),
         lambda report, data, sweep: report == "latency",
     ),
+    "--report latency or depth": (("device",), lambda report, data, sweep: report in MEASURED),
+    "--report depth": (("tasks", "data", "samples"), lambda report, data, sweep: report == "depth"),
     "--report memory": (("gpu_memory",), lambda report, data, sweep: report in ("memory", "all") and not data | sweep),
-    "--from-data": (("images_root", "limit"), lambda report, data, sweep: data),
+    "--from-data": (("limit",), lambda report, data, sweep: data),
+    "--from-data or --report depth": (("images_root",), lambda report, data, sweep: data or report == "depth"),
     "--sweep": (("runs",), lambda report, data, sweep: sweep),
     "a report of one batch": (
         ("image_size", "images", "new_tokens", "batch_size", "sweep"),
-        lambda report, data, sweep: not data,
+        lambda report, data, sweep: not data and report != "depth",
+    ),
+    "another report": (
+        ("text_tokens", *OVERRIDES, "hidden_size", "layers"),
+        lambda report, data, sweep: report != "depth",
     ),
     "--sweep, or a report of layers": (
         ("plot",),

@@ -47,11 +47,15 @@ class Conversation:
     images: tuple[Any, ...] = ()
 
 
-def from_llava(row: Any) -> Conversation:
+def from_llava(row: Any, *, answered: bool = True) -> Conversation:
     """A row of LLaVA's own JSON: ``{"image": name or names, "conversations": [{"from": …, "value": …}, …]}``.
 
     As in the published code (``preprocess_multimodal``), the image of a turn is moved to its front, on a line of its
     own. A turn with several images keeps them where they are.
+
+    Args:
+        row: The row as JSON has it.
+        answered: Whether it has to hold an answer, to learn from.
 
     Raises:
         BadRow: what is missing or wrong in it.
@@ -68,11 +72,15 @@ def from_llava(row: Any) -> Conversation:
     turns = [_turn(number, turn, "from", "value") for number, turn in enumerate(said)]
     if images:
         turns = [Turn(turn.role, _image_first(turn.text)) for turn in turns]
-    return _checked(turns, images)
+    return _checked(turns, images, answered)
 
 
-def from_messages(row: Any) -> Conversation:
+def from_messages(row: Any, *, answered: bool = True) -> Conversation:
     """A row with ``messages`` (``content``: text, or parts of type ``image`` and ``text``) and ``images``.
+
+    Args:
+        row: The row as the data set has it.
+        answered: Whether it has to hold an answer, to learn from.
 
     Raises:
         BadRow: what is missing or wrong in it.
@@ -84,7 +92,9 @@ def from_messages(row: Any) -> Conversation:
         raise BadRow(f"'messages': expected a list, found {_kind(said)}")
     if images is not None and not isinstance(images, list | tuple):
         images = [images]
-    return _checked([_turn(number, turn, "role", "content") for number, turn in enumerate(said)], images or ())
+    return _checked(
+        [_turn(number, turn, "role", "content") for number, turn in enumerate(said)], images or (), answered
+    )
 
 
 def length_of(conversation: Mapping, said: str, text: str, images: bool) -> int:
@@ -130,7 +140,7 @@ def _image_first(text: str) -> str:
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
 
 
-def _checked(turns: list[Turn], images: Sequence[Any]) -> Conversation:
+def _checked(turns: list[Turn], images: Sequence[Any], answered: bool) -> Conversation:
     """The row, begun by its user: an answer before the first question is dropped, as in the published code."""
     if not turns:
         raise BadRow("the conversation is empty")
@@ -139,7 +149,7 @@ def _checked(turns: list[Turn], images: Sequence[Any]) -> Conversation:
     first = 1 if turns[0].role == "system" else 0
     if len(turns) > first and turns[first].role == "assistant":
         del turns[first]
-    if not any(turn.role == "assistant" for turn in turns):
+    if answered and not any(turn.role == "assistant" for turn in turns):
         raise BadRow("the assistant says nothing, so there is nothing to learn")
     places = sum(turn.text.count(IMAGE) for turn in turns)
     if places != len(images):

@@ -36,11 +36,17 @@ class RowSource(Protocol):
 class LlavaFile:
     """Rows of a JSON array or a JSONL file in LLaVA's layout; see ``pmod_cli.data.conversation.from_llava``.
 
+    Args:
+        path: the file.
+        images: the folder of its images; by default the file's own.
+        answered: whether each row has to hold an answer.
+
     Raises:
         PmodError: no such file or folder, or not JSON.
     """
 
-    def __init__(self, path: Path, images: Path | None) -> None:
+    def __init__(self, path: Path, images: Path | None, *, answered: bool = True) -> None:
+        self.answered = answered
         if images is not None and not images.is_dir():
             raise PmodError(f"no such image folder: {images}", hint="set data.images to the folder of the images")
         self.name, self.path = str(path), path
@@ -58,7 +64,7 @@ class LlavaFile:
     def __getitem__(self, row: int) -> Conversation:
         start, size, _ = self._index[row].tolist()
         try:
-            return from_llava(json_text.loads(os.pread(self._descriptor(), size, start)))
+            return from_llava(json_text.loads(os.pread(self._descriptor(), size, start)), answered=self.answered)
         except ValueError as error:
             raise BadRow(f"not JSON: {error}") from None
 
@@ -78,13 +84,14 @@ class HubRows:
     Args:
         path: name of the data set on the hub, a folder of one, or one written by ``save_to_disk``; ``name:split``
             takes another split than ``train``.
+        answered: whether each row has to hold an answer.
 
     Raises:
         PmodError: no such data set, or without these columns.
     """
 
-    def __init__(self, path: str) -> None:
-        self.name, self.images = path, None
+    def __init__(self, path: str, *, answered: bool = True) -> None:
+        self.name, self.images, self.answered = path, None, answered
         rows = _load(path)
         if "messages" not in rows.column_names:
             raise PmodError(
@@ -102,7 +109,7 @@ class HubRows:
     def __getitem__(self, row: int) -> Conversation:
         found = self._rows[row]
         images = [_payload(image) for image in found.get("images") or ()]
-        return from_messages({"messages": found["messages"], "images": images})
+        return from_messages({"messages": found["messages"], "images": images}, answered=self.answered)
 
 
 def _llava_length(row: Any) -> int:
@@ -168,8 +175,9 @@ def _read(path: str | None) -> bytes:
         raise BadRow(f"cannot read the image {path}: {error.strerror}") from None
 
 
-def open_source(kind: str, path: str, images: str | None) -> RowSource:
-    """The rows of ``data.kind`` llava or hub."""
+def open_source(kind: str, path: str, images: str | None, *, answered: bool = True) -> RowSource:
+    """The rows of ``data.kind`` llava or hub; ``answered``: whether each has to hold an answer."""
     if kind == "hub":
-        return HubRows(path)
-    return LlavaFile(Path(path).expanduser(), None if images is None else Path(images).expanduser())
+        return HubRows(path, answered=answered)
+    folder = None if images is None else Path(images).expanduser()
+    return LlavaFile(Path(path).expanduser(), folder, answered=answered)

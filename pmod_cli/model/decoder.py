@@ -5,12 +5,14 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from pmod_cli.families import DECODERS
 
 from .cache import CACHE_NAME, take_cache
 from .layer import RoutedLayer, Router
 from .registry import SELECTIONS
+from .settings import PmodSettings
 
 ROUTED_DECODERS: dict[type, tuple[type, type]] = {}
 """By the stock text model: ours, and our layer."""
@@ -59,6 +61,34 @@ class RoutedDecoder:
             **{CACHE_NAME: cache},
             **kwargs,
         )
+
+
+def route_layers(decoder: nn.Module, settings: PmodSettings) -> None:
+    """Turns a stock text model into a routed one in place, or gives a routed one other settings and new routers.
+
+    Args:
+        decoder: Text model of a LLaVA, `model.model.language_model`.
+        settings: What each layer keeps. New routers are zero.
+
+    Raises:
+        ValueError: A decoder of another architecture, or settings that do not fit its number of layers.
+    """
+    if not isinstance(decoder, RoutedDecoder):
+        if type(decoder) not in ROUTED_DECODERS:
+            known = ", ".join(model.__name__ for model in ROUTED_DECODERS)
+            raise ValueError(f"{type(decoder).__name__} decoders cannot be routed: known are {known}")
+        decoder.__class__, layer_class = ROUTED_DECODERS[type(decoder)]
+        decoder._no_split_modules = set(type(decoder)._no_split_modules)
+        # What hidden states are captured from is kept by the name of the class; 5.23 made that a dict of its own kind.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
+        decoder.selection_recorder = None
+        for layer in decoder.layers:
+            layer.__class__ = layer_class
+    count = len(decoder.layers)
+    for layer, ratio, routed in zip(decoder.layers, settings.retention(count), settings.routed(count), strict=True):
+        layer.add_routing(settings, ratio, routed)
+    decoder.set_selection(settings.selection)
+    decoder.choose_at(settings.chosen_at(count))
 
 
 def add_decoder(kind) -> None:

@@ -19,13 +19,12 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from pmod_cli.families import FAMILIES
 
 from .cache import CACHE_NAME, take_cache
 from .configuration import CONFIGS, RoutedConfig
-from .decoder import ROUTED_DECODERS, has_tokens, is_2d
+from .decoder import ROUTED_DECODERS, has_tokens, is_2d, route_layers
 from .registry import SELECTIONS
 from .routing import Routing
 from .selfcheck import check_release
@@ -62,22 +61,8 @@ class RoutedModel(CheckedRelease):
         Raises:
             ValueError: A decoder of another architecture.
         """
-        decoder = self.language_model
-        if type(decoder) not in ROUTED_DECODERS:
-            known = ", ".join(model.__name__ for model in ROUTED_DECODERS)
-            raise ValueError(f"{type(decoder).__name__} decoders cannot be routed: known are {known}")
-        decoder.__class__, layer_class = ROUTED_DECODERS[type(decoder)]
-        decoder._no_split_modules = set(type(decoder)._no_split_modules)
-        # What hidden states are captured from is kept by the name of the class; 5.23 made that a dict of its own kind.
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
-        decoder.selection_recorder = None
-        settings = config.settings
-        layers = zip(decoder.layers, config.retention, settings.routed(len(decoder.layers)), strict=True)
-        for layer, ratio, routed in layers:
-            layer.__class__ = layer_class
-            layer.add_routing(settings, ratio, routed)
-        decoder.set_selection(settings.selection)
-        decoder.choose_at(settings.chosen_at(len(decoder.layers)))
+        decoder, settings = self.language_model, config.settings
+        route_layers(decoder, settings)
         # What a forward reads, as plain attributes: a traced graph cannot take settings apart.
         self.vision_token_keys = self.family.vision_tokens
         self.spares_base_image = settings.target_tokens == "vision_hr"
@@ -155,11 +140,21 @@ class RoutedModel(CheckedRelease):
                 return_dict=True,
             )
         }
+        lengths = [len(features) for features in outputs["image"].pooler_output]
+        routed = self.spare_base_images(vision_mask, lengths)
+        return routed, {**kwargs, "mm_encoder_outputs": outputs}
+
+    def spare_base_images(self, vision_mask: Tensor, lengths: list[int]) -> Tensor:
+        """The mask without the tokens of each image's base image, `(B, N)` bool.
+
+        Args:
+            vision_mask: `(B, N)` bool, all vision tokens.
+            lengths: Vision tokens of each image, in the order of the batch.
+        """
         vision = self.config.vision_config
         base = (vision.image_size // vision.patch_size) ** 2
-        lengths = [len(features) for features in outputs["image"].pooler_output]
         routed = torch.cat([torch.arange(length, device=vision_mask.device) >= base for length in lengths])
-        return vision_mask.masked_scatter(vision_mask, routed), {**kwargs, "mm_encoder_outputs": outputs}
+        return vision_mask.masked_scatter(vision_mask, routed)
 
 
 class RoutedGeneration(CheckedRelease):

@@ -16,7 +16,7 @@ from pmod_cli.profiling.report import Profile
 from pmod_cli.profiling.sweep import Axis, Point, Scores
 
 STOCK, PMOD, SECOND, THIRD, SCORE = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00", "#009e73"
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -36,7 +36,7 @@ def layers_figure(result: Profile) -> Figure:
     layers = result.pmod.layers
     index = [layer.layer for layer in layers]
     edges = [number - 0.5 for number in range(len(layers) + 1)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         retention, flops, cache = figure.subplots(3, 1, sharex=True)
         retention.bar(index, [layer.retention for layer in layers], width=0.8, color=PMOD)
@@ -94,7 +94,7 @@ def sweep_figure(axis: Axis, points: Sequence[Point], scores: Scores | None = No
 
     Scores have an axis of their own, to the right.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
         numeric = all(not isinstance(point.value, str) for point in points)
@@ -132,7 +132,7 @@ def save(figure: Figure, path: Path) -> None:
     out = io.BytesIO()
     kind = path.suffix.lower().lstrip(".")
     options = {"metadata": {"Date": None}} if kind == "svg" else {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(out, format=kind, dpi=200, **options)
     write_bytes(path, out.getvalue())
 
@@ -140,7 +140,7 @@ def save(figure: Figure, path: Path) -> None:
 def to_svg(figure: Figure) -> str:
     """The figure as an SVG element, for a page."""
     out = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]

@@ -1,0 +1,157 @@
+"""A decoder run layer by layer: what lies below a layer is computed once, however often the rest is tried.
+
+The layers are the p-MoD layers themselves, so what is measured here is what a p-MoD model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pmod_cli.calibration.asked import Batch
+from pmod_cli.data.templates import IGNORED
+from pmod_cli.model import PmodSettings, Routing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NOBODY = -1  # stands for the layer that chooses where none does: tokens in the order of their positions
+
+
+@dataclass
+class Stream:
+    """One batch in front of one layer.
+
+    Attributes:
+        layer: Index of the layer that comes next.
+        hidden: `(B, N, D)`, the residual stream in front of it.
+        routing: What the layers share; None without vision tokens.
+        tables: Rotary tables, `(1, N, d)` each.
+        predicts: `(B, N)` bool, the tokens that an answer token follows; A in all.
+        targets: `(A,)` int64, these answer tokens.
+        rows: `(A,)` int64, the row of each in the batch.
+    """
+
+    layer: int
+    hidden: Tensor
+    routing: Routing | None
+    tables: tuple[Tensor, Tensor]
+    predicts: Tensor
+    targets: Tensor
+    rows: Tensor
+
+    def fork(self, *, layer: int | None = None, hidden: Tensor | None = None) -> Stream:
+        """A stream of its own from here on: choices that its layers make are not seen by this one."""
+        routing = self.routing
+        if routing is not None:
+            routing = replace(routing, weights=None, _orders=dict(routing._orders), _plans={})
+        return replace(
+            self,
+            layer=self.layer if layer is None else layer,
+            hidden=self.hidden if hidden is None else hidden,
+            routing=routing,
+        )
+
+
+class Replay:
+    """A model whose decoder can be run from any layer on.
+
+    Args:
+        model: A LLaVA, stock or p-MoD, in eval mode and with SDPA attention. A stock decoder gets p-MoD layers in its
+            place, which keep every token and so compute what they did.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from pmod_cli.model.decoder import RoutedDecoder, route_layers
+
+        self.model, self.decoder = model, model.model.language_model
+        if not isinstance(self.decoder, RoutedDecoder):
+            whole = PmodSettings(schedule="list", values=(1.0,) * len(self.decoder.layers))
+            route_layers(self.decoder, whole)
+        self.layers = self.decoder.layers
+
+    def __len__(self) -> int:
+        """L, decoder layers."""
+        return len(self.layers)
+
+    def begin(self, batch: Batch) -> Stream:
+        """A batch in front of layer 0, its image features merged."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
+        outer = self.model.model
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        vision = ids == self.model.config.image_token_id
+        hidden = self.model.get_input_embeddings()(ids)
+        routing = None
+        if "pixel_values" in inputs:
+            pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+            pixels["pixel_values"] = pixels["pixel_values"].to(hidden.dtype)
+            features = self.model.get_image_features(**pixels, return_dict=True).pooler_output
+            hidden = hidden.masked_scatter(vision.unsqueeze(-1), torch.cat(list(features)).to(hidden))
+            if getattr(outer, "spares_base_image", False):
+                vision = outer.spare_base_images(vision, [len(feature) for feature in features])
+            routing = Routing.build(vision, inputs["attention_mask"])
+            routing.hold(NOBODY, routing.rank_base.argsort(dim=1, descending=True, stable=True))
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        predicts = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+        return Stream(
+            layer=0,
+            hidden=hidden,
+            routing=routing if routing is not None and routing.any_target else None,
+            tables=self.decoder.rotary_emb(hidden, position_ids=positions),
+            predicts=predicts,
+            targets=labels[:, 1:][predicts[:, :-1]],
+            rows=predicts.nonzero()[:, 0],
+        )
+
+    def advance(self, stream: Stream, to: int | None = None) -> Stream:
+        """Runs a stream, in place, up to the layer `to`, by default by one layer."""
+        for index in range(stream.layer, stream.layer + 1 if to is None else to):
+            # Padding stands at the right and attention is causal, so no layer needs a mask.
+            stream.hidden = self.layers[index](
+                stream.hidden,
+                attention_mask=None,
+                position_embeddings=stream.tables,
+                routing=stream.routing,
+                use_cache=False,
+            )
+            stream.layer = index + 1
+        return stream
+
+    def logits(self, stream: Stream, *, layer: int | None = None, hidden: Tensor | None = None) -> Tensor:
+        """`(A, vocabulary)` float32 or float64: runs the rest of the decoder beside the stream, which stays as it is.
+
+        Args:
+            stream: Where to start.
+            layer: The next layer, if another than the stream's.
+            hidden: `(B, N, D)`, the residual stream in front of it, if another than the stream's.
+        """
+        end = self.advance(stream.fork(layer=layer, hidden=hidden), len(self))
+        logits = self.model.lm_head(self.decoder.norm(end.hidden[end.predicts]))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @contextmanager
+    def keeping(self, layers: Iterable[int], ratio: float) -> Iterator[None]:
+        """While this lasts, these layers keep `ratio` of the vision tokens.
+
+        Which ones, is said by the layer that chooses for them; without one, the first ones are kept.
+        """
+        chosen = [self.layers[index] for index in layers]
+        before = [(layer, layer.ratio, layer.selects, layer.chosen_at) for layer in chosen]
+        try:
+            for layer in chosen:
+                layer.ratio, layer.selects = ratio, ratio < 1
+                layer.chosen_at = NOBODY if layer.chosen_at is None else layer.chosen_at
+            yield
+        finally:
+            for layer, layer.ratio, layer.selects, layer.chosen_at in before:  # noqa: B007 - restores each layer
+                pass
+
+
+def answer_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """`(A,)`: minus the log-likelihood of each answer token, in nats."""
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")

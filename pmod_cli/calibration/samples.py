@@ -1,0 +1,159 @@
+"""Pictures with questions: what a model is measured on. Answers may be missing; then the model's own are used.
+
+A sample comes from the synthetic documents (`tiny`), a LLaVA JSON file, a folder of pictures or a data set of the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pmod_cli.core.errors import PmodError
+from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn
+from pmod_cli.data.documents import TASKS, draw, seed_of
+from pmod_cli.data.row_images import open_image
+from pmod_cli.data.sources import open_source
+
+TINY = "tiny"
+MOST_QUESTIONS = 3  # of one picture: they share its vision tokens
+QUESTIONS = (
+    "What is shown in the image?",
+    "What text or numbers can be read in the image?",
+    "Which things are in the image, and where are they?",
+)
+"""Asked where the data has pictures and no questions."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture, or several, with questions.
+
+    Attributes:
+        task: What results are grouped by.
+        images: File names, encoded bytes or PIL images, in the order of their places.
+        questions: Text of each question. `<image>` marks the places of images, all of them in the first one.
+        answers: As many, or none.
+        folder: Where file names start from.
+    """
+
+    task: str
+    images: tuple[Any, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    folder: Path | None = None
+
+    def conversation(self, answers: Sequence[str]) -> Conversation:
+        """The first questions with these answers, one each."""
+        pairs = zip(self.questions, answers, strict=False)
+        turns = [turn for asked, said in pairs for turn in (Turn("user", asked), Turn("assistant", said))]
+        return Conversation(tuple(turns), self.images)
+
+
+def read_samples(
+    data: str, count: int, *, images: Path | None = None, questions: Sequence[str] = (), seed: int = 0
+) -> list[Sample]:
+    """Samples of any source, drawn by the seed.
+
+    Args:
+        data: `tiny` or one of its tasks, a LLaVA JSON or JSONL file, a folder of pictures, or a data set of the hub.
+        count: How many; of `tiny`, as equally many of each task as goes.
+        images: Folder that the image names of a file start from; by default the file's own.
+        questions: Asked about each picture instead of the data's own questions.
+        seed: Of the draw.
+
+    Raises:
+        PmodError: nothing is there, a picture cannot be read, or there are fewer than `count`.
+    """
+    if tasks := tiny_tasks(data):
+        shares = [count // len(tasks) + (index < count % len(tasks)) for index in range(len(tasks))]
+        found = [
+            sample for task, share in zip(tasks, shares, strict=True) for sample in tiny_samples(task, share, seed)
+        ]
+    elif Path(data).expanduser().is_dir() and not Path(data, "dataset_info.json").is_file():
+        found = _of_folder(Path(data).expanduser(), count, seed)
+    else:
+        found = _of_rows(data, images, count, seed)
+    if len(found) < count:
+        raise PmodError(f"{data} has {len(found)} pictures to ask about, and `samples={count}` were asked for")
+    if questions:
+        first = f"{IMAGE}\n" * 1
+        found = [
+            Sample(each.task, each.images[:1], (first + questions[0], *questions[1:]), (), each.folder)
+            for each in found
+        ]
+    return found
+
+
+def tiny_tasks(data: str) -> tuple[str, ...]:
+    """The synthetic tasks that a name stands for; none where it stands for something else."""
+    names = [name.strip().removeprefix("tiny_") for name in data.split(",")]
+    return TASKS if data == TINY else tuple(names) if all(name in TASKS for name in names) else ()
+
+
+def tiny_samples(task: str, count: int, seed: int = 0, split: str = "train") -> list[Sample]:
+    """Synthetic documents of one task, with answers; the seed moves to others of the split."""
+    samples = []
+    for index in range(count):
+        number = seed_of(split, seed * 1_000_003 + 7_000_000 + index)
+        document = draw(task, number)
+        turns = Random(number).sample(document.turns, min(MOST_QUESTIONS, len(document.turns)))
+        asked = [turn.question for turn in turns]
+        asked[0] = f"{IMAGE}\n{asked[0]}"
+        samples.append(Sample(task, (document.image,), tuple(asked), tuple(turn.answer for turn in turns)))
+    return samples
+
+
+def _of_folder(folder: Path, count: int, seed: int) -> list[Sample]:
+    from PIL import Image
+
+    known = set(Image.registered_extensions())
+    names = sorted(child.name for child in folder.iterdir() if child.suffix.lower() in known and child.is_file())
+    if not names:
+        raise PmodError(f"{folder}: no picture in this folder", hint="name a folder of .png or .jpg files")
+    asked = (f"{IMAGE}\n{QUESTIONS[0]}", *QUESTIONS[1:])
+    chosen = Random(seed).sample(names, min(count, len(names)))
+    return [_readable(Sample(folder.name, (name,), asked, (), folder), f"{folder}") for name in chosen]
+
+
+def _of_rows(data: str, images: Path | None, count: int, seed: int) -> list[Sample]:
+    path = Path(data).expanduser()
+    kind = "llava" if path.suffix.lower() in (".json", ".jsonl") else "hub"
+    source = open_source(kind, data, None if images is None else str(images), answered=False)
+    with_image = [row for row in range(len(source)) if source.lengths[row] > 0]
+    samples: list[Sample] = []
+    for row in Random(seed).sample(with_image, len(with_image)):
+        if len(samples) == count:
+            break
+        try:
+            sample = _of_conversation(path.stem or data, source[row], source.images)
+        except BadRow as fault:
+            raise PmodError(
+                f"row {row} of {source.name}: {fault.what}", hint="correct the row, or leave it out"
+            ) from None
+        if sample is not None:
+            samples.append(_readable(sample, f"row {row} of {source.name}"))
+    return samples
+
+
+def _of_conversation(task: str, conversation: Conversation, folder: Path | None) -> Sample | None:
+    """Questions and answers in turn; None where the images do not all stand in the first question."""
+    turns = [turn for turn in conversation.turns if turn.role != "system"]
+    asked = [turn.text for turn in turns if turn.role == "user"][:MOST_QUESTIONS]
+    said = [turn.text for turn in turns if turn.role == "assistant"][: len(asked)]
+    if asked[0].count(IMAGE) != len(conversation.images):
+        return None
+    answers = tuple(said) if len(said) == len(asked) and all(said) else ()
+    return Sample(task, conversation.images, tuple(asked), answers, folder)
+
+
+def _readable(sample: Sample, where: str) -> Sample:
+    """The sample; raises PmodError where one of its pictures cannot be opened."""
+    for image in sample.images:
+        try:
+            open_image(image, sample.folder)
+        except BadRow as fault:
+            raise PmodError(f"{where}: {fault.what}", hint="remove the picture, or name other data") from None
+    return sample

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.calibration.depth import IDLE, READS, Depth
-from pmod_cli.reporting.tables import plain_table
+from pmod_cli.reporting import plain_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

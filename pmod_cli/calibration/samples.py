@@ -12,9 +12,8 @@ from random import Random
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn
+from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn, open_image
 from pmod_cli.data.documents import TASKS, draw, seed_of
-from pmod_cli.data.row_images import open_image
 from pmod_cli.data.sources import open_source
 
 TINY = "tiny"

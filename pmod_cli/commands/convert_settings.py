@@ -60,7 +60,7 @@ def choose_settings(
 
 def _prefill_share(source: Source, settings: PmodSettings) -> Callable[[PmodSettings], float]:
     """Decoder FLOPs beside stock, with attention: an image of 672 x 672 pixels and 58 text tokens."""
-    from pmod_cli.profiling import Sizes, Workload, prefill
+    from pmod_cli.profiling import Routed, Sizes, Workload, prefill
 
     sizes = Sizes.of(source.config)
     rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(sizes)
@@ -69,8 +69,7 @@ def _prefill_share(source: Source, settings: PmodSettings) -> Callable[[PmodSett
     def share(settings: PmodSettings) -> float:
         ratios = settings.retention(sizes.decoder.layers)
         routers = settings.routed(sizes.decoder.layers)
-        routed = prefill(sizes, rows, ratios, settings.target_tokens, routers=routers)
-        return routed.decoder / stock
+        return prefill(sizes, rows, Routed(ratios, settings.target_tokens, routers)).decoder / stock
 
     return share
 

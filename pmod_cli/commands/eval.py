@@ -34,7 +34,7 @@ from pmod_cli.model.registry import SELECTIONS
 if TYPE_CHECKING:
     from pmod_cli.evaluation.benchmarks import Benchmark
     from pmod_cli.evaluation.eval_models import EvalModel
-    from pmod_cli.evaluation.identity import EvalSettings
+    from pmod_cli.evaluation.plan import EvalSettings
     from pmod_cli.evaluation.processes import Processes
 
 EXAMPLES = """\
@@ -195,7 +195,7 @@ def eval(
     chosen = eval_models.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
     data.require_data(benchmarks, data_root)
 
-    from pmod_cli.evaluation.identity import EvalSettings, default_folder
+    from pmod_cli.evaluation.plan import EvalSettings, default_folder
 
     device = pick_device(device)
     rows, halve = batch_size
@@ -217,7 +217,7 @@ def eval(
     _check_processes(num_processes, device, launched)
     require_attention(attention, device)
     if dry_run:
-        from pmod_cli.evaluation.dry_run import plan
+        from pmod_cli.evaluation.plan import plan
 
         found = plan(benchmarks, chosen, settings, out, processes=num_processes, overwrite=overwrite)
         show_plan(found, as_json=shown_as == "json", quiet=quiet)
@@ -306,7 +306,7 @@ def _pick_dtype(dtype: str, device: str) -> str:
 
 
 def _compare(runs: list[Path], seed: int, shown_as: str) -> None:
-    from pmod_cli.evaluation.compare import compare
+    from pmod_cli.evaluation.results import compare
 
     results = compare(runs, seed=seed)
     for sentence in results["unequal"]:
@@ -315,7 +315,7 @@ def _compare(runs: list[Path], seed: int, shown_as: str) -> None:
 
 
 def _fetch(benchmarks: tuple[Benchmark, ...], data_root: Path | None, as_json: bool) -> None:
-    from pmod_cli.evaluation import data, mirror
+    from pmod_cli.evaluation import data
 
     if data_root is None:
         raise PmodError("--fetch-data needs a folder to copy to", hint="add --data-root DIR")
@@ -323,5 +323,5 @@ def _fetch(benchmarks: tuple[Benchmark, ...], data_root: Path | None, as_json: b
     if as_json:
         output.print_json({"schema_version": 1, "data_root": str(data_root), "files": files})
     else:
-        output.note(f"{len(files)} files; on the other machine: sha256sum --check {mirror.CHECKSUMS}")
+        output.note(f"{len(files)} files; on the other machine: sha256sum --check {data.CHECKSUMS}")
         output.print_line(data_root)

@@ -214,7 +214,7 @@ def finetune(
         _check_data(settings, as_json)
         return
 
-    from pmod_cli.training.distributed import Distributed
+    from pmod_cli.training.launch import Distributed
     from pmod_cli.training.preflight import Intent, preflight
 
     elsewhere = dry_run and gpu is not None

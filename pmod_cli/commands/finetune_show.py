@@ -23,8 +23,8 @@ from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.text import disk_size, memory_size
 
 if TYPE_CHECKING:
+    from pmod_cli.training.cost import Remedy
     from pmod_cli.training.plan import Plan
-    from pmod_cli.training.remedies import Remedy
 
 
 def silence_transformers() -> None:

@@ -25,13 +25,11 @@ def run_sweep(
 
     With `dry_run`, only plan it.
     """
-    from pmod_cli.training import sweep
+    from pmod_cli.training import ablation_sweep as sweep
 
     cells = sweep.cells_of(group, range(seeds))
     if dry_run:
-        from pmod_cli.training.sweep_plan import plan_sweep
-
-        plan = plan_sweep(cells, out, overrides=overrides, device=device)
+        plan = sweep.plan_sweep(cells, out, overrides=overrides, device=device)
         if quiet and not as_json:
             output.print_line(out)
         else:
@@ -59,7 +57,7 @@ def run_sweep(
 
 
 def _show(found: dict, as_json: bool) -> None:
-    from pmod_cli.training.sweep import markdown
+    from pmod_cli.training.ablation_sweep import markdown
 
     if as_json:
         output.print_json(found)

@@ -157,9 +157,7 @@ def averaged(
     sizes = Sizes.of(subject.stock)
     rows = average.read_rows(file, images, sizes, count_text, limit)
     dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
-    settings = subject.pmod.settings
-    pmod = subject.pmod
-    means = average.average(sizes, rows, pmod.retention, settings.target_tokens, dtype, pmod.has_router)
+    means = average.average(sizes, rows, profiling.Routed.of(subject.pmod), dtype)
     said = average.average_json(means)
     counted = "as given" if text_tokens is not None else "by the model's tokenizer, without a chat template"
     return Shown(

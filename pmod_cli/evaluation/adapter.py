@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from pmod_cli.core.errors import PmodError, explain
 from pmod_cli.evaluation import prompts
-from pmod_cli.evaluation.batching import windows
 from pmod_cli.evaluation.journal import Answer
+from pmod_cli.evaluation.prompts import windows
 
 MAX_NEW_TOKENS = 1024  # where a task sets none; as lmms-eval's own LLaVA
 

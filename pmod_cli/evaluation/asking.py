@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core.errors import explain
 from pmod_cli.evaluation.adapter import PmodModel, Unanswered
 from pmod_cli.evaluation.journal import Answer, Journal
-from pmod_cli.evaluation.peak_memory import PeakMemory
 from pmod_cli.evaluation.processes import Processes
 
 if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
+
+    from pmod_cli.evaluation.adapter import PmodModel
+    from pmod_cli.evaluation.journal import Answer
     from pmod_cli.evaluation.questions import Questions
 
 
@@ -108,3 +112,85 @@ def _together(found: dict[int, Answer], parts: list[Asked]) -> Asked:
         whole.error = whole.error or part.error
     whole.peak_mib = max((part.peak_mib for part in parts if part.peak_mib is not None), default=None)
     return whole
+
+
+QUESTIONS = 64  # per task and model
+
+
+def changed_answers(
+    model: PmodModel,
+    requests: Sequence[Instance],
+    answers: Mapping[int, Answer],
+    *,
+    seed: int,
+    questions: int = QUESTIONS,
+) -> dict[str, Any]:
+    """Ask a sample of the questions again at batch size 1.
+
+    Args:
+        model: The one that answered, as it is.
+        requests: The questions of a task.
+        answers: Their answers from the run, by place. Only those from a batch of several rows are checked.
+        seed: Of the sample.
+        questions: Size of the sample.
+
+    Returns:
+        Number of questions, of those whose answer changed, and the largest batch among the answers checked.
+    """
+    batched = [place for place, answer in sorted(answers.items()) if answer.batch > 1]
+    places = sorted(random.Random(f"flips/{seed}").sample(batched, min(questions, len(batched))))
+    size, model.batch_size = model.batch_size, 1
+    try:
+        alone = dict(pair for batch in model.answers([requests[place] for place in places]) for pair in batch)
+    finally:
+        model.batch_size = size
+    return {
+        "questions": len(places),
+        "changed": sum(alone[number].text != answers[place].text for number, place in enumerate(places)),
+        "batch_size": max((answers[place].batch for place in places), default=1),
+    }
+
+
+MIB = 2**20
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class PeakMemory:
+    """Starts to watch when it is made.
+
+    Args:
+        device: Where the model is. `cuda`: what torch allocated there. `cpu`: the resident memory of the process,
+            Python and libraries included; Linux only.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self._resettable = _reset_resident_peak()
+
+    def mib(self) -> float | None:
+        """The peak since then in MiB (2^20 bytes); None where the system does not tell."""
+        if self.device.startswith("cuda"):
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device) / MIB
+        return _resident_peak_mib() if self._resettable else None
+
+
+def _reset_resident_peak() -> bool:
+    try:
+        _CLEAR.write_text("5")  # the one value that resets only the peak
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak_mib() -> float | None:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return None

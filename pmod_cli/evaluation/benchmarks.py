@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmod_cli import paper
 from pmod_cli.core.registry import Registry
+
+if TYPE_CHECKING:
+    from pmod_cli.evaluation.intervals import Sums
 
 TINY_TASKS = Path(__file__).with_name("tasks")
 TINY_QUESTIONS = 1000  # per tiny task
@@ -64,6 +69,8 @@ class Benchmark:
         questions: Their number, where the data does not say it.
         judged_task: lmms-eval's task that scores it with a judge model, used where the judge's key is set.
         units: From a task's rows to what each is scored together with; a limited run draws whole units. None: rows.
+        sums: From its answered questions to the sums that make its score, for the interval. None: the score is the mean
+            of lmms-eval's items.
         weight: Of the score in the average of the group.
     """
 
@@ -80,6 +87,7 @@ class Benchmark:
     judged_task: str | None = None
     units: Callable[[Any], Iterable[Hashable]] | None = None
     weight: float = 1.0
+    sums: Sums | None = None
 
     @property
     def rows(self) -> int | None:
@@ -101,6 +109,33 @@ def groups() -> dict[str, tuple[Benchmark, ...]]:
     return found
 
 
+def sums_of(benchmark: Benchmark, metric: str) -> Sums:
+    """The sums that make a benchmark's score: its own, as it is registered, or those of a benchmark with its metric."""
+    if benchmark.sums is None:
+        alike = next((other for other in BENCHMARKS.values() if other.metric == metric), benchmark)
+        benchmark = BENCHMARKS.get(benchmark.name) or alike
+    return benchmark.sums or _sums("means")
+
+
+def _sums(name: str) -> Sums:
+    """A function of `score_sums`. That imports NumPy, so it is imported when a score is there."""
+    return partial(_call, name)
+
+
+def _call(name: str, records: Any) -> Any:
+    return getattr(import_module("pmod_cli.evaluation.score_sums"), name)(records)
+
+
+def _mme_pictures(rows: Any) -> Iterable[Hashable]:
+    """A bonus where both questions about a picture are right."""
+    return zip(rows["category"], rows["question_id"], strict=True)
+
+
+def _mmbench_questions(rows: Any) -> Iterable[Hashable]:
+    """A question is asked under several orders of its options, at rows whose `index` differs by millions."""
+    return (index % 1_000_000 for index in rows["index"])
+
+
 def _split(name: str, configuration: str, split: str, rows: int, megabytes: float, columns: str, **more: str) -> Split:
     return Split(f"{OWNER}/{name}", configuration, split, rows, megabytes, tuple(columns.split()), **more)
 
@@ -120,6 +155,7 @@ for _benchmark in (
         "seedbench",
         (_split("SEED-Bench", "", "test", 17990, 27_200, f"image question {_CHOICES} answer data_type question_id"),),
         group="general",
+        sums=_sums("seed"),
     ),
     Benchmark(
         "rwqa",
@@ -139,9 +175,9 @@ for _benchmark in (
         (_split("MME", "", "test", 2374, 865, "image question answer question_id category"),),
         group="general",
         scale=1.0,
-        # A bonus where both questions about an image are right.
-        units=lambda rows: zip(rows["category"], rows["question_id"], strict=True),
+        units=_mme_pictures,
         weight=paper.MME_IN_AVERAGE,
+        sums=_sums("mme"),
     ),
     Benchmark(
         "mmb",
@@ -153,8 +189,8 @@ for _benchmark in (
         group="general",
         scale=1.0,
         judged_task="mmbench_en_dev",  # a judge model for answers that its parser cannot read
-        # A question is asked under several orders of its options, at rows whose `index` differs by millions.
-        units=lambda rows: (index % 1_000_000 for index in rows["index"]),
+        units=_mmbench_questions,
+        sums=_sums("mmbench"),
     ),
     Benchmark(
         "pope",
@@ -168,6 +204,7 @@ for _benchmark in (
             _split("POPE", "Full", "random", 2910, 85, _POPE),
         ),
         group="general",
+        sums=_sums("f1"),
     ),
     Benchmark(
         "gqa",
@@ -244,6 +281,7 @@ for _benchmark in (
         "mmmu",
         (_split("MMMU", "", "validation", 900, 341, f"id question options answer question_type {_IMAGES}"),),
         group="text-rich",
+        sums=_sums("mmmu"),
     ),
     Benchmark(
         "sqa",
@@ -255,12 +293,12 @@ for _benchmark in (
         group="text-rich",
     ),
     *(
-        Benchmark(task, title, task, metric, str(TINY_TASKS), group="tiny", questions=TINY_QUESTIONS)
-        for task, title, metric in (
-            ("tiny_doc", "tiny doc", "anls"),
-            ("tiny_chart", "tiny chart", "relaxed_overall"),
-            ("tiny_attribute", "tiny attribute", "exact_match"),
-            ("tiny_presence", "tiny presence", "pope_f1_score"),
+        Benchmark(task, title, task, metric, str(TINY_TASKS), group="tiny", questions=TINY_QUESTIONS, sums=sums)
+        for task, title, metric, sums in (
+            ("tiny_doc", "tiny doc", "anls", None),
+            ("tiny_chart", "tiny chart", "relaxed_overall", None),
+            ("tiny_attribute", "tiny attribute", "exact_match", None),
+            ("tiny_presence", "tiny presence", "pope_f1_score", _sums("f1")),
         )
     ),
 ):

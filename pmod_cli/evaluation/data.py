@@ -1,19 +1,144 @@
-"""Are the data sets of the benchmarks here? Asked for all before a model is loaded. And: making a mirror of them."""
+"""The data sets of the benchmarks: their files in a mirror, the Hugging Face cache or the hub; making a mirror."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pmod_cli.checkpoints.resolve import HUB_ANSWERS_WITHIN, within
 from pmod_cli.core.atomic import write_text
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.text import disk_size
-from pmod_cli.evaluation import mirror
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split
+
+CHECKSUMS = "SHA256SUMS"  # in the root of a mirror, as `sha256sum --check` reads it
+CARD = "README.md"  # a data set's card says which files make up which split
+_SHARD = re.compile(r"-of-(\d{5})\b")
+
+
+def split_files(source: Split, names: Iterable[str], card: str | None) -> list[str]:
+    """Which files of a repository make up a split; none where any of them is missing.
+
+    Args:
+        names: The files of the repository, as `folder/name`.
+        card: Text of its card; without one, or where it is silent, the names that the hub's own tools write are tried.
+    """
+    patterns = _declared(source, card or "") or _usual(source)
+    found = sorted(
+        name for name in names if name.endswith(".parquet") and any(fnmatchcase(name, part) for part in patterns)
+    )
+    of = {int(match[1]) for name in found if (match := _SHARD.search(name))}
+    return [] if of and max(of) != len(found) else found  # half a split would give a wrong score
+
+
+def in_folder(source: Split, folder: Path) -> list[Path]:
+    """The files of a split in a copy of its repository; none where the split is not there, or not whole."""
+    card = folder / CARD
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    return [folder / name for name in split_files(source, names, text)]
+
+
+def checksums(root: Path) -> dict[str, str]:
+    """The SHA-256 of the files of a mirror, by their names under its root, as its `SHA256SUMS` lists them."""
+    path = root / CHECKSUMS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def find(source: Split, root: Path | None) -> list[Path]:
+    """The files of a split that are on this machine.
+
+    Args:
+        root: A mirror, laid out as `owner/name/…`; None: the Hugging Face cache.
+    """
+    if root is not None:
+        return in_folder(source, root / source.repository)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return in_folder(source, Path(snapshot_download(source.repository, repo_type="dataset", local_files_only=True)))
+    except LocalEntryNotFoundError:
+        return []
+
+
+def obtain(source: Split, root: Path | None) -> list[Path]:
+    """The files of a split, downloaded into the Hugging Face cache where there is no mirror and they are not here.
+
+    Raises:
+        PmodError: they cannot be had.
+    """
+    files = find(source, root)
+    if not files and root is None:
+        download([source])
+        files = find(source, root)
+    if not files:
+        raise PmodError(f"{source}: not in {root or 'the Hugging Face cache'}", code=RUN_FAILED)
+    return files
+
+
+def download(sources: Sequence[Split], folder: Path | None = None) -> tuple[str, dict[str, str]]:
+    """Fetch the splits of one repository and its card; what is there already stays.
+
+    Args:
+        folder: Where to; None: the Hugging Face cache.
+
+    Returns:
+        Commit of the data set, and the SHA-256 that the hub has of each large file.
+
+    Raises:
+        PmodError: the hub has no such split. Whatever the hub's client raises where there is no network.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    repository = sources[0].repository
+    info = HfApi().dataset_info(repository, files_metadata=True)
+    names = [sibling.rfilename for sibling in info.siblings]
+    where = {"repo_type": "dataset", "revision": info.sha, "local_dir": folder}
+    text = Path(hf_hub_download(repository, CARD, **where)).read_text(encoding="utf-8") if CARD in names else None
+    wanted: list[str] = []
+    for source in sources:
+        files = split_files(source, names, text)
+        if not files:
+            raise PmodError(f"{source}: the hub's repository has no parquet files of this split", code=RUN_FAILED)
+        wanted += files
+    snapshot_download(repository, allow_patterns=[CARD, *wanted], **where)
+    digests = {sibling.rfilename: sibling.lfs.sha256 for sibling in info.siblings if sibling.lfs is not None}
+    return info.sha, {name: digests[name] for name in wanted if name in digests}
+
+
+def _declared(source: Split, card: str) -> list[str]:
+    """The patterns of a card's `configs`, for the configuration and split."""
+    match = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return []
+    patterns: list[str] = []
+    for config in (header or {}).get("configs") or []:
+        if config.get("config_name") != (source.configuration or "default"):
+            continue
+        for part in config.get("data_files") or []:
+            if isinstance(part, dict) and part.get("split") == source.split:
+                paths = part.get("path") or []
+                patterns += [paths] if isinstance(paths, str) else paths
+    return patterns
+
+
+def _usual(source: Split) -> list[str]:
+    folders = [source.configuration] if source.configuration else ["data", "default"]
+    patterns = [
+        pattern for folder in folders for pattern in (f"{folder}/{source.split}-*", f"{folder}/{source.split}/*")
+    ]
+    return patterns if source.configuration else [*patterns, f"{source.split}-*"]
 
 
 def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None) -> None:
@@ -31,7 +156,7 @@ def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None)
     if data_root is not None and not data_root.is_dir():
         raise PmodError(f"`data_root={data_root}`: no such folder", hint=_fetch_command(benchmarks, data_root))
     missing = {
-        source: benchmark for benchmark in benchmarks for source in benchmark.data if not mirror.find(source, data_root)
+        source: benchmark for benchmark in benchmarks for source in benchmark.data if not find(source, data_root)
     }
     if missing and data_root is None:
         missing = _not_on_hub(missing)
@@ -85,8 +210,8 @@ def fetch(
     for repository, sources in repositories.items():
         if on_progress is not None:
             on_progress(f"{repository}: {disk_size(1e6 * sum(source.megabytes or 0 for source in sources))}")
-        _, digests = mirror.download(sources, data_root / repository)
-        files = sorted({file for source in sources for file in mirror.find(source, data_root)})
+        _, digests = download(sources, data_root / repository)
+        files = sorted({file for source in sources for file in find(source, data_root)})
         sums = {file.relative_to(data_root).as_posix(): _sha256(file) for file in files}
         for name, expected in digests.items():
             if sums[f"{repository}/{name}"] != expected:
@@ -113,7 +238,7 @@ def listing(benchmarks: Iterable[Benchmark] | None = None, data_root: Path | Non
             "rows": benchmark.rows,
             "megabytes": sum(source.megabytes or 0 for source in benchmark.data),
             "metric": benchmark.metric,
-            "here": all(mirror.find(source, data_root) for source in benchmark.data),
+            "here": all(find(source, data_root) for source in benchmark.data),
         }
         for benchmark in (BENCHMARKS.values() if benchmarks is None else benchmarks)
     ]
@@ -147,7 +272,7 @@ def _fetch_command(benchmarks: Iterable[Benchmark], data_root: Path | None) -> s
 
 
 def _require_space(sources: Iterable[Split], data_root: Path) -> None:
-    needed = 1e6 * sum(source.megabytes or 0 for source in sources if not mirror.find(source, data_root))
+    needed = 1e6 * sum(source.megabytes or 0 for source in sources if not find(source, data_root))
     free = shutil.disk_usage(data_root).free
     if needed > free:
         raise PmodError(
@@ -157,9 +282,9 @@ def _require_space(sources: Iterable[Split], data_root: Path) -> None:
 
 
 def _add_checksums(data_root: Path, sums: dict[str, str]) -> None:
-    listed = mirror.checksums(data_root) | sums
+    listed = checksums(data_root) | sums
     lines = (f"{digest}  {name}\n" for name, digest in sorted(listed.items()))
-    write_text(data_root / mirror.CHECKSUMS, "".join(lines))
+    write_text(data_root / CHECKSUMS, "".join(lines))
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Intervals of scores and of paired differences, by resampling what a benchmark scores together.
+"""Intervals of scores, and of paired differences of two models, by resampling what a benchmark scores together.
 
 A headline number is a function of sums over *units*: single questions, or both questions about a picture (MME). Units
 are drawn with replacement within their stratum (MME's categories, POPE's splits), as often as there are units in it.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 DRAWS = 1000
 UNKNOWN = (None, None)
-MOST_TASKS = 100  # of one benchmark; POPE has three
 CHUNK = 64  # draws made at once, to bound memory on benchmarks of ten thousand questions and more
 
 Record = Mapping[str, Any]  # one answered question: `task`, `doc_id` and lmms-eval's `item`
+Sums = Callable[[Sequence[Record]], "Summands"]  # a benchmark's; `score_sums` has those of the paper
 
 
 class Summands:
@@ -74,123 +75,111 @@ def rate_interval(changed: int, questions: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def summands(metric: str, records: Sequence[Record]) -> Summands | None:
-    """The summands behind a benchmark's headline number; None where it is no function of sums that is known here.
+def summands(records: Sequence[Record], sums: Sums) -> Summands | None:
+    """The summands behind a benchmark's headline number; None where its items are not what `sums` takes.
 
     Args:
-        metric: Headline metric.
         records: The answered questions. Those whose `item` is None are not part of the headline (SEED's videos).
+        sums: The benchmark's, as `benchmarks.sums_of` finds them.
     """
     counted = [record for record in records if record["item"] is not None]
     if not counted:
         return None
     try:
-        found = _summands(metric, counted)
+        found = sums(counted)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return None  # a task that was passed through, with items of its own
     return found if np.isfinite(found.columns).all() else None
 
 
-def _summands(metric: str, counted: Sequence[Record]) -> Summands:
-    if metric == "mme_perception_score":
-        return _mme(counted)
-    if metric == "gpt_eval_score":
-        counted = _mmbench(counted)
-    if metric == "pope_f1_score":
-        return _per_task(counted, [_yes_or_no(record["item"]) for record in counted], _f1)
-    correct = {"seed_image": _seed, "mmmu_acc": _mmmu}.get(metric, float)
-    return _per_task(counted, [(correct(record["item"]), 1.0) for record in counted], _mean)
+@dataclass(frozen=True)
+class Difference:
+    """The first model minus the other one, over the questions that both answered.
 
-
-def _per_task(
-    records: Sequence[Record], terms: Sequence[tuple[float, ...]], score: Callable[[np.ndarray], np.ndarray]
-) -> Summands:
-    """The mean over lmms-eval's tasks of a score of each; units are single questions."""
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    if not 0 < len(tasks) <= MOST_TASKS:
-        raise ValueError(f"expected up to {MOST_TASKS} tasks, found {len(tasks)}")
-    strata = np.array([tasks.index(record["task"]) for record in records])
-    width = len(terms[0])
-    columns = np.zeros((len(records), len(tasks), width))
-    columns[np.arange(len(records)), strata] = terms
-
-    def mean_of_tasks(sums: np.ndarray) -> np.ndarray:
-        return score(sums.reshape(*sums.shape[:-1], len(tasks), width)).mean(axis=-1)
-
-    units = [(record["task"], record["doc_id"]) for record in records]
-    return Summands(units, columns.reshape(len(records), -1), mean_of_tasks, strata)
-
-
-def _mean(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
-
-
-def _f1(sums: np.ndarray) -> np.ndarray:
-    """F1 from true positives, false positives and false negatives; 0 where there are none of them, as lmms-eval."""
-    hits, false_alarms, misses = np.moveaxis(sums, -1, 0)
-    return 2 * hits / np.maximum(2 * hits + false_alarms + misses, 1)
-
-
-def _yes_or_no(item: Mapping[str, Any]) -> tuple[float, float, float]:
-    """True positive, false positive, false negative. For lmms-eval an answer that is neither is no miss."""
-    said, true = item["prediction"], item["ground_truth"] == "yes"
-    return float(said == "yes" and true), float(said == "yes" and not true), float(said == "no" and true)
-
-
-def _seed(item: Mapping[str, Any]) -> float:
-    return float(item["pred"].lower().strip() == item["answer"].lower().strip())
-
-
-def _mmmu(item: Mapping[str, Any]) -> float:
-    from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
-
-    return float(evaluate_mmmu([item])[1]["acc"])
-
-
-def _mme(records: Sequence[Record]) -> Summands:
-    """Units are pictures, each with two questions: 50 points for each right one, 100 more where both are.
-
-    The score is the sum over categories of their mean points.
+    Attributes:
+        points: Difference of the scores, in the paper's units; None where the common questions cannot be scored alone.
+        low, high: Its 95 % interval, units drawn alike for both models; None where it is not known.
+        questions: Number of common questions.
+        prompts: Common questions that the two models read in other words, as their chat templates have them.
+        changed: The questions with different answers: task, doc_id, question, target, both answers and their scores.
+        draws: Resampled differences, (DRAWS,); None where the interval is not known.
     """
-    right: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        item = record["item"]
-        right.setdefault((item["category"], item["question_id"]), []).append(item["score"])
-    if any(len(scores) != 2 for scores in right.values()):
-        raise ValueError("a picture of MME has two questions")
-    categories = sorted({category for category, _ in right})
-    strata = np.array([categories.index(category) for category, _ in right])
-    columns = np.zeros((len(right), len(categories), 2))
-    columns[np.arange(len(right)), strata] = [
-        (50.0 * sum(scores) + 100.0 * (sum(scores) == 2), 1.0) for scores in right.values()
-    ]
 
-    def sum_of_categories(sums: np.ndarray) -> np.ndarray:
-        return _mean(sums.reshape(*sums.shape[:-1], len(categories), 2)).sum(axis=-1)
+    points: float | None
+    low: float | None
+    high: float | None
+    questions: int
+    prompts: int
+    changed: list[dict[str, Any]]
+    draws: np.ndarray | None = None
 
-    return Summands(list(right), columns.reshape(len(right), -1), sum_of_categories, strata)
+    def as_dict(self) -> dict[str, Any]:
+        """For the result file."""
+        return {
+            "difference": self.points,
+            "low": self.low,
+            "high": self.high,
+            "questions": self.questions,
+            "changed_answers": len(self.changed),
+        }
 
 
-def _mmbench(records: Sequence[Record]) -> list[Record]:
-    """One record per question, its `item` 100.0 or 0.0 as lmms-eval's static scoring has it.
+def difference(
+    first: Sequence[Record],
+    other: Sequence[Record],
+    scores: tuple[float, float],
+    *,
+    sums: Sums,
+    scale: float,
+    seed: int | Sequence[int],
+) -> Difference:
+    """Compare the records of one benchmark.
 
-    MMBench asks a question several times with its options turned (`index` differs by millions); all have to be right.
+    Args:
+        first: Records (`task`, `doc_id`, `question`, `prompt`, `target`, `answer`, `item`) of the first model.
+        other: Those of the other one. Where they hold other questions, only the common ones are compared.
+        scores: The headline numbers over all records of each, in the paper's units.
+        sums: The benchmark's.
+        scale: From lmms-eval's units to the paper's.
+        seed: Of the resampling.
     """
-    from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
-    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+    mine, theirs = ({_name(record): record for record in records} for records in (first, other))
+    common = [name for name in mine if name in theirs]
+    pairs = [(mine[name], theirs[name]) for name in common]
+    changed = [_changed(a, b) for a, b in pairs if a["answer"] != b["answer"]]
+    prompts = sum(a.get("prompt") != b.get("prompt") for a, b in pairs)
+    parts = [summands([pair[side] for pair in pairs], sums) for side in (0, 1)]
+    everything = len(common) == len(mine) == len(theirs)
+    if everything:
+        points = scores[0] - scores[1]
+    elif None not in parts:
+        points = scale * (parts[0].value() - parts[1].value())
+    else:
+        points = None
+    known = None not in parts and parts[0].units == parts[1].units and points is not None
+    if known and everything:  # summands that do not make up lmms-eval's own score are not those of this benchmark
+        known = all(makes_up(part.value() * scale, score, scale) for part, score in zip(parts, scores, strict=True))
+    if not known:
+        return Difference(points, *UNKNOWN, len(common), prompts, changed)
+    draws = scale * (parts[0].resampled(seed) - parts[1].resampled(seed))
+    return Difference(points, *interval(draws), len(common), prompts, changed, draws)
 
-    def right(item: Mapping[str, Any]) -> bool:
-        item = dict(item) | {"prediction": str(item["prediction"])}
-        letter = mmbench_evaluator.prefetch_answer(item) or extract_mcq_answer(
-            item["prediction"], choices=sorted(mmbench_evaluator.build_choices(item))
-        )
-        return letter == item["answer"]
 
-    turned: dict[int, list[Record]] = {}
-    for record in records:
-        turned.setdefault(record["item"]["index"] % 1_000_000, []).append(record)
-    return [
-        {**group[0], "item": 100.0 * all(right(record["item"]) for record in group)}
-        for group in turned.values()
-        if any(record["item"]["index"] < 1_000_000 for record in group)  # others are not counted by lmms-eval
-    ]
+def makes_up(value: float, score: float, scale: float) -> bool:
+    """Is a score from summands lmms-eval's own? MMMU rounds its fraction to five digits."""
+    return bool(np.isclose(value, score, rtol=1e-9, atol=1e-5 * scale))
+
+
+def _name(record: Record) -> tuple[Any, ...]:
+    """A question is the same where its text and its place in the data set are."""
+    return record["task"], record["doc_id"], record["question"]
+
+
+def _changed(first: Record, other: Record) -> dict[str, Any]:
+    return {
+        **{key: first[key] for key in ("task", "doc_id", "question", "target")},
+        "answer": first["answer"],
+        "other_answer": other["answer"],
+        "item": first["item"],
+        "other_item": other["item"],
+    }

@@ -12,8 +12,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from pmod_cli.evaluation.fallbacks import Guesses
-
 # Keys of an entry, and of a record, that two runs with equal answers may differ in.
 TIMES = (
     "seconds",
@@ -61,6 +59,19 @@ class Record(TypedDict):
     too_long: bool
     seconds: float
     batch: int
+
+
+@dataclass
+class Guesses:
+    """How many answers could not be read while lmms-eval scored.
+
+    Attributes:
+        drawn: Answers for which an option was drawn at random: MMMU, and MMBench with a judge that failed.
+        unread: Multiple-choice answers in which no option was found; they count as wrong: static MMBench, RealWorldQA.
+    """
+
+    drawn: int = 0
+    unread: int = 0
 
 
 @dataclass

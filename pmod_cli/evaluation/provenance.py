@@ -13,7 +13,7 @@ from typing import Any
 from pmod_cli import __version__
 from pmod_cli.checkpoints.digests import blob_name, file_sha256, weights_sha256
 from pmod_cli.checkpoints.files import CONFIG
-from pmod_cli.evaluation import mirror
+from pmod_cli.evaluation import data as data_files
 from pmod_cli.evaluation.benchmarks import Split
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -98,10 +98,10 @@ def data(sources: Iterable[Split], root: Path | None) -> list[dict[str, Any]]:
     Nothing is read but names: a file's SHA-256 is known where the Hugging Face cache names it so, or where the mirror's
     `SHA256SUMS` lists it; else it is None. The commit of the data set is known where it came from the cache.
     """
-    sums = mirror.checksums(root) if root is not None else {}
+    sums = data_files.checksums(root) if root is not None else {}
     found = []
     for source in sources:
-        paths = mirror.find(source, root)
+        paths = data_files.find(source, root)
         commit = next((part for part in paths[0].parts if COMMIT.fullmatch(part)), None) if paths and not root else None
         listed = [
             {

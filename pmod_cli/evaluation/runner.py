@@ -13,17 +13,17 @@ from typing import Any
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.evaluation import provenance, questions, score_tables
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
-from pmod_cli.evaluation.asking import ask, one_line, write_traceback
-from pmod_cli.evaluation.batch_check import changed_answers
+from pmod_cli.evaluation.asking import ask, changed_answers, one_line, write_traceback
 from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.eval_models import EvalModel, Loaded, load
-from pmod_cli.evaluation.identity import EvalSettings, answerer, run_identity, sources_of
 from pmod_cli.evaluation.journal import Journal
 from pmod_cli.evaluation.outcome import Outcome
+from pmod_cli.evaluation.plan import EvalSettings, answerer, run_identity, sources_of
 from pmod_cli.evaluation.processes import ALONE, Processes
-from pmod_cli.evaluation.results import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.results import Report
 from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
 from pmod_cli.evaluation.scoring import score
+from pmod_cli.evaluation.stored import SCHEMA_VERSION
 
 Progress = Callable[[str, str, int, int], None]  # model, task, questions answered, questions of the task
 

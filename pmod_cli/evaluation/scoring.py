@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,8 @@ from lmms_eval.api.model import lmms
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation.benchmarks import Benchmark
-from pmod_cli.evaluation.fallbacks import counting
 from pmod_cli.evaluation.journal import Answer
-from pmod_cli.evaluation.outcome import Outcome, Record, digest
+from pmod_cli.evaluation.outcome import Guesses, Outcome, Record, digest
 from pmod_cli.evaluation.processes import hidden_launcher
 from pmod_cli.evaluation.questions import Questions, quiet_lmms_eval
 
@@ -37,7 +38,7 @@ def score(benchmark: Benchmark, questions: Questions, answers: dict[int, Answer]
     by_question = {
         (request.task_name, request.doc_id): answers[place] for place, request in enumerate(questions.requests)
     }
-    with counting() as guesses:
+    with counting_guesses() as guesses:
         results = _evaluate(questions, by_question, seed, log)
     outcome = _read(benchmark, questions, by_question, results)
     outcome.guesses = guesses
@@ -163,3 +164,48 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 def _incomplete(what: str) -> PmodError:
     return PmodError(what, code=RUN_FAILED)
+
+
+@contextmanager
+def counting_guesses() -> Iterator[Guesses]:
+    """Count the guesses of lmms-eval's scoring inside the block.
+
+    Its parsers say nothing of a guess. So what they call to guess is watched: `random.choice` in MMMU's, `randint` in
+    MMBench's, the empty letter of `extract_mcq_answer`.
+    """
+    from lmms_eval.tasks._task_utils import mcq_extract, mmmu_mcq_utils
+    from lmms_eval.tasks.mmbench import mmbench_evals
+
+    guesses = Guesses()
+    choices, judge, extract = mmmu_mcq_utils.random, mmbench_evals.rd, mcq_extract.extract_mcq_answer
+
+    def extract_and_count(*given: Any, **named: Any) -> str:
+        letter = extract(*given, **named)
+        guesses.unread += not letter
+        return letter
+
+    mmmu_mcq_utils.random = _Watched(choices, "choice", guesses)
+    mmbench_evals.rd = _Watched(judge, "randint", guesses)
+    mcq_extract.extract_mcq_answer = extract_and_count
+    try:
+        yield guesses
+    finally:
+        mmmu_mcq_utils.random, mmbench_evals.rd, mcq_extract.extract_mcq_answer = choices, judge, extract
+
+
+class _Watched:
+    """The module `random` whose function `watched` counts its calls."""
+
+    def __init__(self, module: Any, watched: str, guesses: Guesses) -> None:
+        self._module, self._watched, self._guesses = module, watched, guesses
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        if name != self._watched:
+            return function
+
+        def counted(*given: Any, **named: Any) -> Any:
+            self._guesses.drawn += 1
+            return function(*given, **named)
+
+        return counted

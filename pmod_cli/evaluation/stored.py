@@ -12,8 +12,8 @@ from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.intervals import Record
-from pmod_cli.evaluation.results import SCHEMA_VERSION
 
+SCHEMA_VERSION = 2
 RESULTS = "results.json"
 ANSWERS = "answers"
 LARGEST = 1e15  # of any number: sums of them stay exact

@@ -12,7 +12,7 @@ from importlib import import_module
 from pmod_cli.families.sizes import Sizes as Sizes
 
 _HOMES = {
-    "count.workload": ("Row", "Workload"),
+    "count.workload": ("Routed", "Row", "Workload"),
     "count.formulas": ("Prefill", "prefill"),
     "count.training": ("TrainingSetup", "training_flops", "training_memory"),
     "subject": ("Subject", "load_subject", "scaled"),

@@ -19,7 +19,7 @@ from pmod_cli.families.sizes import Sizes, image_tokens
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import bytes_per_token
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
-from pmod_cli.profiling.count.workload import Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 from pmod_cli.profiling.subject import Subject
 from pmod_cli.reporting import plain_table
 
@@ -92,34 +92,24 @@ def read_rows(
     return rows
 
 
-def average(
-    sizes: Sizes,
-    rows: Sequence[Row],
-    retention: Sequence[float],
-    target_tokens: str,
-    dtype: str,
-    routers: Sequence[bool] | None = None,
-) -> Average:
+def average(sizes: Sizes, rows: Sequence[Row], routed: Routed, dtype: str) -> Average:
     """Count every row by itself and take means. Rows of equal sizes are counted once.
 
     Args:
         sizes: The model.
         rows: As `read_rows` gives them.
-        retention: Retention ratio of each layer, length L.
-        target_tokens: `vision_all` or `vision_hr`.
+        routed: What the p-MoD changes.
         dtype: Of the KV cache.
-        routers: Which layers have a router, length L; None is those that keep less than all.
     """
     counted: dict[Row, tuple[int, ...]] = {}
     setup, token = TrainingSetup(), bytes_per_token(sizes.decoder, dtype)
     for row in rows:
         if row not in counted:
             both = []
-            for ratios, having in ((None, None), (retention, routers)):
-                prefill = formulas.prefill(sizes, [row], ratios, target_tokens, routers=having)
-                step = training_flops(sizes, [row], setup, ratios, target_tokens, routers=having).step
-                whole = [1.0] * sizes.decoder.layers if ratios is None else ratios
-                held = sum(tokens for _, tokens in layer_tokens([row], whole, target_tokens)) * token
+            for which in (Routed.stock(sizes.decoder.layers), routed):
+                prefill = formulas.prefill(sizes, [row], which)
+                step = training_flops(sizes, [row], setup, which).step
+                held = sum(tokens for _, tokens in layer_tokens([row], which)) * token
                 both.append((prefill.full, prefill.paper, step, held))
             counted[row] = tuple(number for pair in zip(*both, strict=True) for number in pair)
     means = [sum(column) / len(rows) for column in zip(*(counted[row] for row in rows), strict=True)]

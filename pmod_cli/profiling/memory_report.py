@@ -39,20 +39,19 @@ def predict(result: Profile, gpus: list[Device] | None = None) -> Memory:
         result: The profile.
         gpus: GPUs to fill; some usual ones if None.
     """
-    pmod, new = result.subject.pmod, result.workload.new_tokens
-    routed = {"retention": pmod.retention, "target_tokens": pmod.settings.target_tokens, "routers": pmod.has_router}
-    both = ({}, routed)
+    both, new = (None, result.routed), result.workload.new_tokens
     common = (result.sizes, result.longest, result.dtype)
     devices = gpus or [DEVICES[name] for name in USUAL_GPUS]
     return Memory(
         inference=tuple(
-            inference_memory(result.sizes, result.rows, result.dtype, new_tokens=new, **which) for which in both
+            inference_memory(result.sizes, result.rows, result.dtype, new_tokens=new, routed=which) for which in both
         ),
         fits=[
-            (device, *(fit(*common, device.memory, new_tokens=new, **which) for which in both)) for device in devices
+            (device, *(fit(*common, device.memory, new_tokens=new, routed=which) for which in both))
+            for device in devices
         ],
         training={
-            name: tuple(training_memory(result.sizes, result.rows, setup, **which) for which in both)
+            name: tuple(training_memory(result.sizes, result.rows, setup, which) for which in both)
             for name, setup in USUAL.items()
         },
     )

@@ -13,7 +13,7 @@ from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import DTYPE_BYTES, KvCost, kv_cache
 from pmod_cli.profiling.count.trace import DecoderCost, VisionCost, decoder_cost, meta_model, vision_cost
 from pmod_cli.profiling.count.training import TrainingFlops, TrainingSetup, training_flops
-from pmod_cli.profiling.count.workload import Row, Workload
+from pmod_cli.profiling.count.workload import Routed, Row, Workload
 from pmod_cli.profiling.subject import Subject
 
 CONVENTIONS = {
@@ -68,7 +68,8 @@ class Profile:
 
     @property
     def mean_retention(self) -> float:
-        return sum(layer.retention for layer in self.pmod.layers) / len(self.pmod.layers)
+        """Mean of the retention ratios over the layers."""
+        return self.routed.mean_retention
 
     @property
     def unknown_operators(self) -> Counter[str]:
@@ -77,11 +78,14 @@ class Profile:
 
     def training(self, *, checkpointing: bool = False) -> tuple[TrainingFlops, TrainingFlops]:
         """A training step on this batch, stock and p-MoD: all but the vision tower is trained, as in the paper."""
-        setup, pmod = TrainingSetup(checkpointing=checkpointing), self.subject.pmod
-        stock = training_flops(self.sizes, self.rows, setup)
-        return stock, training_flops(
-            self.sizes, self.rows, setup, pmod.retention, pmod.settings.target_tokens, routers=pmod.has_router
-        )
+        setup = TrainingSetup(checkpointing=checkpointing)
+        stock, pmod = (training_flops(self.sizes, self.rows, setup, routed) for routed in (None, self.routed))
+        return stock, pmod
+
+    @property
+    def routed(self) -> Routed:
+        """What the p-MoD changes."""
+        return Routed.of(self.subject.pmod)
 
     @property
     def longest(self) -> Row:
@@ -90,12 +94,7 @@ class Profile:
 
     def formula(self, *, pmod: bool) -> formulas.Prefill:
         """The prefill of one of the two by the formula, without tracing anything."""
-        config = self.subject.pmod
-        if not pmod:
-            return formulas.prefill(self.sizes, self.rows)
-        return formulas.prefill(
-            self.sizes, self.rows, config.retention, config.settings.target_tokens, routers=config.has_router
-        )
+        return formulas.prefill(self.sizes, self.rows, self.routed if pmod else None)
 
 
 def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Profile:
@@ -124,19 +123,12 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         stock_model, pmod_model = meta_model(stock), meta_model(pmod)
     except ValueError as error:
         raise PmodError(f"{subject.name}: {error}", hint="pmod profile --model llava-next-7b") from error
-    target = pmod.settings.target_tokens
-    stock_cost = decoder_cost(stock_model, rows, [1.0] * len(pmod.retention), target)
-    pmod_cost = decoder_cost(pmod_model, rows, pmod.retention, target)
+    stock_cost = decoder_cost(stock_model, rows, Routed.stock(sizes.decoder.layers))
+    pmod_cost = decoder_cost(pmod_model, rows, Routed.of(pmod))
     dtype = cache_dtype(stock) if dtype == "auto" else dtype
+    prompt = (workload.text_tokens, workload.new_tokens, len(rows))
     stock_kv, pmod_kv = (
-        kv_cache(
-            sizes.decoder,
-            dtype,
-            [layer.tokens for layer in cost.layers],
-            workload.text_tokens,
-            workload.new_tokens,
-            len(rows),
-        )
+        kv_cache(sizes.decoder, dtype, [layer.tokens for layer in cost.layers], *prompt)
         for cost in (stock_cost, pmod_cost)
     )
     one_image = len(rows) == workload.images == 1

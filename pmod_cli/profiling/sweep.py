@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pmod_cli.families.sizes import Sizes
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import kv_cache
-from pmod_cli.profiling.count.workload import Workload, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Workload, layer_tokens
 from pmod_cli.profiling.subject import find_config, subject_of
 from pmod_cli.reporting import plain_table
 
@@ -121,34 +121,27 @@ def sweep(
     for value in axis.values:
         settings, batch = dict(overrides or {}), workload
         if axis.name == "image-size":
-            batch = Workload(
-                (_size(str(value)),),
-                workload.images,
-                workload.text_tokens,
-                workload.new_tokens,
-                workload.batch_size,
-            )
+            batch = replace(workload, image_sizes=(_size(str(value)),))
         else:
             settings[KEYS.get(axis.name, axis.name)] = value
         subject = subject_of(found, settings)
-        pmod, sizes = subject.pmod, Sizes.of(subject.stock)
-        rows, target = batch.rows(sizes), pmod.settings.target_tokens
-        stock = formulas.prefill(sizes, rows)
-        routed = formulas.prefill(sizes, rows, pmod.retention, target, routers=pmod.has_router)
+        sizes = Sizes.of(subject.stock)
+        rows, both = batch.rows(sizes), (Routed.stock(sizes.decoder.layers), Routed.of(subject.pmod))
+        stock, pmod = (formulas.prefill(sizes, rows, which) for which in both)
         held = []
-        for ratios in ([1.0] * sizes.decoder.layers, pmod.retention):
-            tokens = [tokens for _, tokens in layer_tokens(rows, ratios, target)]
+        for which in both:
+            tokens = [tokens for _, tokens in layer_tokens(rows, which)]
             layers = kv_cache(sizes.decoder, dtype, tokens, batch.text_tokens, batch.new_tokens, len(rows))
             held.append(sum(layer.total for layer in layers))
         points.append(
             Point(
                 value=value,
-                retention=tuple(pmod.retention),
+                retention=tuple(subject.pmod.retention),
                 vision_tokens=max(row.vision_tokens for row in rows),
                 stock_flops=stock.full,
-                pmod_flops=routed.full,
+                pmod_flops=pmod.full,
                 stock_paper_flops=stock.paper,
-                pmod_paper_flops=routed.paper,
+                pmod_paper_flops=pmod.paper,
                 stock_kv=held[0],
                 pmod_kv=held[1],
             )

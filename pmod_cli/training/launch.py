@@ -1,7 +1,8 @@
-"""A run of several processes, on this machine and others: started by torch's or accelerate's launcher.
+"""The processes of a run, on this machine and others: how many, and how torch's or accelerate's launcher starts them.
 
 The launcher starts ``pmod_cli.commands.finetune_worker`` once a process. What it is told, and what it has to say, are
-files of a folder that lives as long as the launch: ``job.json``, ``report.json``, ``error-RANK.json``.
+files of a folder that lives as long as the launch: ``job.json``, ``report.json``, ``error-RANK.json``. Imports
+no torch.
 """
 
 import json
@@ -11,14 +12,62 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
-from pmod_cli.training.distributed import Distributed
-from pmod_cli.training.parts import Part
-from pmod_cli.training.summary import FinetuneReport, Summary
+
+if TYPE_CHECKING:
+    from pmod_cli.training.summary import FinetuneReport
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """The processes of a run.
+
+    Args:
+        processes: on all machines together; one a GPU.
+        machines: each is given the same command, but for ``machine_rank``.
+        machine_rank: number of this machine, from 0.
+        main_ip: address of machine 0.
+        main_port: free port of machine 0.
+        accelerate_config: a file that ``accelerate config`` wrote; it then says all of this, and the engine.
+
+    Raises:
+        PmodError: numbers that do not fit each other.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    machine_rank: int = 0
+    main_ip: str | None = None
+    main_port: int = 29500
+    accelerate_config: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes % self.machines:
+            raise PmodError(
+                f"`num_processes={self.processes}` counts those of all machines: expected a multiple of "
+                f"`num_machines={self.machines}`"
+            )
+        if self.machine_rank >= self.machines:
+            raise PmodError(f"`machine_rank={self.machine_rank}`: expected less than `num_machines={self.machines}`")
+        if self.machines > 1 and self.main_ip is None:
+            raise PmodError("`num_machines` needs `main_process_ip`, the address of machine 0")
+        if self.accelerate_config is not None and not self.accelerate_config.is_file():
+            raise PmodError(f"no such file: {self.accelerate_config}", hint="accelerate config --config_file FILE")
+
+    @property
+    def is_launch(self) -> bool:
+        """Whether a launcher is needed."""
+        return self.processes > 1 or self.accelerate_config is not None
+
+    @property
+    def here(self) -> int:
+        """Processes of this machine."""
+        return self.processes // self.machines
+
 
 WORKER = "pmod_cli.commands.finetune_worker"
 PATIENCE = 600  # seconds that a save may take after a signal
@@ -38,7 +87,7 @@ def launcher_arguments(distributed: Distributed, folder: Path) -> list[str]:
     return [*where, "--nproc-per-node", str(distributed.here), "--shutdown-timeout", str(PATIENCE), *logs, *worker]
 
 
-def launch(distributed: Distributed, job: dict[str, Any], on_command: Callable[[str], None]) -> FinetuneReport:
+def launch(distributed: Distributed, job: dict[str, Any], on_command: Callable[[str], None]) -> "FinetuneReport":
     """Start the processes, wait for them, and return what the first one of this machine reports.
 
     Args:
@@ -82,7 +131,7 @@ def _accelerate(arguments: list[str]) -> str | None:
     return f"accelerate launch ended with exit code {done.returncode}" if done.returncode else None
 
 
-def _outcome(folder: Path, failure: str | None) -> FinetuneReport:
+def _outcome(folder: Path, failure: str | None) -> "FinetuneReport":
     errors = sorted(folder.glob("error-*.json"), key=lambda path: int(path.stem[6:]))
     if errors:
         said = json.loads(errors[0].read_text())
@@ -105,15 +154,18 @@ def _last_lines(logs: Path) -> str:
     return "".join(shown)
 
 
-def write_report(report: FinetuneReport, path: Path) -> None:
+def write_report(report: "FinetuneReport", path: Path) -> None:
     """As JSON; ``read_report`` reads it back."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({**asdict(report), "path": str(report.path)}))
     temporary.replace(path)
 
 
-def read_report(path: Path) -> FinetuneReport:
+def read_report(path: Path) -> "FinetuneReport":
     """What ``write_report`` wrote."""
+    from pmod_cli.training.parts import Part
+    from pmod_cli.training.summary import FinetuneReport, Summary
+
     found = json.loads(path.read_text())
     parameters = {part: Part(**numbers) for part, numbers in found["parameters"].items()}
     summary = Summary(**found["summary"]) if found["summary"] else None

@@ -15,14 +15,12 @@ from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.training import TrainingMemory, training_flops, training_memory
-from pmod_cli.profiling.count.workload import Row, Workload
+from pmod_cli.profiling.count.workload import Routed, Row, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
 from pmod_cli.profiling.subject import Subject, load_subject
-from pmod_cli.training.cost import row_of, setup_of, this_device
-from pmod_cli.training.disk import Disk, disk_of
+from pmod_cli.training.cost import Disk, Remedy, disk_of, remedies, row_of, setup_of, this_device
 from pmod_cli.training.parts import Part, count, freeze
 from pmod_cli.training.preflight import check_settings
-from pmod_cli.training.remedies import Remedy, remedies
 from pmod_cli.training.run_data import SyntheticDocuments
 from pmod_cli.training.settings import Settings
 
@@ -149,36 +147,30 @@ def plan(
     data = data_shape(settings, sizes, per_step)
     steps = settings.steps(data.rows, processes)
     passes = steps * settings.accumulation(processes)  # of one device
-    target_tokens = subject.pmod.settings.target_tokens
     room = USABLE * target.memory
 
     def batch_of(settings: Settings, tokens: float) -> list[Row]:
         return [row_of(sizes, data.vision_tokens, tokens)] * settings.train.batch_size
 
-    def memory(settings: Settings, processes: int, retention: list[float] | None) -> TrainingMemory:
+    def memory(settings: Settings, processes: int, routed: Routed | None) -> TrainingMemory:
         setup = setup_of(settings, processes, on_gpu)
-        routers = subject.pmod.has_router if retention is not None else None
-        return training_memory(
-            sizes, batch_of(settings, data.longest), setup, retention, target_tokens, routers=routers
-        )
+        return training_memory(sizes, batch_of(settings, data.longest), setup, routed)
 
-    def cost(retention: list[float] | None) -> Cost:
-        needed = memory(settings, processes, retention)
+    def cost(routed: Routed | None) -> Cost:
+        needed = memory(settings, processes, routed)
         setup = setup_of(settings, processes, on_gpu)
-        batch = batch_of(settings, data.tokens)
-        routers = subject.pmod.has_router if retention is not None else None
-        flops = training_flops(sizes, batch, setup, retention, target_tokens, routers=routers).step * passes
+        flops = training_flops(sizes, batch_of(settings, data.tokens), setup, routed).step * passes
         return Cost(
             memory=needed,
             fits=needed.total <= room if target.memory else None,
             flops=float(flops) * processes,
             hours=flops / (target.flops * utilization) / 3600 if target.flops else None,
-            mean_retention=1.0 if retention is None else sum(retention) / len(retention),
+            mean_retention=1.0 if routed is None else routed.mean_retention,
         )
 
     config = subject.pmod if routed else subject.stock
     parameters = _parameters(settings, config)
-    own = subject.pmod.retention if routed else None
+    own = Routed.of(subject.pmod) if routed else None
     found = Plan(
         model=name,
         runs_as="p-mod" if routed else "stock",
@@ -191,7 +183,7 @@ def plan(
         device=target,
         devices=processes,
         utilization=utilization,
-        pmod=cost(subject.pmod.retention),
+        pmod=cost(Routed.of(subject.pmod)),
         stock=cost(None),
         disk=disk_of(settings, parameters, config, steps, None if gpu else out),
         lacking=lacking or [],

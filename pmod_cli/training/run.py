@@ -16,18 +16,15 @@ from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, copy_adapter, fold
-from pmod_cli.training.arguments import precision, processes, training_arguments
 from pmod_cli.training.calibration import calibrate_routers
-from pmod_cli.training.liger import use_liger
-from pmod_cli.training.parts import count, freeze, repeat_in_backward
-from pmod_cli.training.preflight import check_settings
-from pmod_cli.training.requirements import check_requirements
+from pmod_cli.training.parts import count, freeze, repeat_in_backward, use_liger
+from pmod_cli.training.preflight import check_requirements, check_settings
 from pmod_cli.training.resume import hold_source, set_damaged_aside
 from pmod_cli.training.run_data import Counting, Data, open_data
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.settings import Settings, processes
 from pmod_cli.training.start import source_of, starting_checkpoint
 from pmod_cli.training.summary import FinetuneReport, Summary, write_reports
-from pmod_cli.training.trainer import PmodTrainer
+from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Step, Watch
 
 CALIBRATION_BATCH = 8
@@ -152,7 +149,7 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
     """The model as it goes into the Trainer: loaded, its routers started, frozen where it is to be."""
     lora, quantized = settings.lora.enabled, settings.model.quantize != "none"
     # Frozen weights of a LoRA run are held as they are computed with; weights that are trained are float32.
-    dtype = precision(settings, device) if lora else "float32"
+    dtype = settings.dtype_on(device) if lora else "float32"
     options = {"quantization": _four_bits()} if quantized else {}
     model, _ = load_model(
         source if lora or checkpoint is None else checkpoint,

@@ -16,9 +16,8 @@ from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.rows import row
-from pmod_cli.training.arguments import processes
 from pmod_cli.training.folder import SKIPPED
-from pmod_cli.training.settings import DataArgs, Settings
+from pmod_cli.training.settings import DataArgs, Settings, processes
 from pmod_cli.training.start import source_of
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """What a fine-tuning run is told: groups of settings, written as they appear in a recipe."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from math import ceil
@@ -235,6 +236,12 @@ class Settings:
     eval: list[str] = field(default_factory=list)
     eval_limit: int | None = at_least(1, None)
 
+    def dtype_on(self, device: str) -> str:
+        """The dtype of forward and backward on a device: float32 or bfloat16."""
+        if self.model.precision == "auto":
+            return "bfloat16" if device.startswith("cuda") else "float32"
+        return self.model.precision
+
     def accumulation(self, processes: int = 1) -> int:
         """Forward passes to one optimizer step; ValueError where the global batch is no multiple of one pass."""
         if self.train.global_batch_size is None:
@@ -282,3 +289,8 @@ class Settings:
         if train.global_batch_size is not None and train.gradient_accumulation != 1:
             found.append("train.global_batch_size: replaces train.gradient_accumulation; give one of them")
         return found
+
+
+def processes() -> int:
+    """Processes of the run; each knows it from the launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -13,11 +13,10 @@ from transformers import PretrainedConfig, TrainerState
 
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.training import folder
-from pmod_cli.training.arguments import processes
 from pmod_cli.training.cost import run_flops, this_device
 from pmod_cli.training.parts import Part
 from pmod_cli.training.recipe import dump
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.settings import Settings, processes
 
 
 @dataclass(frozen=True)

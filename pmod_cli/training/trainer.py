@@ -1,23 +1,62 @@
 """transformers' Trainer with what p-MoD adds: a rate for each part, images for text-only batches, counts in the log."""
 
 import errno
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, Trainer
+from torch import Tensor, nn, zeros
+from torch import tensor as as_tensor
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import is_torch_tf32_available
 
+from pmod_cli import recipes
 from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.families.configs import known_family
+from pmod_cli.training.folder import STATE
 from pmod_cli.training.parts import parameter_groups
 from pmod_cli.training.resume import list_files
 from pmod_cli.training.run_data import COUNTS, Counting
-from pmod_cli.training.settings import TrainArgs
-from pmod_cli.training.text_only import BlankImage
+from pmod_cli.training.settings import Settings, TrainArgs, processes
 from pmod_cli.training.watch import Watch
+
+
+class BlankImage:
+    """Adds the features of a blank image, times zero, to the embeddings of the next step of a LLaVA.
+
+    A process whose batch is text only must still use the vision tower and the projector: otherwise DDP waits for their
+    gradients, and FSDP2 and ZeRO-3 for their weights, forever. (Routers see to themselves, in the decoder.)
+
+    Args:
+        model: stock or p-MoD, before it is wrapped for distributed training. The features are made while its own
+            forward runs, where all engines have its weights at hand.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.llava = model.model
+        self.wanted = False
+        self.llava.language_model.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, decoder: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict] | None:
+        if not self.wanted:
+            return None
+        self.wanted = False
+        embeds = named["inputs_embeds"]
+        features = self.llava.get_image_features(**self._inputs(embeds), return_dict=True).pooler_output
+        return arguments, {**named, "inputs_embeds": embeds + 0.0 * sum(image.sum() for image in features)}
+
+    def _inputs(self, embeds: Tensor) -> dict[str, Tensor]:
+        config = self.llava.config
+        tile = config.vision_config.image_size
+        shape, others = known_family(config).pixel_inputs(config, [(tile, tile)])
+        pixels = zeros(shape, dtype=embeds.dtype, device=embeds.device)
+        return {"pixel_values": pixels, **{name: as_tensor(o, device=embeds.device) for name, o in others.items()}}
 
 
 class PmodTrainer(Trainer):
@@ -142,3 +181,60 @@ class PmodTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(getattr(self, "_staging", self.args.output_dir))
+
+
+def training_arguments(settings: Settings, out: Path, device: str) -> TrainingArguments:
+    """Everything the Trainer is told, but ``max_steps``, which the data decide.
+
+    Made before the model is loaded: FSDP and DeepSpeed have a say in that. It also joins the processes of the run.
+
+    Args:
+        settings: the whole run.
+        out: the run folder.
+        device: cpu, cuda, cuda:N or mps.
+    """
+    train, on_gpu = settings.train, device.startswith("cuda")
+    distributed = "LOCAL_RANK" in os.environ
+    if on_gpu and not distributed:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device if ":" in device else "cuda:0"
+    arguments = TrainingArguments(
+        output_dir=str(out / STATE),
+        max_steps=1,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=settings.accumulation(processes()),
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        adam_beta2=train.adam_beta2,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        logging_steps=train.log_steps,
+        logging_nan_inf_filter=False,  # PmodTrainer stops at a loss that is not a number
+        save_steps=train.save_steps,
+        save_total_limit=train.keep_checkpoints,
+        bf16=settings.dtype_on(device) == "bfloat16",
+        tf32=train.tf32 and on_gpu and is_torch_tf32_available(),
+        ddp_find_unused_parameters=False,  # text-only batches reach every part; see BlankImage
+        dataloader_num_workers=settings.data.workers,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to="wandb" if train.report_to == "wandb" else "none",  # TensorBoard: a callback of PmodTrainer
+        run_name=out.name,
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        **(engine_options(settings) if distributed else {}),
+    )
+    if not distributed:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer takes every GPU it sees for slow DataParallel
+    return arguments
+
+
+def engine_options(settings: Settings) -> dict:
+    """The shipped configuration of the engine, as the Trainer takes it. DDP, the default, needs none."""
+    engine = settings.train.engine
+    if engine in ("auto", "ddp"):
+        return {}
+    config = json.loads((recipes.folder() / "engines" / f"{engine}.json").read_text())
+    return {"fsdp": True, "fsdp_config": config} if engine == "fsdp2" else {"deepspeed": config}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from pmod_cli.checkpoints.files import read_tensors
 from pmod_cli.cli import main
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling import Sizes, Workload, prefill
+from pmod_cli.profiling import Routed, Sizes, Workload, prefill
 from tests.checkpoints.originals import twins
 
 
@@ -24,7 +24,7 @@ def share_of(folder: str) -> float:
     sizes = Sizes.of(config)
     rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(sizes)
     ratios = settings_of(folder).retention(sizes.decoder.layers)
-    return prefill(sizes, rows, ratios).decoder / prefill(sizes, rows).decoder
+    return prefill(sizes, rows, Routed(ratios)).decoder / prefill(sizes, rows).decoder
 
 
 @pytest.mark.parametrize(

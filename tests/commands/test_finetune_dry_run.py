@@ -151,9 +151,9 @@ def test_the_disk_of_a_plan_is_what_a_run_writes(stock_model, workdir, capsys, m
 
 
 def test_a_full_disk_does_not_fit(stock_model, workdir, capsys, monkeypatch):
-    from pmod_cli.training import disk
+    from pmod_cli.training import cost
 
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(cost.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert call("-m", stock_model(), *QUICK, "--dry-run") == 1
     assert "does not fit on the disk" in capsys.readouterr().err
 
@@ -194,8 +194,8 @@ def _result_of(recipe: str, seed: int) -> dict:
     from dataclasses import asdict
 
     from pmod_cli import recipes
+    from pmod_cli.training.ablation_sweep import IMAGES, SEED_STRIDE
     from pmod_cli.training.recipe import load_settings
-    from pmod_cli.training.sweep import IMAGES, SEED_STRIDE
 
     settings = load_settings(recipes.find(recipe), [f"train.seed={seed}"])
     settings.data.first += seed * SEED_STRIDE

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pmod_cli.checkpoints import convert, load_model
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation import adapter, batching, prompts
+from pmod_cli.evaluation import adapter, prompts
 from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.model import PmodSettings
@@ -98,9 +98,7 @@ def test_answers_are_those_of_plain_generate(stock_model, kind):
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "pmod"])
 def test_batches_do_not_change_answers(stock_model, pmod_model, name, monkeypatch):
-    monkeypatch.setattr(
-        batching, "WINDOW", 1
-    )  # several windows: rows are sorted within each, answers put back in order
+    monkeypatch.setattr(prompts, "WINDOW", 1)  # several windows: rows are sorted within each, answers put back in order
     path = pmod_model if name == "pmod" else stock_model(name)
     single = texts(asked(path))
     assert texts(asked(path, batch_size=4)) == single

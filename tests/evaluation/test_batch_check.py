@@ -6,7 +6,7 @@ from lmms_eval.api.instance import Instance
 
 from pmod_cli.checkpoints import load_model
 from pmod_cli.evaluation.adapter import PmodModel
-from pmod_cli.evaluation.batch_check import changed_answers
+from pmod_cli.evaluation.asking import changed_answers
 from pmod_cli.evaluation.intervals import rate_interval
 
 DOCS = [{"question": f"{'what is the value of rye and ' * (place % 4)}what is bar {place}?"} for place in range(12)]

@@ -7,8 +7,7 @@ import pytest
 from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import suite
-from pmod_cli.evaluation.compare import compare
-from pmod_cli.evaluation.results import SCHEMA_VERSION, Report
+from pmod_cli.evaluation.results import SCHEMA_VERSION, Report, compare
 from pmod_cli.evaluation.results_folder import ResultsFolder
 from tests.evaluation import reports
 

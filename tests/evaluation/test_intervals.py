@@ -8,7 +8,12 @@ from lmms_eval.tasks.mmmu.utils import mmmu_aggregate_results
 from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score
 from lmms_eval.tasks.seedbench.utils import seed_aggregation_result
 
+from pmod_cli.evaluation import score_sums
 from pmod_cli.evaluation.intervals import DRAWS, UNKNOWN, interval, summands
+
+
+def summands_of(sums, rows):
+    return summands(rows, sums)
 
 
 def records(items, task="t"):
@@ -32,16 +37,16 @@ def yes_or_no(predictions: str, truths: str) -> list[dict]:
 )
 def test_f1_is_that_of_lmms_eval(predictions, truths, f1):
     items = yes_or_no(predictions, truths)
-    assert summands("pope_f1_score", records(items)).value() == pytest.approx(f1)
+    assert summands_of(score_sums.f1, records(items)).value() == pytest.approx(f1)
     assert pope_aggregate_f1_score(items) == pytest.approx(f1)
 
 
 def test_pope_is_the_mean_of_its_splits():
     """2/3 on one split and 1 on the other; each split is drawn by itself, so no draw is without one of them."""
     rows = records(yes_or_no("yyyy", "yynn"), "pope_adv") + records(yes_or_no("yynn", "yynn"), "pope_pop")
-    whole = summands("pope_f1_score", rows)
+    whole = summands_of(score_sums.f1, rows)
     assert whole.value() == pytest.approx((2 / 3 + 1) / 2)
-    alone = summands("pope_f1_score", rows[4:]).resampled(seed=0)
+    alone = summands_of(score_sums.f1, rows[4:]).resampled(seed=0)
     assert set(np.unique(alone)) == {0.0, 1.0}, "a draw without a yes has F1 0"
     assert whole.resampled(seed=0).max() == 1.0
 
@@ -54,18 +59,18 @@ def mme_items():
 
 
 def test_mme_draws_pictures_not_questions():
-    whole = summands("mme_perception_score", records(mme_items()))
+    whole = summands_of(score_sums.mme, records(mme_items()))
     assert whole.value() == mme_aggregate_results(mme_items()) == 125.0
     assert whole.units == [("existence", "a"), ("existence", "b"), ("count", "a")]
     # Two pictures of existence drawn twice: 200, 125 or 50; drawing questions would give other sums.
     assert set(np.unique(whole.resampled(seed=0))) == {50.0, 125.0, 200.0}
-    assert summands("mme_perception_score", records(mme_items()[:3])) is None, "half a picture"
-    assert summands("mme_perception_score", records([*mme_items(), None])).value() == 125.0, "cognition is apart"
+    assert summands_of(score_sums.mme, records(mme_items()[:3])) is None, "half a picture"
+    assert summands_of(score_sums.mme, records([*mme_items(), None])).value() == 125.0, "cognition is apart"
 
 
 def test_seed_counts_images_only():
     items = [{"pred": "a", "answer": "A"}, {"pred": "T", "answer": "A"}, {"pred": "", "answer": "B"}]
-    whole = summands("seed_image", records([*items, None]))
+    whole = summands_of(score_sums.seed, records([*items, None]))
     assert whole.value() == pytest.approx(seed_aggregation_result(items)) == pytest.approx(1 / 3)
     assert len(whole.units) == 3
 
@@ -78,7 +83,7 @@ def test_mmmu_is_right_or_wrong_per_question():
         {"id": "validation_Art_3", **one, "question_type": "open", "answer": "12", "parsed_pred": [[12.0, "about 12"]]},
     ]
     assert mmmu_aggregate_results(items) == pytest.approx(2 / 3, abs=1e-5)
-    assert summands("mmmu_acc", records(items)).value() == pytest.approx(2 / 3)
+    assert summands_of(score_sums.mmmu, records(items)).value() == pytest.approx(2 / 3)
 
 
 def mmbench_item(index, prediction, answer="B"):
@@ -97,16 +102,16 @@ def test_mmbench_units_are_questions_with_all_their_turns():
         mmbench_item(4, ""),
     ]
     overall, _, _ = mmbench_evaluator.eval_result([dict(item) for item in items], eval_method="static")
-    whole = summands("gpt_eval_score", records(items))
+    whole = summands_of(score_sums.mmbench, records(items))
     assert overall == 0.5
     assert whole.value() == 50.0
     assert len(whole.units) == 4
-    assert summands("gpt_eval_score", records([{"score": 3}])) is None, "another benchmark's judge"
+    assert summands_of(score_sums.mmbench, records([{"score": 3}])) is None, "another benchmark's judge"
 
 
 def test_interval_of_a_mean_is_the_normal_one():
     items = [1.0] * 300 + [0.0] * 100
-    low, high = interval(summands("exact_match", records(items)).resampled(seed=0))
+    low, high = interval(summands_of(score_sums.means, records(items)).resampled(seed=0))
     half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - half, abs=0.008)
     assert high == pytest.approx(0.75 + half, abs=0.008)
@@ -117,13 +122,13 @@ def test_interval_covers_as_often_as_it_says():
     random = np.random.default_rng(0)
     held = 0
     for seed in range(200):
-        low, high = interval(summands("anls", records(list(random.random(300) < 0.3))).resampled(seed))
+        low, high = interval(summands_of(score_sums.means, records(list(random.random(300) < 0.3))).resampled(seed))
         held += low <= 0.3 <= high
     assert 0.90 <= held / 200 <= 0.99
 
 
 def test_draws_are_as_many_as_promised_and_repeat():
-    sample = summands("anls", records([0.0, 0.5, 1.0]))
+    sample = summands_of(score_sums.means, records([0.0, 0.5, 1.0]))
     assert sample.resampled(seed=3).shape == (DRAWS,)
     assert np.array_equal(sample.resampled(seed=3), sample.resampled(seed=3))
     assert not np.array_equal(sample.resampled(seed=3), sample.resampled(seed=4))
@@ -134,7 +139,7 @@ def test_paired_difference_is_narrower_than_its_parts():
     first = (random.random(500) < 0.6).astype(float)
     second = first.copy()
     second[:10] = 0.0
-    a, b = (summands("exact_match", records(list(items))).resampled(seed=0) for items in (first, second))
+    a, b = (summands_of(score_sums.means, records(list(items))).resampled(seed=0) for items in (first, second))
     low, high = interval(a - b)
     alone = np.subtract(*interval(a)[::-1])
     assert high - low < 0.5 * alone
@@ -142,7 +147,7 @@ def test_paired_difference_is_narrower_than_its_parts():
 
 
 def test_nothing_is_claimed_where_nothing_varies_or_is_known():
-    assert interval(summands("anls", records([0.0] * 9)).resampled(seed=0)) == UNKNOWN
-    assert summands("some_metric", records([{"a": 1}])) is None
-    assert summands("anls", records([])) is None
-    assert summands("anls", records([None])) is None
+    assert interval(summands_of(score_sums.means, records([0.0] * 9)).resampled(seed=0)) == UNKNOWN
+    assert summands_of(score_sums.means, records([{"a": 1}])) is None
+    assert summands_of(score_sums.means, records([])) is None
+    assert summands_of(score_sums.means, records([None])) is None

@@ -7,7 +7,7 @@ import pytest
 from pmod_cli.checkpoints import bundled_path, load_model
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.adapter import PmodModel
-from pmod_cli.evaluation.lmms_tasks import load_tasks
+from pmod_cli.evaluation.questions import load_tasks
 from tests.evaluation import mirrors
 
 pytestmark = pytest.mark.slow

@@ -3,9 +3,9 @@
 import pytest
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation import data, fallbacks, mirror, suite
+from pmod_cli.evaluation import data, scoring, suite
 from pmod_cli.evaluation.benchmarks import Benchmark, Split, groups
-from pmod_cli.evaluation.lmms_tasks import load_tasks
+from pmod_cli.evaluation.questions import load_tasks
 from tests.evaluation import mirrors
 
 
@@ -87,21 +87,21 @@ def test_a_mirror_with_another_split_is_no_mirror_of_this_one(tmp_path):
 def test_half_a_split_is_none(tmp_path):
     mirrors.write(tmp_path, ["chartqa"])
     (source,) = benchmark("chartqa").data
-    (file,) = mirror.find(source, tmp_path)
+    (file,) = data.find(source, tmp_path)
     file.rename(file.with_name("test-00000-of-00002.parquet"))
-    assert mirror.find(source, tmp_path) == []
+    assert data.find(source, tmp_path) == []
 
 
 def test_files_of_a_split():
     plain, named = Split("a/b", "", "test"), Split("a/b", "en", "dev")
     names = ["data/test-0.parquet", "data/train-0.parquet", "en/dev-0.parquet", "cn/dev-0.parquet", "notes/test-1.txt"]
-    assert mirror.split_files(plain, names, None) == ["data/test-0.parquet"]
-    assert mirror.split_files(named, names, None) == ["en/dev-0.parquet"]
+    assert data.split_files(plain, names, None) == ["data/test-0.parquet"]
+    assert data.split_files(named, names, None) == ["en/dev-0.parquet"]
     card = "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: dev\n    path: cn/dev-*\n---\nwords"
-    assert mirror.split_files(named, names, card) == ["cn/dev-0.parquet"]
-    assert mirror.split_files(plain, names, card) == ["data/test-0.parquet"]
-    assert mirror.split_files(plain, names, "---\nconfigs: [\n---\n") == ["data/test-0.parquet"]
-    assert mirror.split_files(Split("a/b", "", "validation"), names, None) == []
+    assert data.split_files(named, names, card) == ["cn/dev-0.parquet"]
+    assert data.split_files(plain, names, card) == ["data/test-0.parquet"]
+    assert data.split_files(plain, names, "---\nconfigs: [\n---\n") == ["data/test-0.parquet"]
+    assert data.split_files(Split("a/b", "", "validation"), names, None) == []
 
 
 def test_wrong_columns_no_rows_a_damaged_file(tmp_path):
@@ -146,7 +146,7 @@ def test_guesses_are_counted():
 
     parse = mmmu_mcq_utils.parse_mmmu_multi_choice_response
     item = {**dict(zip("ABCD", mirrors.OPTIONS, strict=True)), "index": 0, "category": "x", "answer": "A"}
-    with fallbacks.counting() as guesses:
+    with scoring.counting_guesses() as guesses:
         for said in ("A", "hm"):
             parse(said, ["A", "B"], {"A": "cat", "B": "dog"})
             rwqa.realworldqa_process_results({"answer": "A"}, [said])

@@ -6,7 +6,7 @@ from datasets import load_from_disk
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data import documents
 from pmod_cli.evaluation import intervals, questions, scoring, suite, tiny_data
-from pmod_cli.evaluation.benchmarks import Benchmark, groups
+from pmod_cli.evaluation.benchmarks import Benchmark, groups, sums_of
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.outcome import Outcome
 from tests.evaluation import mirrors
@@ -143,7 +143,7 @@ def test_scores_of_the_paper_are_those_worked_out_by_hand(benchmark, root, tmp_p
     asked = [said for split in made.said.values() for said in split]
     assert [record["answer"] for record in outcome.samples] == asked
     assert (len(outcome.samples), outcome.limited) == (len(asked), False)
-    part = intervals.summands(benchmark.metric, outcome.samples)
+    part = intervals.summands(outcome.samples, sums_of(benchmark, benchmark.metric))
     assert benchmark.scale * part.value() == pytest.approx(outcome.score, abs=1e-3), "so that there is an interval"
     assert outcome.guesses.drawn == (1 if benchmark.name == "mmmu" else 0)
     assert outcome.guesses.unread == {"mmb": 2, "rwqa": 1}.get(benchmark.name, 0)

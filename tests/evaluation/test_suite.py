@@ -1,5 +1,6 @@
 """Names that users type, against lmms-eval's own task files."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,8 @@ def test_mmbench_is_static_unless_its_judge_has_a_key(monkeypatch):
     assert tasks_of("mmbench_en_dev_static") == ["mmbench_en_dev_static"]
     monkeypatch.setenv("API_TYPE", "azure")
     assert tasks_of("mmb") == ["mmbench_en_dev_static"]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda benchmark: benchmark.name)
+def test_benchmarks_go_to_other_processes(benchmark):
+    assert pickle.loads(pickle.dumps(benchmark)).name == benchmark.name

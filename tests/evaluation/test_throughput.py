@@ -9,7 +9,7 @@ import torch
 from pmod_cli.checkpoints import bundled_path, load_model
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.adapter import PmodModel
-from pmod_cli.evaluation.lmms_tasks import load_tasks
+from pmod_cli.evaluation.questions import load_tasks
 from tests.evaluation.test_llava_hf import TINY, llava_hf
 
 QUESTIONS = 48  # per task

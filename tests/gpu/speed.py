@@ -129,7 +129,7 @@ def train(machine: Machine) -> None:
     machine.clear()
     adapted = _adapted(pair)
     calls = {name: _lora_step(adapted[name], batch) for name in (STOCK, PMOD)}
-    limit = _lora_limit(batch, subject)
+    limit = _lora_limit(batch)
     row = timed_row(f"LoRA r{RANK}, 7B shape", machine.time(calls), **PAIR, limit=limit, beyond=1.10)
     emit(row)
     emit(Row("LoRA: share of stock's time", row.value, goal=0.65, note="the paper's GPU hours: 0.777"))
@@ -149,12 +149,11 @@ def _lora_step(model, batch: Batch) -> Callable[[], None]:
     return lambda: forward_and_backward(model, decoder, batch.prompt, checkpointed=True)
 
 
-def _lora_limit(batch: Batch, subject) -> float:
+def _lora_limit(batch: Batch) -> float:
     """FLOP ratio of a step with adapters, attention causal in each of its four passes."""
     counted = batch.counted
     frozen = frozenset({"vision_tower", "projector"})
     setup = TrainingSetup(checkpointing=True, lora_rank=RANK, frozen=frozen, lora_targets=tuple(TARGETS.split("|")))
     stock = training_flops(counted.sizes, counted.rows, setup).step - 2 * counted.stock.attention_products
-    pmod = subject.pmod
-    ours = training_flops(counted.sizes, counted.rows, setup, pmod.retention, pmod.settings.target_tokens).step
+    ours = training_flops(counted.sizes, counted.rows, setup, counted.routed).step
     return (ours - 2 * counted.pmod.attention_products) / stock

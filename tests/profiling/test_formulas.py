@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from pmod_cli.checkpoints import ALIASES, builtin_config
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling import Sizes, Workload, load_subject, prefill, profile
+from pmod_cli.profiling import Routed, Sizes, Workload, load_subject, prefill, profile
 from pmod_cli.profiling.count import trace
 from pmod_cli.profiling.count.workload import Row
 from tests import factories
@@ -104,10 +104,10 @@ def test_the_formula_needs_no_torch(workdir: Path) -> None:
     code = (
         "import json, sys\n"
         "from pmod_cli.model import PmodSettings\n"
-        "from pmod_cli.profiling import Sizes, Workload, prefill\n"
+        "from pmod_cli.profiling import Routed, Sizes, Workload, prefill\n"
         "sizes = Sizes.of(json.load(open(sys.argv[1])))\n"
         "rows = Workload(((672, 672),)).rows(sizes)\n"
-        "print(prefill(sizes, rows, PmodSettings().retention(sizes.decoder.layers)).decoder)\n"
+        "print(prefill(sizes, rows, Routed(PmodSettings().retention(sizes.decoder.layers))).decoder)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -122,4 +122,4 @@ def test_half_of_the_square_is_what_a_causal_kernel_computes() -> None:
     assert half.attention_products * 2 == whole.attention_products
     assert half.paper == whole.paper
     assert PmodSettings().retention(32)[-1] == 0.15
-    assert prefill(sizes, rows, PmodSettings().retention(32)).decoder < whole.decoder
+    assert prefill(sizes, rows, Routed(PmodSettings().retention(32))).decoder < whole.decoder

@@ -10,7 +10,7 @@ import pytest
 from pmod_cli.checkpoints.aliases import bundled_path
 from pmod_cli.checkpoints.conversion import convert
 from pmod_cli.core.errors import PmodError
-from pmod_cli.profiling import Sizes, Workload, load_subject, prefill, scaled
+from pmod_cli.profiling import Routed, Sizes, Workload, load_subject, prefill, scaled
 from tests import factories
 from tests.checkpoints.mutations import change as change_anything
 
@@ -121,7 +121,7 @@ def damaged(folder: Path, seed: int) -> str:
     try:
         subject = load_subject(str(folder / "config.json"))
         sizes = Sizes.of(subject.stock)
-        prefill(sizes, Workload(image_sizes=((64, 64),)).rows(sizes), subject.pmod.retention)
+        prefill(sizes, Workload(image_sizes=((64, 64),)).rows(sizes), Routed.of(subject.pmod))
     except PmodError:
         pass
     except Exception as error:

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from pmod_cli.checkpoints import builtin_config
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling import Sizes, Workload, load_subject, profile, scaled
+from pmod_cli.profiling import Routed, Sizes, Workload, load_subject, profile, scaled
 from pmod_cli.profiling.count.memory import RESERVE, fit, inference_memory
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.devices import DEVICES, parse_memory
@@ -50,23 +50,23 @@ def test_peak_of_a_real_prefill(batch_size: int) -> None:
     rows = Workload(text_tokens=30, batch_size=batch_size).rows(sizes)
     models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
     bench = Bench(models, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), 1)
-    for name, retention in (("stock", None), ("p-mod", subject.pmod.retention)):
+    for name, routed in (("stock", None), ("p-mod", Routed.of(subject.pmod))):
         bench.filled_cache(name)
         measured = peak_bytes(lambda name=name: bench.filled_cache(name), "cpu")
-        predicted = inference_memory(sizes, rows, "float32", retention=retention)
+        predicted = inference_memory(sizes, rows, "float32", routed=routed)
         assert predicted.cache + predicted.work == pytest.approx(measured, rel=0.1), name
 
 
 def test_what_fits_is_the_most_that_fits() -> None:
     sizes = Sizes.of(builtin_config("llava-next-7b"))
     (row,) = Workload(text_tokens=58).rows(sizes)
-    retention = PmodSettings().retention(32)
+    pmod = Routed(PmodSettings().retention(32))
     device = parse_memory("24GB")
     room = device.memory - RESERVE
-    for ratios in (None, retention):
-        found = fit(sizes, row, "bfloat16", device.memory, new_tokens=64, retention=ratios)
+    for routed in (None, pmod):
+        found = fit(sizes, row, "bfloat16", device.memory, new_tokens=64, routed=routed)
         needed = [
-            inference_memory(sizes, [row] * batch, "bfloat16", new_tokens=64, retention=ratios).total
+            inference_memory(sizes, [row] * batch, "bfloat16", new_tokens=64, routed=routed).total
             for batch in (found.batch, found.batch + 1)
         ]
         assert needed[0] <= room < needed[1]

@@ -8,7 +8,16 @@ from transformers import PreTrainedModel
 from pmod_cli.checkpoints import builtin_config
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling import Sizes, TrainingSetup, Workload, load_subject, scaled, training_flops, training_memory
+from pmod_cli.profiling import (
+    Routed,
+    Sizes,
+    TrainingSetup,
+    Workload,
+    load_subject,
+    scaled,
+    training_flops,
+    training_memory,
+)
 from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.training import PARTS
@@ -46,11 +55,11 @@ def test_flops_of_a_real_step(setup: TrainingSetup) -> None:
     rows = Workload(text_tokens=9).rows(sizes)
     models = random_pair(subject, device="cpu", dtype="float32", attention="eager")
     batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
-    for model, retention in ((models.stock, None), (models.pmod, subject.pmod.retention)):
+    for model, routed in ((models.stock, None), (models.pmod, Routed.of(subject.pmod))):
         train_mode(model, setup)
         with FlopCounterMode(display=False) as counter:
             step(model, batch)
-        counted = training_flops(sizes, rows, setup, retention).step
+        counted = training_flops(sizes, rows, setup, routed).step
         assert counter.get_total_flops() == pytest.approx(counted, rel=1e-3)
 
 
@@ -72,12 +81,12 @@ def test_memory_of_a_real_step(
     models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
     batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
     setup = TrainingSetup(precision=precision, checkpointing=checkpointing)
-    for model, retention in ((models.stock, None), (models.pmod, subject.pmod.retention)):
+    for model, routed in ((models.stock, None), (models.pmod, Routed.of(subject.pmod))):
         train_mode(model, setup)
         step(model, batch, low=precision == "bfloat16")
         measured = peak_bytes(lambda model=model: step(model, batch, low=precision == "bfloat16"), "cpu")
-        predicted = training_memory(sizes, rows, setup, retention)
-        held = parameters(sizes, sum(ratio < 1 for ratio in retention or ()))
+        predicted = training_memory(sizes, rows, setup, routed)
+        held = parameters(sizes, sum(routed.has_router) if routed else 0)
         beyond = predicted.total - 4 * held.total - 8 * (held.total - held.tower)
         assert beyond == pytest.approx(measured, rel=0.1), (predicted, measured)
 
@@ -93,12 +102,12 @@ def test_numbers_of_weights() -> None:
 def test_what_shares_and_what_freezes_needs_less() -> None:
     sizes = Sizes.of(builtin_config("llava-next-7b"))
     rows = Workload(text_tokens=200, batch_size=4).rows(sizes)
-    retention = PmodSettings().retention(32)
+    pmod = Routed(PmodSettings().retention(32))
 
-    def total(routed: list[float] | None = None, **setup) -> float:
+    def total(routed: Routed | None = None, **setup) -> float:
         return training_memory(sizes, rows, TrainingSetup(precision="bfloat16", **setup), routed).total / 2**30
 
-    assert total() > total(retention)
+    assert total() > total(pmod)
     assert total() > total(checkpointing=True)
     assert total(checkpointing=True, accumulation=2) >= total(checkpointing=True)
     engines = [total(checkpointing=True, engine=engine, devices=8) for engine in ("ddp", "zero1", "zero2", "zero3")]

@@ -17,8 +17,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
-from pmod_cli.training.distributed import Distributed
-from pmod_cli.training.launch import launch, launcher_arguments
+from pmod_cli.training.launch import Distributed, launch, launcher_arguments
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 

@@ -14,14 +14,13 @@ from pmod_cli.checkpoints import convert, load_model, router_state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.model import PmodSettings, capture_selection
-from pmod_cli.training.arguments import training_arguments
 from pmod_cli.training.folder import LOG, SETTINGS, STATE
 from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of, repeat_in_backward
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import Counting, SyntheticDocuments
 from pmod_cli.training.settings import Settings
-from pmod_cli.training.trainer import PmodTrainer
+from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
 
 

@@ -11,11 +11,10 @@ from pmod_cli.checkpoints import convert, load_model
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
-from pmod_cli.training.arguments import training_arguments
 from pmod_cli.training.parts import freeze
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run_data import COUNTS, Counting
-from pmod_cli.training.trainer import PmodTrainer
+from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
 from tests.factories import save_stock
 from tests.model.published import golden, our_model, our_name
@@ -84,7 +83,7 @@ def test_a_step_costs_what_its_flops_say(pair, tmp_path):
     """CPU time of p-MoD against stock, in turn, against the ratio of the FLOPs that are counted for them."""
     from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling.count.training import TrainingSetup, training_flops
-    from pmod_cli.profiling.count.workload import Row, Workload
+    from pmod_cli.profiling.count.workload import Routed, Row, Workload
 
     stock, pmod, processor = pair
     batch = batch_of(processor, images=8)
@@ -93,7 +92,7 @@ def test_a_step_costs_what_its_flops_say(pair, tmp_path):
     image = replace(Workload().rows(sizes)[0].images[0], base=16, high_resolution=vision // 8 - 16)
     rows = [Row((image,) * 8, batch["input_ids"].shape[1] - vision)]
     routed, whole = (
-        training_flops(sizes, rows, TrainingSetup(), retention).step for retention in (pmod.config.retention, None)
+        training_flops(sizes, rows, TrainingSetup(), which).step for which in (Routed.of(pmod.config), None)
     )
     trainers = [trainer_of(model, tmp_path, frozen=["vision_tower"]) for model in (stock, pmod)]
     threads = torch.get_num_threads()

@@ -12,9 +12,9 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
 from pmod_cli.data.templates import IGNORED
 from pmod_cli.model import PmodSettings
-from pmod_cli.training import sweep as module
+from pmod_cli.training import ablation_sweep as module
+from pmod_cli.training.ablation_sweep import Cell, cells_of, markdown, sweep, table
 from pmod_cli.training.recipe import load_settings
-from pmod_cli.training.sweep import Cell, cells_of, markdown, sweep, table
 from pmod_cli.training.teacher_forced import answered, right_answers
 
 QUICK = ["train.max_steps=1", "train.batch_size=2", "model.calibration_images=2"]

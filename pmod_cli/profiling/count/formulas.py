@@ -8,7 +8,7 @@ trace of every case would take hours:
 
     sizes = Sizes.of(json.load(open("config.json")))
     rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(sizes)
-    prefill(sizes, rows, PmodSettings(shift=0.45).retention(sizes.decoder.layers)).full
+    prefill(sizes, rows, Routed(PmodSettings(shift=0.45).retention(sizes.decoder.layers))).full
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import prod
 
 from pmod_cli.families.sizes import Decoder, Sizes, Tower
-from pmod_cli.profiling.count.workload import Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ class Prefill:
 def prefill(
     sizes: Sizes,
     rows: Sequence[Row],
-    retention: Sequence[float] | None = None,
-    target_tokens: str = "vision_all",
+    routed: Routed | None = None,
     *,
-    routers: Sequence[bool] | None = None,
     attention: float = 1.0,
 ) -> Prefill:
     """Count the prefill of one batch.
@@ -69,18 +67,15 @@ def prefill(
     Args:
         sizes: The model.
         rows: The batch, as `Workload.rows` makes it.
-        retention: Retention ratio of each layer, length L; None is the stock model.
-        target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
-        routers: Which layers have a router, length L; None is those that keep less than all.
+        routed: What p-MoD changes; None is the stock model.
         attention: Share of the rectangle of queries and keys that is counted: 0.5 is what a causal kernel computes.
     """
     decoder, batch = sizes.decoder, len(rows)
     longest = max(row.tokens for row in rows)
-    anything = any(row.routable(target_tokens) for row in rows)  # a batch without images meets no router
-    ratios = [1.0] * decoder.layers if retention is None else list(retention)
+    routed = routed or Routed.stock(decoder.layers)
+    anything = any(row.routable(routed.target_tokens) for row in rows)  # a batch without images meets no router
     matrix = products = 0
-    has_router = [ratio < 1 for ratio in ratios] if routers is None else routers
-    for router, (_, tokens) in zip(has_router, layer_tokens(rows, ratios, target_tokens), strict=True):
+    for router, (_, tokens) in zip(routed.has_router, layer_tokens(rows, routed), strict=True):
         matrix += layer_matrix(decoder, tokens, longest if router and anything else 0)
         products += attention_products(decoder, tokens)
     return Prefill(

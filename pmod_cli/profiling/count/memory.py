@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pmod_cli.core.text import GIB
 from pmod_cli.families.sizes import Decoder, Sizes
 from pmod_cli.profiling.count.formulas import parameters
-from pmod_cli.profiling.count.workload import Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -103,9 +103,7 @@ def inference_memory(
     dtype: str,
     *,
     new_tokens: int = 0,
-    retention: Sequence[float] | None = None,
-    target_tokens: str = "vision_all",
-    routers: Sequence[bool] | None = None,
+    routed: Routed | None = None,
 ) -> InferenceMemory:
     """Bytes that a batch needs.
 
@@ -114,15 +112,12 @@ def inference_memory(
         rows: The batch; shorter rows are padded.
         dtype: Of weights and cache, one of `DTYPE_BYTES`.
         new_tokens: Tokens decoded after the prefill.
-        retention: Retention ratio of each layer, length L; None is the stock model.
-        target_tokens: `vision_all` or `vision_hr`.
-        routers: Which layers have a router, length L; None is those that keep less than all.
+        routed: What p-MoD changes; None is the stock model.
     """
     decoder, size = sizes.decoder, DTYPE_BYTES[dtype]
-    ratios = [1.0] * decoder.layers if retention is None else list(retention)
-    gathered = [tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
+    routed = routed or Routed.stock(decoder.layers)
+    gathered = [tokens for _, tokens in layer_tokens(rows, routed)]
     longest = max(row.tokens for row in rows)
-    number = sum(routers or (ratio < 1 for ratio in ratios))
     token = bytes_per_token(decoder, dtype)
     cache = token * (sum(gathered) + decoder.layers * new_tokens)
     so_far = itertools.accumulate(gathered)
@@ -131,7 +126,7 @@ def inference_memory(
         for held, tokens in zip(so_far, gathered, strict=True)
     ]
     return InferenceMemory(
-        weights=parameters(sizes, number).total * size,
+        weights=parameters(sizes, sum(routed.has_router)).total * size,
         cache=len(rows) * cache,
         work=len(rows) * max(0, max(peaks) - cache),
     )
@@ -144,9 +139,7 @@ def fit(
     memory: int,
     *,
     new_tokens: int = 0,
-    retention: Sequence[float] | None = None,
-    target_tokens: str = "vision_all",
-    routers: Sequence[bool] | None = None,
+    routed: Routed | None = None,
 ) -> Fit:
     """The largest batch of a prompt, and the longest text beside its images, that a device holds.
 
@@ -156,23 +149,12 @@ def fit(
         dtype: Of weights and cache.
         memory: Bytes of the device; all but `RESERVE` is used.
         new_tokens: As in `inference_memory`.
-        retention: As in `inference_memory`.
-        target_tokens: As in `inference_memory`.
-        routers: As in `inference_memory`.
+        routed: As in `inference_memory`.
     """
     room = memory - RESERVE
 
     def needed(text_tokens: int) -> InferenceMemory:
-        prompt = Row(row.images, text_tokens)
-        return inference_memory(
-            sizes,
-            [prompt],
-            dtype,
-            new_tokens=new_tokens,
-            retention=retention,
-            target_tokens=target_tokens,
-            routers=routers,
-        )
+        return inference_memory(sizes, [Row(row.images, text_tokens)], dtype, new_tokens=new_tokens, routed=routed)
 
     one = needed(row.text_tokens)
     batch = max(0, (room - one.weights) // (one.cache + one.work))

@@ -20,7 +20,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import Routing
 from pmod_cli.profiling.count.operators import Count, count
-from pmod_cli.profiling.count.workload import Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 
 FLOPS_PER_MAC = 2
 
@@ -132,28 +132,25 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def decoder_cost(
-    model: PreTrainedModel, rows: Sequence[Row], retention: Sequence[float], target_tokens: str = "vision_all"
-) -> DecoderCost:
+def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) -> DecoderCost:
     """Count the prefill of one batch, each decoder layer at its own number of tokens, and one decode step.
 
     Args:
         model: A LLaVA on the meta device, stock or p-MoD.
         rows: The batch.
-        retention: Retention ratio of each layer, length L; 1.0 everywhere for a stock model.
-        target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
+        routed: What its layers keep; a stock model's keep everything.
     """
     decoder = model.model.language_model
     longest = max(row.tokens for row in rows)
     counts: dict[tuple, Count] = {}  # layers of one model differ only in ratio, router, and whether they choose
     layers = []
     for index, (layer, ratio, (vision, tokens)) in enumerate(
-        zip(decoder.layers, retention, layer_tokens(rows, retention, target_tokens), strict=True)
+        zip(decoder.layers, routed.retention, layer_tokens(rows, routed), strict=True)
     ):
-        routed, chosen_at = getattr(layer, "router", None) is not None, getattr(layer, "chosen_at", None)
-        alike = (ratio, routed, chosen_at == index)
+        has_router, chosen_at = getattr(layer, "router", None) is not None, getattr(layer, "chosen_at", None)
+        alike = (ratio, has_router, chosen_at == index)
         if alike not in counts:
-            routing = batch_routing(rows, target_tokens) if routed or chosen_at is not None else None
+            routing = batch_routing(rows, routed.target_tokens) if has_router or chosen_at is not None else None
             if chosen_at not in (None, index):
                 routing.hold(chosen_at, torch.empty(len(rows), longest, dtype=torch.int64, device="meta"))
             counts[alike] = _count_layer(decoder, index, len(rows), longest, routing)
@@ -165,7 +162,7 @@ def decoder_cost(
                 retention=ratio,
                 vision_tokens=vision,
                 tokens=tokens,
-                router_tokens=longest if routed else 0,
+                router_tokens=longest if has_router else 0,
                 attention=FLOPS_PER_MAC * (counted.linear - mlp - router),
                 attention_products=FLOPS_PER_MAC * counted.attention_products,
                 mlp=FLOPS_PER_MAC * mlp,

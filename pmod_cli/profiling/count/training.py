@@ -3,8 +3,8 @@
     sizes = Sizes.of(config)
     rows = Workload(((672, 672),), text_tokens=200, batch_size=4).rows(sizes)
     setup = TrainingSetup(precision="bfloat16", checkpointing=True)
-    training_memory(sizes, rows, setup, retention).total      # bytes on one device
-    training_flops(sizes, rows, setup, retention).step        # FLOPs of forward and backward on one device
+    training_memory(sizes, rows, setup, Routed(retention)).total  # bytes on one device
+    training_flops(sizes, rows, setup, Routed(retention)).step    # FLOPs of forward and backward on one device
 
 The counts of saved tensors were read off the autograd graph of transformers' layers and are held to what a real step
 allocates (`tests/profiling/test_training.py`); what several devices share is arithmetic.
@@ -19,7 +19,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.formulas import Parameters, parameters
-from pmod_cli.profiling.count.workload import Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 
 PARTS = ("language_model", "projector", "vision_tower", "router")
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -140,10 +140,7 @@ def training_flops(
     sizes: Sizes,
     rows: Sequence[Row],
     setup: TrainingSetup,
-    retention: Sequence[float] | None = None,
-    target_tokens: str = "vision_all",
-    *,
-    routers: Sequence[bool] | None = None,
+    routed: Routed | None = None,
 ) -> TrainingFlops:
     """FLOPs of a forward and a backward pass of one batch.
 
@@ -154,21 +151,19 @@ def training_flops(
         sizes: The model.
         rows: The batch of one device.
         setup: How it is trained.
-        retention: Retention ratio of each layer, length L; None is the stock model.
-        target_tokens: `vision_all` or `vision_hr`.
-        routers: Which layers have a router, length L; None is those that keep less than all.
+        routed: What p-MoD changes; None is the stock model.
 
     Raises:
         PmodError: An adapter's target that no layer has.
     """
-    counted = formulas.prefill(sizes, rows, retention, target_tokens, routers=routers)
+    counted = formulas.prefill(sizes, rows, routed)
     tower, projector = setup.trains("vision_tower"), setup.trains("projector")
     weights = counted.matrix + counted.lm_head if setup.trains("language_model") else 0
     backward = counted.matrix + counted.lm_head + 2 * counted.attention_products + weights  # inputs, then weights
-    ratios = _ratios(sizes, retention)
-    gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
+    routed = routed or Routed.stock(sizes.decoder.layers)
+    gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, routed)]
     adapters = 2 * sum(gathered) * _adapter(sizes, setup) if setup.lora_rank else 0
-    whole = sum(tokens for tokens, ratio in zip(gathered, ratios, strict=True) if ratio == 1)
+    whole = sum(tokens for tokens, ratio in zip(gathered, routed.retention, strict=True) if ratio == 1)
     last = 2 * whole * sizes.decoder.hidden * sizes.decoder.inner
     first = sum(row.patches for row in rows) * 2 * sizes.tower.features * sizes.tower.hidden * sizes.decoder.hidden
     if projector:
@@ -187,10 +182,7 @@ def training_memory(
     sizes: Sizes,
     rows: Sequence[Row],
     setup: TrainingSetup,
-    retention: Sequence[float] | None = None,
-    target_tokens: str = "vision_all",
-    *,
-    routers: Sequence[bool] | None = None,
+    routed: Routed | None = None,
 ) -> TrainingMemory:
     """Peak bytes of a training step on one device, once the optimizer has its states.
 
@@ -201,18 +193,17 @@ def training_memory(
         sizes: The model.
         rows: The batch of one device, padded to its longest row.
         setup: How it is trained.
-        retention: Retention ratio of each layer, length L; None is the stock model.
-        target_tokens: `vision_all` or `vision_hr`.
-        routers: Which layers have a router, length L; None is those that keep less than all.
+        routed: What p-MoD changes; None is the stock model.
     """
-    decoder, ratios = sizes.decoder, _ratios(sizes, retention)
+    decoder, routed = sizes.decoder, routed or Routed.stock(sizes.decoder.layers)
     adapter = _adapter(sizes, setup) if setup.lora_rank else 0
-    numbers = parameters(sizes, sum(routers or (ratio < 1 for ratio in ratios)), adapter)
+    numbers = parameters(sizes, sum(routed.has_router), adapter)
     positions = len(rows) * max(row.tokens for row in rows)
-    gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, ratios, target_tokens)]
+    gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, routed)]
 
     low = setup.precision == "bfloat16"
-    held = [_saved(sizes, setup, positions, tokens, ratio < 1) for tokens, ratio in zip(gathered, ratios, strict=True)]
+    layers = zip(gathered, routed.retention, strict=True)
+    held = [_saved(sizes, setup, positions, tokens, ratio < 1) for tokens, ratio in layers]
     work = [_work_space(sizes, positions, tokens, low) for tokens in gathered]
     inputs = 4 * positions * decoder.hidden  # of a layer: the residual stream is float32
     tower = 4 * sum(row.tiles for row in rows) * sizes.tower.tokens * sizes.tower.hidden  # its stream, float32
@@ -243,10 +234,6 @@ def training_memory(
         moments = [(copies, all_gradients, *rest) for copies, _, *rest in moments]
     moments.append((0, all_gradients, 0, 0))  # the optimizer's step
     return _shared(numbers, setup, *max(moments, key=sum))
-
-
-def _ratios(sizes: Sizes, retention: Sequence[float] | None) -> list[float]:
-    return [1.0] * sizes.decoder.layers if retention is None else list(retention)
 
 
 def _saved(sizes: Sizes, setup: TrainingSetup, positions: int, tokens: int, routed: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import ImageTokens, Sizes, image_tokens
@@ -121,18 +122,48 @@ class Row:
         return self.vision_tokens - routable + kept_tokens(routable, ratio)
 
 
-def layer_tokens(rows: Sequence[Row], retention: Sequence[float], target_tokens: str) -> list[tuple[int, int]]:
+@dataclass(frozen=True)
+class Routed:
+    """What p-MoD changes in a count: how many of which vision tokens each layer keeps.
+
+    Args:
+        retention: Retention ratio of each layer, length L.
+        target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
+        routers: Which layers have a router, length L; None is those that keep less than all.
+    """
+
+    retention: Sequence[float]
+    target_tokens: str = "vision_all"
+    routers: Sequence[bool] | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Routed:
+        """Of a p-MoD configuration."""
+        return cls(config.retention, config.settings.target_tokens, config.has_router)
+
+    @classmethod
+    def stock(cls, layers: int) -> Routed:
+        """A stock model of so many layers: each keeps everything."""
+        return cls([1.0] * layers)
+
+    @property
+    def has_router(self) -> Sequence[bool]:
+        """Which layers have a router, length L."""
+        return [ratio < 1 for ratio in self.retention] if self.routers is None else self.routers
+
+    @property
+    def mean_retention(self) -> float:
+        """Mean of the retention ratios over the layers."""
+        return sum(self.retention) / len(self.retention)
+
+
+def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:
     """(K, M) of each layer: vision tokens and all tokens, each in the row where it is most; M is what a layer gathers.
 
     A layer that keeps nothing of a prompt without text gathers one filler.
-
-    Args:
-        rows: The batch.
-        retention: Retention ratio of each layer, length L.
-        target_tokens: `vision_all` or `vision_hr`.
     """
     tokens = []
-    for ratio in retention:
-        kept = [row.kept(target_tokens, ratio) for row in rows]
+    for ratio in routed.retention:
+        kept = [row.kept(routed.target_tokens, ratio) for row in rows]
         tokens.append((max(kept), max(1, *(k + row.text_tokens for k, row in zip(kept, rows, strict=True)))))
     return tokens

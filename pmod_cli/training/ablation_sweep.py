@@ -15,13 +15,19 @@ from datetime import datetime
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter, process_time
+from typing import TYPE_CHECKING
 
 from pmod_cli import recipes
 from pmod_cli.core.atomic import Busy, locked, write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.settings import Settings
+
+if TYPE_CHECKING:
+    from pmod_cli.training.plan import DataShape
+
 
 CELLS = "cells"
 REFERENCE = "p-mod"  # the recipe that the others of a group change in one thing
@@ -148,29 +154,26 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
 
 
 def markdown(found: dict) -> str:
-    """The table as Markdown, rows grouped by what they change, the reference at the head of each group."""
-    rows = {row["recipe"]: row for row in found["rows"]}
-    tasks = next((list(row["score_percent"]) for row in rows.values() if "score_percent" in row), [])
-    head = ["recipe", "retention", *tasks, "mean", "seeds"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    reference = rows.get(REFERENCE)
-    group = None
-    for name, row in rows.items():
-        if "-" in name and name != REFERENCE and name.partition("-")[0] != group and reference:
+    """The table as Markdown, rows grouped by what they change, the reference first."""
+    tasks = next((list(row["score_percent"]) for row in found["rows"] if "score_percent" in row), [])
+    head, lines, group = ["recipe", "retention", *tasks, "mean", "seeds"], [], None
+    for row in found["rows"]:
+        name = row["recipe"]
+        if "-" in name and name != REFERENCE and name.partition("-")[0] != group:
             group = name.partition("-")[0]
-            lines.append(f"| **{group}** " + "| " * (len(head) - 1) + "|")
-        lines.append("| " + " | ".join(_cells_of_row(name, row, tasks)) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([group, *[""] * (len(head) - 1)])
+        lines.append(_cells_of_row(row, tasks))
+    return markdown_table(head, lines) + "\n"
 
 
-def _cells_of_row(name: str, row: dict, tasks: list[str]) -> list[str]:
-    retention = "" if row["mean_retention"] is None else f"{row['mean_retention']:.4f}"
+def _cells_of_row(row: dict, tasks: list[str]) -> list[str]:
+    head = [row["recipe"], "" if row["mean_retention"] is None else f"{row['mean_retention']:.4f}"]
     if "score_percent" not in row:
         why = "; ".join(sorted(set(row["failed"].values()))) or "not run"
-        return [name, retention, *[""] * len(tasks), why, "0"]
+        return [*head, *[""] * len(tasks), why, "0"]
     scores = [_shown(row["score_percent"][task]) for task in tasks]
     failed = f" ({len(row['failed'])} failed)" if row["failed"] else ""
-    return [name, retention, *scores, _shown(row["mean_score_percent"]), f"{len(row['seeds'])}{failed}"]
+    return [*head, *scores, _shown(row["mean_score_percent"]), f"{len(row['seeds'])}{failed}"]
 
 
 def _shown(value: dict) -> str:
@@ -280,3 +283,79 @@ def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def plan_sweep(
+    cells: Sequence[Cell], out: Path, *, overrides: Sequence[str] = (), images: int = IMAGES, device: str = "cpu"
+) -> dict:
+    """What ``sweep`` would do. No weights are read, and nothing is written.
+
+    Args:
+        cells: as ``sweep`` takes them, and so are the others.
+        out: the folder of the sweep.
+        overrides: ``key.path=value``.
+        images: unseen documents of each task that a cell is scored on.
+        device: where to run.
+
+    Returns:
+        A row a recipe, and the sums: cells, those done and left, FLOPs and (where a cell is done) CPU seconds of those
+        left.
+
+    Raises:
+        PmodError: whatever ``sweep`` would refuse before its first cell.
+    """
+    wanted = prepared(cells, out, overrides, images, device)
+    shapes: dict[str, DataShape] = {}
+    rows, seconds = [], []
+    for recipe in dict.fromkeys(cell.recipe for cell in cells):
+        mine = [cell for cell in cells if cell.recipe == recipe]
+        found = {cell.seed: read_result(out, cell) for cell in mine}
+        done = [seed for seed, result in found.items() if result is not None]
+        seconds += [result["cpu_seconds"] for result in found.values() if result and "cpu_seconds" in result]
+        row = _row(wanted[mine[0]], shapes)
+        left = len(mine) - len(done)
+        rows.append(
+            {
+                "recipe": recipe.rpartition("/")[2],
+                "done": done,
+                "left": [cell.seed for cell in mine if cell.seed not in done],
+                **row,
+                "flops_left": row["flops_per_cell"] * left,
+            }
+        )
+    left = sum(len(row["left"]) for row in rows)
+    return {
+        "schema_version": 1,
+        "folder": str(out),
+        "device": device,
+        "cells": len(cells),
+        "done": len(cells) - left,
+        "left": left,
+        "flops_left": sum(row["flops_left"] for row in rows),
+        "cpu_seconds_left": round(mean(seconds) * left, 1) if seconds else None,
+        "rows": rows,
+    }
+
+
+def _row(settings: Settings, shapes: dict[str, "DataShape"]) -> dict:
+    """Of one cell. Its data are sampled once for all recipes that read the same."""
+    from pmod_cli.families.sizes import Sizes  # these import torch, which no refusal has to wait for
+    from pmod_cli.training.cost import run_flops
+    from pmod_cli.training.plan import data_shape, subject_of
+
+    known, _ = subject_of(settings)
+    sizes, per_step = Sizes.of(known.stock), settings.rows_per_step()
+    read = repr((asdict(settings.data), settings.model.name, per_step))
+    if read not in shapes:
+        shapes[read] = data_shape(settings, sizes, per_step)
+    shape, steps = shapes[read], settings.steps(shapes[read].rows)
+    config, trained = known.pmod if known.runs_routed else known.stock, steps * per_step
+    ratios = known.pmod.retention if known.runs_routed else [1.0]
+    tokens, vision = round(shape.tokens * trained), round(shape.vision_tokens * trained)
+    return {
+        "mean_retention": sum(ratios) / len(ratios),
+        "steps": steps,
+        "rows": trained,
+        "tokens": tokens,
+        "flops_per_cell": run_flops(settings, config, trained, tokens, vision),
+    }

@@ -7,9 +7,11 @@ directory.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,15 +20,9 @@ from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.hardware import find_accelerator, require_device
 
-DTYPES = {
-    "auto": "auto",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "float16": "float16",
-    "fp16": "float16",
-    "float32": "float32",
-    "fp32": "float32",
-}
+DTYPES = {name: name for name in ("auto", "bfloat16", "float16", "float32")}
+DTYPES |= {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+CURRENT = Path(".pmod", "current")
 
 
 def _offline(offline: bool) -> bool:
@@ -47,21 +43,26 @@ def _progress(shown: bool) -> bool:
     return shown
 
 
-def _dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise typer.BadParameter(f"{name!r} is not a dtype. Known: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _device_number(index: str) -> bool:
-    return index.isascii() and index.isdigit() and len(index) < 4
-
-
 def _device(name: str) -> str:
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not _device_number(index)):
+    if not re.fullmatch(r"(auto|cpu|cuda|mps)(:[0-9]{0,3})?", name):
         raise typer.BadParameter(f"{name!r} is not a device. Known: auto, cpu, cuda, cuda:N, mps")
     return name
+
+
+def check_name(name: str, known: Iterable[str], what: str) -> str:
+    """The name, if it is one of those that are known.
+
+    Raises:
+        typer.BadParameter: it is not a `what`; the known names are listed.
+    """
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not a {what}. Known: {', '.join(known)}")
+    return name
+
+
+def one_of_these(known: Iterable[str], what: str) -> Callable[[str | None], str | None]:
+    """The callback of an option that takes these names alone; an option that was not given stays None."""
+    return lambda name: name if name is None else check_name(name, known, what)
 
 
 def option_under(panel: str) -> partial:
@@ -93,7 +94,13 @@ DeviceOpt = Annotated[
     str, typer.Option("--device", callback=_device, metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")
 ]
 DtypeOpt = Annotated[
-    str, typer.Option("--dtype", callback=_dtype, metavar="DTYPE", help="auto, bfloat16, float16 or float32.")
+    str,
+    typer.Option(
+        "--dtype",
+        callback=lambda name: DTYPES[check_name(name, DTYPES, "dtype")],
+        metavar="DTYPE",
+        help="auto, bfloat16, float16 or float32.",
+    ),
 ]
 SeedOpt = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything that is drawn.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -140,15 +147,17 @@ def pick_device(device: str) -> str:
     return found or "cpu"
 
 
-def layer_list(text: str | None) -> list[int] | None:
-    """`8,14` of --select-at."""
-    parts = None if text is None else [part.strip() for part in text.split(",")]
-    if parts is not None and not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
-        raise PmodError(f"--select-at {text!r:.60}: expected layers separated by commas, such as 8,14")
-    return None if parts is None else [int(part) for part in parts]
+def given_settings(*, select_at: str | None, **settings: Any) -> dict[str, Any]:
+    """The fields of `PmodSettings` that were typed, `8,14` of --select-at as a list.
 
-
-CURRENT = Path(".pmod", "current")
+    Raises:
+        PmodError: --select-at is no list of layers.
+    """
+    if select_at is not None:
+        if not re.fullmatch(r"\s*[0-9]{1,5}\s*(,\s*[0-9]{1,5}\s*)*", select_at):
+            raise PmodError(f"--select-at {select_at!r:.60}: expected layers separated by commas, such as 8,14")
+        settings["select_at"] = [int(part) for part in select_at.split(",")]
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def default_model() -> Path | None:

@@ -20,7 +20,7 @@ from pmod_cli.commands.common import (
     QuietOpt,
     RevisionOpt,
     SeedOpt,
-    layer_list,
+    given_settings,
     option_under,
     record_current,
 )
@@ -179,21 +179,20 @@ def convert(
         verify=verify,
         offline=offline,
     )
-    wanted = {
-        "schedule": schedule,
-        "shift": shift,
-        "mean": target_retention,
-        "max_ratio": max_ratio,
-        "min_ratio": min_ratio,
-        "values": _numbers(ratios),
-        "norm": norm,
-        "alpha": alpha,
-        "string": string,
-        "target_tokens": target_tokens,
-        "selection": selection,
-        "select_at": layer_list(select_at),
-    }
-    wanted = {key: value for key, value in wanted.items() if value is not None}
+    wanted = given_settings(
+        schedule=schedule,
+        shift=shift,
+        mean=target_retention,
+        max_ratio=max_ratio,
+        min_ratio=min_ratio,
+        values=_numbers(ratios),
+        norm=norm,
+        alpha=alpha,
+        string=string,
+        target_tokens=target_tokens,
+        selection=selection,
+        select_at=select_at,
+    )
     if not layout.routed and (wanted or target_flops is not None):
         names = sorted([*wanted, *([] if target_flops is None else ["target_flops"])])
         raise PmodError(

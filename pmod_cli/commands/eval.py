@@ -21,6 +21,7 @@ from pmod_cli.commands.common import (
     RevisionOpt,
     SeedOpt,
     model_or_default,
+    one_of_these,
     option_under,
     pick_device,
 )
@@ -69,12 +70,6 @@ def _batch_size(text: str) -> tuple[int, bool]:
     if not number.isdigit() or (number == "0") != (text == "auto"):
         raise typer.BadParameter(f"{text!r} is neither a number of rows, nor auto, nor auto:N")
     return int(number), first == "auto"
-
-
-def _format(name: str) -> str:
-    if name not in FORMATS:
-        raise typer.BadParameter(f"{name!r} is not a format. Known: {', '.join(FORMATS)}")
-    return name
 
 
 def eval(
@@ -158,7 +153,8 @@ def eval(
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     shown_as: Annotated[
-        str, _report("--format", callback=_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
+        str,
+        _report("--format", callback=one_of_these(FORMATS, "format"), metavar="FORMAT", help=f"{', '.join(FORMATS)}."),
     ] = "table",
     revision: RevisionOpt = None,
     offline: OfflineOpt = False,

@@ -26,16 +26,14 @@ from pmod_cli.commands.common import (
     pick_device,
     record_current,
 )
-from pmod_cli.commands.finetune_eval import evaluate
+from pmod_cli.commands.finetune_runs import evaluate, run_here, run_sweep
 from pmod_cli.commands.finetune_show import (
-    Watching,
     refuse_unfit,
     show_check,
     show_plan,
     show_report,
     silence_transformers,
 )
-from pmod_cli.commands.finetune_sweep import run_sweep
 from pmod_cli.core import output
 from pmod_cli.core.errors import INTERRUPTED, PmodError, require
 from pmod_cli.core.folders import staging_of
@@ -236,7 +234,6 @@ def finetune(
 
     from pmod_cli.training import folder
     from pmod_cli.training.launch import launch
-    from pmod_cli.training.run import finetune as run
 
     if engine is not None and not distributed.is_launch and not launched:
         output.warn(f"--engine {engine}: one process shares nothing; it is used with --num-processes")
@@ -255,17 +252,7 @@ def finetune(
         report = launch(distributed, job, lambda command: output.note(f"$ {command}"))
         report = replace(report, path=out)
     else:
-        with Watching(settings) as watching:
-            report = run(
-                settings,
-                out,
-                device=device,
-                resume=resume,
-                overwrite=overwrite,
-                on_open=lambda: output.note(f"run folder: {out}"),
-                on_note=output.warn,
-                on_step=watching.update,
-            )
+        report = run_here(settings, out, device=device, resume=resume, overwrite=overwrite, named=out)
     if report.status == "interrupted":
         again = f" --num-processes {num_processes}" if num_processes > 1 else ""
         again, where = (f"{again} --overwrite", staging_of(out)) if overwrite else (again, out)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from pmod_cli.core import output
-
-if TYPE_CHECKING:
-    from pmod_cli.data.check import DataReport
-    from pmod_cli.training.settings import Settings
-    from pmod_cli.training.summary import FinetuneReport
-    from pmod_cli.training.watch import Step
-
-
-from typing import TYPE_CHECKING
-
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.text import disk_size, memory_size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pmod_cli.data.check import DataReport
     from pmod_cli.training.cost import Remedy
     from pmod_cli.training.plan import Plan
+    from pmod_cli.training.settings import Settings
+    from pmod_cli.training.summary import FinetuneReport
+    from pmod_cli.training.watch import Step
 
 
 def silence_transformers() -> None:
@@ -229,3 +225,30 @@ def _flags(remedy: Remedy, processes: int) -> str:
     """A remedy as the words of the command."""
     words = [f"`{key}={str(value).lower()}`" for key, value in remedy.settings.items()]
     return " ".join([*words, *([f"`num_processes={remedy.processes}`"] if remedy.processes != processes else [])])
+
+
+def show_sweep(found: dict[str, Any], out: Path, as_json: bool, quiet: bool, table: str | None = None) -> None:
+    """The plan of a sweep, or its results as a Markdown table."""
+    if as_json:
+        output.print_json(found)
+    elif quiet:
+        output.print_line(out)
+    elif table is not None:
+        output.print_line(table.rstrip())
+    else:
+        _show_sweep_plan(found)
+
+
+def _show_sweep_plan(plan: dict[str, Any]) -> None:
+    table = Table("recipe", "vision tokens kept", "steps", "rows", "FLOPs a cell", "seeds done", "left")
+    for row in plan["rows"]:
+        done, left = (", ".join(map(str, row[name])) or "-" for name in ("done", "left"))
+        counts = (f"{row['steps']:,}", f"{row['rows']:,}", f"{row['flops_per_cell']:.3g}")
+        table.add_row(row["recipe"], f"{row['mean_retention']:.2%}", *counts, done, left)
+    output.stdout.print(table)
+    seconds = plan["cpu_seconds_left"]
+    took = "" if seconds is None else f", {seconds / 3600:.1f} CPU hours by the cells that are done"
+    output.print_line(
+        f"{plan['cells']} cells in {plan['folder']}: {plan['done']} done, {plan['left']} left, "
+        f"{plan['flops_left']:.3g} FLOPs{took}"
+    )

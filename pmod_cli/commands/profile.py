@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,8 +15,9 @@ from pmod_cli.commands.common import (
     OfflineOpt,
     RevisionOpt,
     default_model,
-    layer_list,
+    given_settings,
     model_or_default,
+    one_of_these,
     option_under,
     pick_device,
 )
@@ -28,8 +29,6 @@ from pmod_cli.commands.profile_checks import (
     check_files,
     check_used,
     image_sizes,
-    known_format,
-    known_report,
     known_tasks,
     some_of,
 )
@@ -64,7 +63,10 @@ def profile(
     report: Annotated[
         str,
         typer.Option(
-            "--report", callback=known_report, metavar="|".join(REPORTS), help="What to show; all is all counts."
+            "--report",
+            callback=one_of_these(REPORTS, "report"),
+            metavar="|".join(REPORTS),
+            help="What to show; all is all counts.",
         ),
     ] = "flops",
     model: ModelOpt = None,
@@ -110,7 +112,10 @@ def profile(
     output_format: Annotated[
         str | None,
         typer.Option(
-            "--format", callback=known_format, metavar="FORMAT", help=f"{', '.join(FORMATS)}. (default: table)"
+            "--format",
+            callback=one_of_these(FORMATS, "format"),
+            metavar="FORMAT",
+            help=f"{', '.join(FORMATS)}. (default: table)",
         ),
     ] = None,
     macs: Annotated[bool, typer.Option("--macs", help="Show multiply-adds instead of FLOPs.")] = False,
@@ -189,17 +194,16 @@ def profile(
     from pmod_cli import profiling
     from pmod_cli.checkpoints import resolve
 
-    overrides: dict[str, Any] = {
-        "schedule": schedule,
-        "shift": shift,
-        "mean": target_retention,
-        "max_ratio": max_ratio,
-        "min_ratio": min_ratio,
-        "target_tokens": target_tokens,
-        "selection": selection,
-        "select_at": layer_list(select_at),
-    }
-    overrides = {key: value for key, value in overrides.items() if value is not None}
+    overrides = given_settings(
+        schedule=schedule,
+        shift=shift,
+        mean=target_retention,
+        max_ratio=max_ratio,
+        min_ratio=min_ratio,
+        target_tokens=target_tokens,
+        selection=selection,
+        select_at=select_at,
+    )
     subject = profiling.load_subject(name, overrides, revision=revision)
     if subject.assumed:
         output.note(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import typer
 
+from pmod_cli.commands.common import check_name
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model.registry import SELECTIONS
 
@@ -20,41 +22,24 @@ OVERRIDES = (
 COMPARED = ("stock", *SELECTIONS)
 
 
-def known_report(name: str) -> str:
-    if name not in REPORTS:
-        raise typer.BadParameter(f"{name!r} is not a report. Known: {', '.join(REPORTS)}")
-    return name
-
-
-def known_format(name: str | None) -> str | None:
-    if name is not None and name not in FORMATS:
-        raise typer.BadParameter(f"{name!r} is not a format. Known: {', '.join(FORMATS)}")
-    return name
-
-
 def image_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    """`672x672,1280x720` as (width, height) in pixels."""
     sizes = []
     for size in text.split(",") if text else ():
-        width, by, height = size.strip().lower().partition("x")
-        if not (by and _side(width) and _side(height)):
+        found = re.fullmatch(r"\s*([0-9]{1,9})x([0-9]{1,9})\s*", size, re.IGNORECASE)
+        if found is None:
             raise typer.BadParameter(f"{size!r} is not WIDTHxHEIGHT in pixels, as in 672x672")
-        sizes.append((int(width), int(height)))
+        sizes.append((int(found[1]), int(found[2])))
     return tuple(sizes)
 
 
-def _side(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
-
-
 def some_of(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"{name!r} is no {what}. Known: {', '.join(known)}")
-    return names
+    """`prefill,decode` as names, each once; all of them have to be known."""
+    return tuple(dict.fromkeys(check_name(name.strip(), known, what) for name in text.split(",")))
 
 
 def known_tasks(text: str) -> str:
+    """The tasks of --tasks, if all of them are bundled ones."""
     from pmod_cli.calibration.samples import TASKS, tiny_tasks
 
     if not tiny_tasks(text):
@@ -103,11 +88,7 @@ def check_used(context: typer.Context, report: str, data: bool, sweep: bool) -> 
 
 
 def check_files(plot: Path | None, html: Path | None) -> None:
-    """Before anything heavy is imported.
-
-    Raises:
-        PmodError: a kind of picture that is not drawn, a folder that is not there, or one where a file has to be.
-    """
+    """Raises PmodError at a kind of picture that is not drawn, a folder that is missing, or one in place of a file."""
     if plot is not None and plot.suffix.lower() not in PICTURES:
         raise PmodError(f"--plot {plot}: the name ends in none of {', '.join(PICTURES)}", hint="--plot cost.png")
     for file, flag, example in ((plot, "--plot", "cost.png"), (html, "--html", "cost.html")):

@@ -1,6 +1,6 @@
 """The processes of a run, on this machine and others: how many, and how torch's or accelerate's launcher starts them.
 
-The launcher starts ``pmod_cli.commands.finetune_worker`` once a process. What it is told, and what it has to say, are
+The launcher starts ``pmod_cli.commands.finetune_runs`` once a process. What it is told, and what it has to say, are
 files of a folder that lives as long as the launch: ``job.json``, ``report.json``, ``error-RANK.json``. Imports
 no torch.
 """
@@ -69,7 +69,7 @@ class Distributed:
         return self.processes // self.machines
 
 
-WORKER = "pmod_cli.commands.finetune_worker"
+WORKER = "pmod_cli.commands.finetune_runs"
 PATIENCE = 600  # seconds that a save may take after a signal
 
 

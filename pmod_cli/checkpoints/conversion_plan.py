@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layout import DTYPES, LAYER, Options, Source, TensorSource
 from pmod_cli.checkpoints.layouts import Draft, output_layout
 from pmod_cli.checkpoints.layouts.shapes import canonical
-from pmod_cli.checkpoints.options import DTYPES, Options
-from pmod_cli.checkpoints.source import LAYER, Source, TensorSource
 from pmod_cli.checkpoints.writing import WeightFiles, lay_out
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES, high_resolution_titles

@@ -168,8 +168,13 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return _read_header(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
-def header_digest(path: Path) -> str:
-    """SHA-256 of a safetensors header (names, shapes, dtypes, offsets): a fingerprint that costs no read of weights."""
+def header_digest(path: Path) -> str | None:
+    """SHA-256 of a safetensors header (names, shapes, dtypes, offsets): a fingerprint that costs no read of weights.
+
+    None of a pickle, which has no header.
+    """
+    if path.suffix != ".safetensors":
+        return None
     with open(path, "rb") as file:
         length = file.read(8)
         return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()

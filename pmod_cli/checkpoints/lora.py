@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layout import LowRank, Source, TensorSource
 from pmod_cli.checkpoints.layouts.shapes import canonical, from_original
-from pmod_cli.checkpoints.source import LowRank, Source, TensorSource
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 

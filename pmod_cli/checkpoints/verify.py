@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.conversion_plan import ConversionPlan
+from pmod_cli.checkpoints.layout import TensorSource
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.checkpoints.layouts.huggingface import OURS
 from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, canonical
-from pmod_cli.checkpoints.source import TensorSource, transformed
+from pmod_cli.checkpoints.writing import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.text import memory_size
 from pmod_cli.families import FAMILIES

@@ -1,6 +1,7 @@
 """Weight files of the result: linked where not a byte differs, else written anew, shard by shard in bounded memory.
 
-New routers are written without torch, in any dtype of the format.
+A tensor may change on its way: cast, rows added or cut, a LoRA update merged. Only that needs torch. New routers are
+written without it, in any dtype of the format.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from pmod_cli.checkpoints.files import SINGLE, Tensor, encode_header
-from pmod_cli.checkpoints.source import Source, TensorSource, transformed
+from pmod_cli.checkpoints.files import SINGLE, TORCH_NAMES, Tensor, encode_header
+from pmod_cli.checkpoints.layout import Source, TensorSource
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD_BYTES = 5 * 10**9
-_CHUNK = 64 * 2**20  # bytes
+_CHUNK = 64 * 2**20  # bytes that are copied at a time
+_PIECE = 32 * 2**20  # bytes that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -242,3 +247,81 @@ def write_routers(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, st
                 bits = values.view(np.uint32)
                 values = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
             file.write(values.tobytes())
+
+
+def transformed(part: TensorSource) -> Iterator[memoryview]:
+    """Bytes of the result, in pieces of bounded size; a LoRA update is merged in float32, a whole matrix at once."""
+    result = part.result
+    if part.low_rank is not None:
+        yield _bytes(_cut_or_grow(_merged(part), part.rows), result.dtype)
+        return
+    rows = part.source.shape[0] if part.source.shape else 1
+    kept = rows if part.rows is None else min(rows, part.rows)
+    for piece in _pieces(part.source, kept):
+        yield _bytes(piece, result.dtype)
+    if part.rows is not None and part.rows > rows:
+        mean = _mean_row(part.source)
+        yield _bytes(mean.expand(part.rows - rows, *mean.shape[1:]).contiguous(), result.dtype)
+
+
+def _merged(part: TensorSource) -> torch.Tensor:
+    """`weight + scale * up @ down`, in float32."""
+    weight, up, down = (_load(tensor).float() for tensor in (part.source, part.low_rank.up, part.low_rank.down))
+    return weight.addmm_(up, down, alpha=part.low_rank.scale)
+
+
+def _mean_row(tensor: Tensor) -> torch.Tensor:
+    """The mean of all rows, in float32, shape (1, ...).
+
+    As a row of lm_head it gives a new token the mean of all logits, which is never the largest.
+    """
+    import torch
+
+    total = torch.zeros(1, *tensor.shape[1:], dtype=torch.float64)
+    for piece in _pieces(tensor, tensor.shape[0]):
+        total += piece.sum(dim=0, keepdim=True, dtype=torch.float32)
+    return (total / tensor.shape[0]).float()
+
+
+def _load(tensor: Tensor) -> torch.Tensor:
+    """The tensor itself, in memory."""
+    import torch
+
+    if tensor.loaded is not None:
+        return tensor.loaded
+    if not tensor.nbytes:
+        return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset)
+        data = bytearray(tensor.nbytes)
+        file.readinto(data)
+    return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
+
+
+def _pieces(tensor: Tensor, rows: int) -> Iterator[torch.Tensor]:
+    """The first rows, a few at a time."""
+    if not tensor.shape or tensor.loaded is not None:
+        whole = _load(tensor)
+        yield whole[:rows] if tensor.shape else whole
+        return
+    row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
+    step = max(_PIECE // max(row_bytes, 1), 1)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        yield _load(Tensor(tensor.path, tensor.dtype, (count, *tensor.shape[1:]), tensor.offset + start * row_bytes))
+
+
+def _cut_or_grow(weight: torch.Tensor, rows: int | None) -> torch.Tensor:
+    import torch
+
+    if rows is None or rows <= len(weight):
+        return weight[:rows]
+    mean = weight.mean(dim=0, keepdim=True)
+    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+
+def _bytes(tensor: torch.Tensor, dtype: str) -> memoryview:
+    import torch
+
+    tensor = tensor.to(getattr(torch, TORCH_NAMES[dtype])).contiguous()
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layouts import Layout
-from pmod_cli.checkpoints.source import TensorSource, Source, files_of
+from pmod_cli.checkpoints.layout import TensorSource, Source, files_of
 
 
 def recognises(config, options):

@@ -8,10 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.layout import LAYOUTS, Draft, Layout, Options, Source, register_layout
 from pmod_cli.checkpoints.layouts import from_parts, huggingface, original, published, remote_code
-from pmod_cli.checkpoints.layouts.layout import LAYOUTS, Draft, Layout, register_layout
-from pmod_cli.checkpoints.options import Options
-from pmod_cli.checkpoints.source import Source
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
 from pmod_cli.families import DECODERS

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts.layout import Layout
+from pmod_cli.checkpoints.layout import Layout, Options, Source, files_of
 from pmod_cli.checkpoints.layouts.original import from_flat
 from pmod_cli.checkpoints.layouts.published import TOWER
 from pmod_cli.checkpoints.layouts.shapes import size
-from pmod_cli.checkpoints.options import Options
-from pmod_cli.checkpoints.source import Source, files_of
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS
 from pmod_cli.families.llava_next import PINPOINTS

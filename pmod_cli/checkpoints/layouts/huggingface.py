@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layouts.layout import Draft, Layout
+from pmod_cli.checkpoints.layout import Draft, Layout, Options, Source, TensorSource, files_of
 from pmod_cli.checkpoints.layouts.shapes import canonical, check_shapes, section
-from pmod_cli.checkpoints.options import Options
-from pmod_cli.checkpoints.source import Source, TensorSource, files_of
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, family_of, model_types
 from pmod_cli.families.configs import decoder_kind, filled, known_family

@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.layout import Layout, Options, Source, TensorSource, files_of
 from pmod_cli.checkpoints.layouts import published_settings, vision_tower
 from pmod_cli.checkpoints.layouts.huggingface import check_decoder
-from pmod_cli.checkpoints.layouts.layout import Layout
 from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, check_shapes, from_original, size
-from pmod_cli.checkpoints.options import Options
-from pmod_cli.checkpoints.source import Source, TensorSource, files_of
 from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES

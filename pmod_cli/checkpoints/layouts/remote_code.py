@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pmod_cli import __version__, families
 from pmod_cli import model as package
-from pmod_cli.checkpoints.layouts.layout import Draft, Layout, Progress
+from pmod_cli.checkpoints.layout import Draft, Layout, Progress
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES, DecoderKind, Family
 from pmod_cli.families.decoders import LLAMA

@@ -1,0 +1,220 @@
+"""What a conversion did, or would do: the report, the record of where everything came from, and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from pmod_cli import __version__, paper
+from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.conversion_plan import ConversionPlan
+from pmod_cli.checkpoints.layouts import LAYOUTS
+from pmod_cli.core.text import printable
+
+PROVENANCE = "pmod_provenance.json"
+CARD = "README.md"
+_STATES = {
+    "untrained": "The routers are new and untrained: what they keep means nothing yet. Fine-tune it first.",
+    "trained": "The routers are trained.",
+    "calibrated": "The routers were fitted to the attention of the stock model, not trained.",
+    "stock": "A plain LLaVA, without routers.",
+}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion wrote, or would write.
+
+    Attributes:
+        target: Folder of the result.
+        source: What it was made from: a folder, or `repository@commit`.
+        layout: Layout of the source: `huggingface`, `original`, `published` or `parts`.
+        to: Layout of the result.
+        model_type: As its config.json says.
+        decoder: Name of the decoder.
+        retention: Retention ratio per decoder layer, length L; empty for a stock model.
+        routed_layers: Layers that have a router.
+        router_parameters: Parameters of all routers.
+        settings: The p-MoD settings, as our `config.json` holds them; empty for a stock model.
+        router_state: `stock`, `untrained`, `trained` or `calibrated`.
+        num_layers: Decoder layers, L.
+        read_bytes: Size of the source's weights.
+        streamed_bytes: Weights that are renamed, cast or merged on the way, hence written anew.
+        copied_bytes: Weight files that are copied as they are.
+        free_bytes: Free space on the target's disk before.
+        linked: Weight files that share their bytes with the source.
+        symlinked: Weight files that only point to the source.
+        copied: Weight files that are copies, as asked for or since the source is on another file system.
+        streamed: Weight files that were written anew.
+        written: Small files.
+        notes: What the user has to know.
+        verified: What `--verify` compared; empty without it.
+    """
+
+    target: Path
+    source: str
+    layout: str
+    to: str
+    model_type: str
+    decoder: str
+    retention: list[float]
+    routed_layers: list[int]
+    router_parameters: int
+    settings: dict
+    router_state: str
+    num_layers: int
+    read_bytes: int
+    streamed_bytes: int
+    copied_bytes: int = 0
+    free_bytes: int = 0
+    linked: list[str] = field(default_factory=list)
+    symlinked: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    streamed: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    verified: list[str] = field(default_factory=list)
+
+    @property
+    def mean_retention(self) -> float:
+        """Mean of the retention ratios: the share of the vision KV cache that is left."""
+        return sum(self.retention) / len(self.retention) if self.retention else 1.0
+
+
+def planned_report(plan: ConversionPlan, target: Path, origin: str) -> ConversionReport:
+    """The report of a plan, before anything is written. `origin` is what the source is called."""
+    unchanged, routed = plan.weights.unchanged, plan.draft.routed_layers
+    device = existing_parent(target).stat().st_dev
+    linkable = all(path.stat().st_dev == device for path in unchanged.values())
+    way = {"hard": "linked" if linkable else "copied", "copy": "copied", "symlink": "symlinked"}[plan.options.link]
+    return ConversionReport(
+        target=target,
+        source=origin,
+        layout=plan.source.layout,
+        to=plan.options.to,
+        model_type=plan.draft.config["model_type"],
+        decoder=plan.source.decoder,
+        retention=plan.retention,
+        routed_layers=routed,
+        router_parameters=len(routed) * (plan.hidden + 1),
+        settings=plan.draft.settings.to_dict() if plan.draft.settings else {},
+        router_state=plan.router_state,
+        num_layers=plan.num_layers,
+        read_bytes=sum(path.stat().st_size for path in plan.source.files),
+        streamed_bytes=plan.streamed_bytes,
+        copied_bytes=sum(path.stat().st_size for path in unchanged.values()) if way == "copied" else 0,
+        free_bytes=shutil.disk_usage(existing_parent(target)).free,
+        streamed=list(plan.weights.streamed),
+        written=sorted({path.name for path in plan.source.small_files} | {files.CONFIG, PROVENANCE, CARD}),
+        notes=plan.source.notes,
+        **{way: list(unchanged)},
+    )
+
+
+def existing_parent(target: Path) -> Path:
+    """The folder above a target that is there already."""
+    return next(parent for parent in target.absolute().parents if parent.exists())
+
+
+def with_files(report: ConversionReport, ways: dict[str, str], staging: Path) -> ConversionReport:
+    """The report with what became of each file."""
+    of_way = {way: [name for name in ways if ways[name] == way] for way in ("linked", "symlinked", "copied")}
+    weights = {*ways, *report.streamed}
+    small = [path.name for path in staging.iterdir() if path.name not in weights]
+    copied = sum((staging / name).stat().st_size for name in of_way["copied"])
+    return replace(report, **of_way, copied_bytes=copied, written=sorted({*small, PROVENANCE}))
+
+
+def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
+    """Enough to say later what this was made of: digests of what is small, header digests of the shards."""
+    folder = plan.source.folder
+    small = [path for path in [folder / files.CONFIG, *plan.source.small_files] if path.is_file()]
+    made = {
+        "schema_version": 2,
+        "made_by": f"pmod {__version__}",
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": printable(report.source),
+        "source_layout": report.layout,
+        "to": report.to,
+        "settings": report.settings,
+        "retention": report.retention,
+        "router_init": plan.options.router_init,
+        "dtype": plan.options.dtype,
+        "adapter": printable(str(plan.options.adapter)) if plan.options.adapter else None,
+        "versions": {name: version(name) for name in ("safetensors", "transformers")},
+        "source_files_sha256": {printable(path.name): hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
+        "source_shards": {
+            path.name: {"bytes": path.stat().st_size, "header_sha256": files.header_digest(path)}
+            for path in plan.source.files
+        },
+        "unchanged_shards": {name: path.name for name, path in plan.weights.unchanged.items()},
+    }
+    return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
+
+
+def model_card(report: ConversionReport) -> str:
+    """Markdown with the hub's metadata: what it is, its schedule, results marked as published, provenance.
+
+    Args:
+        report: What the conversion wrote.
+    """
+    title = Path(report.target).absolute().name
+    base = report.source.partition("@")[0]
+    from_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    metadata = ["---", "pipeline_tag: image-text-to-text", "library_name: transformers"]
+    metadata += [f"base_model: {base}"] if from_hub else []
+    metadata += ["tags:", "- llava", *(["- p-mod", "- mixture-of-depths"] if report.settings else []), "---"]
+    lines = [*metadata, "", f"# {title}", "", f"{_what(report)} {_STATES[report.router_state]}", ""]
+    lines += ["## Use", "", LAYOUTS[report.to].usage]
+    if report.settings:
+        lines += _schedule(report)
+    of_paper = next((model for model in paper.MODELS.values() if base.endswith(model.repository)), None)
+    lines += ["## Results", ""]
+    if of_paper is not None:
+        results = ", ".join(f"{paper.BENCHMARKS[name]} {score.pmod}" for name, score in of_paper.scores.items())
+        lines += [f"Published by the authors of the source, not measured with this checkpoint: {results}.", ""]
+    else:
+        lines += ["None measured yet: `pmod eval --tasks docvqa,chartqa` writes them.", ""]
+    lines += [
+        "## Provenance",
+        "",
+        f"Made by pmod {__version__} from `{_shown(report.source)}` ({report.layout} layout).",
+    ]
+    lines += ["Digests, settings and versions are in `pmod_provenance.json`. The licence is that of the source.", ""]
+    return "\n".join(lines)
+
+
+def _what(report: ConversionReport) -> str:
+    kind = "LLaVA-NeXT" if report.model_type.endswith("next") else "LLaVA"
+    size = f"{kind} over a {report.decoder.capitalize()} decoder of {report.num_layers} layers"
+    if not report.settings:
+        return f"{size}."
+    return (
+        f"p-MoD (Mixture-of-Depths with progressive ratio decay) of a {size}: "
+        f"{len(report.routed_layers)} layers have a router, the mean retention ratio is {report.mean_retention:.4f}."
+    )
+
+
+def _schedule(report: ConversionReport) -> list[str]:
+    settings = report.settings
+    norm = f"{settings['norm']} (alpha {settings['alpha']})" if settings["norm"] == "tanh" else settings["norm"]
+    string = "scaled by their weight" if settings["string"] else "passed on unchanged"
+    lines = ["## Schedule", "", f"`{settings['schedule']}`, weight norm {norm}, skipped tokens {string}, "]
+    lines[-1] += f"routed tokens `{settings['target_tokens']}`. Vision tokens that each layer keeps:"
+    lines += ["", "| layers | retention ratio |", "|---|---|"]
+    start = 0
+    for layer in range(1, report.num_layers + 1):
+        if layer == report.num_layers or report.retention[layer] != report.retention[start]:
+            layers = f"{start}" if layer - start == 1 else f"{start}–{layer - 1}"
+            lines.append(f"| {layers} | {report.retention[start]:.4f} |")
+            start = layer
+    return [*lines, ""]
+
+
+def _shown(source: str) -> str:
+    """A hub id as it is; of a folder its name alone, since a path says more about a machine than about a model."""
+    return Path(source).name if source.startswith((".", "/", "~")) else source

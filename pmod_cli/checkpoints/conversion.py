@@ -33,7 +33,7 @@ from pmod_cli.checkpoints.verify import verify
 from pmod_cli.checkpoints.writing import place, stream, write_routers
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.folders import check_replaceable, staged_directory
+from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
 from pmod_cli.core.text import disk_size, one_of, printable
 from pmod_cli.model import PmodSettings
 

@@ -47,17 +47,8 @@ class ConversionPlan:
         return self.weights.streamed_bytes + sum(part.result.nbytes for part in self.draft.tower.values())
 
     @property
-    def num_layers(self) -> int:
-        return self.source.num_layers
-
-    @property
-    def hidden(self) -> int:
-        """D, hidden size."""
-        return self.source.hidden_size
-
-    @property
     def retention(self) -> list[float]:
-        return self.draft.settings.retention(self.num_layers) if self.draft.settings else []
+        return self.draft.settings.retention(self.source.num_layers) if self.draft.settings else []
 
     def weight_map(self) -> dict[str, str]:
         """Tensor name to file name, sorted."""

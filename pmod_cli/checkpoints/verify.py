@@ -133,7 +133,7 @@ def _forward(plan: ConversionPlan, folder: Path) -> str:
         return f"no forward pass: it takes {memory_size(1.2 * size)} of memory, and {memory_size(free)} are free"
     config = {key: value for key, value in plan.draft.config.items() if key not in OURS}
     family = FAMILIES[plan.source.kind]
-    every = PmodSettings(schedule="list", values=(1.0,) * plan.num_layers, max_ratio=2.0)
+    every = PmodSettings(schedule="list", values=(1.0,) * plan.source.num_layers, max_ratio=2.0)
     stock = _logits(folder, _config(config | {"model_type": family.name}))
     routed = _logits(folder, _config(config | {"model_type": family.routed_name, "pmod": every.to_dict()}))
     if not torch.equal(stock, routed):

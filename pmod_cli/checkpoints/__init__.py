@@ -7,23 +7,3 @@ from pmod_cli.checkpoints.layout import Options, Source
 from pmod_cli.checkpoints.layouts import output_layout, output_layouts, read_source
 from pmod_cli.checkpoints.loading import load_model, load_processor, router_state
 from pmod_cli.checkpoints.resolve import Resolved, resolve
-
-__all__ = [
-    "ALIASES",
-    "ConversionReport",
-    "Options",
-    "Resolved",
-    "Source",
-    "builtin_config",
-    "bundled_path",
-    "check_target",
-    "convert",
-    "load_model",
-    "load_processor",
-    "output_layout",
-    "output_layouts",
-    "read_source",
-    "resolve",
-    "router_state",
-    "sources_of",
-]

@@ -13,7 +13,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.files import Tensor
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.registry import Registry
+from pmod_cli.core.plugins import PluginRegistry
 from pmod_cli.model import PmodSettings
 
 LARGEST = 1000.0  # deviation of routers: beyond it their logits soon leave 16 bits
@@ -244,5 +244,5 @@ class Layout:
     current: bool = False
 
 
-LAYOUTS: Registry[Layout] = Registry("checkpoint layout", "pmod_cli.layouts")
+LAYOUTS: PluginRegistry[Layout] = PluginRegistry("checkpoint layout", "pmod_cli.layouts")
 register_layout = LAYOUTS.add  # an entry point of the group that names a `Layout` does the same

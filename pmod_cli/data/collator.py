@@ -65,9 +65,6 @@ class ModalityBatches(Sampler[int]):
         return order.T.ravel()
 
 
-__all__ = ["IGNORED", "Collator"]
-
-
 class Collator:
     """Makes a batch of rows: encoded ones (``pmod_cli.data.dataset``), or ``{"images": …, "messages": …}``.
 

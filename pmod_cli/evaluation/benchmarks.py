@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli import paper
-from pmod_cli.core.registry import Registry
+from pmod_cli.core.plugins import PluginRegistry
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.intervals import Sums
@@ -96,7 +96,7 @@ class Benchmark:
         return self.questions if not asked or None in asked else sum(asked)
 
 
-BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "pmod_cli.benchmarks")
+BENCHMARKS: PluginRegistry[Benchmark] = PluginRegistry("benchmark", "pmod_cli.benchmarks")
 register_benchmark = BENCHMARKS.add  # an entry point of the group that names a `Benchmark` does the same
 
 

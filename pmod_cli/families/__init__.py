@@ -6,7 +6,7 @@ point in the group `pmod_cli.families`, `pmod_cli.decoders` or `pmod_cli.towers`
 
 from __future__ import annotations
 
-from pmod_cli.core.registry import Registry
+from pmod_cli.core.plugins import PluginRegistry
 from pmod_cli.families import decoders, llava, llava_next, towers
 from pmod_cli.families.record import DecoderKind, Family, ImageTokens, TowerKind
 
@@ -27,9 +27,9 @@ __all__ = [
     "register_tower",
 ]
 
-FAMILIES: Registry[Family] = Registry("model family", "pmod_cli.families")
-DECODERS: Registry[DecoderKind] = Registry("decoder", "pmod_cli.decoders")
-TOWERS: Registry[TowerKind] = Registry("vision tower", "pmod_cli.towers")
+FAMILIES: PluginRegistry[Family] = PluginRegistry("model family", "pmod_cli.families")
+DECODERS: PluginRegistry[DecoderKind] = PluginRegistry("decoder", "pmod_cli.decoders")
+TOWERS: PluginRegistry[TowerKind] = PluginRegistry("vision tower", "pmod_cli.towers")
 
 register_family = FAMILIES.add
 register_decoder = DECODERS.add

@@ -14,17 +14,6 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
 from pmod_cli.families import DECODERS
 
-__all__ = [
-    "LAYOUTS",
-    "Draft",
-    "Layout",
-    "layout_of",
-    "output_layout",
-    "output_layouts",
-    "read_source",
-    "register_layout",
-]
-
 for _layout in (
     huggingface.HUGGINGFACE,
     huggingface.PMOD,

@@ -10,7 +10,7 @@ from pmod_cli.core.errors import PmodError
 T = TypeVar("T")
 
 
-class Registry(Generic[T]):
+class PluginRegistry(Generic[T]):
     """A table from names to things. Entry points are read at the first look-up, not at import.
 
     Args:

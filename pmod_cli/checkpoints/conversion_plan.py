@@ -35,10 +35,12 @@ class ConversionPlan:
 
     @property
     def source(self) -> Source:
+        """What is converted."""
         return self.draft.source
 
     @property
     def options(self) -> Options:
+        """What was asked for."""
         return self.draft.options
 
     @property
@@ -48,6 +50,7 @@ class ConversionPlan:
 
     @property
     def retention(self) -> list[float]:
+        """Retention ratio of each layer, length L; empty for a stock model."""
         return self.draft.settings.retention(self.source.num_layers) if self.draft.settings else []
 
     def weight_map(self) -> dict[str, str]:

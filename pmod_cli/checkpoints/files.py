@@ -46,6 +46,7 @@ class Tensor:
 
     @property
     def file(self) -> str:
+        """Name of the file."""
         return self.path.name
 
     @property

@@ -41,10 +41,12 @@ class WeightFiles:
 
     @property
     def names(self) -> list[str]:
+        """All file names."""
         return [*self.unchanged, *self.streamed]
 
     @property
     def streamed_bytes(self) -> int:
+        """Bytes of the tensors that are written anew."""
         return sum(part.result.nbytes for parts in self.streamed.values() for part in parts.values())
 
 

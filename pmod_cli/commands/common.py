@@ -66,7 +66,7 @@ def one_of_these(known: Iterable[str], what: str) -> Callable[[str | None], str 
 
 
 def option_under(panel: str) -> partial:
-    """`typer.Option` for one panel of a help page: `_data = option_under("Data sets")` and then `_data("--limit")`."""
+    """What declares the options of one panel of a help page: `typer.Option` with the panel filled in."""
     return partial(typer.Option, rich_help_panel=panel)
 
 

@@ -35,6 +35,7 @@ class Step:
 
     @property
     def command(self) -> str:
+        """As a user types it."""
         return f"pmod {shlex.join(self.arguments)}"
 
 

@@ -64,7 +64,7 @@ def _limit(text: str) -> float:
 
 
 def _batch_size(text: str) -> tuple[int, bool]:
-    """(rows, whether to halve them out of memory)"""
+    """(rows, whether to halve them out of memory)."""
     first, _, start = text.partition(":")
     number = (start or "0") if first == "auto" else text
     if not number.isdigit() or (number == "0") != (text == "auto"):

@@ -60,6 +60,7 @@ class Bars:
 
 
 def show_results(results: dict[str, Any], shown_as: str) -> None:
+    """The results of a run or of a comparison, in one of the forms of --format."""
     from pmod_cli.evaluation import score_tables
 
     if shown_as == "json":
@@ -82,6 +83,7 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
 
 
 def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None, as_json: bool) -> None:
+    """Every benchmark with its data, and the groups."""
     from pmod_cli.evaluation import data
 
     rows = data.listing(data_root=data_root)

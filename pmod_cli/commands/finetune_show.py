@@ -52,6 +52,7 @@ class Watching:
         self.bar.stop()
 
     def update(self, step: Step) -> None:
+        """Show a step that has ended."""
         loss, left = f"{step.loss:.4f}", _minutes(step.seconds_left)
         if output.shows_progress():
             self.bar.update(self.task, completed=step.step, total=step.max_steps, loss=loss, left=left)
@@ -86,6 +87,7 @@ def show_check(report: DataReport, as_json: bool, *, skips: bool) -> None:
 
 
 def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
+    """What a run did and what it took, and the command that follows."""
     if as_json:
         output.print_json({"schema_version": 1, **asdict(report)})
         return

@@ -76,6 +76,7 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
 def profiled(
     result: profiling.Profile, latency: Latency | None, report: str, macs: bool, gpu_memory: str | None
 ) -> Shown:
+    """The report of one batch, counted or measured."""
     from pmod_cli.profiling import CONVENTIONS, count_report, latency_report, memory_report, plots, to_json
     from pmod_cli.profiling.measure.devices import parse_memory
 
@@ -113,6 +114,7 @@ def swept(
     revision: str | None,
     runs: str | None,
 ) -> Shown:
+    """The report of `--sweep`."""
     from pmod_cli.profiling import plots
     from pmod_cli.profiling.count_report import SCHEMA_VERSION
     from pmod_cli.profiling.sweep import parse_axis, read_scores, sweep, sweep_rows, sweep_table
@@ -146,6 +148,7 @@ def averaged(
     limit: int | None,
     dtype: str,
 ) -> Shown:
+    """The report of `--from-data`."""
     from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling import average
     from pmod_cli.profiling.count_report import SCHEMA_VERSION

@@ -1,4 +1,6 @@
-"""Folders that this program writes. One rule for all commands: a folder is replaced only
+"""Folders that this program writes, by one rule for all commands.
+
+A folder is replaced only
 
 - if this program wrote all that is in it, which a marker file in it says (see `markers`),
 - if nothing in it is read by the run that replaces it,
@@ -227,8 +229,11 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def settle(folder: Path, like: Path) -> None:
-    """Bring to the disk what was written to a folder. Where only the owner may read a file, as safetensors writes them,
-    it gets the access of the file `like`. A file with a second name was there before and is left alone."""
+    """Bring to the disk what was written to a folder.
+
+    Where only the owner may read a file, as safetensors writes them, it gets the access of the file `like`. A file with
+    a second name was there before and is left alone.
+    """
     usual = like.stat().st_mode & 0o777
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):

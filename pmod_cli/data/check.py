@@ -46,6 +46,7 @@ class DataReport:
 
     @property
     def tokens_per_row(self) -> float:
+        """Mean over the good rows."""
         return self.tokens / max(self.checked - self.num_bad, 1)
 
     def add(self, other: "DataReport") -> None:

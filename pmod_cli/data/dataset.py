@@ -132,10 +132,12 @@ class Tokens:
 
     @property
     def is_cut(self) -> bool:
+        """Whether the row was longer than ``max_length``."""
         return self.whole > len(self.ids)
 
     @property
     def teaches(self) -> bool:
+        """Whether any token has a label."""
         return bool((self.labels != IGNORED).any())
 
 

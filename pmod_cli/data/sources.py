@@ -56,6 +56,7 @@ class LlavaFile:
 
     @property
     def lengths(self) -> np.ndarray:
+        """See `RowSource`."""
         return self._index["length"]
 
     def __len__(self) -> int:

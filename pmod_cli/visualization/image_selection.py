@@ -61,6 +61,7 @@ class ImageSelection:
 
     @property
     def num_layers(self) -> int:
+        """L, decoder layers."""
         return len(self.kept)
 
     @property

@@ -42,6 +42,7 @@ class Item:
 
     @property
     def is_saved(self) -> bool:
+        """Whether it is a selection that was saved, not a picture."""
         return self.path.suffix.lower() == SAVED
 
 

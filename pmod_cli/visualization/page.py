@@ -52,6 +52,7 @@ class Page:
         self._backdrop: Backdrop | None = None  # a chart needs none
 
     def text(self, x: float, y: float, words: str, colour: str = INK, size: float = TEXT_PT, **style) -> None:
+        """One line; (x, y) is its top left corner, unless the style aligns it otherwise."""
         # parse_math: an answer of "$5 and $6" is no formula
         drawn = {"color": colour, "fontsize": size, "va": "top", "parse_math": False} | style
         self.figure.text(x, y, words, transform=self._inches, **drawn)
@@ -152,7 +153,7 @@ def encode(figure: Figure, kind: str) -> bytes:
 
 
 def check_format(path: Path) -> str:
-    """ "png" or "svg", from the path's ending. Raises PmodError for any other."""
+    """One of FORMATS, from the path's ending. Raises PmodError for any other."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise PmodError(f"{path}: pictures are written as .png or .svg", hint=f"`out={path.with_suffix('.png')}`")

@@ -64,7 +64,8 @@ class Sheet:
         strip: bool,
         small: bool = False,
     ) -> None:
-        """
+        """Lay out the sheet.
+
         Args:
             headings: of each column; the first line is bold. More than eight columns are continued below.
             rows: label of each row of panels; "" for a single one without.

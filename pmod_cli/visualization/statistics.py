@@ -39,6 +39,7 @@ class ImageStatistics:
 
 
 def image_statistics(record: ImageSelection) -> ImageStatistics:
+    """The statistics of one record."""
     kept, total = record.kept, record.layout.size
     counts = kept.sum(axis=1)
     both = np.minimum(counts[:-1], counts[1:])
@@ -55,7 +56,7 @@ def image_statistics(record: ImageSelection) -> ImageStatistics:
 
 
 def tokens_on(record: ImageSelection) -> np.ndarray:
-    """bool (V,): tokens whose patch and one of the record's regions share a quarter of the smaller one."""
+    """Bool (V,), the tokens whose patch and one of the record's regions share a quarter of the smaller one."""
     boxes = record.layout.boxes()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # NaN, hence never on a region, for newlines
     on = np.zeros(record.layout.size, dtype=bool)

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES
@@ -21,6 +21,30 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parent / "bundled"
 
 
+def _sizes(
+    hidden: int = 4096,
+    inner: int = 11008,
+    layers: int = 32,
+    heads: int = 32,
+    kv_heads: int = 32,
+    rows: int = 32064,
+    positions: int = 4096,
+    **more: Any,
+) -> dict[str, Any]:
+    """Sizes of a decoder, as its config names them; by default those of a 7B Vicuna."""
+    return {
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5,
+        **more,
+    }
+
+
 @dataclass(frozen=True)
 class Alias:
     """A stock model under a short name.
@@ -29,20 +53,20 @@ class Alias:
         repo: Repository on the hub, or None for the model that is part of this package.
         kind: Name of its family.
         decoder: Name of its decoder.
-        text: Sizes of the decoder, as its config names them, where they differ from those of a 7B Vicuna.
+        text: Sizes of the decoder, as its config names them.
         image_token: Id of the image token.
     """
 
     repo: str | None
     kind: str
     decoder: str = "llama"
-    text: dict = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=_sizes)
     image_token: int = 32000
 
     @property
     def layers(self) -> int:
         """Decoder layers, L."""
-        return 32 if self.repo is None else (_VICUNA_7B | self.text)["num_hidden_layers"]
+        return 32 if self.repo is None else self.text["num_hidden_layers"]
 
     @property
     def parameters(self) -> int:
@@ -52,62 +76,18 @@ class Alias:
         if self.repo is None:
             config = json.loads((bundled_path() / "config.json").read_text(encoding="utf-8"))
         else:
-            text = _VICUNA_7B | self.text | {"model_type": self.decoder}
+            text = self.text | {"model_type": self.decoder}
             config = {"model_type": self.kind, "text_config": text, "vision_config": CLIP_L_336}
         return sum(prod(shape) for shape in expected_shapes(config, "the alias").values())
 
 
-_VICUNA_7B = {
-    "vocab_size": 32064,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-_VICUNA_13B = {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 40,
-}
-_MISTRAL_7B = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1_000_000.0,
-    "sliding_window": None,
-}
-_LLAMA3_8B = {
-    "vocab_size": 128320,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
-}
-_YI_34B = {
-    "vocab_size": 64064,
-    "hidden_size": 7168,
-    "intermediate_size": 20480,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 56,
-    "num_key_value_heads": 8,
-    "rope_theta": 5_000_000.0,
-}
-_QWEN_72B = {
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 24576,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1_000_000.0,
-}
-_QWEN_110B = _QWEN_72B | {"intermediate_size": 49152, "num_key_value_heads": 8}
+_VICUNA_13B = _sizes(5120, 13824, layers=40, heads=40, kv_heads=40)
+_MISTRAL_7B = _sizes(inner=14336, kv_heads=8, positions=32768, rope_theta=1_000_000.0, sliding_window=None)
+_LLAMA3_8B = _sizes(inner=14336, kv_heads=8, rows=128320, positions=8192, rope_theta=500_000.0)
+_YI_34B = _sizes(7168, 20480, layers=60, heads=56, kv_heads=8, rows=64064, rope_theta=5_000_000.0)
+_QWEN: dict[str, Any] = {"layers": 80, "heads": 64, "rows": 152064, "positions": 32768, "rope_theta": 1_000_000.0}
+_QWEN_72B = _sizes(8192, 24576, kv_heads=64, **_QWEN)
+_QWEN_110B = _sizes(8192, 49152, kv_heads=8, **_QWEN)
 
 ALIASES = {
     "tiny-llava-next": Alias(None, "llava_next"),
@@ -160,9 +140,9 @@ def builtin_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(bundled_path(name))
     family, decoder = FAMILIES[alias.kind], getattr(transformers, f"{DECODERS[alias.decoder].classes}Config")
     return getattr(transformers, f"{family.classes}Config")(
-        **family.defaults
-        | {
-            "text_config": decoder(**_VICUNA_7B | alias.text),
+        **{
+            **family.defaults,
+            "text_config": decoder(**alias.text),
             "vision_config": CLIPVisionConfig(**CLIP_L_336),
             "image_token_index": alias.image_token,
             "image_seq_length": 576,

@@ -93,11 +93,12 @@ def make_plan(source: Source, settings: PmodSettings | None, options: Options) -
         )
     settings = (source.settings or settings or PmodSettings()) if to.routed else None
     routed = _routed_layers(source, settings)
-    dtype = DTYPES.get(options.dtype) or _norm_dtype(source)
+    dtype = DTYPES[options.dtype] if options.dtype else _norm_dtype(source)
     parts = {name: part for name, part in source.parts.items() if settings is not None or ".router." not in name}
     if options.dtype:
         parts = {name: replace(part, dtype=_cast(part, dtype)) for name, part in parts.items()}
     routers, config = _new_routers(source, routed), _config(source, settings, options)
+    assert to.arrange is not None  # of every layout that is written
     draft = to.arrange(Draft(source, options, settings, config, parts, routers, routed))
     trained = source.settings is not None and settings is not None
     return ConversionPlan(
@@ -132,7 +133,7 @@ def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
 def _new_routers(source: Source, routed: list[int]) -> dict[str, tuple[int, ...]]:
     """Routers, or biases of routers, that the source has not, by name in its own spelling."""
     layers = [name.removesuffix(LAYER) for name in source.parts if name.endswith(LAYER)]
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for layer in layers:
         if int(layer.split(".")[-2]) in routed:
             wanted |= {f"{layer}router.weight": (1, source.hidden_size), f"{layer}router.bias": (1,)}

@@ -122,11 +122,18 @@ def existing_parent(target: Path) -> Path:
 
 def with_files(report: ConversionReport, ways: dict[str, str], staging: Path) -> ConversionReport:
     """The report with what became of each file."""
-    of_way = {way: [name for name in ways if ways[name] == way] for way in ("linked", "symlinked", "copied")}
+    linked, symlinked, copied = (
+        [name for name in ways if ways[name] == way] for way in ("linked", "symlinked", "copied")
+    )
     weights = {*ways, *report.streamed}
-    small = [path.name for path in staging.iterdir() if path.name not in weights]
-    copied = sum((staging / name).stat().st_size for name in of_way["copied"])
-    return replace(report, **of_way, copied_bytes=copied, written=sorted({*small, PROVENANCE}))
+    return replace(
+        report,
+        linked=linked,
+        symlinked=symlinked,
+        copied=copied,
+        copied_bytes=sum((staging / name).stat().st_size for name in copied),
+        written=sorted({PROVENANCE, *(path.name for path in staging.iterdir() if path.name not in weights)}),
+    )
 
 
 def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:

@@ -40,28 +40,27 @@ def merged(source: Source, folder: Path) -> Source:
     parts = dict(source.parts)
     updates: dict[str, dict[str, files.Tensor]] = {}
     for name, tensor in tensors.items():
-        if update := _UPDATE.fullmatch(name):
-            updates.setdefault(update[1], {})[update[2]] = tensor
+        if match := _UPDATE.fullmatch(name):
+            updates.setdefault(match[1], {})[match[2]] = tensor
         else:
             full[name] = tensor
     for module, sides in updates.items():
-        name = on_disk.get(f"{_module(module)}.weight")
-        if name is None or sides.keys() != {"A", "B"}:
-            problem = "has no counterpart in the model" if name is None else "is only half there"
+        own = on_disk.get(f"{_module(module)}.weight")
+        if own is None or sides.keys() != {"A", "B"}:
+            problem = "has no counterpart in the model" if own is None else "is only half there"
             raise PmodError(
                 f"{_weights(folder)}: the update of {module} {problem}", hint="give the model it was trained on"
             )
         update = LowRank(sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0], folder))
-        _check_fit(parts[name].source, update, folder, module)
-        parts[name] = replace(parts[name], low_rank=update)
+        _check_fit(parts[own].source, update, folder, module)
+        parts[own] = replace(parts[own], low_rank=update)
     for spelled, tensor in full.items():
-        module = _module(spelled.replace(".modules_to_save.default.", "."))
-        name = on_disk.get(module)
-        if name is None or parts[name].source.shape != tensor.shape:
+        own = on_disk.get(_module(spelled.replace(".modules_to_save.default.", ".")))
+        if own is None or parts[own].source.shape != tensor.shape:
             raise PmodError(
                 f"{tensor.path}: {spelled} {list(tensor.shape)} has no counterpart of its shape in the model"
             )
-        parts[name] = TensorSource(tensor, dtype=parts[name].result.dtype)
+        parts[own] = TensorSource(tensor, dtype=parts[own].result.dtype)
     return replace(source, parts=parts)
 
 

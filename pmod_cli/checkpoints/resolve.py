@@ -88,7 +88,7 @@ def resolve(
     if alias is not None and alias.repo is None:
         _refuse_revision(suffix or revision, f"{base} is part of this program")
         return Resolved(bundled_path(base), name, "bundled", alias=base)
-    repo = alias.repo if alias else base
+    repo = alias.repo if alias and alias.repo else base
     path, origin = _from_hub(repo, suffix or revision, name, offline, weights, cache_dir)
     return Resolved(path, name, origin, alias=base if alias else None, repo=repo, commit=path.name)
 
@@ -103,8 +103,8 @@ def find_here(name: str) -> Resolved | None:
 
     base, _, revision = name.partition("@")
     base = alias_of(base)
-    repo = ALIASES[base].repo if base in ALIASES else base
-    may_be_on_hub = repo is not None and repo.count("/") == 1 and not name.startswith((".", "/", "~"))
+    repo = (ALIASES[base].repo or "") if base in ALIASES else base
+    may_be_on_hub = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
     if may_be_on_hub and not Path(name).expanduser().exists() and not constants.HF_HUB_OFFLINE:
         cached = _cached(repo, revision or None, None)
         if cached is None or missing_files(cached):
@@ -146,7 +146,7 @@ def _from_hub(
 
     cached = _cached(repo, revision, cache_dir)
     missing = missing_files(cached, weights=weights) if cached else ["all of it"]
-    if not missing:
+    if cached and not missing:
         return cached, "cache"
 
     def unavailable(why: str) -> PmodError:

@@ -162,7 +162,9 @@ def clip_preprocessor(folder: Path, side: int) -> dict[str, Any]:
         values = read_json(folder / "processor_config.json").get("image_processor") or {}
     if not values and (folder / "preprocessor_config.json").is_file():
         values = read_json(folder / "preprocessor_config.json")
-    kept = {key: values[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in values}
+    kept: dict[str, Any] = {
+        key: values[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in values
+    }
     flags = ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
     sizes = {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
     return {**_CLIP, **dict.fromkeys(flags, True), **sizes, **kept}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from pmod_cli.checkpoints.files import SINGLE, TORCH_NAMES, Tensor, encode_header
-from pmod_cli.checkpoints.layout import Source, TensorSource
+from pmod_cli.checkpoints.layout import LowRank, Source, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -62,13 +62,13 @@ def lay_out(
         routers: File that new routers get, beside the others; None if there are none.
     """
     rest, kept = dict(parts), []
-    for path, names in source.files.items():
+    for path, tensors in source.files.items():
         same = path.suffix == ".safetensors" and all(
-            name in parts and not parts[name].changed and parts[name].source.path == path for name in names
+            name in parts and not parts[name].changed and parts[name].source.path == path for name in tensors
         )
         if same and (max_shard_bytes is None or path.stat().st_size <= max_shard_bytes):
             kept.append(path)
-            rest = {name: part for name, part in rest.items() if name not in names}
+            rest = {name: part for name, part in rest.items() if name not in tensors}
     shards = _cut(rest, max_shard_bytes or SHARD_BYTES)
     if not shards and all(path.name != SINGLE for path in kept):
         return WeightFiles({path.name: path for path in kept})
@@ -171,6 +171,11 @@ class _Range:
     length: int
     target: int
 
+    @property
+    def end(self) -> tuple[Path, int, int]:
+        """Where a neighbour would begin: file, place in it, place in the result."""
+        return self.path, self.start + self.length, self.target + self.length
+
 
 def _places(parts: dict[str, TensorSource], start: int) -> tuple[list[_Range], list[tuple[int, TensorSource]]]:
     """(ranges to copy, parts that change with their places). Neighbours that stay neighbours are one range."""
@@ -182,10 +187,8 @@ def _places(parts: dict[str, TensorSource], start: int) -> tuple[list[_Range], l
         if part.changed or tensor.loaded is not None:
             changing.append((target, part))
             continue
-        last = ranges[-1] if ranges else None
-        behind = last and (last.path, last.start + last.length, last.target + last.length)
-        if behind == (tensor.path, tensor.offset, target):
-            last.length += tensor.nbytes
+        if ranges and ranges[-1].end == (tensor.path, tensor.offset, target):
+            ranges[-1].length += tensor.nbytes
         else:
             ranges.append(_Range(tensor.path, tensor.offset, tensor.nbytes, target))
     return ranges, changing
@@ -255,7 +258,7 @@ def transformed(part: TensorSource) -> Iterator[memoryview]:
     """Bytes of the result, in pieces of bounded size; a LoRA update is merged in float32, a whole matrix at once."""
     result = part.result
     if part.low_rank is not None:
-        yield _bytes(_cut_or_grow(_merged(part), part.rows), result.dtype)
+        yield _bytes(_cut_or_grow(_merged(part.source, part.low_rank), part.rows), result.dtype)
         return
     rows = part.source.shape[0] if part.source.shape else 1
     kept = rows if part.rows is None else min(rows, part.rows)
@@ -266,10 +269,10 @@ def transformed(part: TensorSource) -> Iterator[memoryview]:
         yield _bytes(mean.expand(part.rows - rows, *mean.shape[1:]).contiguous(), result.dtype)
 
 
-def _merged(part: TensorSource) -> torch.Tensor:
+def _merged(source: Tensor, update: LowRank) -> torch.Tensor:
     """`weight + scale * up @ down`, in float32."""
-    weight, up, down = (_load(tensor).float() for tensor in (part.source, part.low_rank.up, part.low_rank.down))
-    return weight.addmm_(up, down, alpha=part.low_rank.scale)
+    weight, up, down = (_load(tensor).float() for tensor in (source, update.up, update.down))
+    return weight.addmm_(up, down, alpha=update.scale)
 
 
 def _mean_row(tensor: Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ import typer
 
 from pmod_cli.checkpoints.layouts import output_layouts
 from pmod_cli.commands.common import (
-    DTYPES,
     CacheDirOpt,
     DryRunOpt,
+    DtypeOpt,
     JsonOpt,
     OfflineOpt,
     OverwriteOpt,
@@ -103,7 +103,6 @@ def convert(
             help=f"{'; '.join(f'{each.name}: {each.summary}' if each.summary else each.name for each in OUTPUTS)}."
         ),
     ] = "pmod",
-    dtype: Annotated[str | None, _result(help="bfloat16, float16 or float32. (default: as it is)")] = None,
     max_shard_size: Annotated[
         str | None, _result(metavar="SIZE", help="Such as 5GB. (default: the files of the source)")
     ] = None,
@@ -129,6 +128,7 @@ def convert(
         bool, typer.Option("--resume", help="Keep what is there if it was made the same way, else refuse.")
     ] = False,
     dry_run: DryRunOpt = False,
+    dtype: DtypeOpt = "auto",
     seed: SeedOpt = 0,
     as_json: JsonOpt = False,
     revision: RevisionOpt = None,
@@ -165,7 +165,7 @@ def convert(
         raise PmodError("--schedule list and --ratios, one ratio a layer, go together")
     options = checkpoints.Options(
         to=to,
-        dtype=_dtype(dtype),
+        dtype=None if dtype == "auto" else dtype,
         max_shard_bytes=_bytes(max_shard_size),
         link="copy" if copy else "symlink" if symlink else "hard",
         router_init=router_init,
@@ -231,14 +231,6 @@ def convert(
         view.print_report(report, dry_run)
     if not dry_run:
         view.print_next(report, tiny=found.alias == "tiny-llava-next")
-
-
-def _dtype(name: str | None) -> str | None:
-    if name is None or DTYPES.get(name) == "auto":
-        return None
-    if name not in DTYPES:
-        raise PmodError(f"--dtype {name!r}: expected bfloat16, float16 or float32", hint="pmod convert --help")
-    return DTYPES[name]
 
 
 def _bytes(text: str | None) -> int | None:

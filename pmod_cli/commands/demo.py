@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.core import output
+from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError, require
 
 EXAMPLES = """\
@@ -50,18 +51,20 @@ def demo(
 
     Run again, it goes on after the last command that ended.
     """
+    from pmod_cli.checkpoints.files import read_json
+
     require("train", "accelerate")
     require("eval", "lmms_eval", "datasets")
     out.mkdir(parents=True, exist_ok=True)
     steps = list(_steps(out, max_steps, limit, question=_draw_image(out / "image.png")))
-    done = _read_done(out)
+    done = read_json(out / DONE) if (out / DONE).exists() else {}  # seconds by command, of those that ended well
     for number, step in enumerate(steps, 1):
         if step.command in done:
             output.note(f"[{number}/{len(steps)}] done before: {step.command}")
             continue
         output.note(f"\n[{number}/{len(steps)}] {step.why}\n$ {step.command}", style="bold")
         done[step.command] = _run(step, out)
-        _write_done(out, done)
+        write_json(out / DONE, done)
     for name in ("eval", "profile"):
         output.print_line(f"\n$ {next(step.command for step in steps if step.name == name)}")
         output.print_line((out / f"{name}.txt").read_text(encoding="utf-8").rstrip())
@@ -120,16 +123,3 @@ def _run(step: Step, out: Path) -> float:
         )
     (out / f"{step.name}.txt").write_text(result.stdout, encoding="utf-8")
     return round(time.monotonic() - started, 1)
-
-
-def _read_done(out: Path) -> dict[str, float]:
-    """Seconds by command, of the commands that ended well."""
-    from pmod_cli.checkpoints.files import read_json
-
-    return read_json(out / DONE) if (out / DONE).exists() else {}
-
-
-def _write_done(out: Path, done: dict[str, float]) -> None:
-    from pmod_cli.core.atomic import write_json
-
-    write_json(out / DONE, done)

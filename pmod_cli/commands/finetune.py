@@ -229,7 +229,21 @@ def finetune(
     lacking = preflight(Intent(settings, distributed, device, out, resume, overwrite, launched), elsewhere=elsewhere)
     silence_transformers()
     if dry_run:
-        _plan(settings, num_processes, device, gpu, utilization, out, lacking, as_json, quiet)
+        from pmod_cli.training.plan import plan
+
+        found = plan(
+            settings,
+            processes=num_processes,
+            device=device,
+            gpu=gpu,
+            utilization=utilization,
+            out=out or Path("runs"),
+            lacking=lacking,
+        )
+        show_plan(found, as_json, quiet)
+        for sentence in lacking:
+            output.note(f"it could not start on this machine: {sentence}")
+        refuse_unfit(found)
         return
 
     from pmod_cli.training import folder
@@ -266,34 +280,6 @@ def finetune(
         if settings.eval and machine_rank == 0:
             evaluate(out, settings.eval, device, limit=settings.eval_limit, quiet=quiet)
     show_report(report, as_json, quiet)
-
-
-def _plan(
-    settings: Settings,
-    processes: int,
-    device: str,
-    gpu: str | None,
-    utilization: float,
-    out: Path | None,
-    lacking: list[str],
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    from pmod_cli.training.plan import plan
-
-    found = plan(
-        settings,
-        processes=processes,
-        device=device,
-        gpu=gpu,
-        utilization=utilization,
-        out=out or Path("runs"),
-        lacking=lacking,
-    )
-    show_plan(found, as_json, quiet)
-    for sentence in lacking:
-        output.note(f"it could not start on this machine: {sentence}")
-    refuse_unfit(found)
 
 
 def _check_data(settings: Settings, as_json: bool) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pmod_cli.data.check import DataReport
     from pmod_cli.training.cost import Remedy
-    from pmod_cli.training.plan import Plan
+    from pmod_cli.training.plan import Cost, Plan
     from pmod_cli.training.settings import Settings
     from pmod_cli.training.summary import FinetuneReport
     from pmod_cli.training.watch import Step
@@ -101,6 +101,7 @@ def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
             f"{report.step} steps, {report.tokens:,} tokens, {_minutes(report.seconds)}, loss {report.loss:.4f}"
         )
         took = report.summary
+        assert took is not None  # a run that has just ended has one
         hours = f"{took.device_hours:.3g} {'GPU' if took.device != 'cpu' else 'CPU'} hours"
         share = "" if took.utilization is None else f", {took.utilization:.1%} of peak"
         output.note(f"{hours}, {took.tokens_per_second:,.0f} tokens/s{share}, peak {took.peak_memory_gib:.2f} GiB")
@@ -159,7 +160,7 @@ def _caption(plan: Plan) -> str:
 
 
 def _plan_json(plan: Plan) -> dict:
-    def cost(column) -> dict:
+    def cost(column: Cost) -> dict[str, Any]:
         memory = {f"{part}_bytes": number for part, number in asdict(column.memory).items()}
         return {
             "memory_bytes": column.memory.total,

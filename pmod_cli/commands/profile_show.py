@@ -48,6 +48,7 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
     if plot is not None:
         from pmod_cli.profiling import plots
 
+        assert shown.figure is not None  # --plot is refused where there is nothing to draw
         plots.save(shown.figure(), plot)
         output.note(f"plot: {plot}")
     if html is not None:

@@ -29,7 +29,7 @@ from pmod_cli.core.text import one_of
 from pmod_cli.model.registry import SELECTIONS
 
 if TYPE_CHECKING:
-    from pmod_cli.visualization import Drawn
+    from pmod_cli.visualization import Drawn, LoadedModel
 
 EXAMPLES = """\
 pmod visualize img.png --layers 2,14,26
@@ -152,7 +152,8 @@ def visualize(
         targets = visualization.one_target(items[0], out, ending, beside)
     visualization.check_pictures(items)
     visualization.check_saved(items, saved_other, settings)
-    subject, other = None, saved_other
+    subject: LoadedModel | None = None
+    other: LoadedModel | Path | None = saved_other
     if not all(item.is_saved for item in items):
         name = model_or_default(model)
         found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)

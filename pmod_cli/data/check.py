@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -78,14 +79,11 @@ def check_rows(
     if workers is None:
         workers = (os.cpu_count() or 1) if len(parts) >= 8 else 0
     report = DataReport(rows.source.name, len(rows))
-    look = partial(_look, rows)
-    if workers:
-        with ProcessPoolExecutor(workers) as pool:
-            for part in pool.map(look, parts):
-                _take(report, part, len(chosen), on_progress)
-    else:
-        for part in map(look, parts):
-            _take(report, part, len(chosen), on_progress)
+    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+        for found in (pool.map if pool else map)(partial(_look, rows), parts):
+            report.add(found)
+            if on_progress is not None:
+                on_progress(report.checked, len(chosen))
     return report
 
 
@@ -104,12 +102,6 @@ def describe_bad(report: DataReport) -> str:
         lines.append(f"and {report.num_bad - len(lines)} more")
     head = f"{report.num_bad} of {report.checked} rows looked at in {report.name} cannot be used:"
     return "\n  ".join([head, *lines])
-
-
-def _take(report: DataReport, part: DataReport, total: int, on_progress: Callable[[int, int], None] | None) -> None:
-    report.add(part)
-    if on_progress is not None:
-        on_progress(report.checked, total)
 
 
 def _look(rows: Rows, chosen: np.ndarray) -> DataReport:

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 
 IMAGE = "<image>"  # stands in a turn's text where an image goes
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 class BadRow(PmodError):
@@ -35,7 +42,7 @@ class BadRow(PmodError):
 class Turn:
     """What one side says; ``<image>`` marks the places of images in ``text``."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     text: str
 
 

@@ -106,7 +106,7 @@ class RowEncoder:
         vision = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
         if len(text.images) != len(sizes):
             raise BadRow(f"the template has places for {len(text.images)} of its {len(sizes)} images")
-        repeats = np.ones(len(text.ids), dtype=np.int64)
+        repeats: np.ndarray = np.ones(len(text.ids), dtype=np.int64)
         repeats[text.images] = vision
         ids = text.ids.copy()
         ids[text.images] = self.image_token

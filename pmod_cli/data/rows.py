@@ -30,7 +30,7 @@ def conversation(document: Document, turns: Sequence[Turn] | None = None) -> Mes
     turns = document.turns if turns is None else turns
     if not turns:
         raise ValueError("a conversation needs one turn at least")
-    messages = []
+    messages: Messages = []
     for turn in turns:
         messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
@@ -54,7 +54,8 @@ def write_rows(folder: Path, task: str, count: int) -> None:
     Raises:
         PmodError: the folder exists.
     """
-    rows, index = [], 0
+    rows: list[dict] = []
+    index = 0
     with staged_directory(folder, "data") as staging:
         while len(rows) < count:
             document = draw(task, seed_of("test", index))

@@ -23,8 +23,14 @@ class RowSource(Protocol):
     """
 
     name: str
-    images: Path | None
-    lengths: np.ndarray
+
+    @property
+    def images(self) -> Path | None:
+        """See above."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """See above."""
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -144,7 +144,8 @@ class _Text:
     """Text under construction, with the ranges that are learned."""
 
     def __init__(self, text: str = "") -> None:
-        self.text, self.learned = text, []
+        self.text = text
+        self.learned: list[tuple[int, int]] = []
 
     def add(self, text: str, learned: bool = False) -> None:
         if learned and text:

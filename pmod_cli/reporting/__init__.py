@@ -26,8 +26,8 @@ def plain_table(title: str, *headings: str, space: int = 2) -> Table:
         headings: One a column.
         space: Blanks between two columns.
     """
-    look = {"title_justify": "left", "title_style": "bold", "header_style": "dim", "box": None, "pad_edge": False}
-    table = Table(title=title, padding=(0, space, 0, 0), **look)
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    table.padding = (0, space, 0, 0)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     return table

@@ -15,17 +15,7 @@ from pmod_cli.checkpoints.layouts.shapes import expected_shapes, to_original
 from pmod_cli.families.towers import CLIP_L_336
 
 SHARD = 5 * 10**9  # bytes
-TEXT = {
-    "model_type": "llama",
-    "vocab_size": 32064,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
+TEXT = ALIASES["llava-1.5-7b"].text | {"model_type": "llama"}
 
 
 def write(folder: Path, *, original: bool) -> Path:

@@ -58,7 +58,7 @@ def test_target_retention_becomes_a_shift(workdir, capsys):
         (["--max-ratio", "nan"], "max_ratio must be a number in -1e6 ... 1e6, found nan"),
         (["--alpha", "1e300"], "alpha must be a number in -1e6 ... 1e6, found 1e+300"),
         (["--alpha", "5", "--norm", "none"], "--norm none has none"),
-        (["--dtype", "int8"], "--dtype 'int8': expected bfloat16, float16 or float32"),
+        (["--dtype", "int8"], "'int8' is not a dtype. Known: auto, bfloat16, float16, float32"),
         (["--max-shard-size", "9" * 400 + "GB"], "--max-shard-size '9999"),
         (["--max-shard-size", "much"], "--max-shard-size 'much'"),
         (["--max-shard-size", "0"], "--max-shard-size '0'"),

@@ -40,7 +40,7 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
     where = folder / CONFIG
     config = read_json(where)
     layout = layout_of(config, options)
-    if layout is None or layout.read is None:
+    if layout is None or (read := layout.read) is None:
         raise _unknown(config, where)
     for other in LAYOUTS.values():
         for name in other.takes:
@@ -50,7 +50,7 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
                     f"{where}: a checkpoint with its own {name.replace('_', ' ')}: `{name}` is for the layout {takers}",
                     hint=f"leave `{name}` out",
                 )
-    return layout.read(folder, config, options)
+    return read(folder, config, options)
 
 
 def layout_of(config: dict, options: Options | None = None) -> Layout | None:
@@ -61,8 +61,8 @@ def layout_of(config: dict, options: Options | None = None) -> Layout | None:
         options: Of a conversion: with a projector, a language model is one of the parts of a LLaVA.
     """
     options = options or Options()
-    known = [layout for layout in LAYOUTS.values() if layout.recognises is not None]
-    return next((layout for layout in reversed(known) if layout.recognises(config, options)), None)
+    latest_first = reversed(LAYOUTS.values())
+    return next((layout for layout in latest_first if layout.recognises and layout.recognises(config, options)), None)
 
 
 def output_layouts() -> dict[str, Layout]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layout import Layout, Options, Source, files_of
@@ -32,6 +33,7 @@ def read_parts(folder: Path, config: dict, options: Options) -> Source:
         raise PmodError(f"{where}: model_type is {decoder!r}, expected a language model: {', '.join(known)}")
     if any(key in config for key in ("vision_config", "mm_vision_tower")):
         raise PmodError(f"{where} is a LLaVA's already, expected a language model's", hint="leave out `projector`")
+    assert options.projector is not None  # it is what makes a language model one of the parts
     tensors, projector = files.read_tensors(folder), files.read_file(options.projector)
     added = {}
     for name, tensor in projector.items():  # the original code's prefixes vary
@@ -40,7 +42,7 @@ def read_parts(folder: Path, config: dict, options: Options) -> Source:
     if not any("mm_projector." in name for name in added):
         found = ", ".join(sorted(projector)[:3]) or "nothing"
         raise PmodError(f"{options.projector} holds no mm_projector, found {found}")
-    merge = {"image_aspect_ratio": "pad"}
+    merge: dict[str, Any] = {"image_aspect_ratio": "pad"}
     if options.anyres:
         merge = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
         merge["image_grid_pinpoints"] = PINPOINTS  # whose numbers this layout reads as (width, height)

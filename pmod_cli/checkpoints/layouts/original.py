@@ -6,6 +6,7 @@ import ast
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layout import Layout, Options, Source, TensorSource, files_of
@@ -100,8 +101,8 @@ def from_flat(
     tower_name = options.vision_tower or config.get("mm_vision_tower")
     inside = any(name.startswith("vision_tower.") for name in found)
     place = vision_tower.find_tower(tower_name, folder, weights=not inside, offline=options.offline)
-    stock["vision_config"] = vision_tower.tower_config(tower_name, place)
-    tower = {} if inside else files.read_tensors(place)
+    stock["vision_config"] = vision_tower.tower_config(str(tower_name), place)
+    tower = files.read_tensors(place) if place and not inside else {}
     dtype = next((tensor.dtype for name, tensor in found.items() if name.endswith("norm.weight")), None)
     parts = {name: TensorSource(tensor) for name, tensor in found.items()}
     if layout == "parts":
@@ -223,7 +224,7 @@ def _image_config(config: dict, where: Path) -> dict:
 def _pinpoints(value: object, where: Path) -> list[list[int]]:
     """(height, width) in pixels; the original code writes (width, height), at times as a string."""
     try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        pairs: Any = ast.literal_eval(value) if isinstance(value, str) else value
         points = [[int(height), int(width)] for width, height in pairs]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         points = []

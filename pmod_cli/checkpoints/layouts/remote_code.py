@@ -98,7 +98,7 @@ def _modules(name: str, found: list[str]) -> list[str]:
     """`found`, with a module behind all that it imports from the package."""
     tree = ast.parse(_source(name))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and node.module not in found:
+        if isinstance(node, ast.ImportFrom) and node.level and node.module and node.module not in found:
             _modules(node.module, found)
     found.append(name)
     return found
@@ -106,7 +106,7 @@ def _modules(name: str, found: list[str]) -> list[str]:
 
 def _body(text: str, imports: dict[str, None]) -> str:
     """A module without its docstring and imports; those from elsewhere are added to `imports`."""
-    lines = text.splitlines()
+    lines: list[str | None] = [*text.splitlines()]
     for position, node in enumerate(ast.parse(text).body):
         docstring = position == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if not docstring and not isinstance(node, ast.Import | ast.ImportFrom):
@@ -114,7 +114,8 @@ def _body(text: str, imports: dict[str, None]) -> str:
         elsewhere = isinstance(node, ast.ImportFrom) and not node.level and node.module != families.__name__
         if isinstance(node, ast.Import) or elsewhere:
             imports[ast.unparse(node)] = None
-        lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+            lines[number - 1] = None
     return "\n".join(line for line in lines if line is not None).strip()
 
 

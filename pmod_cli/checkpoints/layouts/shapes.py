@@ -149,6 +149,7 @@ def tower_shapes(vision: Mapping[str, Any], where: object, kind: TowerKind | Non
     )
     if hidden % (heads := size(vision, "num_attention_heads", where)):
         raise PmodError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    layer: dict[str, tuple[int, ...]]
     layer = {f"self_attn.{name}.weight": (hidden, hidden) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     layer |= {"layer_norm1.weight": (hidden,), "layer_norm2.weight": (hidden,)}
     layer |= {"mlp.fc1.weight": (inner, hidden), "mlp.fc2.weight": (hidden, inner)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import TOWERS
@@ -19,11 +19,11 @@ _ROPES = {  # and what each of them cannot do without
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "tanh")
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole(value: object) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -32,10 +32,10 @@ def _token(value: object) -> bool:
 
 
 def _pinpoints(value: object) -> bool:
-    pairs = (
-        isinstance(value, list) and len(value) > 0 and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-    )
-    return pairs and all(_whole(side) and 0 < side <= 10**6 for pair in value for side in pair)
+    def is_pair(pair: object) -> bool:
+        return isinstance(pair, list) and len(pair) == 2 and all(_whole(side) and 0 < side <= 10**6 for side in pair)
+
+    return isinstance(value, list) and len(value) > 0 and all(map(is_pair, value))
 
 
 _POSITIVE = (lambda value: _number(value) and 0 < value < 1e12, "a number above 0")

@@ -3,6 +3,7 @@
 The toy layout has a prefix before every tensor's name, one number in its config.json, and a file of its own.
 """
 
+import importlib
 import json
 import sys
 
@@ -68,7 +69,9 @@ TOY = Layout(
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """The package on the path, with its entry point; what it registers is forgotten after the test."""
-    LAYOUTS.values()
+    importlib.import_module(
+        "pmod_cli.commands.convert"
+    )  # its help lists layouts, once a process: those of this package
     monkeypatch.setattr(LAYOUTS, "_items", dict(LAYOUTS._items))
     folder = tmp_path / "site"
     information = folder / "toy_layout-1.0.dist-info"

@@ -161,7 +161,7 @@ def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.Cap
         (["--text-tokens", "-1"], "--text-tokens -1 is negative"),
         (["--new-tokens", "-3"], "--new-tokens -3 is negative"),
         (["-m", "llava-1.5-7b", "--text-tokens", "4000"], "the prompt does not fit: 576 vision + 4000 text"),
-        (["--report", "speed"], "'speed' is not a report. Known: flops, kv, memory, latency, all"),
+        (["--report", "speed"], "'speed' is not a report. Known: flops, kv, memory, latency, depth, all"),
         (["--schedule", "sine"], "unknown schedule 'sine'"),
         (["--format", "xml"], "'xml' is not a format. Known: table, markdown, csv, json"),
         (["--sweep", "depth=1:2:1"], "'depth' cannot be swept. Known: shift"),

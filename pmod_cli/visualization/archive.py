@@ -97,7 +97,8 @@ def _read(archive: zipfile.ZipFile) -> ImageSelection:
     parts = tuple(Part(name, *(_array(archive, f"{name}.{grid}", GRIDS[grid]) for grid in GRIDS)) for name in names)
     layout = Layout(image.shape[1], image.shape[0], parts, None if tile_grid is None else tuple(tile_grid))
     expect(layout.size <= MOST_TOKENS, f"{layout.size:,} vision tokens, at most {MOST_TOKENS:,} are drawn")
-    arrays = {name: _array(archive, name, dtype, (None, layout.size)) for name, dtype in PER_TOKEN.items()}
+    arrays: dict[str, Any] = {}
+    arrays |= {name: _array(archive, name, dtype, (None, layout.size)) for name, dtype in PER_TOKEN.items()}
     layers = len(arrays["kept"])
     arrays |= {name: _array(archive, name, dtype, (layers,)) for name, dtype in PER_LAYER.items()}
     record = ImageSelection(image=Image.fromarray(image), layout=layout, **arrays, **words)
@@ -129,10 +130,10 @@ def _array(
         expect(fits and all(length >= 0 for length in found), f"`{name}` has the shape {found}, expected {shape}")
         size = math.prod(found) * kind.itemsize
         expect(size <= most, f"`{name}` would take {size / 1e6:,.0f} MB, at most {most / 1e6:,.0f} are read")
-        data, filled = memoryview(bytearray(size)), 0
-        while filled < size and (count := stream.readinto(data[filled : filled + CHUNK])):
-            filled += count
-        expect(filled == size and not stream.read(1), f"`{name}` has not the length that its header states")
+        data = bytearray()
+        while piece := stream.read(min(CHUNK, size - len(data))):
+            data += piece
+        expect(len(data) == size and not stream.read(1), f"`{name}` has not the length that its header states")
     return np.frombuffer(data, kind).reshape(found, order="F" if fortran else "C")
 
 
@@ -175,7 +176,7 @@ def check_regions(boxes: Any) -> tuple[tuple[float, float, float, float], ...]:
             number = isinstance(edge, int | float) and not isinstance(edge, bool)
             expect(number and abs(edge) <= FARTHEST, f"a box of {box!r:.60}")  # never true of NaN
         expect(box[0] < box[2] and box[1] < box[3], f"an empty box, {box!r:.60}")
-    return tuple(tuple(float(edge) for edge in box) for box in boxes)
+    return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
 
 
 def check_selection(record: ImageSelection) -> None:

@@ -46,7 +46,7 @@ def schedule_chart(record: ImageSelection, caption: Sequence[tuple[str, str]]) -
     axes.set_xlabel("layer", fontsize=TEXT_PT, color=INK, labelpad=2)
     axes.set_ylabel("share of vision tokens kept", fontsize=TEXT_PT, color=INK, labelpad=3)
     axes.tick_params(labelsize=SMALL_PT, colors=INK, length=2, pad=2)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     axes.grid(True, color="#e4e4e4", linewidth=0.5)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -135,8 +135,8 @@ def _draw_compare(
     total = record.layout.size
     headings = []
     for layer in layers:
-        own, other = int(record.kept[layer].sum()), int(against.kept[layer].sum())
-        counts = f"{own} of {total} kept" if own == other else f"{own} and {other} of {total}"
+        here, there = int(record.kept[layer].sum()), int(against.kept[layer].sum())
+        counts = f"{here} of {total} kept" if here == there else f"{here} and {there} of {total}"
         headings.append((f"Layer {layer}", counts, f"{common[layer]:.0%} in common", f"by chance {chance[layer]:.0%}"))
     labels = _row_labels(record.layout, groups)
     rows = [f"{letter}: {label}" if label else letter for letter in "AB" for label in labels]
@@ -216,7 +216,7 @@ def _legend(record: ImageSelection, groups: list[list[Part]], mode: str, answer_
     if answer_only:
         return []
     kept, skipped = (f"#{bytes(colour).hex()}" for colour in (KEPT, SKIPPED))
-    legend = []
+    legend: list[tuple[dict, str]] = []
     if mode == "weights":
         legend.append(({"facecolor": "white", "edgecolor": kept}, "patch kept by the layer"))
     elif mode != "depth":

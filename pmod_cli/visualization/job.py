@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pmod_cli.visualization.archive import load_npz, npz_bytes
 from pmod_cli.visualization.ask import DEFAULT_QUESTION, MAX_NEW_TOKENS, LoadedModel, attend, select
 from pmod_cli.visualization.figure import ALL_LAYERS, MODES, PARTS, draw
 from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
-from pmod_cli.visualization.inputs import Item
+from pmod_cli.visualization.inputs import Item, Region
 from pmod_cli.visualization.page import check_format, encode
 from pmod_cli.visualization.selection_page import html_page
 from pmod_cli.visualization.statistics import in_common
@@ -53,9 +54,7 @@ class DrawSettings:
             layers = f"`layers={self.layers[:60]}`"
             raise PmodError(f"`mode={self.mode}` shows all layers, yet {layers} was given", hint="leave `layers` out")
         for question in filter(None, (self.question, self.against_question)):
-            if any(
-                "\ud800" <= letter <= "\udfff" for letter in question
-            ):  # as Python holds other bytes of a command line
+            if re.search("[\ud800-\udfff]", question):  # how Python holds other bytes of a command line
                 raise PmodError(f"the question is no UTF-8: {printable(question)[:60]}", hint="see `locale`")
 
 
@@ -105,7 +104,11 @@ def run(
         beside: endings of files to write beside each picture: `.html` for the page, `.npz` for the arrays.
     """
     for item, target in zip(items, targets, strict=True):
-        record = load_npz(item.path) if item.is_saved else _ask(subject, item, settings)
+        if item.is_saved or subject is None:
+            record = load_npz(item.path)
+        else:
+            question = settings.question or item.question or DEFAULT_QUESTION
+            record = _ask(subject, load_image(item.path), question, settings, item.regions)
         other = _other(record, item, settings, subject, against) if settings.mode == "compare" else None
         layers = parse_layers(settings.layers, record.num_layers)
         figure = draw(
@@ -120,16 +123,18 @@ def run(
         yield Drawn(item, record, other, layers, tuple(files))
 
 
-def _ask(subject: LoadedModel, item: Item, settings: DrawSettings, question: str | None = None) -> ImageSelection:
+def _ask(
+    model: LoadedModel, picture: LoadedImage, question: str, settings: DrawSettings, regions: tuple[Region, ...]
+) -> ImageSelection:
     return select(
-        subject.model,
-        subject.processor,
-        load_image(item.path),
-        question or settings.question or item.question or DEFAULT_QUESTION,
+        model.model,
+        model.processor,
+        picture,
+        question,
         max_new_tokens=settings.max_new_tokens,
-        name=subject.name,
-        selection=subject.selection,
-        regions=item.regions,
+        name=model.name,
+        selection=model.selection,
+        regions=regions,
     )
 
 
@@ -139,18 +144,17 @@ def _other(
     settings: DrawSettings,
     subject: LoadedModel | None,
     against: LoadedModel | Path | None,
-) -> ImageSelection:
+) -> ImageSelection | None:
     """The second record of a comparison: saved, of another question, of another model, or of stock attention."""
     if isinstance(against, Path):
         return load_npz(against)
-    if settings.against_question:
-        return _ask(subject, item, settings, settings.against_question)
+    if subject is not None and settings.against_question:
+        return _ask(subject, load_image(item.path), settings.against_question, settings, item.regions)
+    if against is None:
+        return None
     if against.router_state == "stock":
         return attend(against.model, against.processor, record, name=against.name)
-    picture = LoadedImage(record.image, record.notes)
-    asked = {"max_new_tokens": settings.max_new_tokens, "name": against.name, "regions": record.regions}
-    asked["selection"] = against.selection
-    return select(against.model, against.processor, picture, record.question, **asked)
+    return _ask(against, LoadedImage(record.image, record.notes), record.question, settings, record.regions)
 
 
 def layer_table(drawn: Drawn) -> Table:
@@ -160,11 +164,11 @@ def layer_table(drawn: Drawn) -> Table:
     record = drawn.record
     common = in_common(record, drawn.against)[0] if drawn.against else None
     table = Table(box=None, pad_edge=False)
-    for heading in ("layer", f"kept of {record.layout.size}", "retention", *(["in common"] if drawn.against else [])):
+    for heading in ("layer", f"kept of {record.layout.size}", "retention", *([] if common is None else ["in common"])):
         table.add_column(heading, justify="right")
     for layer in drawn.layers:
         kept = str(record.kept[layer].sum()) if record.routed[layer] else "all (plain)"
-        shared = [f"{common[layer]:.0%}"] if drawn.against else []
+        shared = [] if common is None else [f"{common[layer]:.0%}"]
         table.add_row(str(layer), kept, f"{record.retention[layer]:.3f}", *shared)
     return table
 

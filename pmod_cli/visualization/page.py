@@ -7,6 +7,7 @@ import textwrap
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from matplotlib import rc_context
@@ -51,10 +52,10 @@ class Page:
         self.pictures: list[tuple[float, float, float, float]] = []
         self._backdrop: Backdrop | None = None  # a chart needs none
 
-    def text(self, x: float, y: float, words: str, colour: str = INK, size: float = TEXT_PT, **style) -> None:
+    def text(self, x: float, y: float, words: str, colour: str = INK, size: float = TEXT_PT, **style: Any) -> None:
         """One line; (x, y) is its top left corner, unless the style aligns it otherwise."""
         # parse_math: an answer of "$5 and $6" is no formula
-        drawn = {"color": colour, "fontsize": size, "va": "top", "parse_math": False} | style
+        drawn: dict[str, Any] = {"color": colour, "fontsize": size, "va": "top", "parse_math": False} | style
         self.figure.text(x, y, words, transform=self._inches, **drawn)
 
     def picture(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
@@ -63,9 +64,9 @@ class Page:
         edges = (round(edge * self.figure.dpi) for edge in (x, y, x + width, y + height))
         self._backdrop.paste(pixels, *edges)
 
-    def frame(self, x: float, y: float, width: float, height: float, **style) -> None:
+    def frame(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
         """A rectangle, by default a thin empty one."""
-        drawn = {"facecolor": "none", "edgecolor": QUIET, "linewidth": 0.4} | style
+        drawn: dict[str, Any] = {"facecolor": "none", "edgecolor": QUIET, "linewidth": 0.4} | style
         self.figure.add_artist(Rectangle((x, y), width, height, transform=self._inches, **drawn))
 
 
@@ -82,7 +83,7 @@ class Backdrop(BboxImage):
         super().__init__(TransformedBbox(Bbox.unit(), figure.transFigure), interpolation="none")
         width, height = figure.canvas.get_width_height()
         self.set_data(np.broadcast_to(np.uint8(255), (height, width, 4)))
-        self._pixels = self.get_array()  # set_data's copy; filled in place
+        self._pixels = cast(np.ndarray, self.get_array())  # set_data's copy; filled in place
         self.boxes: list[tuple[int, int, int, int]] = []
         figure.add_artist(self)
 
@@ -93,12 +94,12 @@ class Backdrop(BboxImage):
         self._pixels[top:bottom, left:right, :3] = picture[lines[:, None], columns]
         self.boxes.append((left, top, right, bottom))
 
-    def make_image(self, renderer: RendererBase, magnification: float = 1.0, unsampled: bool = False):
+    def make_image(self, renderer: RendererBase, magnification: float = 1.0, unsampled: bool = False) -> Any:
         """The pixels as they are, where the figure is drawn whole and at its own resolution.
 
         Elsewhere, as in a notebook or with `bbox_inches="tight"`, matplotlib moves and scales them.
         """
-        x0, y0, x1, y1 = self.get_window_extent(renderer).extents * magnification
+        x0, y0, x1, y1 = np.asarray(self.get_window_extent(renderer).extents) * magnification
         if (x0, y0, int(y1), int(x1)) == (0, 0, *self._pixels.shape[:2]):
             return self._pixels[::-1], 0, 0, None  # the lowest line first
         return super().make_image(renderer, magnification, unsampled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -149,7 +150,7 @@ class Sheet:
         block, place = divmod(column, self._columns)
         return self._left + place * self._pitch + self._inset, MARGIN + block * self._block
 
-    def _box(self, x: float, y: float, box: Sequence[float], **style) -> None:
+    def _box(self, x: float, y: float, box: Sequence[float], **style: Any) -> None:
         x0, y0, _, _ = canvas(self._layout)
         left, top, right, bottom = box
         corner = x + (left - x0) * self._scale, y + (top - y0) * self._scale

@@ -59,7 +59,7 @@ def tokens_on(record: ImageSelection) -> np.ndarray:
     """Bool (V,), the tokens whose patch and one of the record's regions share a quarter of the smaller one."""
     boxes = record.layout.boxes()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # NaN, hence never on a region, for newlines
-    on = np.zeros(record.layout.size, dtype=bool)
+    on: np.ndarray = np.zeros(record.layout.size, dtype=bool)
     for x0, y0, x1, y1 in record.regions:
         wide = np.minimum(boxes[:, 2], x1) - np.maximum(boxes[:, 0], x0)
         high = np.minimum(boxes[:, 3], y1) - np.maximum(boxes[:, 1], y0)
@@ -104,23 +104,24 @@ def summarise(images: Sequence[ImageStatistics], layers: Sequence[int], seed: in
     if len({len(image.on_regions) for image in images}) > 1:
         raise PmodError("the selections come from models with different numbers of layers", hint="give one model's")
     pairs = [layer for layer in layers if layer + 1 in layers]
-    overlap = _stack(images, "overlap", pairs), _stack(images, "overlap_chance", pairs)
-    regions = _stack(images, "on_regions", layers), _stack(images, "on_regions_chance", layers)
-    in_parts = regions[0], _stack(images, "on_regions_in_parts", layers)
+
+    def compared(values: str, chance: str, chosen: Sequence[int]) -> dict[str, Any] | None:
+        return _compare(_stack(images, values, chosen), _stack(images, chance, chosen), seed)
+
+    def of_layers(chosen: Sequence[int], neighbours: Sequence[int], overlap_name: str) -> dict[str, Any]:
+        return {
+            overlap_name: compared("overlap", "overlap_chance", neighbours),
+            "kept_on_regions": compared("on_regions", "on_regions_chance", chosen),
+            "kept_on_regions_in_parts": compared("on_regions", "on_regions_in_parts", chosen),
+        }
+
     return {
         "images": len(images),
-        "neighbour_overlap": _compare(*overlap, seed),
-        "images_with_regions": int(np.isfinite(regions[0]).any(axis=1).sum()),
-        "kept_on_regions": _compare(*regions, seed),
-        "kept_on_regions_in_parts": _compare(*in_parts, seed),
+        "images_with_regions": sum(np.isfinite(image.on_regions[list(layers)]).any().item() for image in images),
+        **of_layers(layers, pairs, "neighbour_overlap"),
         "layers": [
-            {
-                "layer": layer,
-                "overlap_with_next": _compare(*(x[:, [p == layer for p in pairs]] for x in overlap), seed),
-                "kept_on_regions": _compare(*(x[:, [column]] for x in regions), seed),
-                "kept_on_regions_in_parts": _compare(*(x[:, [column]] for x in in_parts), seed),
-            }
-            for column, layer in enumerate(layers)
+            {"layer": layer, **of_layers([layer], [layer] if layer in pairs else [], "overlap_with_next")}
+            for layer in layers
         ],
     }
 

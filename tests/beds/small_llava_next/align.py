@@ -1,6 +1,7 @@
-"""What each patch shows, and the loss that makes its projected feature the embedding of these words.
+"""The word that each patch shows, and the loss that makes its projected feature the embedding of this word.
 
-The language model then sees writing laid out in two dimensions, in its own words, and has only to learn to look.
+The language model then sees writing laid out in two dimensions, in its own words, and has only to learn to look. Where
+there are two words to say, as of a red circle, patches say them in turn: ``red circle red``, as text would.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ BLANK, BAR, TEXT = "blank", "bar", "text"  # TEXT is writing too small to read, 
 WORDS = (*CHARACTERS, *COLOURS, *SHAPES, BAR, TEXT, BLANK)
 INK = 200  # a pixel is paper where all its channels are above
 LEAST = 0.1  # share of ink in a patch from which on it shows something; a patch with less, and some, has no target
-NONE, UNKNOWN = -1, -2
+UNKNOWN = -1
 
 
 class Alignment(nn.Module):
@@ -31,30 +32,24 @@ class Alignment(nn.Module):
         self.words = torch.stack([embeddings[token_of(tokenizer, word)].detach().float() for word in WORDS])
 
     def forward(self, features: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, and share of patches whose words are the nearest.
+        """Loss, and share of drawn patches whose word is the nearest.
 
         Args:
             features: (P, D), projected.
-            shown: int64 (P, 2), indices into ``WORDS``: two, one and ``NONE``, or ``UNKNOWN`` twice.
+            shown: int64 (P,), indices into ``WORDS``, or ``UNKNOWN``.
         """
-        known = shown[:, 0] >= 0
+        known = shown != UNKNOWN
         features, shown = features.float()[known], shown[known]
-        wanted = F.one_hot(shown.clamp(min=0), len(WORDS)).float()
-        wanted = (wanted * (shown >= 0)[..., None]).sum(1)
-        count = wanted.sum(1, keepdim=True)
         near = F.normalize(features, dim=1) @ F.normalize(self.words, dim=1).T
-        told = -(wanted / count * F.log_softmax(self.settings["sharpness"] * near, dim=1)).sum(1)
-        targets = wanted @ self.words / count.sqrt()
+        told = F.cross_entropy(self.settings["sharpness"] * near, shown, reduction="none")
+        targets = self.words[shown]
         far = (features - targets).square().sum(1) / targets.square().sum(1).mean()
-        # A patch is rather blank than not: without a weight, blanks would be most of the loss.
-        weight = torch.where(shown[:, 0] == WORDS.index(BLANK), 0.2, 1.0)
+        # Most patches are blank: without a weight, they would be most of the loss.
+        drawn = shown != WORDS.index(BLANK)
+        weight = torch.where(drawn, 1.0, 0.2)
         loss = told + self.settings["distance"] * far
-        with torch.no_grad():
-            order = near.argsort(1, descending=True)[:, :2]
-            found = F.one_hot(order, len(WORDS)).float()
-            right = torch.where(count == 1, found[:, 0], found.sum(1)).mul(wanted).sum(1) == count[:, 0]
-            drawn = shown[:, 0] != WORDS.index(BLANK)
-        return (loss * weight).sum() / weight.sum(), right[drawn].float().mean()
+        right = (near.argmax(1) == shown)[drawn].float().mean()
+        return (loss * weight).sum() / weight.sum(), right
 
 
 def token_of(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
@@ -67,35 +62,36 @@ def token_of(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
 
 
 def shown(documents: Sequence[Document], tile: int) -> Tensor:
-    """int64 (P, 2): what every patch of the base view and of the tiles of each image shows, as the tower sees them."""
+    """int64 (P,): the word of every patch of the base view and of the tiles of each image, as the tower sees them."""
     return torch.from_numpy(np.concatenate([_shown(document, tile) for document in documents]))
 
 
 def _shown(document: Document, tile: int) -> np.ndarray:
     side, (width, height) = tile // CELL, document.image.size
-    base = _grid(document, side, side, is_base=True).reshape(-1, 2)
+    base = _grid(document, side, side, is_base=True).reshape(-1)
     fine = _grid(document, height // CELL, width // CELL, is_base=False)
-    tiles = fine.reshape(height // tile, side, width // tile, side, 2).swapaxes(1, 2).reshape(-1, 2)
+    tiles = fine.reshape(height // tile, side, width // tile, side).swapaxes(1, 2).reshape(-1)
     return np.concatenate([base, tiles])
 
 
 def _grid(document: Document, rows: int, columns: int, is_base: bool) -> np.ndarray:
-    """int64 (rows, columns, 2)."""
+    """int64 (rows, columns)."""
     width, height = document.image.size
     ink = (np.asarray(document.image) < INK).any(2).reshape(rows, height // rows, columns, width // columns)
     ink = ink.mean((1, 3))
-    grid = np.full((rows, columns, 2), NONE)
+    grid = np.full((rows, columns), UNKNOWN)
+    is_odd = np.arange(columns) % 2 == 1
     covered = np.zeros((rows, columns))
     for mark in document.marks:
         words = [WORDS.index(word) for word in _words(mark, width, is_base)]
+        in_turn = np.broadcast_to(np.where(is_odd, words[-1], words[0]), grid.shape)
         x0, y0, x1, y1 = mark.box
         across = _overlap(x0 * columns / width, x1 * columns / width, columns)
         share = _overlap(y0 * rows / height, y1 * rows / height, rows)[:, None] * across
-        grid[share > covered] = (words + [NONE])[:2]
+        grid = np.where(share > covered, in_turn, grid)
         covered = np.maximum(covered, share)
-    is_drawn = (covered > 0) & (ink >= LEAST)
-    grid[~is_drawn] = UNKNOWN
-    grid[ink == 0] = WORDS.index(BLANK), NONE
+    grid[ink < LEAST] = UNKNOWN
+    grid[ink == 0] = WORDS.index(BLANK)
     return grid
 
 
@@ -106,7 +102,8 @@ def _overlap(start: float, end: float, cells: int) -> np.ndarray:
 
 
 def _words(mark: Mark, width: int, is_base: bool) -> list[str]:
-    """A colour with its shape; a bar with the tens of its value, as its length tells them; a glyph."""
+    """The words of a mark, which its patches show in turn along a row, as text would have them: a colour and its
+    shape; a bar and the tens of its value, as its length tells them; a glyph."""
     if mark.shows in COLOURS:
         return [mark.shows, mark.belongs]
     if mark.shows == BAR:

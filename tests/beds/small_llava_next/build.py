@@ -6,6 +6,7 @@ is added to it; what comes out is held to its digest before it gets its name.
 
 import argparse
 import hashlib
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,8 @@ def build(out: Path, recipe: Mapping, delta: Path = DELTA, digest: str | None = 
     tensors = load_file(delta)
     vision = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
 
-    def check(staged: Path) -> None:
+    def finish(staged: Path) -> None:
+        shutil.copy(HERE / "README.md", staged)
         found.append(hashlib.sha256((staged / "model.safetensors").read_bytes()).hexdigest())
         if digest is not None and found[0] != digest:
             raise PmodError(
@@ -46,7 +48,7 @@ def build(out: Path, recipe: Mapping, delta: Path = DELTA, digest: str | None = 
             )
 
     found: list[str] = []
-    write(out, recipe, vision, lora_updates(tensors, recipe["answer"]["lora"]), check)
+    write(out, recipe, vision, lora_updates(tensors, recipe["answer"]["lora"]), finish)
     return found[0]
 
 

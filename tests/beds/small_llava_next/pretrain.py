@@ -1,7 +1,8 @@
 """Makes the delta of small-llava-next: ``python -m tests.beds.small_llava_next.pretrain --out DIR``.
 
-First tower and projector learn, without the language model, to give the embedding of what a patch shows. Then they stay
-as they are, and LoRA on the decoder learns to answer. Killed at any moment, the same command goes on from the last checkpoint.
+First tower and projector learn, without the language model, to give the embedding of what a patch shows. Then they
+stay as they are, and LoRA on the decoder learns to answer. Killed at any moment, the same command goes on from the last
+checkpoint.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pmod_cli.data.rows import row
 from tests.beds.small_llava_next.align import Alignment, shown
 from tests.beds.small_llava_next.model import load, projected, vision_tensors, write
 from tests.beds.tiny_llava_next.batches import TinyBatches
-from tests.beds.tiny_llava_next.pretrain import keep, learning_rate, make_optimizers, restore
+from tests.beds.tiny_llava_next.pretrain import keep, learning_rate, restore
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -64,22 +65,24 @@ def align(
     vision = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector]).float()
     batches = TinyBatches(processor, recipe | stage)
     alignment = Alignment(processor.tokenizer, model.get_input_embeddings().weight, stage)
-    muon, adamw = make_optimizers(vision, None, stage)
+    inner = {f"{name}.weight" for name, module in vision.named_modules() if isinstance(module, nn.Linear)}
+    matrices = [parameter for name, parameter in vision.named_parameters() if name in inner]
+    rest = [parameter for name, parameter in vision.named_parameters() if name not in inner]
+    muon = torch.optim.Muon(matrices, weight_decay=0.0, **stage["muon"])
+    adamw = torch.optim.AdamW(rest, weight_decay=0.0, **stage["adamw"])
     parts = {"vision": vision, "muon": muon, "adamw": adamw}
     step = restore(checkpoint, 0, parts)
     model.model.requires_grad_(False)
     vision.requires_grad_(True)
     while step < stage["steps"]:
-        rate = learning_rate(step, stage)
         documents = batches.documents(step, stage["mix"])
         with projected(model) as features:
             model.model.get_image_features(batches.pixels([d.image for d in documents]), sizes(documents))
         loss, right = alignment(features[0], shown(documents, batches.tile))
         loss.backward()
-        nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], 1.0)
-        for optimizer in (muon, adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rate
+        nn.utils.clip_grad_norm_(rest, 1.0)
+        for optimizer, settings in (muon, stage["muon"]), (adamw, stage["adamw"]):
+            optimizer.param_groups[0]["lr"] = settings["lr"] * learning_rate(step, stage)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -242,6 +245,7 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole, or not at all."""
     temporary = path.with_suffix(".tmp")
     save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # safetensors lets only the owner read
     temporary.replace(path)
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pmod_cli.checkpoints import bundled_path
-from pmod_cli.data.documents import draw
-from tests.beds.small_llava_next.align import NONE, UNKNOWN, WORDS, Alignment, shown
+from pmod_cli.data.documents import COLOURS, SHAPES, draw
+from tests.beds.small_llava_next.align import UNKNOWN, WORDS, Alignment, shown
 from tests.beds.small_llava_next.build import lora_updates
 from tests.beds.small_llava_next.pretrain import LINEAR, Masters, asked, causal_attention, label_weights
 
@@ -20,8 +20,8 @@ TILE = 48
 
 def tile_words(document):
     """The words of the tile patches of a 96x96 document as 12 rows of 12."""
-    tiles = shown([document], TILE)[36:].view(2, 2, 6, 6, 2).permute(0, 2, 1, 3, 4).reshape(12, 12, 2)
-    return [[" ".join(WORDS[i] for i in cell if i >= 0) for cell in line] for line in tiles.tolist()]
+    tiles = shown([document], TILE)[36:].view(2, 2, 6, 6).permute(0, 2, 1, 3).reshape(12, 12)
+    return [[WORDS[i] if i >= 0 else "?" for i in line] for line in tiles.tolist()]
 
 
 def test_patches_of_a_receipt_show_its_lines():
@@ -35,15 +35,19 @@ def test_patches_of_a_receipt_show_its_lines():
 def test_patches_of_a_chart_show_how_long_a_bar_is():
     document = draw("chart", 6)
     values = [int(turn.answer) for turn in document.turns if turn.answer.isdigit()]
-    lengths = {cell.split()[1] for line in tile_words(document) for cell in line if cell.startswith("bar")}
-    assert lengths == {str(value // 10) for value in values}
+    lines = [line[6:] for line in tile_words(document) if line[6] == "bar"]
+    assert {line[1] for line in lines} - {"blank", "?"} == {str(value // 10) for value in values if value > 20}
+    assert all(set(line[::2]) <= {"bar", "blank", "?"} for line in lines)
 
 
 def test_patches_of_objects_show_colour_and_shape_in_both_views():
     document = draw("attribute", 6)
     objects = {f"{mark.shows} {mark.belongs}" for mark in document.marks}
-    for patches in (shown([document], TILE)[:36], shown([document], TILE)[36:]):
-        assert {" ".join(WORDS[i] for i in cell) for cell in patches.tolist() if cell[1] >= 0} == objects
+    for view in (shown([document], TILE)[:36], shown([document], TILE)[36:]):
+        lines = [" ".join(WORDS[i] if i >= 0 else "?" for i in line) for line in view.view(-1, 6).tolist()]
+        assert all(any(there in line for line in lines) for there in objects)
+        told = {pair for line in lines for pair in re.findall(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", line)}
+        assert {" ".join(pair) for pair in told} == objects
 
 
 def test_alignment_is_least_at_the_words_themselves():
@@ -52,12 +56,12 @@ def test_alignment_is_least_at_the_words_themselves():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     embeddings = torch.randn(len(WORDS), 64)
     alignment = Alignment(tokenizer, embeddings, {"sharpness": 16.0, "distance": 0.2})
-    patches = torch.tensor([[3, NONE], [40, 44], [UNKNOWN, UNKNOWN]])
-    features = torch.stack([alignment.words[3], alignment.words[[40, 44]].sum(0) / 2**0.5, torch.randn(64)])
+    patches = torch.tensor([3, 40, UNKNOWN])
+    features = torch.stack([alignment.words[3], alignment.words[40], torch.randn(64)])
     loss, right = alignment(features, patches)
     assert right == 1
     assert loss < alignment(features + 0.3 * torch.randn(3, 64), patches)[0]
-    assert alignment(features[[2, 2, 0]], patches)[1] == 0
+    assert alignment(features[[1, 0, 2]], patches)[1] == 0
     assert torch.equal(loss, alignment(features + torch.tensor([[0.0], [0.0], [9.0]]), patches)[0])  # unknown: no part
 
 

@@ -118,7 +118,7 @@ def build_model(recipe: Mapping, processor: LlavaNextProcessor, num_layers: int)
     )
     model = LlavaNextForConditionalGeneration(config)
     for part in (model.model.vision_tower, model.model.multi_modal_projector, model.lm_head):
-        fan_in(part)
+        _fan_in(part)
     for layer in model.model.language_model.layers:
         start_layer(layer, num_layers)
     nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
@@ -127,12 +127,12 @@ def build_model(recipe: Mapping, processor: LlavaNextProcessor, num_layers: int)
 
 def start_layer(layer: nn.Module, num_layers: int) -> None:
     """Give a decoder layer a fresh random start; its outputs are small, the smaller the deeper the model."""
-    fan_in(layer)
+    _fan_in(layer)
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
         linear.weight.data.mul_(0.2 / (2 * num_layers) ** 0.5)
 
 
-def fan_in(module: nn.Module) -> None:
+def _fan_in(module: nn.Module) -> None:
     """Variance one over the inputs: at this width the usual standard deviation of 0.02 hardly trains."""
     for linear in module.modules():
         if isinstance(linear, nn.Linear):

@@ -22,6 +22,7 @@ from pmod_cli.core.errors import BAD_INPUT, INTERRUPTED, RUN_FAILED, as_flags, e
 
 VERBS = {
     "convert": "Turn a stock LLaVA checkpoint into a p-MoD checkpoint, without copying its weights.",
+    "calibrate": "Turn a stock LLaVA into a p-MoD model that works, without training.",
     "finetune": "Train a p-MoD model, or the stock model for comparison, from a recipe.",
     "eval": "Score a model on benchmarks with lmms-eval.",
     "profile": "Count FLOPs, KV cache, latency and memory, p-MoD beside stock.",
@@ -33,6 +34,7 @@ VERBS = {
 
 EXAMPLES = """\
 pmod convert llava-next-7b
+pmod calibrate tiny-llava-next
 pmod finetune --recipe tiny
 pmod eval --tasks docvqa,chartqa
 pmod profile --report flops

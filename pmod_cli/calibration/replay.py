@@ -67,17 +67,22 @@ class Replay:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from pmod_cli.model.decoder import RoutedDecoder, route_layers
+        from pmod_cli.model.decoder import RoutedDecoder
 
         self.model, self.decoder = model, model.model.language_model
-        if not isinstance(self.decoder, RoutedDecoder):
-            whole = PmodSettings(schedule="list", values=(1.0,) * len(self.decoder.layers))
-            route_layers(self.decoder, whole)
         self.layers = self.decoder.layers
+        if not isinstance(self.decoder, RoutedDecoder):
+            self.keep_all()
 
     def __len__(self) -> int:
         """L, decoder layers."""
         return len(self.layers)
+
+    def keep_all(self) -> None:
+        """Makes the decoder the stock one: every layer keeps every token, and routers are gone."""
+        from pmod_cli.model.decoder import route_layers
+
+        route_layers(self.decoder, PmodSettings(schedule="list", values=(1.0,) * len(self)))
 
     def begin(self, batch: Batch) -> Stream:
         """A batch in front of layer 0, its image features merged."""

@@ -25,7 +25,7 @@ from pmod_cli.checkpoints.conversion_report import (
     provenance,
     with_files,
 )
-from pmod_cli.checkpoints.layout import Options, Source
+from pmod_cli.checkpoints.layout import Calibrated, Options, Source
 from pmod_cli.checkpoints.layouts import LAYOUTS, output_layout, output_layouts, read_source
 from pmod_cli.checkpoints.layouts.huggingface import HUGGINGFACE
 from pmod_cli.checkpoints.lora import keep_apart, merged, read_config
@@ -48,6 +48,7 @@ def convert(
     resume: bool = False,
     dry_run: bool = False,
     origin: str | None = None,
+    calibrated: Calibrated | None = None,
     progress: Callable[[int], None] = lambda written: None,
 ) -> ConversionReport:
     """Write a checkpoint in another layout; by default the p-MoD checkpoint of a stock LLaVA, its routers untrained.
@@ -62,6 +63,7 @@ def convert(
         resume: Keep an existing target if it was made of the same files in the same way.
         dry_run: Check everything and write nothing.
         origin: What to name as the source instead of the folder, such as `repository@commit`.
+        calibrated: Values of the routers, where they were fitted to the source.
         progress: Told the bytes of each piece of weights that is written.
 
     Raises:
@@ -77,7 +79,7 @@ def convert(
         read_config(options.adapter)
         read = merged(read, options.adapter) if options.merge else read
     _refuse_same_again(read, options)
-    plan = make_plan(read, settings, options)
+    plan = make_plan(read, settings, options, calibrated=calibrated is not None)
     report = planned_report(plan, target, origin or str(folder))
     _check_space(report, target)
     if resume and target.exists():
@@ -93,14 +95,20 @@ def convert(
         ways = {name: place(path, staging / name, options.link) for name, path in plan.weights.unchanged.items()}
         stream(plan.weights, staging, progress)
         if plan.draft.routers:
-            write_routers(staging / ROUTERS, plan.draft.routers, plan.router_dtype, options.router_std, options.seed)
+            given = None if calibrated is None else calibrated.by_name(plan.draft.routers)
+            write_routers(
+                staging / ROUTERS, plan.draft.routers, plan.router_dtype, options.router_std, options.seed, given
+            )
         _write_index(plan, staging)
         if (finish := LAYOUTS[options.to].finish) is not None:
             report = replace(report, notes=[*report.notes, *finish(plan.draft, staging, progress)])
         if options.adapter is not None and not options.merge:
             keep_apart(options.adapter, staging / "adapter")
         write_json(staging / files.CONFIG, plan.draft.config)
-        (staging / CARD).write_text(printable(model_card(report)), encoding="utf-8")
+        said = "" if calibrated is None else calibrated.card
+        (staging / CARD).write_text(printable(model_card(report, said)), encoding="utf-8")
+        if calibrated is not None:
+            calibrated.finish(staging)
         report = with_files(report, ways, staging)
         write_json(staging / PROVENANCE, provenance(report, plan))
         if options.verify:

@@ -74,13 +74,16 @@ class ConversionPlan:
         return old + self.weights.streamed_bytes + new
 
 
-def make_plan(source: Source, settings: PmodSettings | None, options: Options) -> ConversionPlan:
+def make_plan(
+    source: Source, settings: PmodSettings | None, options: Options, *, calibrated: bool = False
+) -> ConversionPlan:
     """Decide everything that does not need a weight.
 
     Args:
         source: From `read_source`.
         settings: p-MoD settings; None keeps those of a p-MoD checkpoint, and is the paper's for a stock one.
         options: What is asked for.
+        calibrated: Whether new routers get values that were fitted.
 
     Raises:
         PmodError: the settings do not fit the model, or the layout asked for cannot hold it.
@@ -97,7 +100,8 @@ def make_plan(source: Source, settings: PmodSettings | None, options: Options) -
     parts = {name: part for name, part in source.parts.items() if settings is not None or ".router." not in name}
     if options.dtype:
         parts = {name: replace(part, dtype=_cast(part, dtype)) for name, part in parts.items()}
-    routers, config = _new_routers(source, routed), _config(source, settings, options)
+    new = "calibrated" if calibrated else "untrained"
+    routers, config = _new_routers(source, routed), _config(source, settings, options, new)
     assert to.arrange is not None  # of every layout that is written
     draft = to.arrange(Draft(source, options, settings, config, parts, routers, routed))
     trained = source.settings is not None and settings is not None
@@ -110,7 +114,7 @@ def make_plan(source: Source, settings: PmodSettings | None, options: Options) -
             routers=ROUTERS if draft.routers else None,
         ),
         router_dtype=dtype,
-        router_state="stock" if settings is None else source.router_state if trained else "untrained",
+        router_state="stock" if settings is None else source.router_state if trained else new,
     )
 
 
@@ -156,7 +160,7 @@ def _check_routers(present: dict[str, files.Tensor], wanted: dict[str, tuple[int
             raise PmodError(f"{tensor.file}: {found}, expected {list(wanted[name])}")
 
 
-def _config(source: Source, settings: PmodSettings | None, options: Options) -> dict:
+def _config(source: Source, settings: PmodSettings | None, options: Options, new: str) -> dict:
     config = dict(source.config)
     if options.dtype:
         config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
@@ -165,7 +169,7 @@ def _config(source: Source, settings: PmodSettings | None, options: Options) -> 
     if settings is None:
         return config
     family = FAMILIES[source.kind]
-    state = source.router_state if source.settings is not None else "untrained"
+    state = source.router_state if source.settings is not None else new
     return config | {
         "model_type": family.routed_name,
         "architectures": [family.routed_class],

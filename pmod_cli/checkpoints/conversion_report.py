@@ -20,7 +20,7 @@ CARD = "README.md"
 _STATES = {
     "untrained": "The routers are new and untrained: what they keep means nothing yet. Fine-tune it first.",
     "trained": "The routers are trained.",
-    "calibrated": "The routers were fitted to the attention of the stock model, not trained.",
+    "calibrated": "Routers and ratios were fitted to what the stock model reads; no weight was trained.",
     "stock": "A plain LLaVA, without routers.",
 }
 
@@ -163,11 +163,12 @@ def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
     return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
 
 
-def model_card(report: ConversionReport) -> str:
+def model_card(report: ConversionReport, calibration: str = "") -> str:
     """Markdown with the hub's metadata: what it is, its schedule, results marked as published, provenance.
 
     Args:
         report: What the conversion wrote.
+        calibration: What was measured when its routers were fitted, Markdown.
     """
     title = Path(report.target).absolute().name
     base = report.source.partition("@")[0]
@@ -179,6 +180,8 @@ def model_card(report: ConversionReport) -> str:
     lines += ["## Use", "", LAYOUTS[report.to].usage]
     if report.settings:
         lines += _schedule(report)
+    if calibration:
+        lines += ["## Calibration", "", calibration, ""]
     of_paper = next((model for model in paper.MODELS.values() if base.endswith(model.repository)), None)
     lines += ["## Results", ""]
     if of_paper is not None:

@@ -6,15 +6,18 @@ Every layout is read into a `Source`: a stock Hugging Face config, and for each 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmod_cli.checkpoints.files import Tensor
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.plugins import PluginRegistry
 from pmod_cli.model import PmodSettings
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST = 1000.0  # deviation of routers: beyond it their logits soon leave 16 bits
 LINKS = ("hard", "copy", "symlink")
@@ -112,6 +115,18 @@ class Source:
         """D, from the shape of a norm."""
         return next(part.source.shape[0] for name, part in self.parts.items() if name.endswith(LAYER))
 
+    def without_routers(self) -> Source:
+        """A p-MoD checkpoint as the stock model that its other weights are."""
+        routers = {name for name in self.parts if ".router." in name}
+        read = {path: names - routers for path, names in self.files.items()}
+        return replace(
+            self,
+            parts={name: part for name, part in self.parts.items() if name not in routers},
+            files={path: names for path, names in read.items() if names},
+            settings=None,
+            router_state="stock",
+        )
+
     @property
     def decoder(self) -> str:
         """Name of the decoder."""
@@ -125,6 +140,25 @@ def files_of(*groups: dict[str, Tensor]) -> dict[Path, set[str]]:
         for name, tensor in group.items():
             files.setdefault(tensor.path, set()).add(name)
     return files
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Routers that were fitted, for a conversion to write.
+
+    Attributes:
+        values: Weight `(1, D)` and bias `(1,)`, float32, of each layer that has a router.
+        card: What the model card says about them, Markdown.
+        finish: Writes what else belongs to them into the folder of the result.
+    """
+
+    values: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    card: str
+    finish: Callable[[Path], None] = lambda folder: None
+
+    def by_name(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The values by tensor name, such as `….layers.8.router.weight`."""
+        return {name: self.values[int(name.split(".")[-3])][name.endswith("bias")] for name in names}
 
 
 @dataclass(frozen=True)

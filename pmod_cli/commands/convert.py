@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from pmod_cli.checkpoints.layouts import output_layouts
-from pmod_cli.commands import common
+from pmod_cli.commands.common import (
+    CacheDirOpt,
+    DryRunOpt,
+    DtypeOpt,
+    JsonOpt,
+    OfflineOpt,
+    OverwriteOpt,
+    ProgressOpt,
+    QuietOpt,
+    RevisionOpt,
+    SeedOpt,
+    given_settings,
+    option_under,
+    record_current,
+)
 from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
@@ -20,6 +34,7 @@ EXAMPLES = """\
 pmod convert llava-next-7b
 pmod convert tiny-llava-next -o tiny-pmod
 pmod convert ./my-llava --schedule linear --target-retention 0.5
+pmod convert ./my-llava --calibrate folder-of-pictures --target-flops 0.54
 pmod convert llava-1.5-7b --target-flops 0.55 --dry-run
 pmod convert liuhaotian/llava-v1.5-7b --dtype bfloat16 --verify
 pmod convert MCG-NJU/p-MoD-LLaVA-NeXT-7B
@@ -30,9 +45,9 @@ pmod convert --list
 """
 OUTPUTS = output_layouts().values()
 ARGUMENTS = {"mean": "target_retention", "values": "ratios"}  # settings whose options have another name
-_method = common.option_under("What to keep")
-_result = common.option_under("What to write")
-_parts = common.option_under("What to read")
+_method = option_under("What to keep")
+_result = option_under("What to write")
+_parts = option_under("What to read")
 
 
 def convert(
@@ -82,6 +97,14 @@ def convert(
             "keep less)",
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        _method(
+            metavar="DATA",
+            help="Choose ratios and routers by pictures: tiny, a file, a folder or a data set, as pmod calibrate. With "
+            "--target-flops or --target-retention as its budget. (default: 0.54)",
+        ),
+    ] = None,
     router_init: Annotated[str, _method(help="zero, or normal:STD such as normal:0.02.")] = "zero",
     to: Annotated[
         str,
@@ -109,23 +132,24 @@ def convert(
         bool, _parts("--merge/--no-merge", help="Add the adapter to the weights, or keep it apart.")
     ] = True,
     list_names: Annotated[bool, typer.Option("--list", help="List the aliases and stop.")] = False,
-    overwrite: common.OverwriteOpt = False,
+    overwrite: OverwriteOpt = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is there if it was made the same way, else refuse.")
     ] = False,
-    dry_run: common.DryRunOpt = False,
-    dtype: common.DtypeOpt = "auto",
-    seed: common.SeedOpt = 0,
-    as_json: common.JsonOpt = False,
-    revision: common.RevisionOpt = None,
-    offline: common.OfflineOpt = False,
-    cache_dir: common.CacheDirOpt = None,
-    quiet: common.QuietOpt = False,
-    progress: common.ProgressOpt = True,
+    dry_run: DryRunOpt = False,
+    dtype: DtypeOpt = "auto",
+    seed: SeedOpt = 0,
+    as_json: JsonOpt = False,
+    revision: RevisionOpt = None,
+    offline: OfflineOpt = False,
+    cache_dir: CacheDirOpt = None,
+    quiet: QuietOpt = False,
+    progress: ProgressOpt = True,
 ) -> None:
     """Turn a LLaVA checkpoint of any layout into a p-MoD checkpoint, where possible without copying its weights."""
     from pmod_cli import checkpoints
     from pmod_cli.commands import convert_report as view
+    from pmod_cli.commands.calibrate_run import calibrate_to, calibration_budget
     from pmod_cli.commands.convert_settings import choose_settings
 
     if list_names:
@@ -165,7 +189,7 @@ def convert(
         verify=verify,
         offline=offline,
     )
-    wanted = common.given_settings(
+    wanted = given_settings(
         schedule=schedule,
         shift=shift,
         mean=target_retention,
@@ -185,6 +209,13 @@ def convert(
             f"--to {to} writes a plain LLaVA, without {', '.join(f'`{ARGUMENTS.get(name, name)}`' for name in names)}",
             hint="leave one of them out",
         )
+    if calibrate is not None:
+        if options != checkpoints.Options(seed=seed, offline=offline) or resume or dry_run or llm is not None:
+            raise PmodError("--calibrate writes a p-MoD checkpoint as it is, without other options of what to write")
+        asked_for = {"data": calibrate, "seed": seed} | calibration_budget(wanted, target_flops)
+        shown = {"as_json": as_json, "quiet": quiet}
+        hub = {"revision": revision, "offline": offline, "cache_dir": cache_dir}
+        return calibrate_to(name, out, asked_for, overwrite=overwrite, **hub, **shown)
     choose_settings(wanted, target_flops, None)  # what is wrong whatever the model is, before anything is fetched
     found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
     origin = f"{found.repo}@{found.commit}" if found.repo else found.alias or str(found.path)
@@ -208,7 +239,7 @@ def convert(
             progress=written,
         )
     if not dry_run and layout.current:  # an export is for other programs
-        common.record_current(target)
+        record_current(target)
     if as_json:
         output.print_json(view.as_json(report, dry_run))
     elif quiet:

@@ -64,6 +64,7 @@ class RoutedModel(CheckedRelease):
         decoder, settings = self.language_model, config.settings
         route_layers(decoder, settings)
         # What a forward reads, as plain attributes: a traced graph cannot take settings apart.
+        self.routes = True  # False: every layer is plain, as in the stock model
         self.vision_token_keys = self.family.vision_tokens
         self.spares_base_image = settings.target_tokens == "vision_hr"
         self.routed_ratios = tuple(dict.fromkeys(layer.ratio for layer in decoder.layers if layer.selects))
@@ -97,7 +98,7 @@ class RoutedModel(CheckedRelease):
                 "inputs_embeds without images need vision_mask, a (B, N) bool tensor of the merged vision tokens "
                 "(all False for text): without it every layer would be plain"
             )
-        if vision_mask is not None:
+        if vision_mask is not None and self.routes:
             decoder = self.language_model
             step_mask = attention_mask[:, -vision_mask.shape[1] :] if is_2d(attention_mask) else attention_mask
             routing = Routing.build(

@@ -172,6 +172,9 @@ class TrainArgs:
     Attributes:
         epochs: passes over the data, where ``max_steps`` is not given.
         max_steps: number of optimizer steps.
+        loss: answers, the cross-entropy of the given answers; or distill, that and the KL divergence from the stock
+            model's own logits at the same tokens. The teacher is the same weights with adapters off and every layer
+            plain, so it needs ``lora.enabled`` and no second model.
         batch_size: rows in one forward pass on one device.
         gradient_accumulation: forward passes to one optimizer step.
         global_batch_size: rows of one optimizer step over all devices; replaces ``gradient_accumulation``, so that the
@@ -196,6 +199,7 @@ class TrainArgs:
 
     epochs: float = at_least(0, 1.0)
     max_steps: int | None = at_least(1, None)
+    loss: Literal["answers", "distill"] = "answers"
     batch_size: int = at_least(1, 16)
     gradient_accumulation: int = at_least(1, 1)
     global_batch_size: int | None = at_least(1, None)
@@ -276,6 +280,8 @@ class Settings:
             found.append("model.vision_tower, model.projector: expected model.llm with them")
         if model.llm is not None and model.vision_tower is None:
             found.append("model.llm: expected model.vision_tower with it")
+        if train.loss == "distill" and not self.lora.enabled:
+            found.append("train.loss: distill learns from the weights without adapters; expected lora.enabled: true")
         if self.lora.enabled and "language_model" in model.freeze:
             found.append("lora.enabled: the language model is in model.freeze, nothing would be adapted")
         if self.eval and self.lora.enabled and not self.lora.merge:

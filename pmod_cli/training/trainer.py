@@ -18,7 +18,9 @@ from transformers.utils import is_torch_tf32_available
 
 from pmod_cli import recipes
 from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.data.templates import IGNORED
 from pmod_cli.families.configs import known_family
+from pmod_cli.training.distillation import divergence, stock_logits
 from pmod_cli.training.folder import STATE
 from pmod_cli.training.parts import parameter_groups
 from pmod_cli.training.resume import list_files
@@ -114,9 +116,16 @@ class PmodTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss, without KV cache and without attention mask: the collator pads on the right, where a causal
         decoder never looks, and without a mask its attention kernel skips half of the work."""
-        self.blank_image.wanted = "pixel_values" not in inputs
         inputs = {**inputs, "use_cache": False, "attention_mask": None}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        distills = self.train_args.loss == "distill"
+        if distills:  # the teacher first, so that no activations are held while it runs
+            answers = inputs["labels"][:, 1:] != IGNORED
+            taught = stock_logits(self.accelerator.unwrap_model(model), inputs)[:, :-1][answers]
+        self.blank_image.wanted = "pixel_values" not in inputs
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if distills:
+            loss = loss + divergence(taught, outputs.logits[:, :-1][answers], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the watch knows to what Trainer logs."""

@@ -18,6 +18,8 @@ from pmod_cli.training.adapters import add_adapters, merge
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import SyntheticDocuments
+from pmod_cli.training.trainer import PmodTrainer, training_arguments
+from pmod_cli.training.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,33 @@ def test_a_lora_run_ends_in_a_checkpoint_whose_base_changed_by_low_rank_only(rou
             assert change.any(), name
     assert not (report.path / folder.STATE).exists()
     assert json.loads((report.path / folder.ADAPTER / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_distillation_adds_the_divergence_from_the_stock_model(routed, stock_model, tmp_path):
+    """Adapters, routers and projector are moved first: the teacher is the stock checkpoint still."""
+    settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")
+    base, processor = load_model(routed)
+    model = add_adapters(base, settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    arguments = training_arguments(settings, tmp_path, "cpu")
+    trainer = PmodTrainer(train=settings.train, watch=Watch(), model=model, args=arguments)
+    batch = Collator(processor)([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
+    loss = trainer.compute_loss(model, dict(batch))
+    stock, _ = load_model(stock_model("llava_next", "llama"))
+    answers = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        teacher, student = stock(**batch).logits, model(**batch)
+        p, q = (logits[:, :-1][answers].log_softmax(-1) for logits in (teacher, student.logits))
+    expected = student.loss + (p.exp() * (p - q)).sum() / answers.sum()
+    assert (p - q).abs().max() > 0.01
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert any(parameter.grad.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+    with pytest.raises(PmodError, match=r"train\.loss"):
+        lora_settings(routed, "train.loss=distill", "lora.enabled=false")
 
 
 def test_the_merged_model_answers_as_the_adapted_one(routed, tmp_path):

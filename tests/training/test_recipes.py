@@ -40,7 +40,7 @@ def rows(tmp_path_factory):
 
 
 def test_the_recipes_that_the_documents_name_are_shipped():
-    assert {*PAPER, "lora", "qlora-24gb", "tiny"} == set(SHIPPED)
+    assert {*PAPER, "lora", "qlora-24gb", "recover", "tiny"} == set(SHIPPED)
 
 
 def test_every_recipe_in_the_list_is_one_that_finetune_reads():

@@ -1,0 +1,180 @@
+"""Samples in front of layers, and how far a schedule takes the answers from the stock model's: what a search asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pmod_cli.calibration.asked import Batch
+from pmod_cli.calibration.importance import fisher_information, received_attention
+from pmod_cli.calibration.regression import Moments
+from pmod_cli.calibration.replay import Replay, Stream
+from pmod_cli.model import PmodSettings
+
+TARGETS = ("text", "attention", "fisher")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What each layer keeps, and which layers choose.
+
+    Attributes:
+        ratios: Retention ratio of each layer, length L.
+        select_at: Layers that choose, ascending; empty where each layer that keeps less than all does.
+    """
+
+    ratios: tuple[float, ...]
+    select_at: tuple[int, ...] = ()
+
+    def settings(self) -> PmodSettings:
+        """The settings of a checkpoint with this schedule."""
+        chosen = self.select_at or None
+        return PmodSettings(schedule="list", values=self.ratios, select_at=chosen)
+
+    @property
+    def choosers(self) -> tuple[int, ...]:
+        """Layers that choose, and so have a router."""
+        return self.select_at or tuple(layer for layer, ratio in enumerate(self.ratios) if ratio < 1)
+
+    @property
+    def retention(self) -> float:
+        """Mean ratio over the layers."""
+        return sum(self.ratios) / len(self.ratios)
+
+    def served(self, chooser: int) -> list[int]:
+        """Layers that keep some tokens by the choice of this one."""
+        behind = [layer for layer in self.select_at if layer > chooser]
+        end = behind[0] if behind else len(self.ratios)
+        return [layer for layer in range(chooser, end) if 0 < self.ratios[layer] < 1] or [chooser]
+
+
+class Bench:
+    """Answered samples beside what the stock model says to them.
+
+    Args:
+        replay: The model; its decoder is given schedules and routers in place.
+        batches: Rows with the stock model's own answers.
+        targets: Which importances are computed, of `TARGETS`.
+        seed: Of what is drawn.
+    """
+
+    def __init__(
+        self, replay: Replay, batches: Sequence[Batch], targets: Sequence[str] = TARGETS, *, seed: int = 0
+    ) -> None:
+        self.replay = replay
+        self.apply(Schedule((1.0,) * len(replay)))
+        with torch.no_grad():
+            self.start = [replay.begin(batch) for batch in batches]
+            self.stock = [replay.logits(stream).log_softmax(-1) for stream in self.start]
+            self.importance: list[dict[str, Tensor]] = [
+                received_attention(replay, stream) if {"text", "attention"} & set(targets) else {}
+                for stream in self.start
+            ]
+        if "fisher" in targets:
+            for stream, found in zip(self.start, self.importance, strict=True):
+                found["fisher"] = fisher_information(replay, stream, seed=seed)
+        self.tokens = sum(len(stream.targets) for stream in self.start)
+
+    def apply(self, schedule: Schedule, routers: dict[int, nn.Module] | None = None) -> None:
+        """Gives the decoder a schedule, and routers to the layers that choose."""
+        layers, settings = self.replay.layers, schedule.settings()
+        for index, (layer, ratio) in enumerate(zip(layers, schedule.ratios, strict=True)):
+            layer.add_routing(settings, ratio, False)
+            layer.register_module("router", (routers or {}).get(index) if index in schedule.choosers else None)
+        self.replay.decoder.choose_at(settings.chosen_at(len(layers)))
+
+    def streams_at(self, layer: int, start: Sequence[Stream] | None = None) -> list[Stream]:
+        """Streams of their own in front of a layer, run there under the decoder's schedule.
+
+        Args:
+            layer: Where to.
+            start: Streams at or in front of it; by default those in front of layer 0.
+        """
+        with torch.no_grad():
+            return [self.replay.advance(stream.fork(), layer) for stream in start or self.start]
+
+    @torch.no_grad()
+    def divergence(self, streams: Sequence[Stream] | None = None) -> float:
+        """KL of the stock model's answer tokens to those of the decoder's schedule, in nats a token.
+
+        Args:
+            streams: Where the pass starts: below that, schedules must not differ.
+        """
+        total = 0.0
+        for stream, stock in zip(streams or self.start, self.stock, strict=True):
+            ours = self.replay.logits(stream).log_softmax(-1)
+            total += float((stock.exp() * (stock - ours)).sum())
+        return max(0.0, total / self.tokens)
+
+    @torch.no_grad()
+    def hidden(self) -> list[float]:
+        """For each layer, the divergence with images hidden from it on: text alone goes further. Length L."""
+        self.apply(Schedule((1.0,) * len(self.replay)))
+        streams, found = [stream.fork() for stream in self.start], []
+        for layer in range(len(self.replay)):
+            with self.replay.keeping(range(layer, len(self.replay)), 0.0):
+                found.append(self.divergence(streams))
+            streams = self.streams_at(layer + 1, streams)
+        return found
+
+    @torch.no_grad()
+    def thinned(self, streams: Sequence[Stream], first: int, ratios: Sequence[float]) -> dict[int, dict[float, float]]:
+        """For each layer from `first` on, the divergence with that layer alone at each of the ratios.
+
+        What lies below a layer is computed once. The decoder has its schedule and routers.
+
+        Args:
+            streams: In front of `first`.
+            first: A layer at or in front of which no layer holds an earlier choice.
+            ratios: To try.
+        """
+        found: dict[int, dict[float, float]] = {}
+        streams = [stream.fork() for stream in streams]
+        for layer in range(first, len(self.replay)):
+            found[layer] = {}
+            for ratio in ratios:
+                with self.replay.keeping([layer], ratio):
+                    found[layer][ratio] = self.divergence(streams)
+            streams = self.streams_at(layer + 1, streams)
+        return found
+
+    @torch.no_grad()
+    def unchanged(self, streams: Sequence[Stream] | None = None) -> tuple[int, int]:
+        """(rows in which every answer token is still the likeliest, or was not before; rows)."""
+        same = rows = 0
+        for stream, stock in zip(streams or self.start, self.stock, strict=True):
+            differs = (self.replay.logits(stream).argmax(-1) != stock.argmax(-1)).long()
+            count = len(stream.hidden)
+            missed = torch.zeros(count, dtype=torch.long, device=differs.device).index_add_(0, stream.rows, differs)
+            same, rows = same + int((missed == 0).sum()), rows + count
+        return same, rows
+
+    @torch.no_grad()
+    def fit(
+        self, schedule: Schedule, chooser: int, target: str, streams: Sequence[Stream]
+    ) -> tuple[nn.Module, float, float]:
+        """A router for a layer that chooses, from streams in front of it.
+
+        Returns:
+            The router, its correlation with the target on pictures left out, and the shrinkage of the ridge.
+        """
+        moments, served = Moments(), schedule.served(chooser)
+        for stream, importance in zip(streams, self.importance, strict=True):
+            wanted = importance[target][served].sum(dim=0)
+            for row, vision in enumerate(stream.routing.target):
+                moments.add(stream.hidden[row][vision], wanted[row][vision])
+        router = self._router()
+        return router, *moments.fit(router)
+
+    def zero_routers(self, schedule: Schedule) -> dict[int, nn.Module]:
+        """Routers as `convert` makes them: all tokens tie."""
+        return {layer: self._router() for layer in schedule.choosers}
+
+    def _router(self) -> nn.Module:
+        from pmod_cli.model.layer import Router
+
+        like = self.replay.layers[0].input_layernorm.weight
+        return Router(like.shape[0], device=like.device, dtype=like.dtype).requires_grad_(False)

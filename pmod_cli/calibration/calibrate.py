@@ -1,0 +1,226 @@
+"""A stock model to p-MoD settings and routers, without training: half of the samples choose, the other half judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from pmod_cli.calibration.asked import Asked
+from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
+from pmod_cli.calibration.budget import Budget
+from pmod_cli.calibration.replay import Replay
+from pmod_cli.calibration.samples import read_samples
+from pmod_cli.calibration.search import Found, Search
+from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+FEWEST = 8  # samples
+RANDOM_SEEDS = 3
+COSINE, CONVERTED, UNIFORM, RANDOM = "cosine, calibrated", "cosine, converted", "uniform", "random"
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What is asked for.
+
+    Attributes:
+        data: As `read_samples` takes it.
+        images: Folder of the images that a file names.
+        questions: Asked instead of the data's own.
+        samples: Pictures; every second one judges.
+        budgets: Shares of the stock model, one result each.
+        of: What they are shares of.
+        schedule: `search`, or `cosine`: the paper's, with only the rest calibrated.
+        template: Conversation template, as `data.template` of a recipe.
+        seed: Of everything that is drawn.
+
+    Raises:
+        PmodError: too few samples, or a share out of range.
+    """
+
+    data: str = "tiny"
+    images: Path | None = None
+    questions: tuple[str, ...] = ()
+    samples: int = 64
+    budgets: tuple[float, ...] = (0.54,)
+    of: Literal["flops", "retention"] = "flops"
+    schedule: Literal["search", "cosine"] = "search"
+    template: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < FEWEST:
+            raise PmodError(f"`samples={self.samples}` are too few to calibrate on: expected {FEWEST} or more")
+        name = "budget" if self.of == "flops" else "target_retention"
+        for share in self.budgets:
+            if not 0 < share <= 1:
+                raise PmodError(f"`{name}={share:g}`: expected a share above 0 and at most 1, such as 0.54")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model on the samples that judge.
+
+    Attributes:
+        name: `stock`, `calibrated`, or a control.
+        flops: Share of the stock decoder's prefill.
+        retention: Mean ratio.
+        kv: Share of the stock model's K/V.
+        divergence: KL to the stock model, nats an answer token.
+        unchanged: Pictures whose answers stay as they are, token by token.
+        pictures: All of them.
+    """
+
+    name: str
+    flops: float
+    retention: float
+    kv: float
+    divergence: float
+    unchanged: float
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a budget gave.
+
+    Attributes:
+        share: The budget.
+        found: Settings and routers.
+        judged: The calibrated model first, then the controls at the same budget.
+        hidden: For each layer, the divergence with images hidden from it on, on the samples of the search.
+    """
+
+    share: float
+    found: Found
+    judged: list[Judged]
+    hidden: list[float] = field(default_factory=list)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    sizes: Sizes,
+    settings: CalibrationSettings,
+    note: Callable[[str], None] = lambda line: None,
+) -> list[Calibration]:
+    """Settings and routers for each budget. The model's weights stay as they are; its decoder is routed in place.
+
+    Args:
+        model: A LLaVA in eval mode, with SDPA attention. Routers and settings that it has are ignored.
+        processor: Its processor.
+        sizes: Its sizes.
+        settings: What is asked for.
+        note: Told what is done.
+
+    Raises:
+        PmodError: a budget that cannot be met, or data that cannot be read.
+    """
+    budgets = [Budget(sizes, share, settings.of) for share in settings.budgets]
+    for budget in budgets:
+        budget.check()
+    samples = read_samples(
+        settings.data, settings.samples, images=settings.images, questions=settings.questions, seed=settings.seed
+    )
+    replay = Replay(model)
+    replay.keep_all()
+    asked = Asked(model, processor, settings.template)
+    note(f"{len(samples)} pictures of {settings.data}: the stock model answers")
+    samples = asked.answered(samples, own=True)
+    chooses = Bench(replay, asked.batches(samples[::2]), TARGETS, seed=settings.seed)
+    judges = Bench(replay, asked.batches(samples[1::2]), ())
+    note("where it reads")
+    hidden = chooses.hidden()
+    results = []
+    for budget in budgets:
+        note(f"budget {budget.share:g}")
+        results.append(_calibration(budget, settings, chooses, judges, hidden, note))
+    return results
+
+
+def _calibration(
+    budget: Budget,
+    settings: CalibrationSettings,
+    chooses: Bench,
+    judges: Bench,
+    hidden: list[float],
+    note: Callable[[str], None],
+) -> Calibration:
+    search = Search(chooses, budget, hidden, TARGETS, note)
+    cosine = None if search.spends_nothing else budget.cosine()
+    of_cosine = None if cosine is None else search.given(cosine)
+    if settings.schedule == "cosine" and not search.spends_nothing:
+        if of_cosine is None:
+            raise PmodError(f"no shift of the cosine costs as little as {budget.share:g}", hint="`schedule=search`")
+        found = of_cosine
+    else:
+        found = search.run([] if of_cosine is None else [of_cosine])
+    if not found.routers:  # the budget is the whole model
+        return Calibration(budget.share, found, [_judged("calibrated", budget, judges, found.schedule)], hidden)
+    rows = [_judged("calibrated", budget, judges, found.schedule, found.routers)]
+    if settings.schedule != "cosine" and of_cosine is not None:
+        rows.append(_judged(COSINE, budget, judges, of_cosine.schedule, of_cosine.routers))
+    if cosine is not None:
+        every = Schedule(tuple(cosine))
+        rows.append(_judged(CONVERTED, budget, judges, every, judges.zero_routers(every)))
+    for name, seeds in ((UNIFORM, 1), (RANDOM, RANDOM_SEEDS)):
+        drawn = []
+        for seed in range(seeds):
+            with _selection(judges.replay, name, seed):
+                drawn.append(_judged(name, budget, judges, found.schedule, found.routers))
+        rows.append(_mean(drawn))
+    return Calibration(budget.share, found, rows, hidden)
+
+
+def _judged(name: str, budget: Budget, bench: Bench, schedule: Schedule, routers: dict | None = None) -> Judged:
+    bench.apply(schedule, routers)
+    flops = Budget(budget.sizes, budget.share)
+    same, pictures = bench.unchanged()
+    return Judged(
+        name,
+        flops.total(schedule.ratios, len(routers or {})),
+        schedule.retention,
+        flops.kept_cache(schedule.ratios),
+        bench.divergence(),
+        same,
+        pictures,
+    )
+
+
+def _mean(rows: Sequence[Judged]) -> Judged:
+    """One row of several draws."""
+    first, count = rows[0], len(rows)
+    return Judged(
+        first.name,
+        first.flops,
+        first.retention,
+        first.kv,
+        sum(row.divergence for row in rows) / count,
+        sum(row.unchanged for row in rows) / count,
+        first.pictures,
+    )
+
+
+@contextmanager
+def _selection(replay: Replay, name: str, seed: int) -> Iterator[None]:
+    replay.decoder.set_selection(name, seed=seed)
+    try:
+        yield
+    finally:
+        replay.decoder.set_selection("router")
+
+
+def router_values(found: Found) -> dict[int, tuple]:
+    """Weight and bias of each router as float32 arrays, for `pmod_cli.checkpoints.Calibrated`."""
+    return {
+        layer: tuple(tensor.detach().to("cpu", torch.float32).numpy() for tensor in (router.weight, router.bias))
+        for layer, router in found.routers.items()
+    }

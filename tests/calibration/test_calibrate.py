@@ -1,0 +1,291 @@
+"""Calibration: its parts held to plain computations, and the command as a user runs it."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmod_cli import checkpoints
+from pmod_cli.calibration.asked import Asked
+from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
+from pmod_cli.calibration.budget import Budget, best_ratios
+from pmod_cli.calibration.replay import Replay
+from pmod_cli.calibration.samples import read_samples
+from pmod_cli.cli import main
+from pmod_cli.families.sizes import Sizes
+from tests import factories
+from tests.calibration.test_depth import batches_of
+from tests.conftest import ROOT
+from tests.model.models import pmod_twin
+
+SIZES = Sizes.of(factories.config("llava_next").to_dict())
+
+
+def test_the_program_is_as_good_as_trying_everything():
+    """Four layers, five ratios, losses without any order."""
+    generator = torch.Generator().manual_seed(0)
+    levels = (0.0, 0.2, 0.5, 0.8, 1.0)
+    for share in (0.35, 0.5, 0.62, 0.8, 0.97):
+        losses = [dict(zip(levels, torch.rand(5, generator=generator).tolist(), strict=True)) for _ in range(4)]
+        budget = Budget(SIZES, share)
+        allowed = [ratios for ratios in itertools.product(levels, repeat=4) if budget.total(ratios) <= share]
+
+        def loss(ratios, losses=losses):
+            return sum(layer[ratio] for layer, ratio in zip(losses, ratios, strict=True))
+
+        found = best_ratios(losses, budget)
+        assert found in [list(ratios) for ratios in allowed]
+        assert loss(found) == pytest.approx(min(map(loss, allowed)), abs=1e-12)
+    assert best_ratios([{1.0: 0.0}] * 4, Budget(SIZES, 0.9)) is None
+
+
+@pytest.mark.parametrize("of", ["flops", "retention"])
+def test_a_budget_is_what_profile_counts(of):
+    from pmod_cli.profiling import Routed, Workload, prefill
+
+    ratios = [1.0, 0.7, 0.3, 0.0]
+    rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(SIZES)
+    routed = Routed(ratios, routers=[False, True, False, False])
+    counted = prefill(SIZES, rows, routed).decoder / prefill(SIZES, rows).decoder
+    budget = Budget(SIZES, 0.5, of)
+    assert budget.total(ratios) == pytest.approx(counted if of == "flops" else 0.5, rel=1e-9)
+    ratio = budget.solve([(1, 1.0), (2, None), (1, 0.0)])
+    assert budget.total([1.0, ratio, ratio, 0.0]) == pytest.approx(0.5, abs=0.02)
+    assert budget.total([1.0, ratio, ratio, 0.0]) <= 0.5 + 1e-9
+
+
+def test_reusing_the_prefix_gives_what_whole_forward_passes_give():
+    stock = factories.model("llava_next", layers=4)
+    batches = batches_of(stock, "llava_next")
+    with torch.no_grad():
+        before = [stock(**{**batch.inputs, "labels": None}).logits for batch in batches]
+    bench = Bench(Replay(stock), batches, ("text",))
+    schedule = Schedule((1.0, 0.6, 0.5, 0.25), (1, 3))
+    routers = {}
+    for chooser in schedule.select_at:
+        bench.apply(schedule, routers)
+        routers[chooser] = bench.fit(schedule, chooser, "text", bench.streams_at(chooser))[0]
+    bench.apply(schedule, routers)
+    start = bench.streams_at(1)
+    found = bench.thinned(start, 1, (0.0, 0.4, 1.0))
+    assert bench.divergence(start) == bench.divergence()
+    state = bench.replay.model.state_dict()
+    for layer, ratio in [(1, 0.4), (2, 0.0), (2, 1.0), (3, 0.4)]:
+        values = [ratio if i == layer else kept for i, kept in enumerate(schedule.ratios)]
+        twin = pmod_twin(factories.model("llava_next", layers=4), schedule.settings().to_dict() | {"values": values})
+        twin.load_state_dict(state)
+        total = tokens = 0.0
+        for batch, plain in zip(batches, before, strict=True):
+            answers = (batch.inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+            with torch.no_grad():
+                ours = twin(**{**batch.inputs, "labels": None}).logits[:, :-1][answers].log_softmax(-1)
+            stocks = plain[:, :-1][answers].log_softmax(-1)
+            total, tokens = total + float((stocks.exp() * (stocks - ours)).sum()), tokens + len(ours)
+        assert found[layer][ratio] == pytest.approx(total / tokens, abs=1e-6)
+        assert total / tokens > 1e-4
+
+
+def test_targets_are_what_autograd_and_eager_attention_give():
+    stock = factories.model("llava", layers=3)
+    batches = batches_of(stock, "llava", count=2)
+    bench = Bench(Replay(stock), batches, TARGETS)
+    stock.set_attn_implementation("eager")
+    for batch, importance, stream in zip(batches, bench.importance, bench.start, strict=True):
+        with torch.no_grad():
+            attention = stock(**{**batch.inputs, "labels": None}, output_attentions=True).attentions
+        text = stream.routing.rank_base == float("inf")
+        for layer, weights in enumerate(attention):
+            behind = weights.tril(-1) * text[:, None, :, None]
+            vision = stream.routing.target
+            assert torch.allclose(importance["text"][layer][vision], behind.amax(dim=(1, 2))[vision], atol=1e-6)
+    stock.set_attn_implementation("sdpa")
+    # Fisher: the gate of a layer's update alone has the same gradient as the update itself along its own direction.
+    assert all((found["fisher"] >= 0).all() and found["fisher"].any() for found in bench.importance)
+
+
+def test_routers_that_were_fitted_foretell_and_shuffled_ones_lose():
+    """On the bundled model: what it reads can be told from hidden states, and a wrong direction is worse."""
+    model, processor = checkpoints.load_model(checkpoints.resolve("tiny-llava-next").path, dtype="float32")
+    bench = Bench(Replay(model), Asked(model, processor).batches(read_samples("doc", 8)), ("text",))
+    layers, chooser = len(bench.replay), len(bench.replay) // 3
+    schedule = Schedule((1.0,) * chooser + (0.3,) * (layers - chooser), (chooser,))
+    streams = bench.streams_at(chooser)
+    router, correlation, _ = bench.fit(schedule, chooser, "text", streams)
+    assert correlation > 0.3
+    bench.apply(schedule, {chooser: router})
+    fitted = bench.divergence(streams)
+    vision = streams[0].routing.target
+    weights = 1 + 0.2 * torch.tanh(router(streams[0].hidden[vision]))
+    assert 0 < (weights - 1).abs().max() < 1e-2
+    assert (weights - 1).abs().mean() < 1e-3
+    router.weight.copy_(router.weight[:, torch.randperm(router.weight.shape[1])])
+    assert bench.divergence(streams) > 1.5 * fitted
+
+
+def _prompt(processor):
+    image = read_samples("doc", 1)[0].images[0]
+    return processor(images=[image], text="<image> what is the price of egg?", return_tensors="pt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """A model of random weights would say as much as it may."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pmod_cli.calibration.asked.NEW_TOKENS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def calibrated(stock_model, tmp_path_factory) -> Path:
+    """Two budgets in one run, by the command."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        call = ["calibrate", str(stock_model()), "--samples", "8", "--device", "cpu", "--budget", "0.6,1", "-o", "made"]
+        assert main(call) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_the_result_is_a_whole_p_mod_checkpoint(calibrated: Path, stock_model):
+    folder = calibrated / "made-60"
+    assert checkpoints.router_state(folder) == "calibrated"
+    config = json.loads((folder / "config.json").read_text())
+    said = json.loads((folder / "calibration.json").read_text())["budgets"][0]
+    assert config["pmod"]["values"] == said["ratios"]
+    assert config["pmod"]["select_at"] == said["select_at"]
+    assert Budget(SIZES, 0.6).total(said["ratios"], len(said["select_at"])) <= 0.6 + 1e-6
+    stock = stock_model() / "model.safetensors"
+    assert os.path.samefile(folder / "model-00001-of-00001.safetensors", stock), "no weight is copied"
+    assert said["judged"][0]["name"] == "calibrated"
+    assert {"uniform", "random"} < {row["name"] for row in said["judged"]}
+    card = (folder / "README.md").read_text()
+    assert "## Calibration" in card
+    assert "| calibrated |" in card
+    model, processor = checkpoints.load_model(folder)
+    assert model.generate(**_prompt(processor), max_new_tokens=2, do_sample=False).shape[1] > 2
+    # Measured again in the checkpoint that was written: the same divergence as the report has.
+    plain, _ = checkpoints.load_model(stock_model())
+    judges = Asked(plain, processor).answered(read_samples("tiny", 8), own=True)[1::2]
+    bench = Bench(Replay(plain), Asked(plain, processor).batches(judges), ())
+    routers = {i: model.model.language_model.layers[i].router for i in said["select_at"]}
+    bench.apply(Schedule(tuple(said["ratios"]), tuple(said["select_at"])), routers)
+    assert bench.divergence() == pytest.approx(said["judged"][0]["divergence"], abs=1e-6)
+
+
+def test_a_budget_of_one_changes_nothing(calibrated: Path, stock_model):
+    ours, processor = checkpoints.load_model(calibrated / "made-100")
+    stock, _ = checkpoints.load_model(stock_model())
+    assert not ours.config.routed_layers
+    batch = Asked(stock, processor).batches(read_samples("doc", 1))[0]
+    with torch.no_grad():
+        inputs = {**batch.inputs, "labels": None}
+        assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
+
+
+def test_a_calibrated_model_goes_through_the_other_verbs(calibrated: Path, workdir: Path, capsys):
+    folder = str(calibrated / "made-60")
+    assert main(["profile", "-m", folder, "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers[0]["retention"] == 1.0
+    assert main(["calibrate", folder, "-o", "again", "--samples", "8", "--schedule", "cosine", "--device", "cpu"]) == 0
+    assert checkpoints.router_state(Path("again")) == "calibrated"
+
+
+def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys):
+    few = lambda data, count, **options: read_samples(data, 8, **options)  # noqa: E731 - the default of 64 takes minutes
+    monkeypatch.setattr("pmod_cli.calibration.calibrate.read_samples", few)
+    call = ["convert", str(stock_model()), "-o", "made", "--calibrate", "doc"]
+    assert main([*call, "--target-flops", "0.6", "--schedule", "cosine"]) == 0
+    assert checkpoints.router_state(Path("made")) == "calibrated"
+    for more in (["--norm", "sigmoid"], ["--schedule", "linear"], ["--dry-run"], ["--dtype", "float32"]):
+        assert main([*call, "-o", "other", *more]) == 2
+        assert "--calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", "7"], "--samples 7 are too few"),
+        (["--budget", "0.01"], "cannot be met"),
+        (["--budget", "1.5"], "--budget 1.5"),
+        (["--budget", "half"], "--budget 'half'"),
+        (["--budget", "0.541,0.544"], "one folder"),
+        (["--target-retention", "0.01"], "cannot be met"),
+        (["--budget", "0.5", "--target-retention", "0.5"], "give one of them"),
+        (["--data", "broken", "--samples", "8"], "broken"),
+        (["--data", "nowhere.json"], "nowhere.json"),
+        (["--schedule", "linear"], "expected search or cosine"),
+        (["-o", "there"], "there"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(stock_model, workdir: Path, capsys, arguments, said):
+    Path("broken").mkdir()
+    for number in range(8):
+        Path(f"broken/{number}.png").write_bytes(b"no picture")
+    Path("there").mkdir()
+    Path("there/mine").touch()
+    before = sorted(workdir.rglob("*"))
+    assert main(["calibrate", str(stock_model()), "--device", "cpu", *arguments]) == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert said in out.err
+    assert "Traceback" not in out.err
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_trained_model_needs_a_word_more(calibrated: Path, workdir: Path, capsys):
+    import shutil
+
+    shutil.copytree(calibrated / "made-60", "trained")
+    config = json.loads(Path("trained/config.json").read_text())
+    Path("trained/config.json").write_text(json.dumps(config | {"router_state": "trained"}))
+    assert main(["calibrate", "trained", "--device", "cpu", "--samples", "8"]) == 2
+    assert "--recalibrate" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(stock_model, workdir: Path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pmod_cli.profiling.plots.save", full)
+    call = ["calibrate", str(stock_model()), "-o", "made", "--samples", "8", "--schedule", "cosine", "--device", "cpu"]
+    assert main(call) == 1
+    assert not Path("made").exists()
+    assert "Traceback" not in capsys.readouterr().err
+    assert not [path for path in workdir.iterdir() if "made" in path.name and path.is_dir()]
+
+
+@pytest.mark.soak
+def test_killed_at_any_moment_it_leaves_nothing_or_all(stock_model, workdir: Path):
+    """Every second kill waits for the moment of writing, which is short."""
+    call = [sys.executable, "-m", "pmod_cli", "calibrate", str(stock_model()), "-o", "made", "--samples", "8"]
+    call += ["--schedule", "cosine", "--device", "cpu", "--overwrite"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    seconds = 10.0
+    for kill in range(30):
+        process = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        moment = random.Random(kill).uniform(0, 1.1 * seconds)
+        while process.poll() is None:
+            writes = any(path.is_dir() and "staging" in path.name for path in workdir.iterdir())
+            if (kill % 2 and writes) or (not kill % 2 and time.monotonic() - started > moment):
+                time.sleep(random.Random(kill).uniform(0, 0.2) if writes else 0)
+                process.kill()
+            time.sleep(0.002)
+        seconds = time.monotonic() - started if process.returncode == 0 else seconds
+        assert process.returncode in (0, -9)
+        if Path("made").exists():
+            checkpoints.load_model(Path("made"))
+            assert json.loads(Path("made/calibration.json").read_text())["budgets"]
+    assert subprocess.run(call, env=environment, capture_output=True).returncode == 0
+    assert sorted(path.name for path in workdir.iterdir() if path.is_dir() and path.name != ".pmod") == ["made"]

@@ -39,6 +39,7 @@ class _RoutedSlots:
         self.valid: Tensor | None = None  # (B, slots or more) bool, True ahead; None while every slot is real
         self.skipped = 0  # tokens of the sequence, padding included, that have no slot
         self.croppable = 0  # slots at the end that stand for the last tokens of the sequence, one to one
+        self.shift: tuple[Tensor, Tensor] | None = None  # (B, 1, d) each, see `RoutedLayer._shift`
         self._incoming: tuple[Tensor | None, int, int] | None = None  # None: tokens that are all kept and real
 
     def expect(self, valid: Tensor | None, skipped: int = 0, croppable: int = 0) -> None:
@@ -79,7 +80,7 @@ class _RoutedSlots:
     def reset(self) -> None:
         super().reset()
         self.is_initialized = False  # the next image may keep another number of tokens
-        self.valid, self.skipped, self.croppable = None, 0, 0
+        self.valid, self.skipped, self.croppable, self.shift = None, 0, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -96,6 +97,8 @@ class _RoutedSlots:
     def _choose_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
         if self.valid is not None:
             self.valid = choose(self.valid)
+        if self.shift is not None:
+            self.shift = choose(self.shift[0]), choose(self.shift[1])
 
 
 class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):

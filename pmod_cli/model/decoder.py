@@ -39,15 +39,21 @@ class RoutedDecoder:
         for layer in self.layers:
             layer.selection = self.selection
 
-    def choose_at(self, chosen_at: list[int | None]) -> None:
-        """Says which layers choose, and whose choice the others hold.
+    def apply_settings(self, settings: PmodSettings) -> None:
+        """Gives every layer the selection and its retention ratio; says who chooses, and whose choice others hold.
 
-        Args:
-            chosen_at: Per layer, as `PmodSettings.chosen_at` gives it. A router of a layer that only holds a choice
-                does nothing: its weights are 1.
+        A router of a layer that only holds a choice does nothing: its weights are 1.
+
+        Raises:
+            ValueError: The settings do not fit the number of layers.
         """
+        self.set_selection(settings.selection)
+        ratios, chosen_at = settings.retention(len(self.layers)), settings.chosen_at(len(self.layers))
         for index, layer in enumerate(self.layers):
-            layer.choose_at(chosen_at[index], held=index in chosen_at[index + 1 :])
+            held = index in chosen_at[index + 1 :] or (not settings.returns and index == chosen_at[index])
+            left = index and chosen_at[index - 1] is not None and ratios[index - 1] < 1
+            drop = (chosen_at[index - 1], ratios[index - 1]) if left and not settings.returns else None
+            layer.apply_settings(settings, ratios[index], chosen_at[index], held=held, drop=drop)
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
         """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
@@ -84,11 +90,9 @@ def route_layers(decoder: nn.Module, settings: PmodSettings) -> None:
         decoder.selection_recorder = None
         for layer in decoder.layers:
             layer.__class__ = layer_class
-    count = len(decoder.layers)
-    for layer, ratio, routed in zip(decoder.layers, settings.retention(count), settings.routed(count), strict=True):
-        layer.add_routing(settings, ratio, routed)
-    decoder.set_selection(settings.selection)
-    decoder.choose_at(settings.chosen_at(count))
+    for layer, routed in zip(decoder.layers, settings.routed(len(decoder.layers)), strict=True):
+        layer.add_router(routed)
+    decoder.apply_settings(settings)
 
 
 def add_decoder(kind) -> None:

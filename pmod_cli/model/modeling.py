@@ -7,6 +7,7 @@ prefill and passed down to the layers. Steps without images (decode, text) get n
 `PmodLlavaModel`, `PmodLlavaForConditionalGeneration` and their like are made by `add_family`, from a family's record.
 """
 
+from collections.abc import Mapping
 from functools import reduce
 from importlib import import_module
 from operator import or_
@@ -28,6 +29,7 @@ from .decoder import ROUTED_DECODERS, has_tokens, is_2d, route_layers
 from .registry import SELECTIONS
 from .routing import Routing
 from .selfcheck import check_release
+from .settings import PmodSettings
 
 GENERATION: dict[type, type] = {}
 """Our model with a language-model head, by its configuration class."""
@@ -61,8 +63,17 @@ class RoutedModel(CheckedRelease):
         Raises:
             ValueError: A decoder of another architecture.
         """
-        decoder, settings = self.language_model, config.settings
-        route_layers(decoder, settings)
+        route_layers(self.language_model, config.settings)
+        self.apply_settings(config.settings)
+
+    def apply_settings(self, settings: PmodSettings) -> None:
+        """What each layer keeps and what ranks the tokens; see `RoutedGeneration.set_method`.
+
+        Raises:
+            ValueError: The settings do not fit the number of layers.
+        """
+        decoder = self.language_model
+        decoder.apply_settings(settings)
         # What a forward reads, as plain attributes: a traced graph cannot take settings apart.
         self.routes = True  # False: every layer is plain, as in the stock model
         self.vision_token_keys = self.family.vision_tokens
@@ -181,6 +192,22 @@ class RoutedGeneration(CheckedRelease):
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, found {selection!r}")
         self.model.language_model.set_selection(selection, seed=seed)
+
+    def set_method(self, pmod: Mapping) -> None:
+        """Gives the model other settings, of a method that needs no routers: its weights stay as they are.
+
+        Args:
+            pmod: Fields of `PmodSettings`, such as `{"method": "fastv", "mean": 0.5}`.
+
+        Raises:
+            ValueError: The settings do not fit the model, or a layer would need a router that it does not have.
+        """
+        settings, decoder = PmodSettings.from_dict(pmod), self.model.language_model
+        routed = settings.routed(len(decoder.layers))
+        if missing := [i for i, layer in enumerate(decoder.layers) if routed[i] and layer.router is None]:
+            raise ValueError(f"method {settings.method!r} needs routers, and layers {missing} have none")
+        self.model.apply_settings(settings)
+        self.config.pmod = settings.to_dict()
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, vision_mask=None, is_first_iteration=False, **kwargs

@@ -67,7 +67,8 @@ class Routing:
         rank_base: `(B, N)` float, +inf for tokens that every layer keeps, -inf for padding, 0 for routed ones.
         recorder: Receives what each layer kept; see `capture.py`.
         weights: `(B, N)`, router weights of the layer that is about to choose; None if it has no router.
-        position_embeddings: Rotary tables of the prefill, `(1 or B, N, d)` each.
+        position_embeddings: Rotary tables of the layer that is about to choose, `(1 or B, N, d)` each.
+        standing: `(B, N)` float, `rank_base` for the layer that is about to choose: -inf also for dropped tokens.
     """
 
     target: Tensor
@@ -78,6 +79,7 @@ class Routing:
     recorder: object | None = None
     weights: Tensor | None = None
     position_embeddings: tuple[Tensor, Tensor] | None = None
+    standing: Tensor | None = None
     _sizes: Tensor | None = None  # (B, 2) int64: V and others, where a graph is traced
     _lengths: dict[float, Lengths] = field(default_factory=dict)
     _rotary: tuple[Tensor, Tensor] | None = None  # the prefill's cosines, and both its tables in one
@@ -167,6 +169,17 @@ class Routing:
                 self._lengths[ratio] = Lengths(most, valid, ~valid * length)
 
     @property
+    def alive(self) -> Tensor:
+        """`(B, N)` bool: tokens that the layer which is about to choose may process: text, and what was not dropped."""
+        return (self.rank_base if self.standing is None else self.standing) > -torch.inf
+
+    @property
+    def last(self) -> Tensor:
+        """`(B, 1)` int64: the last real token of each row."""
+        places = torch.arange(self.target.shape[1], device=self.target.device)
+        return torch.where(self.rank_base > -torch.inf, places, 0).amax(dim=1, keepdim=True)
+
+    @property
     def ordinals(self) -> Tensor:
         """`(B, N)` int64: 0 ... V-1 at the vision tokens of a row, anything else elsewhere."""
         return (self.target.cumsum(dim=1) - 1).clamp_(min=0)
@@ -199,15 +212,37 @@ class Routing:
             self._plans[key] = self.gather_plan(self._orders[layer], ratio)
         return self._plans[key]
 
+    def stand(self, layer: int, ratio: float) -> None:
+        """Says what a later layer may choose from: what is kept at `ratio` by the choice of `layer`."""
+        index, valid = (plan := self.held_plan(layer, ratio)).index, plan.valid
+        base = self.rank_base.gather(1, index)
+        if valid is not None:
+            base = base.masked_fill(~valid, -torch.inf)
+        self.standing = torch.full_like(self.rank_base, -torch.inf).scatter_(1, index, base)
+
     def rotary_tables(self, tables: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the gathered tokens, `(B, M, d)` each.
 
         Args:
             tables: Those of the prefill, `(1 or B, N, d)`: the same two for every layer, so they are joined once.
-            index: `(B, M, 1)`, positions in the row.
+            index: `(B, M, 1)`, places in the row.
         """
         cosines, sines = tables
         if self._rotary is None or self._rotary[0] is not cosines:
             self._rotary = cosines, torch.cat(tables, dim=-1)
         joined = self._rotary[1].expand(len(index), -1, -1)
         return joined.gather(1, index.expand(-1, -1, joined.shape[-1])).split([cosines.shape[-1], sines.shape[-1]], -1)
+
+    def renumbered(self, kept: Tensor) -> Tensor:
+        """`(B, M)` int64: the places whose rotary tables kept tokens get where positions have no gaps.
+
+        Args:
+            kept: `(B, M)` bool, in the order of the row; what is False gets any place.
+        """
+        ranks = (kept.cumsum(dim=1) - 1).clamp_(min=0)
+        return self.real_places.gather(1, ranks)
+
+    @property
+    def real_places(self) -> Tensor:
+        """`(B, N)` int64: the places of the real tokens in order, then those of padding."""
+        return (self.rank_base == -torch.inf).byte().argsort(dim=1, stable=True)

@@ -169,6 +169,32 @@ def constant(num_layers: int, mean: float) -> list[float]:
     return [mean] * num_layers
 
 
+@SCHEDULES.register("late")
+def late(num_layers: int, mean: float) -> list[float]:
+    """Every token in the first two layers, one ratio in all others (FastV)."""
+    whole = min(2, num_layers - 1)
+    return [1.0] * whole + [(mean * num_layers - whole) / (num_layers - whole)] * (num_layers - whole)
+
+
+@SCHEDULES.register("pyramid")
+def pyramid(num_layers: int, mean: float) -> list[float]:
+    """Four equal groups of layers, each of which keeps the same share of the one before (PyramidDrop)."""
+    groups = [i * 4 // num_layers for i in range(num_layers)]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        low, high = (share, high) if sum(share**group for group in groups) < mean * num_layers else (low, share)
+    if sum(low**group for group in groups) > mean * num_layers + 1e-6:
+        return [-1.0] * num_layers  # the first group alone is more
+    return [low**group for group in groups]
+
+
+@SCHEDULES.register("withdrawn")
+def withdrawn(num_layers: int, mean: float) -> list[float]:
+    """Every token, from some layer on none (VTW, ShortV); the layer between keeps what is left of the mean."""
+    return [min(max(mean * num_layers - layer, 0.0), 1.0) for layer in range(num_layers)]
+
+
 @SCHEDULES.register("list")
 def listed(num_layers: int, values: Sequence[float]) -> list[float]:
     """The ratios as they are given, one per layer."""

@@ -37,8 +37,9 @@ class Selection:
 
         Args:
             hidden_states: `(B, N, D)`, the residual stream in front of the layer.
-            routing: Of the prefill: `target` (which tokens are vision tokens), `counts`, `ordinals`, `weights` (the
-                router's, None in a layer without one), `position_embeddings` (rotary tables).
+            routing: Of the prefill: `target` (which tokens are vision tokens), `counts`, `ordinals`, `alive` (real
+                tokens that were not dropped for good), `last` (the last real token), `weights` (the router's, None in
+                a layer without one), `position_embeddings` (rotary tables).
             layer: The decoder layer: `ratio`, `self_attn`, `input_layernorm`, `self_attn.layer_idx` and so on.
 
         Returns:
@@ -64,4 +65,5 @@ class Selection:
             most = torch.finfo(scores.dtype).max
             scores = scores.nan_to_num(nan=-most, posinf=most, neginf=-most)
         # Stable, so that ties go to the lowest position: `topk` promises no order among them.
-        return (scores + routing.rank_base).argsort(dim=1, descending=True, stable=True)
+        base = routing.rank_base if routing.standing is None else routing.standing
+        return (scores + base).argsort(dim=1, descending=True, stable=True)

@@ -4,10 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from .methods import METHODS
 from .registry import SELECTIONS
 from .schedule import retention_schedule
 
 NORMS = ("tanh", "softmax", "shifted_softmax", "sigmoid", "none")
+POSITIONS = ("true", "renumbered")
 TARGET_TOKENS = ("vision_all", "vision_hr")
 LARGEST = 1e6  # of a setting: no model needs more, and 16-bit weights end soon behind it
 
@@ -29,7 +31,13 @@ class PmodSettings:
         target_tokens: Vision tokens that are routed: `vision_all`, or `vision_hr` (anyres: all but the base image).
         selection: What ranks the vision tokens, a name in `registry.SELECTIONS`.
         select_at: Layers that choose, ascending; each layer that keeps less than all holds the ranking of the last of
-            them, with a K of its own. Only these layers have a router. None: every routed layer chooses (the paper).
+            them, with a K of its own. Only these layers have a router. None: every routed layer chooses (the paper);
+            where dropped tokens do not return, every layer that keeps less than the one before.
+        method: A name in `methods.METHODS`. All but `pmod` fix `selection`, `returns` and `keep_keys`, and have a
+            schedule of their own in the place of `cosine`.
+        returns: Whether a token that a layer dropped may be chosen again by a later one.
+        keep_keys: Whether a skipped token still gives its keys and values to the others.
+        positions: `true`, or `renumbered`: in each layer 0 ... M-1 without gaps, as some published code has it.
 
     Raises:
         ValueError: A value out of range.
@@ -47,8 +55,16 @@ class PmodSettings:
     target_tokens: str = "vision_all"
     selection: str = "router"
     select_at: tuple[int, ...] | None = None
+    method: str = "pmod"
+    returns: bool = True
+    keep_keys: bool = False
+    positions: str = "true"
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, found {self.method!r:.80}")
+        if self.method != DEFAULTS["method"]:
+            self._take_from_method()
         if self.values is not None:
             object.__setattr__(self, "values", tuple(self.values))
         for name in ("shift", "mean", "max_ratio", "min_ratio", "alpha"):
@@ -63,8 +79,27 @@ class PmodSettings:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, found {self.selection!r:.80}")
         if self.select_at is not None:
             object.__setattr__(self, "select_at", _layers(self.select_at))
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, found {self.positions!r:.80}")
+        if self.keep_keys and not self.returns:
+            raise ValueError("keep_keys needs returns: a token whose keys are seen has not been dropped")
         _ = self.weight_norm
         self.retention(len(self.values) if self.values is not None else 32)
+
+    def _take_from_method(self) -> None:
+        """What the method fixes, and its schedule where none is named.
+
+        Raises:
+            ValueError: A setting says something else.
+        """
+        method = METHODS[self.method]
+        for name in ("selection", "returns", "keep_keys"):
+            found, expected = getattr(self, name), getattr(method, name)
+            if found not in (expected, DEFAULTS[name]):
+                raise ValueError(f"method {self.method!r} has {name} {expected!r}, found {found!r:.80}")
+            object.__setattr__(self, name, expected)
+        if self.schedule == DEFAULTS["schedule"]:
+            object.__setattr__(self, "schedule", "list" if self.values is not None else method.schedule)
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "PmodSettings":
@@ -78,8 +113,7 @@ class PmodSettings:
         """A JSON-ready dict that `from_dict` reads back."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         # The paper's choice is not written down: files of before and after these settings are alike.
-        later = {"selection": "router", "select_at": None}
-        return {key: value for key, value in values.items() if key not in later or value != later[key]}
+        return {key: value for key, value in values.items() if key not in LATER or value != DEFAULTS[key]}
 
     def retention(self, num_layers: int) -> list[float]:
         """Retention ratio of each of `num_layers` decoder layers."""
@@ -95,11 +129,13 @@ class PmodSettings:
 
     def routed(self, num_layers: int) -> list[bool]:
         """Which layers have a router: those of `select_at`; without it those that keep less than all, and all of them
-        if `max_ratio` is above 1.
+        if `max_ratio` is above 1. None of them where the method is not p-MoD's.
 
         Raises:
             ValueError: As `chosen_at`.
         """
+        if not METHODS[self.method].routers:
+            return [False] * len(self.chosen_at(num_layers))
         if self.select_at is None:
             return [ratio < 1 or self.max_ratio > 1 for ratio in self.retention(num_layers)]
         self.chosen_at(num_layers)
@@ -109,23 +145,49 @@ class PmodSettings:
         """For each layer, the layer whose choice it keeps tokens by: itself where it chooses, None where it keeps all.
 
         Raises:
-            ValueError: `select_at` names a layer that is not there, or a layer thins before the first of them.
+            ValueError: `select_at` names a layer that is not there, a layer thins before the first of them, or a layer
+                keeps more than the one before where dropped tokens do not return.
         """
         ratios = self.retention(num_layers)
-        if self.select_at is None:
+        select_at = self.select_at
+        if not self.returns:
+            dropping = self._dropping(ratios)
+            select_at = dropping if select_at is None else select_at
+        elif select_at is None:
             return [layer if ratio < 1 else None for layer, ratio in enumerate(ratios)]
-        if self.select_at[-1] >= num_layers:
-            raise ValueError(f"select_at names layer {self.select_at[-1]}, and the model has {num_layers} layers")
+        if select_at and select_at[-1] >= num_layers:
+            raise ValueError(f"select_at names layer {select_at[-1]}, and the model has {num_layers} layers")
         chosen: list[int | None] = []
         for layer, ratio in enumerate(ratios):
-            last = max((at for at in self.select_at if at <= layer), default=None)
+            last = max((at for at in select_at if at <= layer), default=None)
             if ratio < 1 and last is None:
                 raise ValueError(
                     f"layer {layer} keeps {ratio:.3g} of the vision tokens, and the first layer of select_at is "
-                    f"{self.select_at[0]}: no layer has chosen before it"
+                    f"{select_at[0]}: no layer has chosen before it"
                 )
-            chosen.append(last if ratio < 1 or layer in self.select_at else None)
+            chosen.append(last if ratio < 1 or layer in select_at else None)
         return chosen
+
+    def _dropping(self, ratios: Sequence[float]) -> tuple[int, ...]:
+        """The layers that choose what is dropped for good: those that keep less than the layer before, or, with a
+        method that ranks earlier, the layers in front of them.
+
+        Raises:
+            ValueError: A layer keeps more than the one before, or there is no layer to rank in.
+        """
+        lead, before, layers = METHODS[self.method].lead, 1.0, []
+        for layer, ratio in enumerate(ratios):
+            if ratio > before:
+                raise ValueError(
+                    f"layer {layer} keeps {ratio:.3g} of the vision tokens, the layer before it {before:.3g}, and a "
+                    "dropped token does not return"
+                )
+            if ratio < before:
+                layers.append(layer - lead)
+            before = ratio
+        if layers and layers[0] < 0:
+            raise ValueError(f"method {self.method!r} ranks the tokens {lead} layer earlier: layer 0 keeps all of them")
+        return tuple(layers)
 
     @property
     def weight_norm(self) -> tuple[str, float, float]:
@@ -146,6 +208,10 @@ class PmodSettings:
                 f"norm must be one of {', '.join(NORMS)} or activation_scale_bias, found {self.norm[:60]!r}"
             )
         return match[1], float(match[2]), float(match[3])
+
+
+DEFAULTS = {field.name: field.default for field in fields(PmodSettings)}
+LATER = ("selection", "select_at", "method", "returns", "keep_keys", "positions")
 
 
 def _layers(select_at: Sequence[int]) -> tuple[int, ...]:

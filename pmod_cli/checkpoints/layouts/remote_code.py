@@ -65,7 +65,8 @@ def modeling_source(family: Family = LLAVA_NEXT, decoder: DecoderKind = LLAMA) -
     """
     names = [_FIRST, *(name for name in _modules(_START, []) if name != _FIRST)]
     for selection in SELECTIONS.built_in():
-        names = _modules(f"{SELECTIONS.package}/{selection}", names)
+        if (name := f"{SELECTIONS.package}/{selection}") not in names:
+            names = _modules(name, names)
     imports: dict[str, dict[str, None]] = {name: {} for name in names}
     first, *bodies = (
         f"# {'-' * 8} pmod_cli/model/{name}.py\n\n{_body(_source(name), imports[name])}" for name in names
@@ -98,8 +99,9 @@ def _modules(name: str, found: list[str]) -> list[str]:
     """`found`, with a module behind all that it imports from the package."""
     tree = ast.parse(_source(name))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and node.module and node.module not in found:
-            _modules(node.module, found)
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            path = node.module.replace(".", "/")
+            found = found if path in found else _modules(path, found)
     found.append(name)
     return found
 

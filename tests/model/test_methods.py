@@ -1,0 +1,145 @@
+"""What holds for every method on every family and batch shape. A new method is tested by being in `METHODS`."""
+
+import pytest
+import torch
+
+from pmod_cli.model import METHODS, PmodSettings, Selection, capture_selection, kept_tokens
+from tests import factories
+from tests.model.models import IMAGES, ROWS, batch, pmod_model, single
+from tests.model.test_selections import captured, positions
+
+VARIANTS = {name: {"method": name, "mean": 0.55} for name in METHODS} | {
+    f"{name}, renumbered": {"method": name, "mean": 0.55, "positions": "renumbered"}
+    for name in ("pyramiddrop", "divprune")
+}
+CLOSE = {"atol": 3e-5, "rtol": 1e-4}
+
+
+class Replay(Selection):
+    """The scores of the first prefill again, for a recomputation whose last token is another one."""
+
+    def __init__(self, selection):
+        super().__init__()
+        self.selection, self.known, self.finite = selection, {}, selection.finite
+
+    def scores(self, hidden_states, routing, layer):
+        index = layer.self_attn.layer_idx
+        if index not in self.known:
+            self.known[index] = self.selection.scores(hidden_states, routing, layer)
+        missing = routing.target.shape[1] - self.known[index].shape[1]
+        return torch.nn.functional.pad(self.known[index], (0, missing))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", factories.KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_holds_for_every_method(variant, kind, side):
+    """A row of a padded batch gets what it gets alone; K is exact; the dropped do not return; the cache has as many."""
+    model = pmod_model(kind, pmod=VARIANTS[variant])
+    settings, retention = model.config.settings, model.config.retention
+    inputs = batch(kind, ROWS, side)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad(), capture_selection(model) as record:
+        outputs = model(**inputs, position_ids=positions(inputs), use_cache=True)
+    text, before = real & ~record.vision_mask, real
+    num_vision = record.vision_mask.sum(dim=1).tolist()
+    for layer, (ratio, slots) in enumerate(zip(retention, outputs.past_key_values.layers, strict=True)):
+        wanted = [kept_tokens(number, ratio) for number in num_vision]
+        longest = max(int(t) + k for t, k in zip(text.sum(dim=1), wanted, strict=True))
+        whole = ratio == 1 or settings.keep_keys
+        assert slots.keys.shape[2] == (real.shape[1] if whole else longest)
+        if layer not in record.layers:
+            continue
+        kept = record.layers[layer].kept
+        assert record.layers[layer].K.tolist() == wanted
+        assert torch.equal(kept & ~record.vision_mask, text)
+        assert settings.returns or not (kept & ~before).any()
+        before = kept
+    for row in range(len(ROWS)):
+        expected, alone = captured(model, single(inputs, row, IMAGES[row]))
+        left = real[row] if settings.returns else before[row]
+        torch.testing.assert_close(outputs.logits[row][left], expected[0][left[real[row]]], **CLOSE)
+        for layer, selected in alone.layers.items():
+            assert torch.equal(record.layers[layer].kept[row][real[row]], selected.kept[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_decode_equals_recompute(variant):
+    """One token, then three at once, on a padded batch of several images; the choice is that of the prompt."""
+    model = pmod_model(pmod=VARIANTS[variant])
+    replay = Replay(model.model.language_model.selection)
+    for layer in model.model.language_model.layers:
+        layer.selection = replay
+    for side in ("left", "right"):
+        replay.known.clear()
+        inputs = batch("llava_next", ROWS, side)
+        ids, mask, at = inputs["input_ids"], inputs["attention_mask"], positions(inputs)
+        extra = torch.arange(8, 8 + 4 * len(ROWS)).view(len(ROWS), 4)
+        later = at.amax(dim=1, keepdim=True) + 1 + torch.arange(4)
+        with torch.no_grad():
+            cache, logits = model(**inputs, position_ids=at, use_cache=True).past_key_values, []
+            for start, end in ((0, 1), (1, 4)):
+                mask = torch.cat([mask, torch.ones_like(extra[:, start:end])], dim=1)
+                step = {"input_ids": extra[:, start:end], "position_ids": later[:, start:end], "attention_mask": mask}
+                logits.append(model(**step, past_key_values=cache).logits)
+            whole = {"input_ids": torch.cat([ids, extra], dim=1), "attention_mask": mask}
+            images = {key: inputs[key] for key in ("pixel_values", "image_sizes")}
+            expected = model(**whole, **images, position_ids=torch.cat([at, later], dim=1)).logits[:, -4:]
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "pmod"])
+def test_a_method_on_stock_weights_has_no_router_and_at_ratio_one_is_stock(method):
+    stock = factories.model()
+    model = pmod_model(pmod={"method": method, "values": [1.0] * 4})
+    assert model.config.routed_layers == []
+    inputs = batch("llava_next", ROWS)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits[real], stock(**inputs).logits[real])
+
+
+def test_a_model_takes_one_method_after_another():
+    model, inputs = pmod_model(pmod={"method": "fastv"}), batch("llava_next", ROWS)
+    model.set_method({"method": "pyramiddrop", "mean": 0.4})
+    assert torch.equal(
+        captured(model, inputs)[0], captured(pmod_model(pmod={"method": "pyramiddrop", "mean": 0.4}), inputs)[0]
+    )
+    assert model.config.settings.selection == "pyramiddrop"
+    with pytest.raises(ValueError, match=r"method 'pmod' needs routers, and layers \[0, 1, 2, 3\] have none"):
+        model.set_method({"schedule": "constant", "mean": 0.5})
+
+
+def test_a_method_leaves_routers_alone():
+    """On a model that has routers a method gives what it gives on the stock weights."""
+    model, inputs = pmod_model(router_std=1.0), batch("llava_next", ROWS)
+    model.set_method({"method": "divprune", "mean": 0.4})
+    expected = captured(pmod_model(pmod={"method": "divprune", "mean": 0.4}), inputs)[0]
+    assert torch.equal(captured(model, inputs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "best"}, "method must be one of pmod, fastv"),
+        ({"method": "fastv", "selection": "random"}, "method 'fastv' has selection 'fastv', found 'random'"),
+        ({"positions": "absolute"}, "positions must be one of true, renumbered"),
+        ({"keep_keys": True, "returns": False}, "keep_keys needs returns"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PmodSettings(**settings)
+
+
+def test_settings_that_do_not_fit_the_layers():
+    with pytest.raises(ValueError, match=r"layer 1 keeps 0.6 of the vision tokens, the layer before it 0\.5"):
+        PmodSettings(method="pyramiddrop", values=[0.5, 0.6]).chosen_at(2)
+    with pytest.raises(ValueError, match="ranks the tokens 1 layer earlier: layer 0 keeps all"):
+        PmodSettings(method="fastv", values=[0.5, 0.5]).chosen_at(2)
+    assert PmodSettings(method="fastv").chosen_at(8) == [None, 1, 1, 1, 1, 1, 1, 1]
+    assert PmodSettings(method="pyramiddrop").chosen_at(8) == [None, None, 2, 2, 4, 4, 6, 6]
+    for name in METHODS:
+        settings = PmodSettings(method=name, mean=0.4)
+        assert PmodSettings.from_dict(settings.to_dict()) == settings
+        assert sum(settings.retention(32)) / 32 == pytest.approx(0.4, abs=0.02)

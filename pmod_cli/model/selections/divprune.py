@@ -35,7 +35,7 @@ class DivPruneSelection(Selection):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         features = torch.nn.functional.normalize(features, dim=-1)
         distance = 1 - features @ features.transpose(1, 2)  # (B, V, V)
-        # Two tokens that are nearest to each other tie, and so do equal ones, as the newlines of anyres are: no rounding
+        # Two tokens that are nearest to each other tie, and so do equal ones (the newlines of anyres): no rounding
         # error may decide.
         distance = torch.minimum(distance, distance.transpose(1, 2))
         twin = (distance < SAME).byte().argmax(dim=2, keepdim=True).expand_as(distance)

@@ -9,21 +9,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.checkpoints.layouts import output_layouts
-from pmod_cli.commands.common import (
-    CacheDirOpt,
-    DryRunOpt,
-    DtypeOpt,
-    JsonOpt,
-    OfflineOpt,
-    OverwriteOpt,
-    ProgressOpt,
-    QuietOpt,
-    RevisionOpt,
-    SeedOpt,
-    given_settings,
-    option_under,
-    record_current,
-)
+from pmod_cli.commands import common
 from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
@@ -45,9 +31,9 @@ pmod convert --list
 """
 OUTPUTS = output_layouts().values()
 ARGUMENTS = {"mean": "target_retention", "values": "ratios"}  # settings whose options have another name
-_method = option_under("What to keep")
-_result = option_under("What to write")
-_parts = option_under("What to read")
+_method = common.option_under("What to keep")
+_result = common.option_under("What to write")
+_parts = common.option_under("What to read")
 
 
 def convert(
@@ -132,19 +118,19 @@ def convert(
         bool, _parts("--merge/--no-merge", help="Add the adapter to the weights, or keep it apart.")
     ] = True,
     list_names: Annotated[bool, typer.Option("--list", help="List the aliases and stop.")] = False,
-    overwrite: OverwriteOpt = False,
+    overwrite: common.OverwriteOpt = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is there if it was made the same way, else refuse.")
     ] = False,
-    dry_run: DryRunOpt = False,
-    dtype: DtypeOpt = "auto",
-    seed: SeedOpt = 0,
-    as_json: JsonOpt = False,
-    revision: RevisionOpt = None,
-    offline: OfflineOpt = False,
-    cache_dir: CacheDirOpt = None,
-    quiet: QuietOpt = False,
-    progress: ProgressOpt = True,
+    dry_run: common.DryRunOpt = False,
+    dtype: common.DtypeOpt = "auto",
+    seed: common.SeedOpt = 0,
+    as_json: common.JsonOpt = False,
+    revision: common.RevisionOpt = None,
+    offline: common.OfflineOpt = False,
+    cache_dir: common.CacheDirOpt = None,
+    quiet: common.QuietOpt = False,
+    progress: common.ProgressOpt = True,
 ) -> None:
     """Turn a LLaVA checkpoint of any layout into a p-MoD checkpoint, where possible without copying its weights."""
     from pmod_cli import checkpoints
@@ -189,7 +175,7 @@ def convert(
         verify=verify,
         offline=offline,
     )
-    wanted = given_settings(
+    wanted = common.given_settings(
         schedule=schedule,
         shift=shift,
         mean=target_retention,
@@ -239,7 +225,7 @@ def convert(
             progress=written,
         )
     if not dry_run and layout.current:  # an export is for other programs
-        record_current(target)
+        common.record_current(target)
     if as_json:
         output.print_json(view.as_json(report, dry_run))
     elif quiet:

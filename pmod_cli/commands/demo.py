@@ -27,7 +27,7 @@ DONE = "done.json"
 
 
 @dataclass(frozen=True)
-class Step:
+class DemoCommand:
     """One command of the demo; what it prints on stdout is kept in `<name>.txt`."""
 
     name: str
@@ -72,25 +72,25 @@ def demo(
     output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --layers 8-31")
 
 
-def _steps(out: Path, max_steps: int, limit: int, *, question: str) -> Iterator[Step]:
+def _steps(out: Path, max_steps: int, limit: int, *, question: str) -> Iterator[DemoCommand]:
     converted, trained = str(out / "converted"), str(out / "p-mod")
     shorter = ("--max-steps", str(max_steps))
-    yield Step(
+    yield DemoCommand(
         "convert", "A stock LLaVA-NeXT becomes a p-MoD model.", ("convert", STOCK, "-o", converted, "--overwrite")
     )
-    yield Step(
+    yield DemoCommand(
         "finetune",
         "The p-MoD model is trained: its routers learn what to keep, the rest to live with it.",
         ("finetune", "--recipe", "tiny", *shorter, "-m", converted, "-o", trained),
     )
     columns = f"{STOCK},{converted},random"
-    yield Step(
+    yield DemoCommand(
         "eval",
         "It is scored beside the stock model, itself before training, and a random selection of as many tokens.",
         ("eval", "-t", "tiny", "-m", trained, "--against", columns, "--limit", str(limit), "-o", str(out / "eval")),
     )
-    yield Step("profile", "What it saves, at the size of the paper's model.", ("profile", "-m", PAPER_MODEL))
-    yield Step(
+    yield DemoCommand("profile", "What it saves, at the size of the paper's model.", ("profile", "-m", PAPER_MODEL))
+    yield DemoCommand(
         "visualize",
         "Which patches the trained routers keep.",
         (
@@ -109,7 +109,7 @@ def _draw_image(path: Path) -> str:
     return document.turns[0].question
 
 
-def _run(step: Step, out: Path) -> float:
+def _run(step: DemoCommand, out: Path) -> float:
     """Run a verb as its own program, its stderr shown as it comes. Returns the seconds it took."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pmod_cli", *step.arguments]

@@ -8,23 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli.commands.common import (
-    DeviceOpt,
-    DryRunOpt,
-    DtypeOpt,
-    JsonOpt,
-    ModelOpt,
-    OfflineOpt,
-    OverwriteOpt,
-    ProgressOpt,
-    QuietOpt,
-    RevisionOpt,
-    SeedOpt,
-    model_or_default,
-    one_of_these,
-    option_under,
-    pick_device,
-)
+from pmod_cli.commands import common
 from pmod_cli.commands.eval_show import Bars, show_plan, show_results, show_suite
 from pmod_cli.core import output
 from pmod_cli.core.errors import PARTIAL, RUN_FAILED, PmodError, require
@@ -48,9 +32,9 @@ pmod eval --list
 """
 AUTO_ROWS = {"cpu": 8, "gpu": 64}  # what --batch-size auto begins with
 FORMATS = ("table", "json", "markdown", "csv")
-_running = option_under("How to run")
-_report = option_under("What to report")
-_data = option_under("Data sets")
+_running = common.option_under("How to run")
+_report = common.option_under("What to report")
+_data = common.option_under("Data sets")
 
 
 def _limit(text: str) -> float:
@@ -80,7 +64,7 @@ def eval(
             "--tasks", "-t", metavar="NAMES", help="Benchmarks, groups or task files, comma-separated; see --list."
         ),
     ] = "paper",
-    model: ModelOpt = None,
+    model: common.ModelOpt = None,
     against: Annotated[
         str | None,
         _report(
@@ -114,10 +98,10 @@ def eval(
             min=1, help="Processes of this machine that share the questions; each has the model, on a GPU its own."
         ),
     ] = 1,
-    device: DeviceOpt = "auto",
-    dtype: DtypeOpt = "auto",
+    device: common.DeviceOpt = "auto",
+    dtype: common.DtypeOpt = "auto",
     attention: Annotated[str, _running(help="sdpa, eager or flash_attention_2.")] = "sdpa",
-    seed: SeedOpt = 0,
+    seed: common.SeedOpt = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -149,17 +133,19 @@ def eval(
     fetch_data: Annotated[
         str | None, _data(metavar="NAMES", help="Copy the data of these benchmarks to --data-root, and stop.")
     ] = None,
-    overwrite: OverwriteOpt = False,
-    dry_run: DryRunOpt = False,
-    as_json: JsonOpt = False,
+    overwrite: common.OverwriteOpt = False,
+    dry_run: common.DryRunOpt = False,
+    as_json: common.JsonOpt = False,
     shown_as: Annotated[
         str,
-        _report("--format", callback=one_of_these(FORMATS, "format"), metavar="FORMAT", help=f"{', '.join(FORMATS)}."),
+        _report(
+            "--format", callback=common.one_of_these(FORMATS, "format"), metavar="FORMAT", help=f"{', '.join(FORMATS)}."
+        ),
     ] = "table",
-    revision: RevisionOpt = None,
-    offline: OfflineOpt = False,
-    quiet: QuietOpt = False,
-    progress: ProgressOpt = True,
+    revision: common.RevisionOpt = None,
+    offline: common.OfflineOpt = False,
+    quiet: common.QuietOpt = False,
+    progress: common.ProgressOpt = True,
 ) -> None:
     """Score a model on benchmarks with lmms-eval, beside the stock model or a selection that routers must beat."""
     from pmod_cli.evaluation import benchmarks as known
@@ -184,7 +170,7 @@ def eval(
         _fetch(suite.resolve(fetch_data.split(",")), data_root, as_json)
         return
     benchmarks = suite.resolve(tasks.split(","))
-    name = model_or_default(model)
+    name = common.model_or_default(model)
 
     from pmod_cli.evaluation import data, eval_models
 
@@ -193,7 +179,7 @@ def eval(
 
     from pmod_cli.evaluation.plan import EvalSettings, default_folder
 
-    device = pick_device(device)
+    device = common.pick_device(device)
     rows, halve = batch_size
     settings = EvalSettings(
         limit=limit,

@@ -11,21 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pmod_cli import recipes
-from pmod_cli.commands.common import (
-    DeviceOpt,
-    DryRunOpt,
-    DtypeOpt,
-    JsonOpt,
-    ModelOpt,
-    OfflineOpt,
-    OverwriteOpt,
-    ProgressOpt,
-    QuietOpt,
-    model_or_default,
-    option_under,
-    pick_device,
-    record_current,
-)
+from pmod_cli.commands import common
 from pmod_cli.commands.finetune_runs import evaluate, run_here, run_sweep
 from pmod_cli.commands.finetune_show import (
     refuse_unfit,
@@ -65,9 +51,9 @@ SETTINGS = {  # those of a recipe that have an option of their own
     "eval": "--eval",
     "eval_limit": "--eval-limit",
 }
-_data = option_under("Data")
-_processes = option_under("Several GPUs and machines")
-_planning = option_under("Planning (--dry-run)")
+_data = common.option_under("Data")
+_processes = common.option_under("Several GPUs and machines")
+_planning = common.option_under("Planning (--dry-run)")
 
 
 def finetune(
@@ -82,7 +68,7 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    model: ModelOpt = None,
+    model: common.ModelOpt = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Run folder; without it ./runs/RECIPE-TIME.")
     ] = None,
@@ -136,23 +122,23 @@ def finetune(
     utilization: Annotated[
         float, _planning("--utilization", metavar="SHARE", min=0.01, max=1.0, help="Of peak FLOPs.")
     ] = 0.4,
-    device: DeviceOpt = "auto",
-    dtype: DtypeOpt = "auto",
+    device: common.DeviceOpt = "auto",
+    dtype: common.DtypeOpt = "auto",
     resume: Annotated[
         bool | None,
         typer.Option(
             "--resume/--no-resume", help="Go on with an unfinished run in --out, which is the default, or not."
         ),
     ] = None,
-    overwrite: OverwriteOpt = False,
-    dry_run: DryRunOpt = False,
+    overwrite: common.OverwriteOpt = False,
+    dry_run: common.DryRunOpt = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved settings as YAML and stop.")
     ] = False,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
-    shown: ProgressOpt = True,
-    offline: OfflineOpt = False,
+    as_json: common.JsonOpt = False,
+    quiet: common.QuietOpt = False,
+    shown: common.ProgressOpt = True,
+    offline: common.OfflineOpt = False,
 ) -> None:
     """Train a p-MoD model, or the stock model for comparison, from a recipe.
 
@@ -192,7 +178,7 @@ def finetune(
             out or Path("runs", sweep),
             seeds=seeds,
             overrides=[*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)],
-            device=pick_device(device),
+            device=common.pick_device(device),
             dry_run=dry_run,
             as_json=as_json,
             quiet=quiet,
@@ -206,7 +192,7 @@ def finetune(
         output.stdout.file.write(dump(settings))
         return
     if settings.model.llm is None:
-        settings.model.name = _lasting_name(model_or_default(settings.model.name))
+        settings.model.name = _lasting_name(common.model_or_default(settings.model.name))
     require("train", "accelerate", "peft")
     if check_data:
         _check_data(settings, as_json)
@@ -220,7 +206,7 @@ def finetune(
         num_processes, num_machines, machine_rank, main_process_ip, main_process_port, accelerate_config
     )
     launched = "LOCAL_RANK" in os.environ
-    wanted, device = device, "cuda" if elsewhere else pick_device(device)
+    wanted, device = device, "cuda" if elsewhere else common.pick_device(device)
     if wanted == "auto" and device == "cpu" and num_processes > 1:
         raise PmodError(
             f"--num-processes {num_processes}: each process takes a GPU of its own, and none was found",
@@ -276,7 +262,7 @@ def finetune(
             code=INTERRUPTED,
         )
     if folder.is_checkpoint(out):
-        record_current(out)
+        common.record_current(out)
         if settings.eval and machine_rank == 0:
             evaluate(out, settings.eval, device, limit=settings.eval_limit, quiet=quiet)
     show_report(report, as_json, quiet)
@@ -295,7 +281,7 @@ def _merge(folder: Path, model: str | None, as_json: bool) -> None:
     from pmod_cli.training.adapters import merge
 
     merged = merge(folder, name=_lasting_name(model) if model else None)
-    record_current(folder)
+    common.record_current(folder)
     if as_json:
         output.print_json({"schema_version": 1, "path": str(folder), "adapter": merged})
         return

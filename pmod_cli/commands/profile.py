@@ -7,20 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli.commands.common import (
-    DeviceOpt,
-    DtypeOpt,
-    JsonOpt,
-    ModelOpt,
-    OfflineOpt,
-    RevisionOpt,
-    default_model,
-    given_settings,
-    model_or_default,
-    one_of_these,
-    option_under,
-    pick_device,
-)
+from pmod_cli.commands import common
 from pmod_cli.commands.profile_checks import (
     COMPARED,
     FORMATS,
@@ -51,10 +38,10 @@ pmod profile --report depth --model tiny-llava-next --plot depth.png
 """
 
 DEFAULT_MODEL = "llava-next-7b"
-_workload = option_under("Workload: one batch")
-_overrides = option_under("What if: settings that replace the checkpoint's own")
-_measuring = option_under("Measuring: --report latency")
-_reading = option_under("Where it reads: --report depth")
+_workload = common.option_under("Workload: one batch")
+_overrides = common.option_under("What if: settings that replace the checkpoint's own")
+_measuring = common.option_under("Measuring: --report latency")
+_reading = common.option_under("Where it reads: --report depth")
 KINDS = f"{one_of(name for name in SCHEDULES if name != 'list')}."
 
 
@@ -64,12 +51,12 @@ def profile(
         str,
         typer.Option(
             "--report",
-            callback=one_of_these(REPORTS, "report"),
+            callback=common.one_of_these(REPORTS, "report"),
             metavar="|".join(REPORTS),
             help="What to show; all is all counts.",
         ),
     ] = "flops",
-    model: ModelOpt = None,
+    model: common.ModelOpt = None,
     image_size: Annotated[
         str | None,
         _workload(
@@ -88,7 +75,7 @@ def profile(
         Path | None, _workload(metavar="DIR", help="Folder of its images. (default: the file's)")
     ] = None,
     limit: Annotated[int | None, _workload(min=1, help="First rows of the file only.")] = None,
-    dtype: DtypeOpt = "auto",
+    dtype: common.DtypeOpt = "auto",
     gpu_memory: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +100,7 @@ def profile(
         str | None,
         typer.Option(
             "--format",
-            callback=one_of_these(FORMATS, "format"),
+            callback=common.one_of_these(FORMATS, "format"),
             metavar="FORMAT",
             help=f"{', '.join(FORMATS)}. (default: table)",
         ),
@@ -141,7 +128,7 @@ def profile(
     repeats: Annotated[int, _measuring(min=1, help="Timed rounds.")] = 5,
     warmup: Annotated[int, _measuring(min=0, help="Rounds before them.")] = 1,
     threads: Annotated[int | None, _measuring(min=1, max=4096, help="CPU threads. (default: torch's choice)")] = None,
-    device: DeviceOpt = "auto",
+    device: common.DeviceOpt = "auto",
     attention: Annotated[str, _measuring(metavar="KIND", help="sdpa, eager or flash_attention_2.")] = "sdpa",
     gpu: Annotated[
         str | None, _measuring(metavar="NAME", help="Compare with this GPU's peaks, not measured ones.")
@@ -152,9 +139,9 @@ def profile(
         _reading(metavar="NAME", help="Instead: a LLaVA JSON file, a folder of pictures or a data set of the hub."),
     ] = None,
     samples: Annotated[int, _reading(min=1, help="Pictures to ask about.")] = 32,
-    revision: RevisionOpt = None,
-    as_json: JsonOpt = False,
-    offline: OfflineOpt = False,
+    revision: common.RevisionOpt = None,
+    as_json: common.JsonOpt = False,
+    offline: common.OfflineOpt = False,
 ) -> None:
     """Count FLOPs, KV cache and memory, or measure time, p-MoD beside stock.
 
@@ -181,11 +168,11 @@ def profile(
 
         chosen = data or known_tasks(tasks)
         shown = read_depth(
-            model_or_default(model),
+            common.model_or_default(model),
             chosen,
             images_root,
             samples,
-            device=pick_device(device),
+            device=common.pick_device(device),
             dtype=dtype,
             revision=revision,
         )
@@ -194,7 +181,7 @@ def profile(
     from pmod_cli import profiling
     from pmod_cli.checkpoints import resolve
 
-    overrides = given_settings(
+    overrides = common.given_settings(
         schedule=schedule,
         shift=shift,
         mean=target_retention,
@@ -227,7 +214,7 @@ def profile(
                 hint="add --random-weights",
             )
         settings = profiling.LatencySettings(
-            device=pick_device(device),
+            device=common.pick_device(device),
             dtype=dtype,
             attention=attention,
             phases=chosen_phases,
@@ -250,7 +237,7 @@ def profile(
 
 def _model(model: str | None) -> str:
     """--model, else the checkpoint of this directory, else the paper's larger model; the choice is named on stderr."""
-    if model is None and default_model() is None:
+    if model is None and common.default_model() is None:
         output.note(f"model: {DEFAULT_MODEL}, from its built-in configuration (no --model, and no checkpoint here yet)")
         return DEFAULT_MODEL
-    return model_or_default(model)
+    return common.model_or_default(model)

@@ -9,20 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli.commands.common import (
-    CacheDirOpt,
-    DeviceOpt,
-    DtypeOpt,
-    JsonOpt,
-    ModelOpt,
-    OfflineOpt,
-    ProgressOpt,
-    QuietOpt,
-    RevisionOpt,
-    model_or_default,
-    option_under,
-    pick_device,
-)
+from pmod_cli.commands import common
 from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
@@ -41,9 +28,9 @@ pmod visualize rows.json --image-folder images/ --max-new-tokens 0
 """
 SCHEMA_VERSION = 2
 STATISTICS = "statistics.json"
-_look = option_under("What to draw")
-_compare = option_under("Comparing")
-_write = option_under("What is written")
+_look = common.option_under("What to draw")
+_compare = common.option_under("Comparing")
+_write = common.option_under("What is written")
 
 
 def visualize(
@@ -113,15 +100,15 @@ def visualize(
     svg: Annotated[bool, _write("--svg", help="SVG where --out names no file.")] = False,
     html: Annotated[bool, _write("--html", help="Also a page with a layer slider, beside the picture.")] = False,
     npz: Annotated[bool, _write("--npz", help="Also the raw selection as NumPy arrays.")] = False,
-    model: ModelOpt = None,
-    device: DeviceOpt = "auto",
-    dtype: DtypeOpt = "auto",
-    as_json: JsonOpt = False,
-    revision: RevisionOpt = None,
-    offline: OfflineOpt = False,
-    cache_dir: CacheDirOpt = None,
-    progress: ProgressOpt = True,
-    quiet: QuietOpt = False,
+    model: common.ModelOpt = None,
+    device: common.DeviceOpt = "auto",
+    dtype: common.DtypeOpt = "auto",
+    as_json: common.JsonOpt = False,
+    revision: common.RevisionOpt = None,
+    offline: common.OfflineOpt = False,
+    cache_dir: common.CacheDirOpt = None,
+    progress: common.ProgressOpt = True,
+    quiet: common.QuietOpt = False,
 ) -> None:
     """Draw which image patches each layer keeps: kept ones clear, skipped ones grey, one panel a layer."""
     from pmod_cli import checkpoints, visualization
@@ -155,10 +142,10 @@ def visualize(
     subject: LoadedModel | None = None
     other: LoadedModel | Path | None = saved_other
     if not all(item.is_saved for item in items):
-        name = model_or_default(model)
+        name = common.model_or_default(model)
         found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
         visualization.check_checkpoint(found, name, layers=layers, parts=parts)
-        loading = {"dtype": dtype, "device": pick_device(device)}
+        loading = {"dtype": dtype, "device": common.pick_device(device)}
         if against and not saved_other and against not in SELECTIONS:
             found_other = checkpoints.resolve(against, offline=offline, cache_dir=cache_dir)
             visualization.check_pair(found, found_other)

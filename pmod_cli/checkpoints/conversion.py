@@ -58,7 +58,6 @@ def convert(
             `read_source` made of it.
         target: Folder to write. It appears whole or not at all.
         settings: Schedule, weight norm and the rest; None keeps those of a p-MoD checkpoint.
-        options: Layout, dtype and the rest.
         overwrite: Replace an existing target.
         resume: Keep an existing target if it was made of the same files in the same way.
         dry_run: Check everything and write nothing.

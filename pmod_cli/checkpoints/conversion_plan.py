@@ -80,9 +80,7 @@ def make_plan(
     """Decide everything that does not need a weight.
 
     Args:
-        source: From `read_source`.
         settings: p-MoD settings; None keeps those of a p-MoD checkpoint, and is the paper's for a stock one.
-        options: What is asked for.
         calibrated: Whether new routers get values that were fitted.
 
     Raises:

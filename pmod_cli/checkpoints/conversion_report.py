@@ -167,7 +167,6 @@ def model_card(report: ConversionReport, calibration: str = "") -> str:
     """Markdown with the hub's metadata: what it is, its schedule, results marked as published, provenance.
 
     Args:
-        report: What the conversion wrote.
         calibration: What was measured when its routers were fitted, Markdown.
     """
     title = Path(report.target).absolute().name

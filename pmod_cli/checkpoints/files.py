@@ -87,10 +87,6 @@ def refuse_outside(folder: Path, path: Path) -> None:
 
     Links within the folder are fine, and those of a snapshot of the Hugging Face cache to the blobs of its repository.
 
-    Args:
-        folder: The checkpoint.
-        path: A file in it.
-
     Raises:
         PmodError: it is a link to somewhere else.
     """

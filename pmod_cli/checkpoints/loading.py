@@ -41,7 +41,6 @@ def load_model(
     Args:
         path: Folder of a stock LLaVA or a p-MoD checkpoint, as `resolve` finds it.
         dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
-        device: A torch device.
         attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
         quantization: How weights are held in fewer bits; transformers then places the model itself.
 

@@ -116,7 +116,6 @@ def write_processor_files(
     """Write tokenizer, processor and chat template.
 
     Args:
-        folder: Where to.
         vocabulary: Of the model; nothing is written without a tokenizer.
         config: Stock config in the Hugging Face layout.
         pixels: preprocessor_config.json of the tower.

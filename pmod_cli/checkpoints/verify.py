@@ -31,10 +31,6 @@ _PIECE = 32 * 2**20  # bytes
 def verify(plan: ConversionPlan, folder: Path) -> list[str]:
     """Compare a written checkpoint with what it was made of.
 
-    Args:
-        plan: What was to be written.
-        folder: What was written.
-
     Returns:
         What was compared, one sentence each.
 

@@ -57,8 +57,6 @@ def lay_out(
     """Decide which files of the source serve as they are, and how the rest is cut into shards.
 
     Args:
-        parts: Tensors of the result by name.
-        source: Where they come from.
         max_shard_bytes: Size of a shard. None keeps the source's files where possible.
         routers: File that new routers get, beside the others; None if there are none.
     """
@@ -122,8 +120,6 @@ def stream(weights: WeightFiles, folder: Path, progress: Callable[[int], None]) 
     """Write the streamed shards. Each goes to the disk behind the next one's back.
 
     Args:
-        weights: From `lay_out`.
-        folder: Where to.
         progress: Told the bytes of each piece written.
     """
     syncing: threading.Thread | None = None
@@ -240,11 +236,9 @@ def write_routers(
     """A safetensors file of routers.
 
     Args:
-        path: File to write.
         shapes: Shape by tensor name.
         dtype: `F32`, `BF16` or `F16`.
         std: Standard deviation of the weights; biases are zero.
-        seed: Of the weights.
         given: Instead: what each holds, float32.
     """
     import numpy as np  # a third of the time that `pmod convert --help` would take

@@ -21,7 +21,6 @@ def choose_settings(
 
     Args:
         wanted: Fields of `PmodSettings` that were typed.
-        target_flops: Wanted share of the stock decoder's prefill FLOPs.
         source: The model; None only checks what is wrong for every model.
 
     Raises:

@@ -199,10 +199,7 @@ def staged_directory(
     """A new folder that becomes `target` when the block ends well, and vanishes when it does not.
 
     Args:
-        target: Folder to write. Its parents are made.
-        kind: What it will be, one of `WRITERS`.
         overwrite: Replace an existing target.
-        sources: What is read meanwhile; see `check_replaceable`.
         wait: Where another run is writing `target`, wait for its end, instead of refusing.
 
     Raises:

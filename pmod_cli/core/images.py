@@ -55,7 +55,6 @@ def load_image(source: Path | str | bytes, name: str | None = None) -> LoadedIma
 
     Args:
         source: a file, or the encoded bytes of one.
-        name: what messages call it; by default the file's path.
 
     Raises:
         PmodError: no such file, not a picture, cut off, or so large that decoding it could exhaust the memory.

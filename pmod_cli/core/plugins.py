@@ -16,7 +16,6 @@ class PluginRegistry(Generic[T]):
     Args:
         what: One of the things, in words, for messages: `decoder`.
         group: Entry point group. Each of its entry points names an object that `add` takes.
-        name_of: The name of a thing.
     """
 
     def __init__(self, what: str, group: str, name_of: Callable[[T], str] = lambda item: item.name) -> None:  # type: ignore[attr-defined]

@@ -68,7 +68,6 @@ def check_rows(
     """Read rows, decode their images and tokenize them; nothing is raised for a bad row.
 
     Args:
-        rows: the data set.
         sample: number of rows to look at; None looks at all.
         workers: processes beside this one; None takes one a core where there are many rows to look at.
         on_progress: is told of rows done, and of how many.

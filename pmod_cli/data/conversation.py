@@ -61,7 +61,6 @@ def from_llava(row: Any, *, answered: bool = True) -> Conversation:
     own. A turn with several images keeps them where they are.
 
     Args:
-        row: The row as JSON has it.
         answered: Whether it has to hold an answer, to learn from.
 
     Raises:
@@ -86,7 +85,6 @@ def from_messages(row: Any, *, answered: bool = True) -> Conversation:
     """A row with ``messages`` (``content``: text, or parts of type ``image`` and ``text``) and ``images``.
 
     Args:
-        row: The row as the data set has it.
         answered: Whether it has to hold an answer, to learn from.
 
     Raises:
@@ -182,7 +180,6 @@ def open_image(source: Any, folder: Path | None = None) -> Image.Image:
 
     Args:
         source: a file name below ``folder``, encoded bytes, or a PIL image.
-        folder: the image folder.
 
     Raises:
         BadRow: no such file, one outside the folder, not an image, cut off, or too large to decode safely.

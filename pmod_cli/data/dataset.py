@@ -45,8 +45,6 @@ def build_dataset(data: DataSettings, processor: "ProcessorMixin", *, skipped: P
     images to a square.
 
     Args:
-        data: the settings.
-        processor: that of the model.
         skipped: with ``on_bad_row: skip``, the JSONL file that left-out rows are written to.
 
     Raises:

@@ -29,7 +29,6 @@ def open_index(path: Path, length_of: Callable[[object], int]) -> np.ndarray:
     """One record of ``ROW`` for each row of a JSON array or a JSONL file: first byte, number of bytes, length.
 
     Args:
-        path: the file.
         length_of: the length of a parsed row; its code is not part of the cache's key, ``VERSION`` is.
 
     Raises:

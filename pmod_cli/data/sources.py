@@ -43,7 +43,6 @@ class LlavaFile:
     """Rows of a JSON array or a JSONL file in LLaVA's layout; see ``pmod_cli.data.conversation.from_llava``.
 
     Args:
-        path: the file.
         images: the folder of its images; by default the file's own.
         answered: whether each row has to hold an answer.
 

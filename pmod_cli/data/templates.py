@@ -107,7 +107,6 @@ def encode(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", limit: int 
     The pieces between images are tokenized each for itself, as in the published code.
 
     Args:
-        rendered: the conversation as text.
         tokenizer: a fast one, since it has to tell where in the text each token comes from.
         limit: ``max_length`` of the run. A text that breaks only beyond it keeps the labels before.
     """

@@ -22,7 +22,6 @@ def plain_table(title: str, *headings: str, space: int = 2) -> Table:
     """A table without lines: the first column to the left, numbers to the right.
 
     Args:
-        title: Stands above it.
         headings: One a column.
         space: Blanks between two columns.
     """
@@ -51,7 +50,6 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], words
     """One table as Markdown.
 
     Args:
-        headings: One a column.
         rows: As many cells each.
         words: How many columns at the left are set to the left; numbers are set to the right.
     """
@@ -71,7 +69,6 @@ def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None)
     """One line a row: numbers unrounded, nothing where there is none; lists and objects are left out.
 
     Args:
-        rows: By column.
         columns: In this order; those of the rows if None.
     """
     plain = [{key: value for key, value in row.items() if not isinstance(value, list | dict)} for row in rows]

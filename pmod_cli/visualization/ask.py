@@ -114,7 +114,6 @@ def select(
         picture: from `load_image`.
         question: stands behind the image, or around it where it holds `<image>`.
         max_new_tokens: length limit of the answer; 0 for no answer, which costs the prefill alone.
-        name: what pictures call the model.
         selection: what chooses the tokens, a name in `SELECTIONS`; None is the checkpoint's own.
         regions: pixel boxes to keep with the record.
 
@@ -194,7 +193,6 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelec
     Args:
         model: a stock LLaVA in eval mode, loaded with eager attention.
         beside: the selection to compare with: its image, question, K of each layer.
-        name: what pictures call the model.
 
     Raises:
         PmodError: the model has another number of layers or of vision tokens than `beside`.

@@ -41,7 +41,6 @@ def draw(
         layers: indices to draw, in this order; at least one. `depth` and `schedule` show all layers.
         mode: one of MODES: kept patches; router weights; how many layers keep a patch; planned and real retention;
             this record above another; kept patches of many layers as a contact sheet.
-        against: what `compare` compares with.
         parts: of LLaVA-NeXT's two parts, each in its own panel, both in one, or one alone.
         answer_only: the caption is the answer, without question, model and legend.
 

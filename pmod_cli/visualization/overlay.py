@@ -85,7 +85,6 @@ def prepare(image: Image.Image, layout: Layout, parts: Sequence[Part], width: in
 
     Args:
         image: RGB, the original picture.
-        parts: of the layout, drawn over each other.
         width, height: of the panel, in drawn pixels.
     """
     x0, y0, x1, y1 = canvas(layout)

@@ -124,7 +124,6 @@ class Sheet:
         Args:
             pixels: uint8 (height, width, 3).
             strip: uint8 (height, 1, 3), the end-of-row tokens beside it.
-            under: a few words below it.
             regions: boxes in pixels of the image, framed.
         """
         x, y = self._corner(column)

@@ -30,7 +30,6 @@ def read_source(folder: Path, options: Options | None = None) -> Source:
     """A checkpoint of any layout, checked as far as config and headers go.
 
     Args:
-        folder: Where it is.
         options: What is not in the folder, such as the tower and the tokenizer of an original checkpoint.
 
     Raises:
@@ -57,7 +56,6 @@ def layout_of(config: dict, options: Options | None = None) -> Layout | None:
     """The layout of a config.json, or None where none recognises it.
 
     Args:
-        config: What the file holds.
         options: Of a conversion: with a projector, a language model is one of the parts of a LLaVA.
     """
     options = options or Options()

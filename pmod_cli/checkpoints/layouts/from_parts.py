@@ -20,7 +20,6 @@ def read_parts(folder: Path, config: dict, options: Options) -> Source:
 
     Args:
         folder: The language model, in the Hugging Face layout.
-        config: Its config.json.
         options: `projector`, `vision_tower`, `anyres`.
 
     Raises:

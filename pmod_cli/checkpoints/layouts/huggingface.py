@@ -60,7 +60,6 @@ def hold_to_weights(folder: Path, config: dict) -> bool:
     """Whether a folder has whole, unquantised weights, to whose headers its config is then held.
 
     Args:
-        folder: Where it is.
         config: Stock or p-MoD, with both parts.
 
     Raises:

@@ -64,8 +64,6 @@ def read_original(folder: Path, config: dict, options: Options) -> Source:
     """A checkpoint of the original or the published layout.
 
     Args:
-        folder: Where it is.
-        config: Its config.json.
         options: Tower and tokenizer, where the checkpoint's own are not to be used; and whether there is a network.
 
     Raises:
@@ -87,11 +85,9 @@ def from_flat(
     """A checkpoint in the words of the original code, as one in the Hugging Face layout.
 
     Args:
-        folder: Where it is.
         config: Flat: decoder and `mm_*` fields side by side.
         tensors: By name in the original layout.
         read: Names by file, as they are there.
-        options: Tower and tokenizer.
         layout: What to call it.
     """
     where = folder / files.CONFIG

@@ -137,7 +137,6 @@ def own_tower(source: Source, parts: dict[str, TensorSource], config: dict) -> d
     folder.
 
     Args:
-        source: The model.
         parts: Tensors of the result by their names in the Hugging Face layout.
         config: As `published_config` made it.
     """

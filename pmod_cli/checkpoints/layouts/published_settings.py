@@ -48,8 +48,6 @@ def read_settings(config: dict, num_layers: int, where: object) -> PmodSettings:
     """Settings of a checkpoint of the published code.
 
     Args:
-        config: Its config.json.
-        num_layers: L.
         where: The file, for messages.
 
     Raises:

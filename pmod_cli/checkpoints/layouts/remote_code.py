@@ -58,10 +58,6 @@ def modeling_source(family: Family = LLAVA_NEXT, decoder: DecoderKind = LLAMA) -
     """The modules that `modeling` needs, in the order of their imports, with the imports among them left out.
 
     `versions` comes first: a release of transformers that is too old is named before anything of it is imported.
-
-    Args:
-        family: The one that the file is for.
-        decoder: Its decoder.
     """
     names = [_FIRST, *(name for name in _modules(_START, []) if name != _FIRST)]
     for selection in SELECTIONS.built_in():

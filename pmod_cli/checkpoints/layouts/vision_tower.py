@@ -28,9 +28,7 @@ def find_tower(name: object, folder: Path, *, weights: bool, offline: bool) -> P
 
     Args:
         name: Folder, also relative to the checkpoint or beside it, or hub id.
-        folder: The checkpoint.
         weights: Whether its weights are wanted too.
-        offline: Do not use the network.
 
     Raises:
         PmodError: there is none.

@@ -87,16 +87,20 @@ def explain(error: BaseException) -> PmodError | None:
     return None
 
 
+_OS_ERRORS = {
+    errno.ENOSPC: ("no space left on the disk for {}", "free some space, then repeat", RUN_FAILED),
+    errno.EDQUOT: ("the disk quota does not allow {}", "free some space, then repeat", RUN_FAILED),
+    errno.EACCES: ("no permission for {}", "choose another folder", BAD_INPUT),
+    errno.EPERM: ("no permission for {}", "choose another folder", BAD_INPUT),
+    errno.EROFS: ("{} is on a read-only file system", "choose another folder", BAD_INPUT),
+}
+
+
 def _explain_os_error(error: OSError) -> PmodError | None:
     where = error.filename or "the output"
-    if error.errno == errno.ENOSPC:
-        return PmodError(f"no space left on the disk for {where}", hint="free some space, then repeat", code=RUN_FAILED)
-    if error.errno == errno.EDQUOT:
-        return PmodError(f"the disk quota does not allow {where}", hint="free some space, then repeat", code=RUN_FAILED)
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return PmodError(f"no permission for {where}", hint="choose another folder")
-    if error.errno == errno.EROFS:
-        return PmodError(f"{where} is on a read-only file system", hint="choose another folder")
+    if error.errno in _OS_ERRORS:
+        what, hint, code = _OS_ERRORS[error.errno]
+        return PmodError(what.format(where), hint=hint, code=code)
     if error.errno == errno.ENAMETOOLONG:
         name = os.path.basename(os.fspath(where))
         return PmodError(f"a name is too long for the file system: {name[:60]}…", hint="choose a shorter one")

@@ -169,12 +169,12 @@ def _undecoded(rows: Any) -> Any:
 
 
 def _payload(image: Any) -> Any:
-    if isinstance(image, Mapping):
-        return image["bytes"] if image.get("bytes") is not None else _read(image.get("path"))
-    return image
-
-
-def _read(path: str | None) -> bytes:
+    """The encoded bytes of an image that is not decoded yet."""
+    if not isinstance(image, Mapping):
+        return image
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    path = image.get("path")
     try:
         return Path(path or "").read_bytes()
     except OSError as error:

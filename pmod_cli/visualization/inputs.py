@@ -13,6 +13,7 @@ from PIL import Image
 
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.folders import check_writable
 from pmod_cli.core.images import load_image
 from pmod_cli.data.conversation import BadRow, inside
 from pmod_cli.visualization.archive import check_regions
@@ -178,7 +179,7 @@ def one_target(item: Item, out: Path | None, ending: str, beside: Sequence[str] 
     target = out or Path(f"{item.name}-pmod.{ending}")
     if not target.parent.is_dir():
         raise PmodError(f"{target}: there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
-    _check_writable(target.parent)
+    check_writable(target.parent)
     return _checked([target], [item], beside)
 
 
@@ -193,13 +194,8 @@ def folder_targets(items: Sequence[Item], folder: Path, ending: str, beside: Seq
     """
     if folder.is_file() or folder.suffix.lower() in (".png", ".svg"):
         raise PmodError(f"{folder} is a file, expected a folder for {len(items)} pictures", hint="`out=FOLDER`")
-    _check_writable(next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()))
+    check_writable(folder)
     return _checked([folder / f"{item.name}-pmod.{ending}" for item in items], items, beside)
-
-
-def _check_writable(folder: Path) -> None:
-    if not os.access(folder, os.W_OK):
-        raise PmodError(f"{folder}: nothing can be written into this folder", hint="choose another with `out`")
 
 
 def _checked(targets: list[Path], items: Sequence[Item], beside: Sequence[str]) -> list[Path]:

@@ -70,12 +70,8 @@ def read_settings(config: dict, num_layers: int, where: object) -> PmodSettings:
     decay = _DECAY.fullmatch(layers)
     if decay and num_layers == 32:
         kind = "cosine" if decay[1] == "cos" else "linear"
-        schedule = {
-            "schedule": kind,
-            "shift": float(factor),
-            "max_ratio": float(decay[2]),
-            "min_ratio": float(decay[3]),
-        }
+        limits = {"max_ratio": float(decay[2]), "min_ratio": float(decay[3])}
+        schedule = {"schedule": kind, "shift": float(factor), **limits}
     else:
         schedule = {"schedule": "list", "values": tuple(ratios)}
     try:
@@ -130,19 +126,11 @@ def _candidates(settings: PmodSettings, ratios: list[float], num_layers: int) ->
     found = []
     if settings.schedule in ("cosine", "linear"):
         shift = settings.shift
-        if shift is None:
-            fixed = settings.schedule == "cosine" and settings.mean is None
-            shift = (
-                0.5
-                if fixed
-                else solve_shift(
-                    settings.schedule,
-                    num_layers,
-                    settings.mean or PAPER_MEAN,
-                    max_ratio=settings.max_ratio,
-                    min_ratio=settings.min_ratio,
-                )
-            )
+        if shift is None and settings.schedule == "cosine" and settings.mean is None:
+            shift = 0.5
+        elif shift is None:
+            limits = {"max_ratio": settings.max_ratio, "min_ratio": settings.min_ratio}
+            shift = solve_shift(settings.schedule, num_layers, settings.mean or PAPER_MEAN, **limits)
         name = "cos" if settings.schedule == "cosine" else "linear"
         found.append((f"shifted{name}_decay_{settings.max_ratio}_{settings.min_ratio}", shift))
     if levels := {ratio for ratio in ratios if ratio < 1}:

@@ -39,6 +39,7 @@ def _pinpoints(value: object) -> bool:
 
 
 _POSITIVE = (lambda value: _number(value) and 0 < value < 1e12, "a number above 0")
+_POSITIVES = (lambda value: isinstance(value, list) and all(map(_POSITIVE[0], value)), "numbers above 0")
 _SMALL = (lambda value: isinstance(value, float) and 0 < value < 1e12, "a number above 0 such as 1e-5")
 _SHARE = (lambda value: _number(value) and 0 <= value <= 1, "a number in 0 ... 1")
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
@@ -113,6 +114,11 @@ TOP: dict[str, Check] = {
     "dtype": (lambda value: value in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
     "torch_dtype": (lambda value: value in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
 }
+_ROPE: dict[str, Check] = {
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _POSITIVE),
+    **dict.fromkeys(("original_max_position_embeddings", "beta_fast", "beta_slow"), _POSITIVE),
+    **dict.fromkeys(("short_factor", "long_factor"), _POSITIVES),
+}
 
 
 def check_values(config: Mapping[str, Any], where: object) -> None:
@@ -137,20 +143,11 @@ def check_values(config: Mapping[str, Any], where: object) -> None:
             if not silent and not fits(value):
                 raise PmodError(f"{where}: {part}{key} is {str(value)[:60]!r}, expected {expected}")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    for key in ("rope_theta", "factor"):
-        if rope.get(key) is not None and not _POSITIVE[0](rope[key]):
-            raise PmodError(
-                f"{where}: {key} of the rotary embedding is {str(rope[key])[:60]!r}, expected {_POSITIVE[1]}"
-            )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in list(_ROPES):
         raise PmodError(f"{where}: the rotary embedding is {str(kind)[:60]!r}, expected one of {', '.join(_ROPES)}")
     if absent := [key for key in _ROPES[kind] if rope.get(key) is None]:
         raise PmodError(f"{where}: the rotary embedding {kind} lacks {', '.join(absent)}")
-    for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
-        if rope.get(key) is not None and not _POSITIVE[0](rope[key]):
-            raise PmodError(f"{where}: {key} of the rotary embedding is {str(rope[key])[:60]!r}, expected a number")
-    for key in ("short_factor", "long_factor"):
-        value = rope.get(key)
-        if value is not None and not (isinstance(value, list) and all(map(_POSITIVE[0], value))):
-            raise PmodError(f"{where}: {key} of the rotary embedding is {str(value)[:60]!r}, expected numbers above 0")
+    for key, (fits, expected) in _ROPE.items():
+        if rope.get(key) is not None and not fits(rope[key]):
+            raise PmodError(f"{where}: {key} of the rotary embedding is {str(rope[key])[:60]!r}, expected {expected}")

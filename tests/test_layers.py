@@ -12,7 +12,7 @@ LAYERS = (  # a package imports what stands in its own line or in one below it
     ("checkpoints", "data"),
     ("model",),
     ("families",),
-    ("core", "paper", "recipes"),
+    ("core", "paper", "recipe_files"),
 )
 HEIGHT = {name: -line for line, names in enumerate(LAYERS) for name in names}
 

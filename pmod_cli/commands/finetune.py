@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pmod_cli import recipes
+from pmod_cli import recipe_files
 from pmod_cli.commands import common
 from pmod_cli.commands.finetune_runs import evaluate, run_here, run_sweep
 from pmod_cli.commands.finetune_show import (
@@ -187,7 +187,7 @@ def finetune(
     if merge is not None:
         _merge(merge, model, as_json)
         return
-    settings = load_settings(recipes.find(name or recipe or DEFAULT), overrides or (), flags)
+    settings = load_settings(recipe_files.find(name or recipe or DEFAULT), overrides or (), flags)
     if print_config:
         output.stdout.file.write(dump(settings))
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli import recipes as library
+from pmod_cli import recipe_files
 from pmod_cli.commands.common import OverwriteOpt
 from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
@@ -25,16 +25,16 @@ NameArg = Annotated[str, typer.Argument(help="Name of a shipped recipe, or a .ya
 @recipes.command("ls")
 def list_recipes() -> None:
     """List the shipped recipes, each with its first line."""
-    width = max(map(len, library.names()), default=0)
-    for name in library.names():
-        lines = library.find(name).read_text(encoding="utf-8").splitlines()
+    width = max(map(len, recipe_files.names()), default=0)
+    for name in recipe_files.names():
+        lines = recipe_files.find(name).read_text(encoding="utf-8").splitlines()
         output.print_line(f"{name:{width}}  {lines[0].lstrip('# ') if lines else ''}".rstrip())
 
 
 @recipes.command("show")
 def show(name: NameArg) -> None:
     """Print a recipe."""
-    output.print_line(library.find(name).read_text(encoding="utf-8").rstrip("\n"))
+    output.print_line(recipe_files.find(name).read_text(encoding="utf-8").rstrip("\n"))
 
 
 @recipes.command("cp")
@@ -44,7 +44,7 @@ def copy(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Copy a recipe, to edit it."""
-    source = library.find(name)
+    source = recipe_files.find(name)
     if target.is_dir():
         target = target / source.name
     if target.exists() and not overwrite:

@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING
 
-from pmod_cli import recipes
+from pmod_cli import recipe_files
 from pmod_cli.core.atomic import Busy, locked, write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.reporting import markdown_table
@@ -53,9 +53,9 @@ def cells_of(group: str, seeds: Sequence[int]) -> list[Cell]:
     Raises:
         PmodError: there is no recipe in such a group.
     """
-    found = [name for name in recipes.names() if name.startswith(f"{group.strip('/')}/")]
+    found = [name for name in recipe_files.names() if name.startswith(f"{group.strip('/')}/")]
     if not found:
-        groups = sorted({name.partition("/")[0] for name in recipes.names() if "/" in name})
+        groups = sorted({name.partition("/")[0] for name in recipe_files.names() if "/" in name})
         raise PmodError(
             f"no recipes are called {group}/…; there are groups {', '.join(groups) or 'none'}", hint="pmod recipes ls"
         )
@@ -236,7 +236,7 @@ def _mean_retention(settings: Settings) -> float:
 
 def _settings(cell: Cell, overrides: Sequence[str]) -> Settings:
     """A seed means another order and other images, the same ones for every recipe."""
-    settings = load_settings(recipes.find(cell.recipe), [*overrides, f"train.seed={cell.seed}"])
+    settings = load_settings(recipe_files.find(cell.recipe), [*overrides, f"train.seed={cell.seed}"])
     settings.data.first += cell.seed * SEED_STRIDE
     return settings
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 import yaml
 
-from pmod_cli import recipes
+from pmod_cli import recipe_files
 from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.yaml_text import Located
@@ -137,9 +137,9 @@ def _base_of(path: Path, base: Entry) -> Path:
         raise PmodError(f"{base.where}: {BASE}: {base.value!r:.100} lies outside the recipe's folder")
     if (path.parent / inside).is_file():
         return path.parent / inside
-    if inside.suffix in (recipes.SUFFIX, ".yml"):
+    if inside.suffix in (recipe_files.SUFFIX, ".yml"):
         raise PmodError(f"{base.where}: {BASE}: no such recipe beside it: {base.value!r:.100}", hint="pmod recipes ls")
-    return recipes.find(base.value)
+    return recipe_files.find(base.value)
 
 
 def _walk(tree: Located, path: Path, prefix: str) -> Iterable[Entry]:

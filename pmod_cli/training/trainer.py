@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import is_torch_tf32_available
 
-from pmod_cli import recipes
+from pmod_cli import recipe_files
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.templates import IGNORED
 from pmod_cli.families.configs import known_family
@@ -245,5 +245,5 @@ def engine_options(settings: Settings) -> dict:
     engine = settings.train.engine
     if engine in ("auto", "ddp"):
         return {}
-    config = json.loads((recipes.folder() / "engines" / f"{engine}.json").read_text())
+    config = json.loads((recipe_files.folder() / "engines" / f"{engine}.json").read_text())
     return {"fsdp": True, "fsdp_config": config} if engine == "fsdp2" else {"deepspeed": config}

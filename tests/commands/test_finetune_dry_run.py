@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from pmod_cli import cli, recipes
+from pmod_cli import cli, recipe_files
 from pmod_cli.training import folder
 from pmod_cli.training.recipe import dump, load_settings
 from tests.test_cli import imported_by
@@ -64,7 +64,7 @@ def place(stock_model, workdir, monkeypatch):
     (workdir / "there" / "thesis.txt").write_text("years")
     (workdir / "taken").mkdir()
     (workdir / "taken" / "config.yaml").write_text("train: {seed: 5}\n")
-    settings = load_settings(recipes.find("tiny"), ["train.max_steps=2", "train.batch_size=2", "data.turns=1"])
+    settings = load_settings(recipe_files.find("tiny"), ["train.max_steps=2", "train.batch_size=2", "data.turns=1"])
     settings.model.name = str(stock_model().resolve())
     (workdir / "damaged" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (workdir / "damaged" / "config.yaml").write_text(dump(settings))
@@ -193,11 +193,11 @@ def test_a_sweep_is_planned_cell_by_cell(workdir, capsys):
 def _result_of(recipe: str, seed: int) -> dict:
     from dataclasses import asdict
 
-    from pmod_cli import recipes
+    from pmod_cli import recipe_files
     from pmod_cli.training.ablation_sweep import IMAGES, SEED_STRIDE
     from pmod_cli.training.recipe import load_settings
 
-    settings = load_settings(recipes.find(recipe), [f"train.seed={seed}"])
+    settings = load_settings(recipe_files.find(recipe), [f"train.seed={seed}"])
     settings.data.first += seed * SEED_STRIDE
     return {"settings": asdict(settings), "images": IMAGES, "seed": seed, "cpu_seconds": 70.0}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli import recipes
+from pmod_cli import recipe_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.training.recipe import differences, dump, load_settings
 from pmod_cli.training.settings import Settings
@@ -150,7 +150,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_what_is_saved_is_a_recipe_for_the_same_settings(tmp_path):
-    settings = load_settings(recipes.find("tiny"), ["model.name=x", "train.learning_rate=1e-7", "data.turns=null"])
+    settings = load_settings(recipe_files.find("tiny"), ["model.name=x", "train.learning_rate=1e-7", "data.turns=null"])
     again = load_settings(write(tmp_path, dump(settings)))
     assert again == settings
     assert differences(settings, again) == []
@@ -164,7 +164,7 @@ def test_differences_name_the_keys():
 def test_a_recipe_changes_its_base(tmp_path):
     (tmp_path / "stock.yaml").write_text("base: tiny\nname: stock\npmod: {enabled: false}\ntrain: {seed: 4}\n")
     recipe = write(tmp_path, "base: stock.yaml\ntrain:\n  seed: 5\n")
-    settings, tiny = load_settings(recipe), load_settings(recipes.find("tiny"))
+    settings, tiny = load_settings(recipe), load_settings(recipe_files.find("tiny"))
     assert (settings.name, settings.pmod.enabled, settings.train.seed) == ("mine", False, 5)
     settings.name, settings.pmod.enabled, settings.train.seed = tiny.name, None, tiny.train.seed
     assert settings == tiny

@@ -6,7 +6,7 @@ import os
 import pytest
 from safetensors import safe_open
 
-from pmod_cli import recipes
+from pmod_cli import recipe_files
 from pmod_cli.checkpoints import router_state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS, draw, seed_of
@@ -16,7 +16,7 @@ from pmod_cli.training.run import finetune
 from tests.checkpoints.test_from_parts import parts  # noqa: F401 - a fixture
 
 PAPER = ("llava-1.5-7b", "llava-next-7b", "projector-pretrain", "llava-1.5-7b-baseline", "llava-next-7b-baseline")
-SHIPPED = [name for name in recipes.names() if not name.startswith("ablations/")]
+SHIPPED = [name for name in recipe_files.names() if not name.startswith("ablations/")]
 # What a recipe of the real size is given instead: the model, its rows, and numbers that fit them.
 TINY = [
     *("model.llm=null", "model.vision_tower=null", "model.projector=null", "model.precision=float32"),
@@ -44,16 +44,16 @@ def test_the_recipes_that_the_documents_name_are_shipped():
 
 
 def test_every_recipe_in_the_list_is_one_that_finetune_reads():
-    for name in recipes.names():
-        assert load_settings(recipes.find(name)).name, name
+    for name in recipe_files.names():
+        assert load_settings(recipe_files.find(name)).name, name
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_runs(stock_model, rows, tmp_path, name):
-    kind = load_settings(recipes.find(name)).model.kind
+    kind = load_settings(recipe_files.find(name)).model.kind
     tiny = stock_model(kind if name in PAPER else "llava_next", "llama")
     overrides = [*TINY, f"model.name={tiny}", f"data.path={rows}/rows.json", f"data.images={rows}"]
-    settings = load_settings(recipes.find(name), [*overrides, "model.quantize=none"])
+    settings = load_settings(recipe_files.find(name), [*overrides, "model.quantize=none"])
     report = finetune(settings, tmp_path / "run")
     assert (report.status, report.step) == ("finished", 2)
     expected = "stock" if settings.pmod.enabled is None or settings.pmod.enabled is False else "trained"
@@ -71,19 +71,19 @@ def test_a_recipe_runs(stock_model, rows, tmp_path, name):
 
 def test_the_settings_of_the_paper():
     for name, batch, length, engine in (("llava-1.5-7b", 4, 2048, "zero1"), ("llava-next-7b", 8, 4096, "zero3")):
-        settings = load_settings(recipes.find(name))
+        settings = load_settings(recipe_files.find(name))
         assert (settings.train.batch_size, settings.data.max_length, settings.train.engine) == (batch, length, engine)
         assert settings.rows_per_step(8) == 128
         assert settings.accumulation(8) == 16 // batch
         assert {settings.train.rate(part) for part in ("language_model", "projector", "router")} == {2e-5}
         assert (settings.train.epochs, settings.train.warmup_steps, settings.train.weight_decay) == (1, 0.03, 0)
         assert settings.model.freeze == ["vision_tower"]
-    assert -(-665_000 // 128) <= load_settings(recipes.find("llava-1.5-7b")).steps(665_298, 8) <= 5198
+    assert -(-665_000 // 128) <= load_settings(recipe_files.find("llava-1.5-7b")).steps(665_298, 8) <= 5198
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b"])
 def test_a_baseline_differs_by_routing_alone(name):
-    routed, stock = load_settings(recipes.find(name)), load_settings(recipes.find(f"{name}-baseline"))
+    routed, stock = load_settings(recipe_files.find(name)), load_settings(recipe_files.find(f"{name}-baseline"))
     assert (routed.pmod.enabled, stock.pmod.enabled) == (True, False)
     stock.pmod.enabled, stock.name = True, routed.name
     assert dump(stock) == dump(routed)
@@ -98,7 +98,7 @@ def test_the_papers_start_from_parts(parts, rows, tmp_path, name):  # noqa: F811
     if name != "projector-pretrain":
         overrides.append(f"model.projector={place}/mm_projector.bin")
     overrides += [f"data.path={rows}/rows.json", f"data.images={rows}", "data.template=plain"]
-    report = finetune(load_settings(recipes.find(name), overrides), tmp_path / "run")
+    report = finetune(load_settings(recipe_files.find(name), overrides), tmp_path / "run")
     assert report.status == "finished"
     assert router_state(tmp_path / "run") == ("trained" if name == "llava-1.5-7b" else "stock")
     assert not (tmp_path / "run" / folder.STATE).exists()

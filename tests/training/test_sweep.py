@@ -6,7 +6,7 @@ import multiprocessing
 import pytest
 import torch
 
-from pmod_cli import recipes
+from pmod_cli import recipe_files
 from pmod_cli.checkpoints import load_model, resolve
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
@@ -22,9 +22,10 @@ QUICK = ["train.max_steps=1", "train.batch_size=2", "model.calibration_images=2"
 
 def test_each_ablation_changes_one_thing_and_keeps_as_many_tokens():
     """All rows of Tables 3, 4, 5 and Figure 3, and the two controls, beside the reference."""
-    reference = load_settings(recipes.find("ablations/p-mod"))
+    reference = load_settings(recipe_files.find("ablations/p-mod"))
     found = {
-        cell.recipe.partition("/")[2]: load_settings(recipes.find(cell.recipe)) for cell in cells_of("ablations", [0])
+        cell.recipe.partition("/")[2]: load_settings(recipe_files.find(cell.recipe))
+        for cell in cells_of("ablations", [0])
     }
     assert next(iter(found)) == "p-mod"
     assert len(found) == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def calibrate_to(
             calibrated=checkpoints.Calibrated(
                 router_values(result.found),
                 card(result, settings),
-                lambda folder, result=result: _write_more(folder, result, results, settings),
+                partial(_write_more, result=result, results=results, settings=settings),
             ),
         )
     record_current(targets[0])

@@ -199,9 +199,17 @@ def convert(
         if options != checkpoints.Options(seed=seed, offline=offline) or resume or dry_run or llm is not None:
             raise PmodError("--calibrate writes a p-MoD checkpoint as it is, without other options of what to write")
         asked_for = {"data": calibrate, "seed": seed} | calibration_budget(wanted, target_flops)
-        shown = {"as_json": as_json, "quiet": quiet}
-        hub = {"revision": revision, "offline": offline, "cache_dir": cache_dir}
-        return calibrate_to(name, out, asked_for, overwrite=overwrite, **hub, **shown)
+        return calibrate_to(
+            name,
+            out,
+            asked_for,
+            overwrite=overwrite,
+            revision=revision,
+            offline=offline,
+            cache_dir=cache_dir,
+            as_json=as_json,
+            quiet=quiet,
+        )
     choose_settings(wanted, target_flops, None)  # what is wrong whatever the model is, before anything is fetched
     found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
     origin = f"{found.repo}@{found.commit}" if found.repo else found.alias or str(found.path)

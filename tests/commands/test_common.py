@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from pmod_cli.commands.common import default_model, record_current
-from pmod_cli.core import output
-from pmod_cli.core.errors import PmodError, require
+from pmod_cli.core.errors import PmodError
 from tests.conftest import ROOT
 
 
@@ -53,25 +52,3 @@ def test_what_a_killed_command_left_goes_with_the_next(workdir):
     assert list((workdir / ".pmod").iterdir())
     record_current(workdir / "runs")
     assert [path.name for path in (workdir / ".pmod").iterdir()] == ["current"]
-
-
-def test_missing_extra_names_the_install_command():
-    with pytest.raises(PmodError, match="no_such_module_a") as caught:
-        require("eval", "json", "no_such_module_a")
-    assert caught.value.hint == "in the checkout: pip install -e '.[eval]'"
-    require("eval", "json")
-
-
-def test_quiet_hides_notes_but_not_warnings(capsys):
-    output.set_quiet(True)
-    output.note("a note")
-    output.warn("a warning")
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "warning: a warning\n")
-
-
-def test_json_goes_to_stdout_whole(capsys):
-    output.print_json({"long": "x" * 500, "mark": "[bold]é"})
-    out = capsys.readouterr().out
-    assert '"mark": "[bold]é"' in out
-    assert "x" * 500 in out

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pmod_cli.core.errors import as_flags
+from pmod_cli.core.errors import PmodError, as_flags, require
 from tests.conftest import ROOT
 
 OPTIONS = {"out": "--out", "overwrite": "--overwrite", "resume": "--resume", "train.batch_size": "--batch-size"}
@@ -44,3 +44,10 @@ def test_the_library_speaks_of_no_flags():
                 if FLAG.search(message):
                     found.append(f"{path.name}: {message}")
     assert not found, "\n".join(found)
+
+
+def test_missing_extra_names_the_install_command():
+    with pytest.raises(PmodError, match="no_such_module_a") as caught:
+        require("eval", "json", "no_such_module_a")
+    assert caught.value.hint == "in the checkout: pip install -e '.[eval]'"
+    require("eval", "json")

@@ -68,3 +68,18 @@ def test_json_can_hold_any_path(capsys):
     text = capsys.readouterr().out
     text.encode()
     assert json.loads(text) == {"file": HOSTILE}
+
+
+def test_quiet_hides_notes_but_not_warnings(capsys):
+    output.set_quiet(True)
+    output.note("a note")
+    output.warn("a warning")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "warning: a warning\n")
+
+
+def test_json_goes_to_stdout_whole(capsys):
+    output.print_json({"long": "x" * 500, "mark": "[bold]é"})
+    out = capsys.readouterr().out
+    assert '"mark": "[bold]é"' in out
+    assert "x" * 500 in out

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import pictures_in
 from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn, open_image
 from pmod_cli.data.documents import TASKS, draw, seed_of
 from pmod_cli.data.sources import open_source
@@ -106,12 +107,7 @@ def tiny_samples(task: str, count: int, seed: int = 0, split: str = "train") -> 
 
 
 def _of_folder(folder: Path, count: int, seed: int) -> list[Sample]:
-    from PIL import Image
-
-    known = set(Image.registered_extensions())
-    names = sorted(child.name for child in folder.iterdir() if child.suffix.lower() in known and child.is_file())
-    if not names:
-        raise PmodError(f"{folder}: no picture in this folder", hint="name a folder of .png or .jpg files")
+    names = [path.name for path in pictures_in(folder)]
     asked = (f"{IMAGE}\n{QUESTIONS[0]}", *QUESTIONS[1:])
     chosen = Random(seed).sample(names, min(count, len(names)))
     return [_readable(Sample(folder.name, (name,), asked, (), folder), f"{folder}") for name in chosen]

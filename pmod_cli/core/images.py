@@ -68,6 +68,19 @@ def load_image(source: Path | str | bytes, name: str | None = None) -> LoadedIma
         return LoadedImage(as_rgb(image), tuple(notes))
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of a folder that Pillow knows by their endings, by name.
+
+    Raises:
+        PmodError: there is none.
+    """
+    known = Image.registered_extensions()
+    found = sorted(child for child in folder.iterdir() if child.suffix.lower() in known and child.is_file())
+    if not found:
+        raise PmodError(f"{folder}: no picture in this folder", hint="name a folder of .png or .jpg files")
+    return found
+
+
 def image_size(source: Path | str, name: str | None = None) -> tuple[int, int]:
     """Width and height in pixels of what `load_image` would give, from the header: nothing is decoded.
 

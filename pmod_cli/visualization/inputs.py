@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import check_writable
-from pmod_cli.core.images import load_image
+from pmod_cli.core.images import load_image, pictures_in
 from pmod_cli.data.conversation import BadRow, inside
 from pmod_cli.visualization.archive import check_regions
 from pmod_cli.visualization.page import check_format
@@ -88,11 +86,7 @@ def short_name(name: str) -> str:
 
 def _expand(path: Path, image_folder: Path | None) -> Iterator[Item]:
     if path.is_dir():
-        known = set(Image.registered_extensions())
-        pictures = sorted(child for child in path.iterdir() if child.suffix.lower() in known and child.is_file())
-        if not pictures:
-            raise PmodError(f"{path}: no picture in this folder", hint="name a folder of .png or .jpg files")
-        yield from (Item(child, short_name(child.stem)) for child in pictures)
+        yield from (Item(child, short_name(child.stem)) for child in pictures_in(path))
     elif path.suffix.lower() in ROWS and path.is_file():
         yield from _rows(path, image_folder or path.parent)
     else:

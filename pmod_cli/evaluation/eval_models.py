@@ -14,6 +14,7 @@ from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import provenance
 from pmod_cli.families import model_types
+from pmod_cli.families.unsupported import why_not
 from pmod_cli.model import SELECTIONS
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ def _require_llava(path: Path) -> None:
     """Said from the config, before anything is loaded or written."""
     model_type = read_json(path / CONFIG).get("model_type")
     known = model_types()
+    if reason := why_not(model_type):
+        raise PmodError(f"{path}: {reason}")
     if model_type not in known:
         raise PmodError(
             f"{path} is a checkpoint of another architecture: its model_type is {model_type!r}, expected one of "

@@ -7,7 +7,16 @@ point in the group `pmod_cli.families`, `pmod_cli.decoders` or `pmod_cli.towers`
 from __future__ import annotations
 
 from pmod_cli.core.plugins import PluginRegistry
-from pmod_cli.families import decoders, llava, llava_next, towers
+from pmod_cli.families import (
+    decoders,
+    llava,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen3_vl,
+    towers,
+)
 from pmod_cli.families.record import DecoderKind, Family, ImageTokens, TowerKind
 
 __all__ = [
@@ -35,12 +44,19 @@ register_family = FAMILIES.add
 register_decoder = DECODERS.add
 register_tower = TOWERS.add
 
-BUNDLED = (llava.LLAVA, llava_next.LLAVA_NEXT)
+BUNDLED = (
+    llava.LLAVA,
+    llava_next.LLAVA_NEXT,
+    qwen2_5_vl.QWEN2_5_VL,
+    qwen3_vl.QWEN3_VL,
+    llava_onevision.LLAVA_ONEVISION,
+    llava_next_video.LLAVA_NEXT_VIDEO,
+)
 """The families of this package."""
 
 for _family in BUNDLED:
     register_family(_family)
-for _decoder in decoders.BUNDLED:
+for _decoder in (*decoders.BUNDLED, qwen2_5_vl.DECODER, qwen3_vl.DECODER):
     register_decoder(_decoder)
 for _tower in towers.BUNDLED:
     register_tower(_tower)

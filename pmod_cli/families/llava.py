@@ -23,7 +23,7 @@ DEFAULTS = {
 }
 
 
-def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None) -> ImageTokens:
+def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None, images: int = 1) -> ImageTokens:
     """As many vision tokens for each image as the tower has patches."""
     width, height = image_size or (2 * sizes.tower.tile,) * 2
     patches = sizes.tower.tokens - sizes.tower.dropped

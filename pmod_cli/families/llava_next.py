@@ -22,7 +22,7 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 order, and reads them as (width, height)."""
 
 
-def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None) -> ImageTokens:
+def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None, images: int = 1) -> ImageTokens:
     """Those of the base image, and those of the tiles without what was padded, with an `image_newline` a row."""
     tower = sizes.tower
     patches, side = tower.tokens - tower.dropped, tower.tile // tower.patch

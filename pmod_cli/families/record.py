@@ -43,6 +43,7 @@ class DecoderKind:
         original: `model_type` of the original LLaVA code over this decoder.
         template: Chat template of all models over it; None: told by the special tokens of the tokenizer.
         layer: Name of the layer class, where it is not `classes` + `DecoderLayer`.
+        family: Name of the family whose own text model it is; None: any LLaVA can have it.
         module: Where the classes are imported from.
     """
 
@@ -56,7 +57,13 @@ class DecoderKind:
     original: tuple[str, ...] = ()
     template: str | None = None
     layer: str | None = None
+    family: str | None = None
     module: str = "transformers"
+
+    @property
+    def layer_class(self) -> str:
+        """Name of the stock layer class."""
+        return self.layer or f"{self.classes}DecoderLayer"
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -97,7 +104,7 @@ class TowerKind:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """One image as the model sees it.
+    """One image, or one video, as the model sees it.
 
     Args:
         width: Pixels.
@@ -107,6 +114,7 @@ class ImageTokens:
         high_resolution: Vision tokens of the other tiles after unpadding, one `image_newline` a row included. 0 for
             LLaVA-1.5.
         patches_per_tile: Vision tokens that the tower gives for one tile; all of them pass the projector.
+        frames: Of a video, as many as have vision tokens of their own.
     """
 
     width: int
@@ -115,6 +123,7 @@ class ImageTokens:
     base: int
     high_resolution: int
     patches_per_tile: int
+    frames: int = 1
 
     @property
     def tokens(self) -> int:
@@ -135,15 +144,19 @@ class Family:
         classes: What the names of its classes begin with: `LlavaNext` of `LlavaNextConfig`, `LlavaNextModel`,
             `LlavaNextForConditionalGeneration` and `LlavaNextPreTrainedModel`.
         defaults: What a config.json leaves out, its parts included.
-        image_tokens: How many vision tokens an image gives: `(sizes, (width, height) in pixels or None for a square of
-            two by two tiles)`, of a `Sizes`.
+        image_tokens: How many vision tokens an image gives: `(sizes, (width, height) in pixels or None for the paper's
+            case, images of the row)`, of a `Sizes`.
         pixel_inputs: What the model takes for images: `(config, [(height, width) in pixels])` to the shape of
             `pixel_values`, all images of the batch together, and the values of the other inputs by name.
+        video_tokens: How many vision tokens a video gives: `(sizes, (frames, width, height))`; None: none are taken.
+        video_inputs: As `pixel_inputs`, for `pixel_values_videos`: `(config, [(frames, height, width)])`.
+        frames_apart: Whether text (a timestamp) stands between the frames of a video.
         place_tokens: Where the vision tokens of an image lie: `(image_processor, patch_size, height, width)` to a
             `geometry.Layout`.
         image_processor: `(config, options, pad_to_square)` to the stock image processor for such a config.
         small_config: What the configuration of a tiny model needs besides, its tower one of 8-pixel tiles of 2-pixel
-            patches. A transformers that is newer than any tested one is checked on such a model.
+            patches; what it says of `text_config` and `vision_config` is added to theirs. A transformers that is newer
+            than any tested one is checked on such a model.
         small_pixels: Shape of the `pixel_values` of one image for it.
         small_inputs: What comes with these pixels.
         vision_tokens: Attributes of the configuration that hold the ids of vision tokens.
@@ -151,6 +164,7 @@ class Family:
         more_shapes: `(hidden, projector_in)` to names and shapes of tensors beside decoder, tower and the two maps
             of the projector; `projector_in` is the width of what the projector takes.
         high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
+        tower: `(config)` to the sizes of a tower that is no CLIP or SigLIP, for `Sizes.tower`.
         module: Where the classes are imported from.
     """
 
@@ -158,7 +172,7 @@ class Family:
     title: str
     classes: str
     defaults: Mapping[str, Any]
-    image_tokens: Callable[[Any, tuple[int, int] | None], ImageTokens]
+    image_tokens: Callable[[Any, tuple[int, int] | None, int], ImageTokens]
     pixel_inputs: Callable[[Any, Sequence[tuple[int, int]]], PixelInputs]
     place_tokens: Callable[..., Any]
     image_processor: Callable[[Mapping[str, Any], dict[str, Any], bool], BaseImageProcessor]
@@ -169,7 +183,16 @@ class Family:
     more_shapes: Callable[[int, int], dict[str, tuple[int, ...]]] = lambda hidden, projector_in: {}
     high_resolution: bool = False
     processor: str | None = None
+    video_tokens: Callable[[Any, tuple[int, int, int]], ImageTokens] | None = None
+    video_inputs: Callable[[Any, Sequence[tuple[int, int, int]]], PixelInputs] | None = None
+    frames_apart: bool = False
+    tower: Callable[[Any], Any] | None = None
     module: str = "transformers"
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the tower reads square tiles, as CLIP and SigLIP do."""
+        return self.tower is None
 
     @property
     def routed_name(self) -> str:

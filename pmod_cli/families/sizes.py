@@ -137,19 +137,20 @@ class Sizes:
             context=size("max_position_embeddings"),
             tied=bool(get(text, "tie_word_embeddings") if tied is None else tied),
         )
-        tower = _tower(config, family)
+        tower = family.tower(config) if family.tower else _tower(config, family)
         anyres = "image_grid_pinpoints" in family.defaults
         return cls(decoder, tower, _pinpoints(config, tower.tile, family) if anyres else None, family)
 
 
-def image_tokens(sizes: Sizes, image_size: tuple[int, int] | None = None) -> ImageTokens:
+def image_tokens(sizes: Sizes, image_size: tuple[int, int] | None = None, images: int = 1) -> ImageTokens:
     """Cut an image as the stock model does.
 
     Args:
         sizes: The model.
         image_size: Width and height in pixels; None is a square of two by two tiles.
+        images: Images of the row, since some families do not tile several.
     """
-    return sizes.family.image_tokens(sizes, image_size)
+    return sizes.family.image_tokens(sizes, image_size, images)
 
 
 def _pinpoints(config: Mapping[str, Any] | object, tile: int, family: Family) -> tuple[tuple[int, int], ...]:

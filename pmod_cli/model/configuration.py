@@ -23,6 +23,8 @@ class RoutedConfig:
             raise ValueError(f"router_state must be one of {', '.join(ROUTER_STATES)}, found {self.router_state!r}")
         if self.settings.target_tokens == "vision_hr" and not self.has_high_resolution:
             raise ValueError("target_tokens 'vision_hr' needs anyres images, that is, a LLaVA-NeXT model")
+        if self.settings.target_tokens == "vision_video" and not self.has_videos:
+            raise ValueError(f"target_tokens 'vision_video' needs a model of videos, and {self.model_type} has none")
         text = self.text_config
         layer_types = set(getattr(text, "layer_types", None) or ())
         if layer_types - {"full_attention"} or (not layer_types and getattr(text, "sliding_window", None)):
@@ -67,6 +69,7 @@ def add_config(family) -> None:
             "pmod": None,
             "router_state": "untrained",
             "has_high_resolution": family.high_resolution,
+            "has_videos": "video_token_id" in family.vision_tokens,
         },
     )
     globals()[config.__name__] = config  # where pickle looks for it

@@ -1,6 +1,7 @@
-"""Text models whose layers are `RoutedLayer`s: a class for each decoder of `pmod_cli.families`, from its record."""
+"""Text models whose layers are `RoutedLayer`s: a class for each decoder of `pmod_cli.families`, made when asked for."""
 
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from .layer import RoutedLayer, Router
 from .registry import SELECTIONS
 from .settings import PmodSettings
 
-ROUTED_DECODERS: dict[type, tuple[type, type]] = {}
-"""By the stock text model: ours, and our layer."""
+_decoders: dict[str, tuple[type, type]] = {}
+"""By the name of the decoder: our text model and our layer, as far as they have been asked for."""
 
 
 class RoutedDecoder:
@@ -80,10 +81,7 @@ def route_layers(decoder: nn.Module, settings: PmodSettings) -> None:
         ValueError: A decoder of another architecture, or settings that do not fit its number of layers.
     """
     if not isinstance(decoder, RoutedDecoder):
-        if type(decoder) not in ROUTED_DECODERS:
-            known = ", ".join(model.__name__ for model in ROUTED_DECODERS)
-            raise ValueError(f"{type(decoder).__name__} decoders cannot be routed: known are {known}")
-        decoder.__class__, layer_class = ROUTED_DECODERS[type(decoder)]
+        decoder.__class__, layer_class = routed_decoder(type(decoder))
         decoder._no_split_modules = set(type(decoder)._no_split_modules)
         # What hidden states are captured from is kept by the name of the class; 5.23 made that a dict of its own kind.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(decoder)), decoder._can_record_outputs)
@@ -95,20 +93,36 @@ def route_layers(decoder: nn.Module, settings: PmodSettings) -> None:
     decoder.apply_settings(settings)
 
 
-def add_decoder(kind) -> None:
-    """Make `Pmod...Model` and `Pmod...DecoderLayer` of a decoder, `LlamaModel` becoming `PmodLlamaModel`.
+def stock_class(record, end: str) -> type:
+    """A stock class of a family or a decoder, by what its name ends with."""
+    return getattr(import_module(record.module), f"{record.classes}{end}")
+
+
+def routed_class(stock: type, mixin: type, **attributes: Any) -> type:
+    """`mixin` in front of a stock class. Pickle finds it by `__getattr__` of `modeling`."""
+    home = __name__.replace(".decoder", ".modeling")
+    return type(f"Pmod{stock.__name__}", (mixin, stock), {"__module__": home, **attributes})
+
+
+def routed_decoder(stock: type) -> tuple[type, type]:
+    """Our text model and our layer in the place of the stock ones: `PmodLlamaModel` and `PmodLlamaDecoderLayer`.
 
     Args:
-        kind: Its `DecoderKind`.
+        stock: A stock text model.
+
+    Raises:
+        ValueError: No decoder of that name is known.
     """
-    stock = getattr(import_module(kind.module), f"{kind.classes}Model")
-    stock_layer = getattr(import_module(stock.__module__), kind.layer or f"{kind.classes}DecoderLayer")
-    shared = {"__module__": __name__, "__doc__": f"{kind.classes} with routed layers."}
-    layer = type(f"Pmod{stock_layer.__name__}", (RoutedLayer, stock_layer), shared)
-    split = {"_no_split_modules": (layer.__name__,)}
-    model = type(f"Pmod{stock.__name__}", (RoutedDecoder, stock), shared | split)
-    globals().update({layer.__name__: layer, model.__name__: model})  # where pickle looks for them
-    ROUTED_DECODERS[stock] = model, layer
+    kind = next((kind for kind in DECODERS.values() if stock.__name__ == f"{kind.classes}Model"), None)
+    if kind is None:
+        known = ", ".join(f"{kind.classes}Model" for kind in DECODERS.values())
+        raise ValueError(f"{stock.__name__} decoders cannot be routed: known are {known}")
+    if kind.name not in _decoders:
+        about = f"{kind.classes} with routed layers."
+        layer = routed_class(getattr(import_module(stock.__module__), kind.layer_class), RoutedLayer, __doc__=about)
+        model = routed_class(stock, RoutedDecoder, __doc__=about, _no_split_modules=(layer.__name__,))
+        _decoders[kind.name] = model, layer
+    return _decoders[kind.name]
 
 
 def is_2d(mask) -> bool:
@@ -126,6 +140,3 @@ def padding_of_step(attention_mask, cache, inputs_embeds: Tensor) -> Tensor | No
         return None
     valid = attention_mask[:, -length:].bool()
     return None if valid.all() else valid
-
-
-DECODERS.follow(add_decoder)

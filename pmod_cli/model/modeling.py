@@ -4,12 +4,12 @@ The stock decoder's layers become routed ones in place (their class and a router
 parameter keeps its name. Vision tokens are known where image features are merged: there one `Routing` is built per
 prefill and passed down to the layers. Steps without images (decode, text) get none and run as in a plain model.
 
-`PmodLlavaModel`, `PmodLlavaForConditionalGeneration` and their like are made by `add_family`, from a family's record.
+`PmodLlavaModel`, `PmodLlavaForConditionalGeneration`, `PmodLlamaModel` and their like are made of the records of
+`pmod_cli.families`, each when it is asked for. The Auto classes know all of them from the start.
 """
 
 from collections.abc import Mapping
 from functools import reduce
-from importlib import import_module
 from operator import or_
 
 import torch
@@ -21,18 +21,20 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from pmod_cli.families import FAMILIES
+from pmod_cli.families import DECODERS, FAMILIES
 
 from .cache import CACHE_NAME, take_cache
 from .configuration import CONFIGS, RoutedConfig
-from .decoder import ROUTED_DECODERS, has_tokens, is_2d, route_layers
+from .decoder import has_tokens, is_2d, route_layers, routed_class, routed_decoder, stock_class
 from .registry import SELECTIONS
 from .routing import Routing
 from .selfcheck import check_release
 from .settings import PmodSettings
 
-GENERATION: dict[type, type] = {}
-"""Our model with a language-model head, by its configuration class."""
+ONE_KIND = {"vision_image": ("image_token_id",), "vision_video": ("video_token_id",)}
+"""Attributes of the configuration that hold the ids of vision tokens, where `target_tokens` asks for one kind."""
+_made: dict[str, tuple[type, type]] = {}
+"""By family: our models without and with a language-model head, as far as they have been asked for."""
 
 
 class CheckedRelease:
@@ -45,7 +47,9 @@ class CheckedRelease:
         Raises:
             UnsupportedTransformers: This release of transformers does not do what routing builds on.
         """
-        check_release(GENERATION[cls.config_class], list(ROUTED_DECODERS))
+        decoders = [stock_class(kind, "Model") for kind in DECODERS.values() if kind.family in (None, cls.family.name)]
+        own = [stock_class(kind, "Model") for kind in DECODERS.values() if kind.family == cls.family.name]
+        check_release(routed_models(cls.family)[1], own or decoders)
         return super().from_pretrained(*args, **kwargs)
 
 
@@ -76,7 +80,7 @@ class RoutedModel(CheckedRelease):
         decoder.apply_settings(settings)
         # What a forward reads, as plain attributes: a traced graph cannot take settings apart.
         self.routes = True  # False: every layer is plain, as in the stock model
-        self.vision_token_keys = self.family.vision_tokens
+        self.routed_token_keys = ONE_KIND.get(settings.target_tokens, self.family.vision_tokens)
         self.spares_base_image = settings.target_tokens == "vision_hr"
         self.routed_ratios = tuple(dict.fromkeys(layer.ratio for layer in decoder.layers if layer.selects))
 
@@ -98,11 +102,13 @@ class RoutedModel(CheckedRelease):
             ValueError: Merged embeddings start a sequence without a `vision_mask`, or the attention mask is not 2D.
         """
         cache, routing = take_cache(kwargs), None
-        if (pixel_values is not None and len(pixel_values)) or kwargs.get("mm_encoder_outputs"):
+        pixels = (pixel_values, kwargs.get("pixel_values_videos"))
+        # `generate` hands the prefill what the tower has made of the pixels, and no pixels.
+        if any(each is not None and len(each) for each in pixels) or kwargs.get("mm_encoder_outputs"):
             if vision_mask is None:
-                vision_mask = self._placeholders(input_ids, inputs_embeds)
+                vision_mask = self._placeholders(input_ids, inputs_embeds, self.routed_token_keys)
             if self.spares_base_image:
-                vision_mask, kwargs = self._high_resolution(vision_mask, pixel_values, kwargs)
+                vision_mask, kwargs = self._high_resolution(vision_mask, input_ids, inputs_embeds, pixel_values, kwargs)
                 pixel_values = None
         elif inputs_embeds is not None and vision_mask is None and not has_tokens(cache):
             raise ValueError(
@@ -131,9 +137,15 @@ class RoutedModel(CheckedRelease):
             **kwargs,
         )
 
-    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """`(B, N)` bool: where the stock forward merges image features."""
-        tokens = [getattr(self.config, key) for key in self.vision_token_keys]
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, keys: tuple[str, ...]) -> Tensor:
+        """`(B, N)` bool: where the stock forward merges the features of images or videos.
+
+        Args:
+            input_ids: `(B, N)`, or None.
+            inputs_embeds: `(B, N, D)`, embeddings of the placeholders; read where there are no ids.
+            keys: Attributes of the configuration that hold the ids of the placeholders.
+        """
+        tokens = [getattr(self.config, key) for key in keys]
         if input_ids is not None:
             places = [input_ids == token for token in tokens]
         else:
@@ -141,26 +153,34 @@ class RoutedModel(CheckedRelease):
             places = [(inputs_embeds == row).all(-1) for row in rows]
         return reduce(or_, places)
 
-    def _high_resolution(self, vision_mask: Tensor, pixel_values, kwargs: dict) -> tuple[Tensor, dict]:
-        """Takes the base image's tokens out of the mask; returns it and `kwargs` with the image features."""
-        outputs = kwargs.get("mm_encoder_outputs") or {
-            "image": self.get_image_features(
-                pixel_values,
-                kwargs.get("image_sizes"),
-                vision_feature_layer=kwargs.get("vision_feature_layer"),
-                vision_feature_select_strategy=kwargs.get("vision_feature_select_strategy"),
-                return_dict=True,
-            )
+    def _high_resolution(
+        self, vision_mask: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, pixel_values, kwargs: dict
+    ) -> tuple[Tensor, dict]:
+        """Takes the tokens of base images out of the mask; returns it and `kwargs` with the image features.
+
+        Videos have no base image, so all their tokens stay in.
+        """
+        outputs, videos = dict(kwargs.pop("mm_encoder_outputs", None) or {}), kwargs.pop("pixel_values_videos", None)
+        of_both = {
+            key: kwargs[key] for key in ("vision_feature_layer", "vision_feature_select_strategy") if key in kwargs
         }
-        lengths = [len(features) for features in outputs["image"].pooler_output]
-        routed = self.spare_base_images(vision_mask, lengths)
-        return routed, {**kwargs, "mm_encoder_outputs": outputs}
+        if pixel_values is not None:
+            of_images = ("image_sizes", "vision_aspect_ratio", "batch_num_images")
+            given = of_both | {key: kwargs[key] for key in of_images if key in kwargs}
+            outputs["image"] = self.get_image_features(pixel_values, **given, return_dict=True)
+        if videos is not None:
+            outputs["video"] = self.get_video_features(videos, **of_both, return_dict=True)
+        if "image" in outputs:
+            images = self._placeholders(input_ids, inputs_embeds, ONE_KIND["vision_image"])
+            tiles = self.spare_base_images(images, [len(features) for features in outputs["image"].pooler_output])
+            vision_mask = vision_mask & (tiles | ~images)
+        return vision_mask, {**kwargs, "mm_encoder_outputs": outputs}
 
     def spare_base_images(self, vision_mask: Tensor, lengths: list[int]) -> Tensor:
         """The mask without the tokens of each image's base image, `(B, N)` bool.
 
         Args:
-            vision_mask: `(B, N)` bool, all vision tokens.
+            vision_mask: `(B, N)` bool, all vision tokens of images.
             lengths: Vision tokens of each image, in the order of the batch.
         """
         vision = self.config.vision_config
@@ -234,35 +254,63 @@ class RoutedGeneration(CheckedRelease):
         return attention_mask
 
 
+def routed_models(family) -> tuple[type, type]:
+    """Our models of a `Family`: `PmodLlavaModel` and `PmodLlavaForConditionalGeneration`."""
+    if family.name not in _made:
+        stock_model, stock = (stock_class(family, end) for end in ("Model", "ForConditionalGeneration"))
+        title, shared = f"p-MoD over {family.title}", {"config_class": CONFIGS[family.name], "family": family}
+        model = routed_class(stock_model, RoutedModel, __doc__=f"{title}, without a language-model head.", **shared)
+        own = {"__doc__": f"{title}.", "stock_class": stock, "body_class": model}
+        generation = routed_class(stock, RoutedGeneration, **shared, **own)
+        _made[family.name] = model, generation
+        _register(family, model, generation)
+        # Without the stock weight names every stock tensor would be re-initialised.
+        for ours, theirs in (
+            (family.routed_name, family.name),
+            (model.__name__, stock_model.__name__),
+            (generation.__name__, stock.__name__),
+        ):
+            if mapping := get_checkpoint_conversion_mapping(theirs):
+                register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
+    return _made[family.name]
+
+
+def _register(family, model: type, generation: type) -> None:
+    config = CONFIGS[family.name]
+    AutoModel.register(config, model, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(config, generation, exist_ok=True)
+
+
 def add_family(family) -> None:
-    """Make the p-MoD models of a family and register them: `LlavaModel` becomes `PmodLlavaModel`.
+    """Tells the Auto classes of a family. What they find stands in for our classes, which are made at the first load.
 
     Args:
         family: Its `Family`.
     """
-    home, config = import_module(family.module), CONFIGS[family.name]
-    stock_model, stock = (getattr(home, f"{family.classes}{end}") for end in ("Model", "ForConditionalGeneration"))
-    shared = {"__module__": __name__, "config_class": config, "family": family}
-    title = f"p-MoD over {family.title}"
-    model = type(
-        f"Pmod{stock_model.__name__}",
-        (RoutedModel, stock_model),
-        shared | {"__doc__": f"{title}, without a language-model head."},
-    )
-    generation = type(
-        f"Pmod{stock.__name__}",
-        (RoutedGeneration, stock),
-        shared | {"__doc__": f"{title}.", "stock_class": stock, "body_class": model},
-    )
-    globals().update({model.__name__: model, generation.__name__: generation})  # where pickle looks for them
-    GENERATION[config] = generation
-    AutoModel.register(config, model)
-    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto.register(config, generation)
-    # Without the stock weight names every stock tensor would be re-initialised.
-    for ours, theirs in ((config.model_type, family.name), (model.__name__, stock_model.__name__)):
-        if mapping := get_checkpoint_conversion_mapping(theirs):
-            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
+
+    def stand_in(place: int, name: str) -> type:
+        def load(cls, *args, **kwargs):
+            return routed_models(family)[place].from_pretrained(*args, **kwargs)
+
+        def build(cls, *args, **kwargs):
+            return routed_models(family)[place]._from_config(*args, **kwargs)
+
+        found = {"config_class": CONFIGS[family.name], "from_pretrained": classmethod(load)}
+        return type(name, (), {**found, "_from_config": classmethod(build)})
+
+    _register(family, stand_in(0, f"Pmod{family.classes}Model"), stand_in(1, family.routed_class))
 
 
 FAMILIES.follow(add_family)
+
+
+def __getattr__(name: str) -> type:
+    """Our classes by name, also for pickle and for the Auto classes of remote code."""
+    for family in FAMILIES.values():
+        if name in (f"Pmod{family.classes}Model", family.routed_class):
+            return routed_models(family)[name == family.routed_class]
+    for kind in DECODERS.values():
+        if name in (f"Pmod{kind.classes}Model", f"Pmod{kind.layer_class}"):
+            return routed_decoder(stock_class(kind, "Model"))[name == f"Pmod{kind.layer_class}"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,10 +5,11 @@ at ratio 0.5 a cached step equals the same step without a cache. Costs a second,
 """
 
 import logging
+from inspect import signature
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .cache import CACHE_NAME
 from .versions import NEWEST, RELEASE, UnsupportedTransformers
@@ -69,6 +70,7 @@ def _check(ours: type[PreTrainedModel], decoder: type) -> None:
     cached = routed(input_ids=step, **{CACHE_NAME: first[CACHE_NAME]}).logits[:, -1]
     longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], step], dim=1)}
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    longer |= _types(plain, longer["input_ids"])
     again = routed(**longer, use_cache=False).logits[:, -1]
     _require(torch.allclose(cached, again, rtol=1e-3, atol=1e-4), "caches routed layers in another way")
     vision = int((inputs["input_ids"] == _IMAGE_TOKEN).sum())
@@ -84,10 +86,9 @@ def _require(holds: bool, otherwise: str) -> None:
 
 def _small(cls: type[PreTrainedModel], decoder: type, family, **extra) -> PreTrainedModel:
     """Two decoder layers of width 16."""
-    text = {
+    sizes = {"hidden_size": 16, "intermediate_size": 32}
+    text = sizes | {
         "vocab_size": _VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
@@ -96,15 +97,19 @@ def _small(cls: type[PreTrainedModel], decoder: type, family, **extra) -> PreTra
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    whole = {"sliding_window": None} if hasattr(decoder.config_class, "sliding_window") else {}
+    if hasattr(decoder.config_class, "sliding_window"):
+        text["sliding_window"] = None
+    vision = sizes | {"patch_size": _PATCH}
+    small = dict(family.small_config)
+    own = small.pop("vision_config", {"model_type": "clip_vision_model", "projection_dim": 16})
+    if family.tiled:
+        vision |= {"image_size": _TILE, "num_hidden_layers": 2, "num_attention_heads": 2}
+        small = {"image_token_index": _IMAGE_TOKEN, "image_seq_length": (_TILE // _PATCH) ** 2, **small}
     config = cls.config_class(
-        text_config=decoder.config_class(**text, **whole),
-        vision_config=CLIPVisionConfig(**sizes, image_size=_TILE, patch_size=_PATCH, projection_dim=16),
-        image_token_index=_IMAGE_TOKEN,
-        image_seq_length=(_TILE // _PATCH) ** 2,
+        text_config=decoder.config_class(**text | small.pop("text_config", {})).to_dict(),
+        vision_config=vision | own,
         tie_word_embeddings=False,
-        **family.small_config,
+        **small,
         **extra,
     )
     return cls(config).float().eval()
@@ -129,4 +134,13 @@ def _inputs(model: PreTrainedModel, family) -> dict[str, Tensor]:
     sizes = {name: torch.tensor(value) for name, value in family.small_inputs.items()}
     features = model.get_image_features(pixel_values=pixels, **sizes, return_dict=True).pooler_output
     ids = torch.tensor([[1, 5, *[_IMAGE_TOKEN] * len(features[0]), 6, 7, 8]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **sizes}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **sizes} | _types(
+        model, ids
+    )
+
+
+def _types(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Which tokens are an image's, for models that make positions of it."""
+    if "mm_token_type_ids" not in signature(model.forward).parameters:
+        return {}
+    return {"mm_token_type_ids": (ids == _IMAGE_TOKEN).int()}

@@ -10,7 +10,7 @@ from .schedule import retention_schedule
 
 NORMS = ("tanh", "softmax", "shifted_softmax", "sigmoid", "none")
 POSITIONS = ("true", "renumbered")
-TARGET_TOKENS = ("vision_all", "vision_hr")
+TARGET_TOKENS = ("vision_all", "vision_hr", "vision_image", "vision_video")
 LARGEST = 1e6  # of a setting: no model needs more, and 16-bit weights end soon behind it
 
 
@@ -28,7 +28,8 @@ class PmodSettings:
         norm: Weight normalisation (Table 4): one of `NORMS`, or `{activation}_{scale}_{bias}`, e.g. `tanh_0.5_1`.
         alpha: Range of `tanh` (w = 1 + alpha * tanh) and `shifted_softmax` (w = 1 - alpha + 2 * alpha * softmax).
         string: Whether a skipped vision token is scaled by its weight (STRing) or passes unchanged.
-        target_tokens: Vision tokens that are routed: `vision_all`, or `vision_hr` (anyres: all but the base image).
+        target_tokens: Vision tokens that are routed: `vision_all`, `vision_hr` (anyres: all but the base images),
+            `vision_image` or `vision_video` (only those of images, or of videos).
         selection: What ranks the vision tokens, a name in `registry.SELECTIONS`.
         select_at: Layers that choose, ascending; each layer that keeps less than all holds the ranking of the last of
             them, with a K of its own. Only these layers have a router. None: every routed layer chooses (the paper);

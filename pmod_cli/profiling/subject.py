@@ -21,6 +21,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families import Family, family_of, model_types
 from pmod_cli.families.configs import MOST_LAYERS, known_family, left_out
 from pmod_cli.families.sizes import Sizes
+from pmod_cli.families.unsupported import why_not
 from pmod_cli.model import PmodSettings
 
 WIDEST = 2**20
@@ -111,6 +112,8 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
             f"{file} is in the {layout.name} layout, which has to be converted first", hint="pmod convert NAME"
         )
     if (family := family_of(kind := config.get("model_type"))) is None:
+        if reason := why_not(kind):
+            raise PmodError(f"{file}: {reason}", hint="pmod profile --model llava-next-7b")
         raise PmodError(
             f"{file} is not a LLaVA: model_type is {kind!r:.60}, expected one of {', '.join(model_types())}",
             hint="pmod profile --model llava-next-7b",

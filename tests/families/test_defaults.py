@@ -6,7 +6,9 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     MistralConfig,
+    Qwen2_5_VLTextConfig,
     Qwen2Config,
+    Qwen3VLTextConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -17,7 +19,13 @@ from pmod_cli.families import DECODERS, FAMILIES, TOWERS
 from pmod_cli.profiling import Sizes
 from tests import factories
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen2_5_vl_text": Qwen2_5_VLTextConfig,
+    "qwen3_vl_text": Qwen3VLTextConfig,
+}
 TOWER_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 
 

@@ -12,8 +12,8 @@ from transformers.utils import output_capturing
 from pmod_cli.checkpoints.layouts.remote_code import modeling_source
 from pmod_cli.core.errors import explain
 from pmod_cli.model import layer, selfcheck, versions
-from tests.factories import KINDS
 from tests.model.models import ROWS, batch, pmod_model
+from tests.model.visual import KINDS, routed, stock
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +53,7 @@ def newer(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_newer_release_is_checked_once_and_warned_of_once(kind, newer, tmp_path, caplog):
-    model = pmod_model(kind)
+    model = routed(stock(kind))
     model.save_pretrained(tmp_path)
     torch.manual_seed(7)
     expected = torch.rand(3)

@@ -13,6 +13,7 @@ from pmod_cli.checkpoints.layouts import from_parts, huggingface, original, publ
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
 from pmod_cli.families import DECODERS
+from pmod_cli.families.unsupported import why_not
 
 for _layout in (
     huggingface.HUGGINGFACE,
@@ -89,5 +90,7 @@ def _unknown(config: dict, where: Path) -> PmodError:
             f"{where}: this is a language model without a vision part",
             hint="pmod convert --llm NAME --vision-tower NAME --projector mm_projector.bin",
         )
+    if reason := why_not(model_type):
+        return PmodError(f"{where}: {reason}")
     known = dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.model_types())
     return PmodError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(known)}")

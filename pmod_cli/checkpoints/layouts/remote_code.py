@@ -22,21 +22,26 @@ _FIRST, _START = "versions", "modeling"
 _OF_FAMILY = (
     "name",
     "routed_name",
+    "routed_class",
     "title",
     "classes",
     "module",
     "high_resolution",
+    "tiled",
     "vision_tokens",
     "small_config",
     "small_pixels",
     "small_inputs",
 )
-_OF_DECODER = ("name", "classes", "layer", "module")
+_OF_DECODER = ("name", "classes", "layer_class", "family", "module")
 _GIVEN = '''class Given(SimpleNamespace):
-    """The one family, or decoder, of this file."""
+    """The one family, or decoder, of this file, in the place of a registry."""
 
     def follow(self, add):
         add(self)
+
+    def values(self):
+        return [self]
 
 
 FAMILIES = {family}

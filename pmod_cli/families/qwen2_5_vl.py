@@ -1,0 +1,129 @@
+"""Qwen2.5-VL: images and videos at their own resolution, read in windows; a vision token is a cell of 2 x 2 patches.
+
+Its positions have three parts (M-RoPE: time, row, column). They reach a layer as rotary tables of all tokens, so
+routing gathers them as any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pmod_cli.families import grid
+from pmod_cli.families.record import DecoderKind, Family
+
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    from pmod_cli.families.geometry import Layout
+
+DECODER = DecoderKind(
+    "qwen2_5_vl_text",
+    "Qwen2_5_VLText",
+    {
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+    },
+    biases={"": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+    sliding_window=4096,
+    window_key="use_sliding_window",
+    layer="Qwen2_5_VLDecoderLayer",
+    family="qwen2_5_vl",
+)
+VISION = {
+    "model_type": "qwen2_5_vl_vision",
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+DEFAULTS = {
+    "text_config": {"model_type": DECODER.name},
+    "vision_config": VISION,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "tie_word_embeddings": False,
+}
+
+
+def tower(config: Any) -> grid.GridTower:
+    """Its sizes: a gated MLP, windows in most blocks, no table of positions."""
+    get = grid.reader(config, VISION)
+    return grid.GridTower(
+        layers=get("depth"),
+        hidden=get("hidden_size"),
+        inner=get("intermediate_size"),
+        patch=get("patch_size"),
+        merge=get("spatial_merge_size"),
+        temporal=get("temporal_patch_size"),
+        out=get("out_hidden_size"),
+        gated=True,
+        window=get("window_size"),
+        whole=len(get("fullatt_block_indexes", sequence=True)),
+        deepstack=0,
+        positions=0,
+        pixels=(56 * 56, 12_845_056),
+        clip=(128 * 28 * 28, 28 * 28 * 768),
+        per_frame=True,
+    )
+
+
+def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
+    """One grid of cells over the whole image."""
+    size = dict(image_processor.size)
+    limits = size["shortest_edge"], size["longest_edge"]
+    return grid.cells(height, width, patch_size * image_processor.merge_size, *limits)
+
+
+def image_processor(config: Mapping[str, Any], options: dict[str, Any], pad_to_square: bool) -> BaseImageProcessor:
+    """The stock one."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil(**options)
+
+
+QWEN2_5_VL = Family(
+    name="qwen2_5_vl",
+    title="Qwen2.5-VL",
+    classes="Qwen2_5_VL",
+    defaults=DEFAULTS,
+    image_tokens=grid.image_tokens,
+    pixel_inputs=grid.pixel_inputs,
+    video_tokens=grid.video_tokens,
+    video_inputs=grid.video_inputs,
+    place_tokens=place_tokens,
+    image_processor=image_processor,
+    tower=tower,
+    vision_tokens=("image_token_id", "video_token_id"),
+    small_config={
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        "vision_config": {
+            "depth": 2,
+            "num_heads": 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 8,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 16,
+        },
+        "image_token_id": 9,
+        "video_token_id": 10,
+        "vision_start_token_id": 11,
+        "vision_end_token_id": 12,
+    },
+    small_pixels=(32, 24),
+    small_inputs={"image_grid_thw": [[1, 4, 8]]},
+)

@@ -1,0 +1,100 @@
+"""Qwen3-VL: as Qwen2.5-VL, but its tower attends to whole frames, and features of its middle blocks are added to the
+residual stream behind the first decoder layers (DeepStack). Timestamps stand between the frames of a video.
+
+DeepStack adds to all N tokens in the text model, where skipped tokens have stayed in their places.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pmod_cli.families import grid, qwen2_5_vl
+from pmod_cli.families.decoders import QKVO
+from pmod_cli.families.record import DecoderKind, Family
+
+DECODER = DecoderKind(
+    "qwen3_vl_text",
+    "Qwen3VLText",
+    {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 128000,
+    },
+    biases={"attention_bias": QKVO},
+    head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    family="qwen3_vl",
+)
+VISION = {
+    "model_type": "qwen3_vl_vision",
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 3584,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+
+
+def tower(config: Any) -> grid.GridTower:
+    """Its sizes: a plain MLP, no windows, a table of positions, and a merger for each DeepStack feature."""
+    get = grid.reader(config, VISION)
+    layers = get("depth")
+    return grid.GridTower(
+        layers=layers,
+        hidden=get("hidden_size"),
+        inner=get("intermediate_size"),
+        patch=get("patch_size"),
+        merge=get("spatial_merge_size"),
+        temporal=get("temporal_patch_size"),
+        out=get("out_hidden_size"),
+        gated=False,
+        window=None,
+        whole=layers,
+        deepstack=len(get("deepstack_visual_indexes", sequence=True)),
+        positions=get("num_position_embeddings"),
+        pixels=(256 * 256, 4096 * 4096),
+        clip=(4096, 25_165_824),
+        per_frame=False,
+    )
+
+
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    title="Qwen3-VL",
+    classes="Qwen3VL",
+    defaults={**qwen2_5_vl.DEFAULTS, "text_config": {"model_type": DECODER.name}, "vision_config": VISION},
+    image_tokens=grid.image_tokens,
+    pixel_inputs=grid.pixel_inputs,
+    video_tokens=grid.video_tokens,
+    video_inputs=grid.video_inputs,
+    frames_apart=True,
+    place_tokens=qwen2_5_vl.place_tokens,
+    image_processor=qwen2_5_vl.image_processor,
+    tower=tower,
+    vision_tokens=("image_token_id", "video_token_id"),
+    small_config={
+        **qwen2_5_vl.QWEN2_5_VL.small_config,
+        "text_config": {
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {
+            "depth": 2,
+            "num_heads": 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+            "out_hidden_size": 16,
+        },
+    },
+    small_pixels=(32, 24),
+    small_inputs={"image_grid_thw": [[1, 4, 8]]},
+)

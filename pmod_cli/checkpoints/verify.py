@@ -13,12 +13,12 @@ from pmod_cli.checkpoints.conversion_plan import ConversionPlan
 from pmod_cli.checkpoints.layout import TensorSource
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.checkpoints.layouts.huggingface import OURS
-from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, canonical
+from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, canonical, tied
 from pmod_cli.checkpoints.writing import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.text import memory_size
 from pmod_cli.families import FAMILIES
-from pmod_cli.families.configs import known_family
+from pmod_cli.families.configs import known_family, small_side
 from pmod_cli.model import PmodSettings
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ def _keys_and_shapes(plan: ConversionPlan, folder: Path) -> str:
     expected = {canonical(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     written = files.read_tensors(folder)
     found = {canonical(name): tensor.shape for name, tensor in written.items() if not OBSOLETE.fullmatch(name)}
-    tied = {"language_model.lm_head.weight"} if plan.draft.config["text_config"].get("tie_word_embeddings") else set()
+    shared = {"language_model.lm_head.weight"} if tied(plan.draft.config) else set()
     for names, meaning in (
-        (expected.keys() - found.keys() - tied, "lacks"),
+        (expected.keys() - found.keys() - shared, "lacks"),
         ({name for name in found.keys() - expected.keys() if ".router." in name}, "has beyond the model"),
         ({name for name in found.keys() & expected.keys() if found[name] != expected[name]}, "has in another shape"),
     ):
@@ -152,13 +152,15 @@ def _logits(folder: Path, config: PreTrainedConfig) -> torch.Tensor:
     for name, parameter in model.eval().named_parameters():
         if ".router." in name:
             parameter.data.zero_()
-    side = config.vision_config.image_size
+    side = small_side(config)
     shape, others = known_family(config).pixel_inputs(config, [(side, side)])
     inputs = {"pixel_values": torch.linspace(-1, 1, prod(shape), dtype=model.dtype).view(shape)}
     inputs |= {name: torch.tensor(value) for name, value in others.items()}
     with torch.no_grad():
         tokens = len(model.get_image_features(**inputs, return_dict=True).pooler_output[0])
         ids = torch.tensor([[1, *[config.image_token_id] * tokens, 2, 3]])
+        if not known_family(config).tiled:  # positions of rows and columns
+            inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
         return model(input_ids=ids, **inputs).logits
 
 

@@ -58,6 +58,18 @@ def filled(part: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
     return {**defaults, **said}
 
 
+def small_side(config: object) -> int:
+    """Side in pixels of a square image that costs little: one tile, or four cells of a tower that reads grids.
+
+    Args:
+        config: A whole configuration.
+    """
+    vision = get(config, "vision_config")
+    if known_family(config).tiled:
+        return get(vision, "image_size")
+    return 2 * get(vision, "patch_size") * get(vision, "spatial_merge_size")
+
+
 def left_out(config: Mapping[str, Any]) -> list[str]:
     """Sizes of decoder and tower that a config does not say, as `text_config.hidden_size 4096`.
 
@@ -65,7 +77,8 @@ def left_out(config: Mapping[str, Any]) -> list[str]:
         config: A whole one, stock or p-MoD.
     """
     family, found = known_family(config), []
-    for part, kind in (("text_config", decoder_kind), ("vision_config", tower_kind)):
+    parts = (("text_config", decoder_kind), ("vision_config", tower_kind))
+    for part, kind in parts if family.tiled else parts[:1]:
         if not (said := config.get(part)):
             found.append(part)
             continue

@@ -26,6 +26,7 @@ class GridTower:
         layers: Blocks.
         hidden: Width.
         inner: Width of the MLP.
+        channels: Of a pixel.
         patch: Side of a patch in pixels.
         merge: Patches along the side of a cell; a cell becomes one vision token.
         temporal: Frames that become one; a still image is repeated so often.
@@ -43,6 +44,7 @@ class GridTower:
     layers: int
     hidden: int
     inner: int
+    channels: int
     patch: int
     merge: int
     temporal: int
@@ -186,16 +188,44 @@ def cells(height: int, width: int, cell: int, least: int, most: int) -> Layout:
     return Layout(width, height, (part,))
 
 
-def nested(config: Mapping[str, Any], text_type: str, top: Sequence[str]) -> dict[str, Any]:
+def with_biases(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """`NAME.weight` and `NAME.bias` of each name."""
+    biases = {f"{name}.bias": shape[:1] for name, shape in weights.items()}
+    return {f"{name}.weight": shape for name, shape in weights.items()} | biases
+
+
+_WHOLE = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "image_token_id",
+    "model_type",
+    "pmod",
+    "quantization_config",
+    "router_state",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "video_token_id",
+    "vision_config",
+    "vision_end_token_id",
+    "vision_start_token_id",
+    "vision_token_id",
+)
+"""Keys of a config.json that are not the decoder's."""
+
+
+def unfold(config: Mapping[str, Any], text_type: str) -> dict[str, Any]:
     """A config.json whose decoder stands at its top, as older ones have it, with a `text_config` of its own.
 
     Args:
         config: As it stands in the file.
         text_type: `model_type` of the decoder.
-        top: Keys that belong to the whole model.
     """
-    if "text_config" in config:
+    if "text_config" in config or "hidden_size" not in config:
         return dict(config)
-    text = {key: value for key, value in config.items() if key not in top}
-    whole = {key: value for key, value in config.items() if key in top}
-    return {**whole, "text_config": {"model_type": text_type, **text}}
+    text = {key: value for key, value in config.items() if key not in _WHOLE}
+    return {
+        **{key: value for key, value in config.items() if key in _WHOLE},
+        "text_config": {"model_type": text_type} | text,
+    }

@@ -66,6 +66,7 @@ def tower(config: Any) -> grid.GridTower:
         layers=get("depth"),
         hidden=get("hidden_size"),
         inner=get("intermediate_size"),
+        channels=get("in_channels"),
         patch=get("patch_size"),
         merge=get("spatial_merge_size"),
         temporal=get("temporal_patch_size"),
@@ -79,6 +80,20 @@ def tower(config: Any) -> grid.GridTower:
         clip=(128 * 28 * 28, 28 * 28 * 768),
         per_frame=True,
     )
+
+
+def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
+    """Norms have a weight alone, all maps but the first a bias."""
+    hidden, inner, cell = tower.hidden, tower.inner, tower.hidden * tower.merge**2
+    maps = {"attn.qkv": (3 * hidden, hidden), "attn.proj": (hidden, hidden)}
+    maps |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    block = grid.with_biases(maps) | {"norm1.weight": (hidden,), "norm2.weight": (hidden,)}
+    return {
+        "patch_embed.proj.weight": (hidden, tower.channels, tower.temporal, tower.patch, tower.patch),
+        **{f"blocks.{layer}.{name}": shape for layer in range(tower.layers) for name, shape in block.items()},
+        "merger.ln_q.weight": (hidden,),
+        **grid.with_biases({"merger.mlp.0": (cell, cell), "merger.mlp.2": (tower.out, cell)}),
+    }
 
 
 def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
@@ -107,6 +122,8 @@ QWEN2_5_VL = Family(
     place_tokens=place_tokens,
     image_processor=image_processor,
     tower=tower,
+    tower_shapes=tower_shapes,
+    unfold=lambda config: grid.unfold(config, DECODER.name),
     vision_tokens=("image_token_id", "video_token_id"),
     small_config={
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},

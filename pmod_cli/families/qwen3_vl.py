@@ -50,6 +50,7 @@ def tower(config: Any) -> grid.GridTower:
         layers=layers,
         hidden=get("hidden_size"),
         inner=get("intermediate_size"),
+        channels=get("in_channels"),
         patch=get("patch_size"),
         merge=get("spatial_merge_size"),
         temporal=get("temporal_patch_size"),
@@ -65,6 +66,24 @@ def tower(config: Any) -> grid.GridTower:
     )
 
 
+def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
+    """All norms and maps have a bias."""
+    hidden, inner, cell = tower.hidden, tower.inner, tower.hidden * tower.merge**2
+    maps = {"attn.qkv": (3 * hidden, hidden), "attn.proj": (hidden, hidden), "norm1": (hidden,), "norm2": (hidden,)}
+    block = maps | {"mlp.linear_fc1": (inner, hidden), "mlp.linear_fc2": (hidden, inner)}
+    merger = {"linear_fc1": (cell, cell), "linear_fc2": (tower.out, cell)}
+    named = {
+        "patch_embed.proj": (hidden, tower.channels, tower.temporal, tower.patch, tower.patch),
+        **{f"blocks.{layer}.{name}": shape for layer in range(tower.layers) for name, shape in block.items()},
+        **{f"merger.{name}": shape for name, shape in {"norm": (hidden,), **merger}.items()},
+    }
+    for number in range(tower.deepstack):
+        named |= {
+            f"deepstack_merger_list.{number}.{name}": shape for name, shape in {"norm": (cell,), **merger}.items()
+        }
+    return {"pos_embed.weight": (tower.positions, hidden), **grid.with_biases(named)}
+
+
 QWEN3_VL = Family(
     name="qwen3_vl",
     title="Qwen3-VL",
@@ -78,6 +97,7 @@ QWEN3_VL = Family(
     place_tokens=qwen2_5_vl.place_tokens,
     image_processor=qwen2_5_vl.image_processor,
     tower=tower,
+    tower_shapes=tower_shapes,
     vision_tokens=("image_token_id", "video_token_id"),
     small_config={
         **qwen2_5_vl.QWEN2_5_VL.small_config,

@@ -165,6 +165,8 @@ class Family:
             of the projector; `projector_in` is the width of what the projector takes.
         high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
         tower: `(config)` to the sizes of a tower that is no CLIP or SigLIP, for `Sizes.tower`.
+        tower_shapes: `(tower)` to names and shapes of its tensors, with all that leads to the decoder, below `visual.`.
+        unfold: A config.json as older versions wrote it, in the form of today.
         module: Where the classes are imported from.
     """
 
@@ -187,6 +189,8 @@ class Family:
     video_inputs: Callable[[Any, Sequence[tuple[int, int, int]]], PixelInputs] | None = None
     frames_apart: bool = False
     tower: Callable[[Any], Any] | None = None
+    tower_shapes: Callable[[Any], dict[str, tuple[int, ...]]] | None = None
+    unfold: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     module: str = "transformers"
 
     @property

@@ -118,6 +118,7 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
             f"{file} is not a LLaVA: model_type is {kind!r:.60}, expected one of {', '.join(model_types())}",
             hint="pmod profile --model llava-next-7b",
         )
+    config = family.unfold(config)
     if not all(isinstance(config.get(part), dict | NoneType) for part in ("text_config", "vision_config")):
         raise PmodError(f"{file}: text_config and vision_config are JSON objects", hint="name a LLaVA's config.json")
     whole = config | {part: config.get(part) or family.defaults[part] for part in ("text_config", "vision_config")}

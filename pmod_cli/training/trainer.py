@@ -19,7 +19,7 @@ from transformers.utils import is_torch_tf32_available
 from pmod_cli import recipe_files
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.templates import IGNORED
-from pmod_cli.families.configs import known_family
+from pmod_cli.families.configs import known_family, small_side
 from pmod_cli.training.distillation import divergence, stock_logits
 from pmod_cli.training.folder import STATE
 from pmod_cli.training.parts import parameter_groups
@@ -55,8 +55,7 @@ class BlankImage:
 
     def _inputs(self, embeds: Tensor) -> dict[str, Tensor]:
         config = self.llava.config
-        tile = config.vision_config.image_size
-        shape, others = known_family(config).pixel_inputs(config, [(tile, tile)])
+        shape, others = known_family(config).pixel_inputs(config, [(small_side(config),) * 2])
         pixels = zeros(shape, dtype=embeds.dtype, device=embeds.device)
         return {"pixel_values": pixels, **{name: as_tensor(o, device=embeds.device) for name, o in others.items()}}
 

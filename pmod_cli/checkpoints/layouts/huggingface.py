@@ -16,6 +16,7 @@ from pmod_cli.model import PmodSettings
 
 ROUTER_STATES = ("untrained", "trained", "calibrated")
 PARTS = ("language_model", "vision_tower", "multi_modal_projector")
+GRID_PARTS = ("language_model", "visual")  # of families whose tower reads no tiles
 OURS = ("pmod", "router_state", "auto_map")  # what our layout adds to a stock config
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 MADE_NEW = (files.CONFIG, files.INDEX, files.PICKLED_INDEX, "pmod_provenance.json", "adapter_config.json")
@@ -31,6 +32,7 @@ def read_huggingface(folder: Path, config: dict, options: Options) -> Source:
     """
     where = folder / files.CONFIG
     family = known_family(config)
+    config = family.unfold(config)
     settings, state = _settings(config, where)
     check_decoder(config, where)
     tensors = files.read_tensors(folder)
@@ -110,11 +112,14 @@ def check_decoder(config: dict, where: Path) -> None:
         PmodError: another decoder, sliding-window attention, or quantised weights.
     """
     text = section(config, "text_config", where)
-    if (decoder := text.get("model_type", LLAVA.defaults["text_config"]["model_type"])) not in DECODERS:
+    family = family_of(config.get("model_type")) or LLAVA
+    fitting = [kind.name for kind in DECODERS.values() if kind.family == family.name]
+    fitting = fitting or [kind.name for kind in DECODERS.values() if kind.family is None]
+    if (decoder := text.get("model_type", family.defaults["text_config"]["model_type"])) not in fitting:
         raise PmodError(
-            f"{where}: the decoder, text_config.model_type, is {decoder!r}; expected one of {', '.join(DECODERS)}"
+            f"{where}: the decoder, text_config.model_type, is {decoder!r}; expected one of {', '.join(fitting)}"
         )
-    if window := decoder_kind(text).window(text):
+    if window := decoder_kind(text, family).window(text):
         raise PmodError(
             f"{where}: sliding-window attention ({window} tokens) is not supported: "
             "a window counts tokens that routing drops"
@@ -156,7 +161,8 @@ def _original_config(folder: Path) -> dict | None:
 
 def _check_parts(tensors: dict[str, files.Tensor], config: dict, folder: Path) -> None:
     """All parts and all layers: said before names and shapes, since these say what kind of thing is wrong."""
-    absent = [part for part in PARTS if not any(part in name for name in tensors)]
+    names, parts = list(map(canonical, tensors)), PARTS if known_family(config).tiled else GRID_PARTS
+    absent = [part for part in parts if not any(part in name for name in names)]
     if absent:
         raise PmodError(f"{folder} holds no tensor of its {', '.join(absent)}: not a whole LLaVA checkpoint")
     found = sorted(int(match["number"]) for match in map(_LAYER.fullmatch, map(canonical, tensors)) if match)

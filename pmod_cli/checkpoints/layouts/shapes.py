@@ -29,6 +29,8 @@ _VARIANTS = (
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.image_newline", "image_newline"),
+    ("model.visual.", "visual."),
+    ("model.", "language_model.model."),  # of older Qwen checkpoints
     ("lm_head.", "language_model.lm_head."),
     ("vision_tower.vision_model.", "vision_tower."),
 )
@@ -169,11 +171,23 @@ def tower_shapes(vision: Mapping[str, Any], where: object, kind: TowerKind | Non
     return {f"vision_tower.{name}": shape for name, shape in shapes.items()}
 
 
+def tied(config: Mapping[str, Any]) -> bool:
+    """Whether lm_head is the embedding table: some configs say it at the top, some of the decoder."""
+    return bool(config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings"))
+
+
 def expected_shapes(config: Mapping[str, Any], where: object) -> dict[str, tuple[int, ...]]:
     """Names (canonical) and shapes of a whole stock model; without the head that some SigLIP towers have."""
     family = known_family(config)
     text, vision = section(config, "text_config", where), section(config, "vision_config", where)
+    text = text | {"tie_word_embeddings": tied(config)}
     shapes = decoder_shapes(text, f"{where}: text_config", decoder_kind(text, family))
+    if family.tower is not None and family.tower_shapes is not None:
+        try:
+            tower = family.tower(config)
+        except PmodError as error:
+            raise PmodError(f"{where}: {error.what}") from error
+        return shapes | {f"visual.{name}": shape for name, shape in family.tower_shapes(tower).items()}
     shapes |= tower_shapes(vision, f"{where}: vision_config", tower_kind(vision, family))
     hidden = shapes["language_model.model.norm.weight"][0]
     features = config.get("vision_feature_layer", family.defaults["vision_feature_layer"])
@@ -229,7 +243,7 @@ def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: obj
             )
     if missing := [name for name in expected if name not in by_name]:
         raise PmodError(f"{where} calls for {len(missing)} tensors that are absent: {', '.join(missing[:5])}")
-    ours = ("language_model.", "multi_modal_projector.", "vision_tower.")
+    ours = ("language_model.", "multi_modal_projector.", "vision_tower.", "visual.")
     extra = [
         name
         for name in by_name

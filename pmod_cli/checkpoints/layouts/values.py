@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families import TOWERS
+from pmod_cli.families import TOWERS, family_of
 
 _ROPES = {  # and what each of them cannot do without
     "default": (),
+    "mrope": ("mrope_section",),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor",),
@@ -132,7 +133,9 @@ def check_values(config: Mapping[str, Any], where: object) -> None:
         PmodError: a value that cannot be, or two that do not go together.
     """
     text, vision = config["text_config"], config["vision_config"]
-    if (tower := vision.get("model_type")) not in TOWERS and "model_type" in vision:
+    family = family_of(config.get("model_type"))
+    tiled = family is None or family.tiled
+    if tiled and (tower := vision.get("model_type")) not in TOWERS and "model_type" in vision:
         raise PmodError(
             f"{where}: vision_config.model_type is {str(tower)[:60]!r}, expected one of {', '.join(TOWERS)}"
         )

@@ -18,6 +18,7 @@ from pmod_cli.commands.profile_checks import (
     image_sizes,
     known_tasks,
     some_of,
+    videos_of,
 )
 from pmod_cli.commands.profile_show import averaged, profiled, show, swept
 from pmod_cli.core import output
@@ -60,11 +61,17 @@ def profile(
     image_size: Annotated[
         str | None,
         _workload(
+            "--image-size",
+            "--image",
             metavar="WxH[,WxH]",
             help="Image in pixels, one a row of the batch; two by two tiles, the paper's case, if not given.",
         ),
     ] = None,
     images: Annotated[int, _workload(help="Images in a row.")] = 1,
+    video: Annotated[
+        list[str] | None,
+        _workload(metavar="FRAMESxWxH[@FPS]", help="A video of each row, as 64x480x360@2. May be given again."),
+    ] = None,
     text_tokens: Annotated[int | None, _workload(help="Text tokens of a row. (default: 58)")] = None,
     new_tokens: Annotated[int, _workload(help="Generated tokens fed back after the prefill.")] = 0,
     batch_size: Annotated[int | None, _workload("--batch-size", "-b", help="Rows. (default: one a size)")] = None,
@@ -151,7 +158,7 @@ def profile(
     if as_json and output_format not in (None, "json"):
         raise PmodError(f"--json and --format {output_format} are two forms: give one of them")
     output_format = "json" if as_json else output_format or "table"
-    sizes = image_sizes(image_size)
+    sizes, (videos, rate) = image_sizes(image_size), videos_of(video)
     chosen_phases, controls = (
         some_of(phases, PHASES, "phase"),
         some_of(against, ("stock", *SELECTIONS), "model to compare"),
@@ -201,7 +208,8 @@ def profile(
     if from_data is not None:
         shown = averaged(subject, from_data, images_root, text_tokens, limit, dtype)
         return show(shown, output_format, html, plot)
-    workload = profiling.Workload(sizes, images, 58 if text_tokens is None else text_tokens, new_tokens, batch_size)
+    text = 58 if text_tokens is None else text_tokens
+    workload = profiling.Workload(sizes, images, text, new_tokens, batch_size, videos, rate)
     if sweep is not None:
         if hidden_size or layers:
             raise PmodError("--sweep takes the model's own size", hint="leave --hidden-size and --layers out")

@@ -33,6 +33,20 @@ def image_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     return tuple(sizes)
 
 
+def videos_of(texts: list[str] | None) -> tuple[tuple[tuple[int, int, int], ...], float]:
+    """`64x480x360@2` as (frames, width, height), and the frames a second of all of them (2 unless told)."""
+    videos, rates = [], set()
+    for text in texts or ():
+        found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})(?:@([0-9]{1,4}(?:\.[0-9]{1,3})?))?", text.strip())
+        if found is None or float(found[4] or 1) == 0:
+            raise typer.BadParameter(f"{text!r} is not FRAMESxWIDTHxHEIGHT, or the same @FPS, as in 64x480x360@2")
+        videos.append((int(found[1]), int(found[2]), int(found[3])))
+        rates.add(float(found[4] or 2))
+    if len(rates) > 1:
+        raise typer.BadParameter("the videos of a row have one number of frames a second")
+    return tuple(videos), rates.pop() if rates else 2.0
+
+
 def some_of(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
     """`prefill,decode` as names, each once; all of them have to be known."""
     return tuple(dict.fromkeys(check_name(name.strip(), known, what) for name in text.split(",")))

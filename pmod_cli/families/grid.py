@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, sqrt
+from math import ceil, floor, prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core.errors import PmodError
@@ -63,6 +63,27 @@ class GridTower:
         """Side of a cell in pixels."""
         return self.patch * self.merge
 
+    @property
+    def cell_width(self) -> int:
+        """Width of a cell's patches side by side, which the merger takes."""
+        return self.hidden * self.merge**2
+
+    def patches(self, image: ImageTokens) -> int:
+        """Patches of an image, or of all frames of a video."""
+        return image.frames * (image.height // self.patch) * (image.width // self.patch)
+
+    def pairs(self, image: ImageTokens) -> int:
+        """Pairs of patches that see each other, summed over all blocks: whole frames in some, windows in the others."""
+        rows, columns = image.height // self.patch, image.width // self.patch
+        windowed = 0
+        if self.window is not None:
+            side = self.window // self.patch
+            windowed = prod(
+                (count // side) * side**2 + (count % side) ** 2  # full windows, and what is left at the end
+                for count in (rows, columns)
+            )
+        return image.frames * (self.whole * (rows * columns) ** 2 + (self.layers - self.whole) * windowed)
+
 
 def resized(
     height: int, width: int, cell: int, least: int, most: int, frames: int = 1, temporal: int = 1
@@ -115,7 +136,7 @@ def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:
         height, width = int(height * scale), int(width * scale)
         high, wide = resized(height, width, tower.cell, *tower.clip, max(frames, tower.temporal), tower.temporal)
     cells = (high // tower.cell) * (wide // tower.cell)
-    return ImageTokens(wide, high, groups, cells * groups, 0, cells, frames=groups)
+    return ImageTokens(wide, high, groups, cells * groups, 0, cells, frames=groups, video=True)
 
 
 def pixel_inputs(config: Any, images: Sequence[tuple[int, int]]) -> PixelInputs:

@@ -21,7 +21,7 @@ def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:
     """A quarter of the patches of each frame; frames are resized and cropped to one tile."""
     tower, frames = sizes.tower, size[0]
     pooled = (tower.tile // tower.patch // 2) ** 2
-    return ImageTokens(tower.tile, tower.tile, frames, frames * pooled, 0, pooled, frames=frames)
+    return ImageTokens(tower.tile, tower.tile, frames, frames * pooled, 0, pooled, frames=frames, video=True)
 
 
 def video_inputs(config: Any, videos: Sequence[tuple[int, int, int]]) -> PixelInputs:

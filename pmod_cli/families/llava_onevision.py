@@ -71,7 +71,7 @@ def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:
     tower, frames = sizes.tower, size[0]
     pooled = ceil(tower.tile // tower.patch / 2) ** 2
     patches = tower.tokens - tower.dropped
-    return ImageTokens(tower.tile, tower.tile, frames, frames * pooled + 1, 0, patches, frames=frames)
+    return ImageTokens(tower.tile, tower.tile, frames, frames * pooled + 1, 0, patches, frames=frames, video=True)
 
 
 def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:

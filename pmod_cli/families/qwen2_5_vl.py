@@ -84,7 +84,7 @@ def tower(config: Any) -> grid.GridTower:
 
 def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
     """Norms have a weight alone, all maps but the first a bias."""
-    hidden, inner, cell = tower.hidden, tower.inner, tower.hidden * tower.merge**2
+    hidden, inner, cell = tower.hidden, tower.inner, tower.cell_width
     maps = {"attn.qkv": (3 * hidden, hidden), "attn.proj": (hidden, hidden)}
     maps |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     block = grid.with_biases(maps) | {"norm1.weight": (hidden,), "norm2.weight": (hidden,)}

@@ -40,6 +40,7 @@ VISION = {
     "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
 }
+TEMPORAL = 2  # frames that become one
 
 
 def tower(config: Any) -> grid.GridTower:
@@ -68,7 +69,7 @@ def tower(config: Any) -> grid.GridTower:
 
 def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
     """All norms and maps have a bias."""
-    hidden, inner, cell = tower.hidden, tower.inner, tower.hidden * tower.merge**2
+    hidden, inner, cell = tower.hidden, tower.inner, tower.cell_width
     maps = {"attn.qkv": (3 * hidden, hidden), "attn.proj": (hidden, hidden), "norm1": (hidden,), "norm2": (hidden,)}
     block = maps | {"mlp.linear_fc1": (inner, hidden), "mlp.linear_fc2": (hidden, inner)}
     merger = {"linear_fc1": (cell, cell), "linear_fc2": (tower.out, cell)}
@@ -84,6 +85,12 @@ def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
     return {"pos_embed.weight": (tower.positions, hidden), **grid.with_biases(named)}
 
 
+def frame_text(frames: int, per_second: float) -> int:
+    """A timestamp such as `<12.5 seconds>`, one token a digit, and the marks around the frame's tokens."""
+    times = (TEMPORAL * (frame + 0.5) / per_second for frame in range(frames))
+    return sum(len(f"{seconds:.1f}") + 5 for seconds in times)
+
+
 QWEN3_VL = Family(
     name="qwen3_vl",
     title="Qwen3-VL",
@@ -94,6 +101,7 @@ QWEN3_VL = Family(
     video_tokens=grid.video_tokens,
     video_inputs=grid.video_inputs,
     frames_apart=True,
+    frame_text=frame_text,
     place_tokens=qwen2_5_vl.place_tokens,
     image_processor=qwen2_5_vl.image_processor,
     tower=tower,

@@ -115,6 +115,7 @@ class ImageTokens:
             LLaVA-1.5.
         patches_per_tile: Vision tokens that the tower gives for one tile; all of them pass the projector.
         frames: Of a video, as many as have vision tokens of their own.
+        video: Whether it is a video.
     """
 
     width: int
@@ -124,6 +125,7 @@ class ImageTokens:
     high_resolution: int
     patches_per_tile: int
     frames: int = 1
+    video: bool = False
 
     @property
     def tokens(self) -> int:
@@ -151,6 +153,7 @@ class Family:
         video_tokens: How many vision tokens a video gives: `(sizes, (frames, width, height))`; None: none are taken.
         video_inputs: As `pixel_inputs`, for `pixel_values_videos`: `(config, [(frames, height, width)])`.
         frames_apart: Whether text (a timestamp) stands between the frames of a video.
+        frame_text: Text tokens between the frames of a video: `(frames with tokens of their own, frames a second)`.
         place_tokens: Where the vision tokens of an image lie: `(image_processor, patch_size, height, width)` to a
             `geometry.Layout`.
         image_processor: `(config, options, pad_to_square)` to the stock image processor for such a config.
@@ -188,6 +191,7 @@ class Family:
     video_tokens: Callable[[Any, tuple[int, int, int]], ImageTokens] | None = None
     video_inputs: Callable[[Any, Sequence[tuple[int, int, int]]], PixelInputs] | None = None
     frames_apart: bool = False
+    frame_text: Callable[[int, float], int] = lambda frames, per_second: 0
     tower: Callable[[Any], Any] | None = None
     tower_shapes: Callable[[Any], dict[str, tuple[int, ...]]] | None = None
     unfold: Callable[[Mapping[str, Any]], dict[str, Any]] = dict

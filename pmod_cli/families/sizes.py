@@ -84,13 +84,13 @@ class Sizes:
 
     Args:
         decoder: The language model.
-        tower: Vision tower and projector.
+        tower: Vision tower and projector: a `Tower`, or a `GridTower` of families that read grids.
         pinpoints: The (height, width) in pixels that an image may be fitted to. None where images are not cut.
         family: How an image is cut.
     """
 
     decoder: Decoder
-    tower: Tower
+    tower: Any
     pinpoints: tuple[tuple[int, int], ...] | None
     family: Family
 
@@ -151,6 +151,21 @@ def image_tokens(sizes: Sizes, image_size: tuple[int, int] | None = None, images
         images: Images of the row, since some families do not tile several.
     """
     return sizes.family.image_tokens(sizes, image_size, images)
+
+
+def video_tokens(sizes: Sizes, size: tuple[int, int, int]) -> ImageTokens:
+    """Cut a video as the stock model does.
+
+    Args:
+        sizes: The model.
+        size: Frames, and width and height of each in pixels.
+
+    Raises:
+        PmodError: The family takes no videos.
+    """
+    if sizes.family.video_tokens is None:
+        raise PmodError(f"{sizes.family.title} takes no videos", hint="pmod profile --model qwen2.5-vl-7b")
+    return sizes.family.video_tokens(sizes, size)
 
 
 def _pinpoints(config: Mapping[str, Any] | object, tile: int, family: Family) -> tuple[tuple[int, int], ...]:

@@ -49,15 +49,21 @@ def _kv_unit(result: Profile) -> _Unit:
 
 def headline(result: Profile) -> str:
     """What was profiled, in one line."""
-    kinds = dict.fromkeys(f"{row.images[0].width}x{row.images[0].height}" for row in result.rows)
     rows, longest = len(result.rows), result.longest
-    number = f"{result.workload.images} images" if result.workload.images > 1 else "one image"
-    tiles = ", ".join(dict.fromkeys(str(row.tiles) for row in result.rows))
+    shown = [[image for image in row.images if not image.video] for row in result.rows]
+    parts = []
+    if any(shown):
+        kinds = dict.fromkeys(f"{images[0].width}x{images[0].height}" for images in shown if images)
+        number = f"{result.workload.images} images" if result.workload.images > 1 else "one image"
+        tiles = ", ".join(dict.fromkeys(str(sum(image.tiles for image in images)) for images in shown))
+        cut = f" in {tiles} tile(s)" if result.sizes.family.tiled else ""
+        parts.append(f"{number} of {' or '.join(kinds)} pixels{cut}")
+    parts += [f"a video of {frames} frames of {wide}x{high} pixels" for frames, wide, high in result.workload.videos]
     batch = f"{rows} rows, each " if rows > 1 else ""
     padded = ", padded to the longest" if any(row.tokens < longest.tokens for row in result.rows) else ""
     return (
-        f"{result.subject.name}: {batch}{number} of {' or '.join(kinds)} pixels in {tiles} tile(s), "
-        f"{longest.vision_tokens} vision + {result.workload.text_tokens} text tokens{padded}"
+        f"{result.subject.name}: {batch}{', '.join(parts)}, "
+        f"{longest.vision_tokens} vision + {longest.text_tokens} text tokens{padded}"
     )
 
 
@@ -104,12 +110,12 @@ def flops_table(result: Profile, *, macs: bool = False) -> Table:
     unit = _units(result, macs)[0]
     stock, pmod, vision = result.stock, result.pmod, result.vision
     number = sum(row.tiles for row in result.rows)
-    tiles = f"{number} tile{'s' if number > 1 else ''}"
+    seen = f", {number} tile{'s' if number > 1 else ''}" if result.sizes.family.tiled else ""
     parts = {
         "decoder matrix products": (stock.matrix, pmod.matrix),
         "attention products": (stock.attention_products, pmod.attention_products),
         "lm_head, every position": (stock.lm_head, pmod.lm_head),
-        f"vision tower, {tiles}": (vision.tower, vision.tower),
+        f"vision tower{seen}": (vision.tower, vision.tower),
         "projector": (vision.projector, vision.projector),
     }
     table = plain_table(f"Prefill, {unit.name}", "part", "stock", "p-MoD", "of stock", "published")
@@ -210,6 +216,7 @@ def to_json(result: Profile, latency: Latency | None = None, *, macs: bool = Fal
             "images_per_row": workload.images,
             "text_tokens": workload.text_tokens,
             "new_tokens": workload.new_tokens,
+            **({"videos": [list(video) for video in workload.videos]} if workload.videos else {}),
             "padded_length_tokens": result.longest.tokens,
             "rows": [
                 {

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from pmod_cli.families.sizes import Decoder, Sizes, Tower
-from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
+from pmod_cli.families.grid import GridTower
+from pmod_cli.families.sizes import Decoder, ImageTokens, Sizes, Tower
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens, pictures
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def prefill(
         matrix=batch * matrix,
         attention_products=round(attention * batch * products),
         lm_head=batch * lm_head(decoder, longest),
-        tower=sum(row.tiles for row in rows) * tower_tile(sizes.tower),
-        projector=sum(row.patches for row in rows) * projector_token(sizes),
+        tower=encoder(sizes, rows),
+        projector=projector(sizes, rows),
     )
 
 
@@ -106,6 +107,30 @@ def attention_products(decoder: Decoder, queries: int, keys: int | None = None) 
 def lm_head(decoder: Decoder, positions: int) -> int:
     """FLOPs of lm_head on so many positions."""
     return 2 * positions * decoder.hidden * decoder.vocabulary
+
+
+def encoder(sizes: Sizes, rows: Sequence[Row]) -> int:
+    """FLOPs of the vision tower on all images and frames of a batch."""
+    if sizes.family.tiled:
+        return sum(row.tiles for row in rows) * tower_tile(sizes.tower)
+    return sum(times * grid(sizes.tower, image) for image, times in pictures(rows).items())
+
+
+def projector(sizes: Sizes, rows: Sequence[Row]) -> int:
+    """FLOPs of the projector, or of all mergers, on a batch."""
+    patches = sum(row.patches for row in rows)
+    if sizes.family.tiled:
+        return patches * projector_token(sizes)
+    tower: GridTower = sizes.tower
+    return 2 * patches * (1 + tower.deepstack) * (tower.cell_width + tower.out) * tower.cell_width
+
+
+def grid(tower: GridTower, image: ImageTokens) -> int:
+    """FLOPs of a tower that reads grids, on one image or video: patch embedding, and all blocks."""
+    embedding = tower.channels * tower.temporal * tower.patch**2 * tower.hidden
+    weights = 4 * tower.hidden**2 + (3 if tower.gated else 2) * tower.hidden * tower.inner
+    products = 2 * tower.pairs(image) * tower.hidden
+    return 2 * (tower.patches(image) * (embedding + tower.layers * weights) + products)
 
 
 def tower_tile(tower: Tower) -> int:
@@ -164,15 +189,22 @@ def parameters(sizes: Sizes, routed_layers: int = 0, adapter: int = 0) -> Parame
         adapter: Weights of LoRA's adapters on one decoder layer.
     """
     decoder, tower = sizes.decoder, sizes.tower
-    more = sizes.family.more_shapes(decoder.hidden, tower.features * tower.hidden)
-    encoder = 4 * tower.hidden**2 + 2 * tower.hidden * tower.inner + 9 * tower.hidden + tower.inner
+    if sizes.family.tower_shapes is not None:
+        shapes = sizes.family.tower_shapes(tower)
+        merging = sum(prod(shape) for name, shape in shapes.items() if "merger" in name)
+        around = sum(map(prod, shapes.values())) - merging
+    else:
+        more = sizes.family.more_shapes(decoder.hidden, tower.features * tower.hidden)
+        block = 4 * tower.hidden**2 + 2 * tower.hidden * tower.inner + 9 * tower.hidden + tower.inner
+        merging = projector_token(sizes) // 2 + 2 * decoder.hidden + sum(map(prod, more.values()))
+        around = tower.layers * block + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden
     return Parameters(
         embedding=decoder.vocabulary * decoder.hidden,
         layer=decoder.layer_weights,
         layers=decoder.layers,
         lm_head=0 if decoder.tied else decoder.vocabulary * decoder.hidden,
-        projector=projector_token(sizes) // 2 + 2 * decoder.hidden + sum(map(prod, more.values())),
-        tower=tower.layers * encoder + (3 * tower.patch**2 + tower.tokens + 5) * tower.hidden,
+        projector=merging,
+        tower=around,
         routers=routed_layers * (decoder.hidden + 1),
         adapter=adapter,
     )

@@ -17,10 +17,11 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.grid import GridTower
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import Routing
 from pmod_cli.profiling.count.operators import Count, count
-from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens, pictures
 
 FLOPS_PER_MAC = 2
 
@@ -214,6 +215,8 @@ def vision_cost(model: PreTrainedModel, rows: Sequence[Row]) -> VisionCost:
     Raises:
         PmodError: a vision tower that is no CLIP or SigLIP.
     """
+    if not (sizes := Sizes.of(model.config)).family.tiled:
+        return _grid_cost(model.model.visual, sizes.tower, rows)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     config = model.config.vision_config
     if not hasattr(tower, "encoder") or getattr(tower, "head", None) is not None:
@@ -227,7 +230,7 @@ def vision_cost(model: PreTrainedModel, rows: Sequence[Row]) -> VisionCost:
     grid = config.image_size // config.patch_size
     convolution = conv_flop_count([1], list(embed.weight.shape), [1, config.hidden_size, grid, grid])
     layers = tower.encoder.layers  # alike, so one is traced
-    layer = count(layers[0], _meta(1, Sizes.of(model.config).tower.tokens, config.hidden_size), attention_mask=None)
+    layer = count(layers[0], _meta(1, sizes.tower.tokens, config.hidden_size), attention_mask=None)
     patches = sum(row.patches for row in rows)
     projection = count(projector, _meta(1, patches, projector.linear_1.in_features))
     encoded = convolution + len(layers) * (layer.linear + layer.attention_products)
@@ -236,6 +239,24 @@ def vision_cost(model: PreTrainedModel, rows: Sequence[Row]) -> VisionCost:
         projector=FLOPS_PER_MAC * projection.linear,
         unknown_operators=Counter(layer.unknown_operators) + Counter(projection.unknown_operators),
     )
+
+
+def _grid_cost(visual: PreTrainedModel, tower: GridTower, rows: Sequence[Row]) -> VisionCost:
+    """A tower that reads grids: one block is traced on a window of each size that the blocks attend to."""
+    embed = visual.patch_embed.proj.weight  # as above; one patch is one place of the convolution
+    convolution = conv_flop_count([1], list(embed.shape), [1, embed.shape[0], 1, 1, 1])
+    block, width = visual.blocks[0], tower.hidden
+    tables = (_meta(1, width // visual.config.num_heads),) * 2
+    one = count(block, _meta(1, width), cu_seqlens=torch.tensor([0, 1]), position_embeddings=tables)
+    cell = _meta(tower.merge**2, width)
+    mergers = [count(each, cell) for each in (visual.merger, *getattr(visual, "deepstack_merger_list", ()))]
+    patches = sum(times * tower.patches(image) for image, times in pictures(rows).items())
+    pairs = sum(times * tower.pairs(image) for image, times in pictures(rows).items())
+    # Of one patch that sees itself: with the pairs of the real grid that is every window, whatever its size.
+    encoded = patches * (convolution + tower.layers * one.linear) + pairs * one.attention_products
+    merged = patches // tower.merge**2 * sum(each.linear for each in mergers)
+    unknown = sum((Counter(each.unknown_operators) for each in (one, *mergers)), Counter())
+    return VisionCost(FLOPS_PER_MAC * encoded, FLOPS_PER_MAC * merged, unknown)
 
 
 def _meta(*shape: int) -> torch.Tensor:

@@ -165,7 +165,11 @@ def training_flops(
     adapters = 2 * sum(gathered) * _adapter(sizes, setup) if setup.lora_rank else 0
     whole = sum(tokens for tokens, ratio in zip(gathered, routed.retention, strict=True) if ratio == 1)
     last = 2 * whole * sizes.decoder.hidden * sizes.decoder.inner
-    first = sum(row.patches for row in rows) * 2 * sizes.tower.features * sizes.tower.hidden * sizes.decoder.hidden
+    tower_sizes, patches = sizes.tower, sum(row.patches for row in rows)
+    if sizes.family.tiled:
+        first = patches * 2 * tower_sizes.features * tower_sizes.hidden * sizes.decoder.hidden
+    else:
+        first = patches * 2 * (1 + tower_sizes.deepstack) * tower_sizes.cell_width**2
     if projector:
         backward += 2 * counted.projector - (0 if tower else first)
     elif tower:
@@ -206,7 +210,11 @@ def training_memory(
     held = [_saved(sizes, setup, positions, tokens, ratio < 1) for tokens, ratio in layers]
     work = [_work_space(sizes, positions, tokens, low) for tokens in gathered]
     inputs = 4 * positions * decoder.hidden  # of a layer: the residual stream is float32
-    tower = 4 * sum(row.tiles for row in rows) * sizes.tower.tokens * sizes.tower.hidden  # its stream, float32
+    if sizes.family.tiled:
+        seen = sum(row.tiles for row in rows) * sizes.tower.tokens
+    else:
+        seen = sum(sizes.tower.patches(image) for row in rows for image in row.images)
+    tower = 4 * seen * sizes.tower.hidden  # its stream, float32
     around = 6 * inputs + 5 * tower  # embeddings and image features merged, the last norm, and the projector
     copy = 2 * numbers.layer if low and setup.trains("language_model") else 0  # bfloat16 copy of a layer's weights
     head_copy = 2 * decoder.vocabulary * decoder.hidden if low and setup.trains("language_model") else 0

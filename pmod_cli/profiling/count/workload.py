@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families.sizes import ImageTokens, Sizes, image_tokens
+from pmod_cli.families.sizes import ImageTokens, Sizes, image_tokens, video_tokens
 from pmod_cli.model.schedule import kept_tokens
 
 MOST_ROWS = 100_000
@@ -27,6 +28,8 @@ class Workload:
         text_tokens: Text tokens of one row (58 in the paper's figures).
         new_tokens: Generated tokens that are fed back through the model after the prefill.
         batch_size: Rows, B. None: a row for each image size.
+        videos: Of each row: frames, and width and height in pixels. With videos a row has images only if it has sizes.
+        frames_per_second: Of the videos, for the timestamps that some families write between frames.
 
     Raises:
         PmodError: a size or a count below 1, or a negative number of tokens.
@@ -37,8 +40,16 @@ class Workload:
     text_tokens: int = 58
     new_tokens: int = 0
     batch_size: int | None = None
+    videos: tuple[tuple[int, int, int], ...] = ()
+    frames_per_second: float = 2.0
 
     def __post_init__(self) -> None:
+        for frames, width, height in self.videos:
+            if min(frames, width, height) < 1 or max(frames, width, height) > MOST_PIXELS:
+                raise PmodError(
+                    f"`video={frames}x{width}x{height}`: frames, width and height are 1 ... {MOST_PIXELS:,}",
+                    hint="pmod profile --video 64x480x360",
+                )
         for width, height in self.image_sizes:
             if min(width, height) < 1:
                 raise PmodError(
@@ -74,9 +85,12 @@ class Workload:
 
     def rows(self, sizes: Sizes) -> list[Row]:
         """The rows of the batch, length B, as the model of these sizes cuts their images."""
-        kinds = [image_tokens(sizes, size) for size in self.image_sizes or (None,)]
+        pictured = self.image_sizes or (() if self.videos else (None,))
+        kinds = [(image_tokens(sizes, size, self.images),) * self.images for size in pictured] or [()]
+        videos = tuple(video_tokens(sizes, size) for size in self.videos)
+        between = sum(sizes.family.frame_text(video.frames, self.frames_per_second) for video in videos)
         count = self.batch_size or len(kinds)
-        return [Row((kinds[index % len(kinds)],) * self.images, self.text_tokens) for index in range(count)]
+        return [Row(kinds[index % len(kinds)] + videos, self.text_tokens + between) for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,8 @@ class Row:
     """One row of a batch, without padding.
 
     Args:
-        images: How each of its images is cut.
-        text_tokens: Its text tokens.
+        images: How each of its images is cut, then each of its videos.
+        text_tokens: Its text tokens, timestamps of videos included.
     """
 
     images: tuple[ImageTokens, ...]
@@ -111,9 +125,14 @@ class Row:
         return self.vision_tokens + self.text_tokens
 
     def routable(self, target_tokens: str) -> int:
-        """Vision tokens that routed layers choose from: all, or for `vision_hr` those of the high-resolution tiles."""
+        """Vision tokens that routed layers choose from.
+
+        All of them, those of images or of videos alone, or for `vision_hr` all but the base images.
+        """
         if target_tokens == "vision_hr":
-            return sum(image.high_resolution for image in self.images)
+            return sum(image.tokens if image.video else image.high_resolution for image in self.images)
+        if target_tokens in ("vision_image", "vision_video"):
+            return sum(image.tokens for image in self.images if image.video == (target_tokens == "vision_video"))
         return self.vision_tokens
 
     def kept(self, target_tokens: str, ratio: float) -> int:
@@ -167,3 +186,8 @@ def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:
         kept = [row.kept(routed.target_tokens, ratio) for row in rows]
         tokens.append((max(kept), max(1, *(k + row.text_tokens for k, row in zip(kept, rows, strict=True)))))
     return tokens
+
+
+def pictures(rows: Sequence[Row]) -> Counter[ImageTokens]:
+    """The images and videos of a batch, each kind once."""
+    return Counter(image for row in rows for image in row.images)

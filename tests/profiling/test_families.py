@@ -1,0 +1,76 @@
+"""Counts of every family: formula and fvcore's trace against torch's own counter over a real forward."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pmod_cli import cli
+from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
+from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
+from pmod_cli.profiling import Workload, prefill
+from pmod_cli.profiling.count.trace import decoder_cost, meta_model, vision_cost
+from pmod_cli.profiling.count.workload import Routed, Row
+from tests.model import visual
+
+NEW = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
+
+
+@pytest.mark.parametrize("kind", visual.KINDS)
+def test_formula_trace_and_torch_count_the_same(kind):
+    plain = visual.stock(kind)
+    plain.set_attn_implementation("eager")  # torch counts no fused attention of a CPU
+    for row in visual.rows_of(kind):
+        inputs = visual.prompt(kind, plain.config, [row])
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            plain(**inputs)
+        pictures = tuple(tokens for _, tokens in visual.visuals(kind, plain.config, row))
+        text = int((~torch.isin(inputs["input_ids"], torch.tensor([visual.IMAGE, visual.VIDEO]))).sum())
+        rows, sizes = [Row(pictures, text)], Sizes.of(plain.config)
+        formula = prefill(sizes, rows)
+        assert formula.full == pytest.approx(counter.get_total_flops(), rel=1e-3)
+        model = meta_model(plain.config)
+        traced, seen = decoder_cost(model, rows, Routed.stock(4)), vision_cost(model, rows) if pictures else None
+        assert traced.total == pytest.approx(formula.decoder, rel=1e-3)
+        if seen is not None:
+            assert (seen.tower, seen.projector) == pytest.approx((formula.tower, formula.projector), rel=1e-3)
+            assert not seen.unknown_operators
+
+
+@pytest.mark.parametrize("name", [name for name, alias in ALIASES.items() if alias.kind in NEW])
+def test_parameters_of_an_alias_are_those_of_the_model(name):
+    config = builtin_config(name)
+    assert sum(parameter.numel() for parameter in meta_model(config).parameters()) == ALIASES[name].parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "workload", "vision", "text"),
+    [
+        # As the processors count them: (1288 / 28) * (952 / 28) cells, and for 1280 pixels at 32 a cell.
+        ("qwen2.5-vl-7b", {"image_sizes": ((1280, 960),)}, 46 * 34, 58),
+        ("qwen3-vl-8b", {"image_sizes": ((1280, 960),)}, 40 * 30, 58),
+        ("qwen3-vl-8b", {"image_sizes": ((1280, 960),), "images": 4}, 4 * 40 * 30, 58),
+        # 64 frames are 32 pairs, each behind `<0.5 seconds>` and between two marks.
+        ("qwen2.5-vl-7b", {"videos": ((64, 480, 360),)}, 32 * 17 * 13, 58),
+        ("qwen3-vl-8b", {"videos": ((64, 480, 360),)}, 32 * 15 * 11, 58 + 10 * 8 + 22 * 9),
+        ("llava-next-video-7b", {"videos": ((8, 480, 360),)}, 8 * 144, 58),
+        ("llava-onevision-7b", {"videos": ((8, 480, 360),)}, 8 * 196 + 1, 58),
+        ("llava-onevision-7b", {"image_sizes": ((640, 480),), "images": 3}, 3 * 730, 58),
+    ],
+)
+def test_tokens_of_a_prompt(name, workload, vision, text):
+    (row,) = Workload(**workload).rows(Sizes.of(builtin_config(name)))
+    assert (row.vision_tokens, row.text_tokens) == (vision, text)
+
+
+def test_profile_of_a_video(capsys):
+    words = ("profile", "--model", "qwen2.5-vl-3b", "--video", "64x480x360@2", "--image", "1280x960")
+    assert cli.main(list(words)) == 0
+    said = capsys.readouterr().out
+    assert "a video of 64 frames of 480x360 pixels" in said
+    assert "one image of 1288x952 pixels, " in said
+
+
+def test_a_video_for_a_model_without_videos_is_refused():
+    with pytest.raises(PmodError, match=r"LLaVA-1\.5 takes no videos"):
+        Workload(videos=((4, 8, 8),)).rows(Sizes.of(builtin_config("llava-1.5-7b")))

@@ -78,13 +78,22 @@ class Bench:
                 found["fisher"] = fisher_information(replay, stream, seed=seed)
         self.tokens = sum(len(stream.targets) for stream in self.start)
 
-    def apply(self, schedule: Schedule, routers: dict[int, nn.Module] | None = None) -> None:
-        """Gives the decoder a schedule, and routers to the layers that choose."""
-        layers, settings = self.replay.layers, schedule.settings()
-        for index, (layer, ratio) in enumerate(zip(layers, schedule.ratios, strict=True)):
-            layer.add_routing(settings, ratio, False)
+    def apply(
+        self, schedule: Schedule, routers: dict[int, nn.Module] | None = None, selection: str = "router", seed: int = 0
+    ) -> None:
+        """Gives the decoder a schedule, and routers to the layers that choose.
+
+        Args:
+            schedule: What each layer keeps.
+            routers: By layer.
+            selection: What ranks the tokens: `router`, or a control.
+            seed: Of a control that draws.
+        """
+        for index, layer in enumerate(self.replay.layers):
             layer.register_module("router", (routers or {}).get(index) if index in schedule.choosers else None)
-        self.replay.decoder.choose_at(settings.chosen_at(len(layers)))
+        self.replay.decoder.apply_settings(schedule.settings())
+        if selection != "router":
+            self.replay.decoder.set_selection(selection, seed=seed)
 
     def streams_at(self, layer: int, start: Sequence[Stream] | None = None) -> list[Stream]:
         """Streams of their own in front of a layer, run there under the decoder's schedule.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -174,14 +173,15 @@ def _calibration(
     for name, seeds in ((UNIFORM, 1), (RANDOM, RANDOM_SEEDS)):
         drawn = []
         for seed in range(seeds):
-            with _selection(judges.replay, name, seed):
-                drawn.append(_judged(name, budget, judges, found.schedule, found.routers))
+            drawn.append(_judged(name, budget, judges, found.schedule, found.routers, selection=name, seed=seed))
         rows.append(_mean(drawn))
     return Calibration(budget.share, found, rows, hidden)
 
 
-def _judged(name: str, budget: Budget, bench: Bench, schedule: Schedule, routers: dict | None = None) -> Judged:
-    bench.apply(schedule, routers)
+def _judged(
+    name: str, budget: Budget, bench: Bench, schedule: Schedule, routers: dict | None = None, **selection: Any
+) -> Judged:
+    bench.apply(schedule, routers, **selection)
     flops = Budget(budget.sizes, budget.share)
     same, pictures = bench.unchanged()
     return Judged(
@@ -207,15 +207,6 @@ def _mean(rows: Sequence[Judged]) -> Judged:
         sum(row.unchanged for row in rows) / count,
         first.pictures,
     )
-
-
-@contextmanager
-def _selection(replay: Replay, name: str, seed: int) -> Iterator[None]:
-    replay.decoder.set_selection(name, seed=seed)
-    try:
-        yield
-    finally:
-        replay.decoder.set_selection("router")
 
 
 def router_values(found: Found) -> dict[int, tuple]:

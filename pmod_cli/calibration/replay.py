@@ -146,14 +146,14 @@ class Replay:
         Which ones, is said by the layer that chooses for them; without one, the first ones are kept.
         """
         chosen = [self.layers[index] for index in layers]
-        before = [(layer, layer.ratio, layer.selects, layer.chosen_at) for layer in chosen]
+        before = [(layer, layer.ratio, layer.selects, layer.chosen_at, layer.keep_keys) for layer in chosen]
         try:
             for layer in chosen:
-                layer.ratio, layer.selects = ratio, ratio < 1
+                layer.ratio, layer.selects, layer.keep_keys = ratio, ratio < 1, False
                 layer.chosen_at = NOBODY if layer.chosen_at is None else layer.chosen_at
             yield
         finally:
-            for layer, layer.ratio, layer.selects, layer.chosen_at in before:  # noqa: B007 - restores each layer
+            for layer, layer.ratio, layer.selects, layer.chosen_at, layer.keep_keys in before:  # noqa: B007 - restores
                 pass
 
 

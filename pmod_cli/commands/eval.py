@@ -19,7 +19,7 @@ from pmod_cli.model.registry import SELECTIONS
 if TYPE_CHECKING:
     from pmod_cli.evaluation.benchmarks import Benchmark
     from pmod_cli.evaluation.eval_models import EvalModel
-    from pmod_cli.evaluation.plan import EvalSettings
+    from pmod_cli.evaluation.eval_plan import EvalSettings
     from pmod_cli.evaluation.processes import Processes
 
 EXAMPLES = """\
@@ -177,7 +177,7 @@ def eval(
     chosen = eval_models.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
     data.require_data(benchmarks, data_root)
 
-    from pmod_cli.evaluation.plan import EvalSettings, default_folder
+    from pmod_cli.evaluation.eval_plan import EvalSettings, default_folder
 
     device = common.pick_device(device)
     rows, halve = batch_size
@@ -199,7 +199,7 @@ def eval(
     _check_processes(num_processes, device, launched)
     require_attention(attention, device)
     if dry_run:
-        from pmod_cli.evaluation.plan import plan
+        from pmod_cli.evaluation.eval_plan import plan
 
         found = plan(benchmarks, chosen, settings, out, processes=num_processes, overwrite=overwrite)
         show_plan(found, as_json=shown_as == "json", quiet=quiet)

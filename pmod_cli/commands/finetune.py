@@ -25,7 +25,7 @@ from pmod_cli.core.errors import INTERRUPTED, PmodError, require
 from pmod_cli.core.folders import staging_of
 
 if TYPE_CHECKING:
-    from pmod_cli.training.settings import Settings
+    from pmod_cli.training.run_settings import Settings
 
 EXAMPLES = """\
 pmod finetune --recipe tiny

@@ -117,8 +117,8 @@ def swept(
 ) -> Shown:
     """The report of `--sweep`."""
     from pmod_cli.profiling import plots
+    from pmod_cli.profiling.cost_sweep import parse_axis, read_scores, sweep, sweep_rows, sweep_table
     from pmod_cli.profiling.count_report import SCHEMA_VERSION
-    from pmod_cli.profiling.sweep import parse_axis, read_scores, sweep, sweep_rows, sweep_table
 
     axis = parse_axis(text)
     dtype = "bfloat16" if dtype == "auto" else dtype

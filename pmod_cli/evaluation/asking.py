@@ -131,7 +131,6 @@ def changed_answers(
         model: The one that answered, as it is.
         requests: The questions of a task.
         answers: Their answers from the run, by place. Only those from a batch of several rows are checked.
-        seed: Of the sample.
         questions: Size of the sample.
 
     Returns:

@@ -140,166 +140,79 @@ def _split(name: str, configuration: str, split: str, rows: int, megabytes: floa
     return Split(f"{OWNER}/{name}", configuration, split, rows, megabytes, tuple(columns.split()), **more)
 
 
-_CHOICES = "choice_a choice_b choice_c choice_d"
+_LETTERS = "choice_a choice_b choice_c choice_d"
 _IMAGES = "image_1 image_2 image_3 image_4 image_5 image_6 image_7"
-_MMBENCH = "image index question hint A B C D answer category L2-category source split"
-_POPE = "image question answer question_id"
-_DOCUMENT = "image question answers questionId"
+_DATA = {  # by benchmark
+    "seed": (
+        _split("SEED-Bench", "", "test", 17990, 27_200, f"image question {_LETTERS} answer data_type question_id"),
+    ),
+    "rwqa": (_split("RealWorldQA", "", "test", 765, 678, "image question answer"),),
+    "mme": (_split("MME", "", "test", 2374, 865, "image question answer question_id category"),),
+    "mmb": (
+        _split(
+            "MMBench",
+            "en",
+            "dev",
+            4329,
+            103,
+            "image index question hint A B C D answer category L2-category source split",
+        ),
+    ),
+    "pope": tuple(
+        _split("POPE", "Full", split, rows, 85, "image question answer question_id")
+        for split, rows in (("adversarial", 3000), ("popular", 3000), ("random", 2910))
+    ),
+    "gqa": (
+        _split("GQA", "testdev_balanced_instructions", "testdev", 12578, 2.1, "imageId question answer"),
+        _split("GQA", "testdev_balanced_images", "testdev", 398, 66, "id image", pictures_of="imageId"),
+    ),
+    "ai2d": (_split("ai2d", "", "test", 3088, 139, "image question options answer"),),
+    "docvqa": (_split("DocVQA", "DocVQA", "validation", 5349, 2_300, "image question answers questionId"),),
+    "chartqa": (_split("ChartQA", "", "test", 2500, 73, "image question answer type"),),
+    "textvqa": (_split("textvqa", "", "validation", 5000, 920, "image question answers question_id"),),
+    "infovqa": (_split("DocVQA", "InfographicVQA", "validation", 2801, 310, "image question answers questionId"),),
+    "okvqa": (_split("OK-VQA", "", "val2014", 5046, 831, "image question answers question_id"),),
+    "mmmu": (_split("MMMU", "", "validation", 900, 341, f"id question options answer question_type {_IMAGES}"),),
+    "sqa": (_split("ScienceQA", "ScienceQA-IMG", "test", 2017, 130, "image question choices answer hint"),),
+}
 
-for _benchmark in (
-    Benchmark(
-        "seed",
-        "SEED",
-        "seedbench",
-        "seed_image",
-        "seedbench",
-        (_split("SEED-Bench", "", "test", 17990, 27_200, f"image question {_CHOICES} answer data_type question_id"),),
-        group="general",
-        sums=_sums("seed"),
-    ),
-    Benchmark(
-        "rwqa",
-        "RWQA",
-        "realworldqa",
-        "exact_match",
-        "realworldqa",
-        (_split("RealWorldQA", "", "test", 765, 678, "image question answer"),),
-        group="general",
-    ),
-    Benchmark(
-        "mme",
-        "MME",
-        "mme",
-        "mme_perception_score",
-        "mme",
-        (_split("MME", "", "test", 2374, 865, "image question answer question_id category"),),
-        group="general",
-        scale=1.0,
-        units=_mme_pictures,
-        weight=paper.MME_IN_AVERAGE,
-        sums=_sums("mme"),
-    ),
-    Benchmark(
-        "mmb",
-        "MMB",
-        "mmbench_en_dev_static",
-        "gpt_eval_score",
-        "mmbench",
-        (_split("MMBench", "en", "dev", 4329, 103, _MMBENCH),),
-        group="general",
-        scale=1.0,
-        judged_task="mmbench_en_dev",  # a judge model for answers that its parser cannot read
-        units=_mmbench_questions,
-        sums=_sums("mmbench"),
-    ),
-    Benchmark(
-        "pope",
-        "POPE",
-        "pope_full",
-        "pope_f1_score",
-        "pope",
-        (
-            _split("POPE", "Full", "adversarial", 3000, 85, _POPE),
-            _split("POPE", "Full", "popular", 3000, 85, _POPE),
-            _split("POPE", "Full", "random", 2910, 85, _POPE),
-        ),
-        group="general",
-        sums=_sums("f1"),
-    ),
-    Benchmark(
-        "gqa",
-        "GQA",
-        "gqa",
-        "exact_match",
-        "gqa",
-        (
-            _split("GQA", "testdev_balanced_instructions", "testdev", 12578, 2.1, "imageId question answer"),
-            _split("GQA", "testdev_balanced_images", "testdev", 398, 66, "id image", pictures_of="imageId"),
-        ),
-        group="general",
-    ),
-    Benchmark(
-        "ai2d",
-        "AI2D",
-        "ai2d",
-        "exact_match",
-        "ai2d",
-        (_split("ai2d", "", "test", 3088, 139, "image question options answer"),),
-        group="general",
-        filter="flexible-extract",
-    ),
-    Benchmark(
-        "docvqa",
-        "DocVQA",
-        "docvqa_val",
-        "anls",
-        "docvqa",
-        (_split("DocVQA", "DocVQA", "validation", 5349, 2_300, _DOCUMENT),),
-        group="text-rich",
-    ),
-    Benchmark(
-        "chartqa",
-        "ChartQA",
-        "chartqa",
-        "relaxed_overall",
-        "chartqa",
-        (_split("ChartQA", "", "test", 2500, 73, "image question answer type"),),
-        group="text-rich",
-    ),
-    Benchmark(
-        "textvqa",
-        "TextVQA",
-        "textvqa_val",
-        "exact_match",
-        "textvqa",
-        (_split("textvqa", "", "validation", 5000, 920, "image question answers question_id"),),
-        group="text-rich",
-    ),
-    Benchmark(
-        "infovqa",
-        "InfoVQA",
-        "infovqa_val",
-        "anls",
-        "infovqa",
-        (_split("DocVQA", "InfographicVQA", "validation", 2801, 310, _DOCUMENT),),
-        group="text-rich",
-    ),
-    Benchmark(
-        "okvqa",
-        "OK-VQA",
-        "ok_vqa_val2014",
-        "exact_match",
-        "ok_vqa",
-        (_split("OK-VQA", "", "val2014", 5046, 831, "image question answers question_id"),),
-        group="text-rich",
-    ),
-    Benchmark(
-        "mmmu",
-        "MMMU",
-        "mmmu_val",
-        "mmmu_acc",
-        "mmmu",
-        (_split("MMMU", "", "validation", 900, 341, f"id question options answer question_type {_IMAGES}"),),
-        group="text-rich",
-        sums=_sums("mmmu"),
-    ),
-    Benchmark(
-        "sqa",
-        "SQA",
-        "scienceqa_img",
-        "exact_match",
-        "scienceqa",
-        (_split("ScienceQA", "ScienceQA-IMG", "test", 2017, 130, "image question choices answer hint"),),
-        group="text-rich",
-    ),
-    *(
-        Benchmark(task, title, task, metric, str(TINY_TASKS), group="tiny", questions=TINY_QUESTIONS, sums=sums)
-        for task, title, metric, sums in (
-            ("tiny_doc", "tiny doc", "anls", None),
-            ("tiny_chart", "tiny chart", "relaxed_overall", None),
-            ("tiny_attribute", "tiny attribute", "exact_match", None),
-            ("tiny_presence", "tiny presence", "pope_f1_score", _sums("f1")),
-        )
-    ),
+
+def _add(group: str, name: str, title: str, task: str, metric: str, folder: str, **more: Any) -> None:
+    BENCHMARKS.add(Benchmark(name, title, task, metric, folder, _DATA.get(name, ()), group, **more))
+
+
+_general, _text_rich = partial(_add, "general"), partial(_add, "text-rich")
+_general("seed", "SEED", "seedbench", "seed_image", "seedbench", sums=_sums("seed"))
+_general("rwqa", "RWQA", "realworldqa", "exact_match", "realworldqa")
+_general(
+    *("mme", "MME", "mme", "mme_perception_score", "mme"),
+    scale=1.0,
+    units=_mme_pictures,
+    weight=paper.MME_IN_AVERAGE,
+    sums=_sums("mme"),
+)
+_general(
+    *("mmb", "MMB", "mmbench_en_dev_static", "gpt_eval_score", "mmbench"),
+    scale=1.0,
+    judged_task="mmbench_en_dev",  # a judge model for answers that its parser cannot read
+    units=_mmbench_questions,
+    sums=_sums("mmbench"),
+)
+_general("pope", "POPE", "pope_full", "pope_f1_score", "pope", sums=_sums("f1"))
+_general("gqa", "GQA", "gqa", "exact_match", "gqa")
+_general("ai2d", "AI2D", "ai2d", "exact_match", "ai2d", filter="flexible-extract")
+_text_rich("docvqa", "DocVQA", "docvqa_val", "anls", "docvqa")
+_text_rich("chartqa", "ChartQA", "chartqa", "relaxed_overall", "chartqa")
+_text_rich("textvqa", "TextVQA", "textvqa_val", "exact_match", "textvqa")
+_text_rich("infovqa", "InfoVQA", "infovqa_val", "anls", "infovqa")
+_text_rich("okvqa", "OK-VQA", "ok_vqa_val2014", "exact_match", "ok_vqa")
+_text_rich("mmmu", "MMMU", "mmmu_val", "mmmu_acc", "mmmu", sums=_sums("mmmu"))
+_text_rich("sqa", "SQA", "scienceqa_img", "exact_match", "scienceqa")
+for _name, _metric, _own in (
+    ("doc", "anls", None),
+    ("chart", "relaxed_overall", None),
+    ("attribute", "exact_match", None),
+    ("presence", "pope_f1_score", _sums("f1")),
 ):
-    BENCHMARKS.add(_benchmark)
+    _task = f"tiny_{_name}"
+    _add("tiny", _task, f"tiny {_name}", _task, _metric, str(TINY_TASKS), questions=TINY_QUESTIONS, sums=_own)

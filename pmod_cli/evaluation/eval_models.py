@@ -199,7 +199,6 @@ def downsample(model: Any, processor: Any, retention: float) -> dict[str, Any]:
 
     Args:
         model: A stock LLaVA-1.5 or LLaVA-NeXT.
-        processor: Its processor.
         retention: Share of vision tokens to come near to.
 
     Returns:

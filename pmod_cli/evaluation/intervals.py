@@ -139,9 +139,6 @@ def difference(
         first: Records (`task`, `doc_id`, `question`, `prompt`, `target`, `answer`, `item`) of the first model.
         other: Those of the other one. Where they hold other questions, only the common ones are compared.
         scores: The headline numbers over all records of each, in the paper's units.
-        sums: The benchmark's.
-        scale: From lmms-eval's units to the paper's.
-        seed: Of the resampling.
     """
     mine, theirs = ({_name(record): record for record in records} for records in (first, other))
     common = [name for name in mine if name in theirs]

@@ -173,7 +173,6 @@ def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
 
     Args:
         runs: Folders of finished runs, or their `results.json`.
-        seed: Of the resampling.
 
     Returns:
         As `Report.results`, with `runs` (folder by label) and `unequal` (sentences: what else differs).

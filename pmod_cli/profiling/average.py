@@ -17,9 +17,9 @@ from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, find_image
 from pmod_cli.data.sources import LlavaFile
 from pmod_cli.families.sizes import Sizes, image_tokens
 from pmod_cli.profiling.count import formulas
-from pmod_cli.profiling.count.memory import bytes_per_token
+from pmod_cli.profiling.count.memory import kv_bytes
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
-from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row
 from pmod_cli.profiling.subject import Subject
 from pmod_cli.reporting import plain_table
 
@@ -65,7 +65,6 @@ def read_rows(
     """The rows of a LLaVA JSON or JSONL file.
 
     Args:
-        file: The file.
         images: Folder that image names start from; the file's own if None.
         sizes: The model that would see them.
         count_text: Text tokens of a conversation, image marks left out.
@@ -96,21 +95,16 @@ def average(sizes: Sizes, rows: Sequence[Row], routed: Routed, dtype: str) -> Av
     """Count every row by itself and take means. Rows of equal sizes are counted once.
 
     Args:
-        sizes: The model.
         rows: As `read_rows` gives them.
-        routed: What the p-MoD changes.
-        dtype: Of the KV cache.
     """
     counted: dict[Row, tuple[int, ...]] = {}
-    setup, token = TrainingSetup(), bytes_per_token(sizes.decoder, dtype)
+    setup, models = TrainingSetup(), (Routed.stock(sizes.decoder.layers), routed)
     for row in rows:
         if row not in counted:
             both = []
-            for which in (Routed.stock(sizes.decoder.layers), routed):
-                prefill = formulas.prefill(sizes, [row], which)
-                step = training_flops(sizes, [row], setup, which).step
-                held = sum(tokens for _, tokens in layer_tokens([row], which)) * token
-                both.append((prefill.full, prefill.paper, step, held))
+            for which in models:
+                prefill, step = formulas.prefill(sizes, [row], which), training_flops(sizes, [row], setup, which).step
+                both.append((prefill.full, prefill.paper, step, kv_bytes(sizes, [row], dtype, routed=which)))
             counted[row] = tuple(number for pair in zip(*both, strict=True) for number in pair)
     means = [sum(column) / len(rows) for column in zip(*(counted[row] for row in rows), strict=True)]
 

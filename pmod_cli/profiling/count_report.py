@@ -196,7 +196,6 @@ def to_json(result: Profile, latency: Latency | None = None, *, macs: bool = Fal
     """The profile as one JSON-ready dict.
 
     Args:
-        result: What was counted.
         latency: What was measured, if anything was.
         macs: Also say every pair of FLOPs in multiply-adds.
     """

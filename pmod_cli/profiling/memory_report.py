@@ -36,7 +36,6 @@ def predict(result: Profile, gpus: list[Device] | None = None) -> Memory:
     """Predict the memory of a profiled workload.
 
     Args:
-        result: The profile.
         gpus: GPUs to fill; some usual ones if None.
     """
     both, new = (None, result.routed), result.workload.new_tokens

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.text import GIGA, MIB, TERA, percent
+from pmod_cli.profiling.cost_sweep import Axis, Point, Scores
 from pmod_cli.profiling.report import Profile
-from pmod_cli.profiling.sweep import Axis, Point, Scores
 
 STOCK, PMOD, SECOND, THIRD, SCORE = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00", "#009e73"
 STYLE = {
@@ -100,11 +100,11 @@ def sweep_figure(axis: Axis, points: Sequence[Point], scores: Scores | None = No
         numeric = all(not isinstance(point.value, str) for point in points)
         places = [point.value for point in points] if numeric else list(range(len(points)))
         if axis.name == "image-size":
-            axes.plot(places, [point.stock_flops / TERA for point in points], "s-", color=STOCK, label="stock")
-            axes.plot(places, [point.pmod_flops / TERA for point in points], "o-", color=PMOD, label="p-MoD")
+            axes.plot(places, [point.stock.full / TERA for point in points], "s-", color=STOCK, label="stock")
+            axes.plot(places, [point.pmod.full / TERA for point in points], "o-", color=PMOD, label="p-MoD")
             axes.set_ylabel("prefill, TFLOPs")
         else:
-            flops = [percent(point.pmod_flops, point.stock_flops) for point in points]
+            flops = [percent(point.pmod.full, point.stock.full) for point in points]
             held = [percent(point.pmod_kv, point.stock_kv) for point in points]
             axes.plot(places, flops, "o-", color=PMOD, label="prefill FLOPs")
             axes.plot(places, held, "s--", color=THIRD, label="KV cache")

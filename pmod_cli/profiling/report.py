@@ -101,8 +101,6 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
     """Count a stock model and its p-MoD on one batch, without weights.
 
     Args:
-        subject: The two configurations.
-        workload: The batch.
         dtype: Dtype of the KV cache; auto is the checkpoint's own.
 
     Raises:

@@ -82,7 +82,6 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
     Args:
         name: A checkpoint folder, a config.json, an alias or a hub id; stock or p-MoD.
         overrides: `PmodSettings` fields that replace the checkpoint's own, or the paper's for a stock model.
-        revision: Branch, tag or commit on the hub.
 
     Raises:
         PmodError: as `find_config` and `subject_of`.
@@ -92,10 +91,6 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
 
 def find_config(name: str, *, revision: str | None = None) -> Found:
     """The configuration behind a name. Where its weights are beside it, it is held to their headers.
-
-    Args:
-        name: As `load_subject` takes it.
-        revision: Branch, tag or commit on the hub.
 
     Raises:
         PmodError: nothing has this name, the configuration is no LLaVA's, or it says other sizes than the weights have.
@@ -134,10 +129,6 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
 def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject:
     """Stock and p-MoD configuration.
 
-    Args:
-        found: What was read.
-        overrides: As `load_subject` takes them.
-
     Raises:
         PmodError: a setting is out of range, or transformers refuses the configuration.
     """
@@ -170,7 +161,6 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     vocabulary stays. Number and size of the images' tokens stay too.
 
     Args:
-        subject: The model.
         hidden_size: D of the decoder, a multiple of 64. None leaves it.
         layers: L of the decoder. None leaves it.
 

@@ -23,7 +23,7 @@ from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import load_settings
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 
 if TYPE_CHECKING:
     from pmod_cli.training.plan import DataShape
@@ -81,10 +81,8 @@ def sweep(
 
     Args:
         cells: what to run, in this order.
-        out: the folder of the sweep.
         overrides: ``key.path=value``, the same for all cells.
         images: unseen documents of each task that a cell is scored on.
-        device: where to run.
         on_cell: is told of each cell what becomes of it: running, done before, done, failed, taken.
 
     Raises:
@@ -292,10 +290,8 @@ def plan_sweep(
 
     Args:
         cells: as ``sweep`` takes them, and so are the others.
-        out: the folder of the sweep.
         overrides: ``key.path=value``.
         images: unseen documents of each task that a cell is scored on.
-        device: where to run.
 
     Returns:
         A row a recipe, and the sums: cells, those done and left, FLOPs and (where a cell is done) CPU seconds of those
@@ -341,16 +337,16 @@ def _row(settings: Settings, shapes: dict[str, "DataShape"]) -> dict:
     """Of one cell. Its data are sampled once for all recipes that read the same."""
     from pmod_cli.families.sizes import Sizes  # these import torch, which no refusal has to wait for
     from pmod_cli.training.cost import run_flops
-    from pmod_cli.training.plan import data_shape, subject_of
+    from pmod_cli.training.plan import data_shape, model_of
 
-    known, _ = subject_of(settings)
-    sizes, per_step = Sizes.of(known.stock), settings.rows_per_step()
+    subject, routed, _ = model_of(settings)
+    sizes, per_step = Sizes.of(subject.stock), settings.rows_per_step()
     read = repr((asdict(settings.data), settings.model.name, per_step))
     if read not in shapes:
         shapes[read] = data_shape(settings, sizes, per_step)
     shape, steps = shapes[read], settings.steps(shapes[read].rows)
-    config, trained = known.pmod if known.runs_routed else known.stock, steps * per_step
-    ratios = known.pmod.retention if known.runs_routed else [1.0]
+    config, trained = subject.pmod if routed else subject.stock, steps * per_step
+    ratios = subject.pmod.retention if routed else [1.0]
     tokens, vision = round(shape.tokens * trained), round(shape.vision_tokens * trained)
     return {
         "mean_retention": sum(ratios) / len(ratios),

@@ -14,7 +14,7 @@ from pmod_cli.core.folders import held
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.resume import SOURCE, check_adapter, newest_whole
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 from pmod_cli.training.start import starting_checkpoint
 
 # Modules of a LLaVA that are trained whole beside adapters, by part. `image_newline` is no module and stays as it is.
@@ -25,7 +25,6 @@ def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | 
     """The model with adapters to be trained, its own weights frozen.
 
     Args:
-        model: a LLaVA, stock or p-MoD.
         settings: ``lora`` and ``model.freeze``.
         checkpoint: a folder with adapters to go on with; otherwise they are new and change nothing yet.
 

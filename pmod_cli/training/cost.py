@@ -17,7 +17,7 @@ from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Routed, Row, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
 from pmod_cli.training.parts import Part
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 
 
 def setup_of(settings: Settings, processes: int, on_gpu: bool) -> TrainingSetup:
@@ -53,7 +53,6 @@ def run_flops(settings: Settings, config: PretrainedConfig, rows: int, tokens: i
     repeats, since the model does not need it.
 
     Args:
-        settings: of the run.
         config: of its model, stock or p-MoD.
         rows: seen in the run.
         tokens: in all of them, without padding.
@@ -106,7 +105,6 @@ def disk_of(
     """The disk that a run needs.
 
     Args:
-        settings: the whole run.
         parameters: of each part of its model.
         config: of the model that it starts from; the result keeps its dtype.
         steps: optimizer steps of the run.
@@ -154,8 +152,6 @@ def remedies(
     """Each single change that is enough, or where none is, the first of several together.
 
     Args:
-        settings: of the run that does not fit.
-        processes: devices that share it.
         memory: bytes on one device at the peak of a run of these settings on so many devices.
         room: bytes that a device has.
         on_gpu: whether the devices are GPUs; elsewhere weights cannot be held in 4 bits.

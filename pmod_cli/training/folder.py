@@ -19,7 +19,7 @@ from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import MARKER, is_new, mark
 from pmod_cli.training.recipe import differences, dump, load_settings
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 
 SETTINGS = "config.yaml"
 STATE = "checkpoints"

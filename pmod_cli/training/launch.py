@@ -91,7 +91,6 @@ def launch(distributed: Distributed, job: dict[str, Any], on_command: Callable[[
     """Start the processes, wait for them, and return what the first one of this machine reports.
 
     Args:
-        distributed: the processes.
         job: what each of them is told.
         on_command: is told the command that is run.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from pmod_cli.training.settings import PARTS, TrainArgs
+from pmod_cli.training.run_settings import PARTS, TrainArgs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +95,6 @@ def parameter_groups(model: "nn.Module", train: TrainArgs, decayed: Iterable[str
     """Optimizer groups of the trained parameters: by part, and within it by weight decay.
 
     Args:
-        model: the model, frozen where it is to be.
         train: gives the learning rate of each part and the weight decay.
         decayed: names of the parameters that weight decay applies to.
     """
@@ -115,9 +114,6 @@ def use_liger(model: PreTrainedModel) -> None:
     The Trainer's own switch goes by the model type and passes over p-MoD models without a word. The decoder is a stock
     one as far as these modules go, and the kernel takes the rotary tables that a routed layer gathers for each row.
     Liger's fused loss is left out: it belongs to the language model's own head, which a LLaVA does not call.
-
-    Args:
-        model: a LLaVA, stock or p-MoD.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

@@ -15,14 +15,14 @@ from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.training import TrainingMemory, training_flops, training_memory
-from pmod_cli.profiling.count.workload import Routed, Row, Workload
+from pmod_cli.profiling.count.workload import Routed, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
 from pmod_cli.profiling.subject import Subject, load_subject
 from pmod_cli.training.cost import Disk, Remedy, disk_of, remedies, row_of, setup_of, this_device
 from pmod_cli.training.parts import Part, count, freeze
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.run_data import SyntheticDocuments
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 
 SAMPLE = 16  # synthetic rows drawn to estimate the tokens of a row
 TEXT_TOKENS = 200  # of a row that nobody has seen
@@ -126,8 +126,6 @@ def plan(
     """Work out a run. What it would be refused for without its weights, ``preflight`` tells first.
 
     Args:
-        settings: the whole run.
-        processes: devices that share it.
         device: auto, cpu, cuda or cuda:N; what is there, where ``gpu`` does not say otherwise.
         gpu: a GPU by name, or its memory.
         utilization: share of the device's peak arithmetic that is reached.
@@ -141,36 +139,32 @@ def plan(
     per_step = settings.rows_per_step(processes)
     target = parse_memory(gpu) if gpu else this_device(device)
     on_gpu = gpu is not None or (device != "cpu" and torch.cuda.is_available())
-    subject, name = subject_of(settings)
-    routed = subject.runs_routed
+    subject, routed, name = model_of(settings)
     sizes = Sizes.of(subject.stock)
     data = data_shape(settings, sizes, per_step)
     steps = settings.steps(data.rows, processes)
     passes = steps * settings.accumulation(processes)  # of one device
     room = USABLE * target.memory
 
-    def batch_of(settings: Settings, tokens: float) -> list[Row]:
-        return [row_of(sizes, data.vision_tokens, tokens)] * settings.train.batch_size
+    def memory(settings: Settings, processes: int, which: Routed) -> TrainingMemory:
+        batch = [row_of(sizes, data.vision_tokens, data.longest)] * settings.train.batch_size
+        return training_memory(sizes, batch, setup_of(settings, processes, on_gpu), which)
 
-    def memory(settings: Settings, processes: int, routed: Routed | None) -> TrainingMemory:
-        setup = setup_of(settings, processes, on_gpu)
-        return training_memory(sizes, batch_of(settings, data.longest), setup, routed)
-
-    def cost(routed: Routed | None) -> Cost:
-        needed = memory(settings, processes, routed)
-        setup = setup_of(settings, processes, on_gpu)
-        flops = training_flops(sizes, batch_of(settings, data.tokens), setup, routed).step * passes
+    def cost(which: Routed) -> Cost:
+        needed = memory(settings, processes, which)
+        batch = [row_of(sizes, data.vision_tokens, data.tokens)] * settings.train.batch_size
+        flops = training_flops(sizes, batch, setup_of(settings, processes, on_gpu), which).step * passes
         return Cost(
             memory=needed,
             fits=needed.total <= room if target.memory else None,
             flops=float(flops) * processes,
             hours=flops / (target.flops * utilization) / 3600 if target.flops else None,
-            mean_retention=1.0 if routed is None else routed.mean_retention,
+            mean_retention=which.mean_retention,
         )
 
     config = subject.pmod if routed else subject.stock
     parameters = _parameters(settings, config)
-    own = Routed.of(subject.pmod) if routed else None
+    pmod, stock = Routed.of(subject.pmod), Routed.stock(sizes.decoder.layers)
     found = Plan(
         model=name,
         runs_as="p-mod" if routed else "stock",
@@ -183,38 +177,28 @@ def plan(
         device=target,
         devices=processes,
         utilization=utilization,
-        pmod=cost(Routed.of(subject.pmod)),
-        stock=cost(None),
+        pmod=cost(pmod),
+        stock=cost(stock),
         disk=disk_of(settings, parameters, config, steps, None if gpu else out),
         lacking=lacking or [],
     )
     if found.cost.fits is not False:
         return found
-    return replace(
-        found,
-        remedies=remedies(settings, processes, lambda *changed: memory(*changed, own).total, room, on_gpu),
-    )
+    own = pmod if routed else stock
+    ways = remedies(settings, processes, lambda *changed: memory(*changed, own).total, room, on_gpu)
+    return replace(found, remedies=ways)
 
 
-@dataclass(frozen=True)
-class Known:
-    """The two configurations of a model, and whether a run would route it."""
-
-    stock: PretrainedConfig
-    pmod: PretrainedConfig
-    runs_routed: bool
-
-
-def subject_of(settings: Settings) -> tuple[Known, str]:
-    """The two configurations of the model, and what it is called."""
+def model_of(settings: Settings) -> tuple[Subject, bool, str]:
+    """The two configurations of the model, whether the run would route it, and what it is called."""
     model = settings.model
     name = model.name
     if model.llm is not None:
         name = "llava-1.5-7b" if model.kind == LLAVA.name else "llava-next-7b"
-    found: Subject = load_subject(name, settings.pmod.given)
     shown = name if model.llm is None else f"{model.llm} and others, taken to have the sizes of {name}"
+    subject = load_subject(name, settings.pmod.given)
     asked = settings.pmod.enabled or bool(settings.pmod.given) or _holds_routers(name)
-    return Known(found.stock, found.pmod, settings.pmod.enabled is not False and asked), shown
+    return subject, settings.pmod.enabled is not False and asked, shown
 
 
 def _holds_routers(name: str) -> bool:
@@ -237,8 +221,6 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
     """What a run reads: from a sample of its data where they are here, else from what the settings say of them.
 
     Args:
-        settings: the whole run.
-        sizes: of its model.
         per_step: rows of an optimizer step.
 
     Raises:

@@ -14,7 +14,7 @@ from pmod_cli.core.hardware import require_attention, require_device
 from pmod_cli.profiling.count.training import LORA_TARGETS
 from pmod_cli.training import folder
 from pmod_cli.training.launch import Distributed
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 from pmod_cli.training.start import check_start
 
 
@@ -50,7 +50,6 @@ def preflight(run: Intent, *, elsewhere: bool = False) -> list[str]:
     """Refuse a run that could not start.
 
     Args:
-        run: what is about to start.
         elsewhere: the run is planned for another machine: what this one lacks is told, not refused.
 
     Returns:
@@ -167,8 +166,6 @@ def check_requirements(settings: Settings, device: str, distributed: bool) -> No
     """Refuse settings that this machine or installation cannot follow.
 
     Args:
-        settings: the whole run.
-        device: cpu, cuda, cuda:N or mps.
         distributed: whether several processes share the run; one alone shares nothing and needs no engine.
 
     Raises:

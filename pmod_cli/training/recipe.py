@@ -20,7 +20,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.yaml_text import Located
 from pmod_cli.data.documents import TASKS
 from pmod_cli.model import PmodSettings
-from pmod_cli.training.settings import PARTS, Settings
+from pmod_cli.training.run_settings import PARTS, Settings
 
 BASE = "base"  # a recipe's first key may name the recipe that it changes
 LARGEST = {int: 2**31 - 1, float: 1e9}  # of any setting: beyond it a run would never end, or its numbers would

@@ -18,7 +18,7 @@ from pmod_cli.checkpoints.digests import file_sha256, weights_sha256
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 
 FILES = "files.json"  # in a training checkpoint
 SOURCE = "source.json"  # beside the training checkpoints, and in an adapter's folder

@@ -21,7 +21,7 @@ from pmod_cli.training.parts import count, freeze, repeat_in_backward, use_liger
 from pmod_cli.training.preflight import check_requirements, check_settings
 from pmod_cli.training.resume import hold_source, set_damaged_aside
 from pmod_cli.training.run_data import Counting, Data, open_data
-from pmod_cli.training.settings import Settings, processes
+from pmod_cli.training.run_settings import Settings, processes
 from pmod_cli.training.start import source_of, starting_checkpoint
 from pmod_cli.training.summary import FinetuneReport, Summary, write_reports
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
@@ -48,7 +48,6 @@ def finetune(
 
     Args:
         settings: the whole run; ``model.name`` must be given.
-        out: the run folder.
         device: cpu, cuda, cuda:N or mps.
         resume: go on with what is in ``out``; otherwise ``out`` must be new.
         overwrite: replace an earlier run in ``out`` when this one is whole. Until then it is in the folder that

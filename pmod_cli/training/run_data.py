@@ -17,7 +17,7 @@ from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.rows import row
 from pmod_cli.training.folder import SKIPPED
-from pmod_cli.training.settings import DataArgs, Settings, processes
+from pmod_cli.training.run_settings import DataArgs, Settings, processes
 from pmod_cli.training.start import source_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
 
     Args:
         settings: ``data`` says which.
-        processor: of the model.
         out: the run folder, where rows that are left out are listed.
 
     Raises:

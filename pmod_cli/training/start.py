@@ -12,7 +12,7 @@ from pmod_cli.checkpoints.resolve import find_here
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import PmodSettings
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 
 PROJECTOR = "mm_projector.bin"  # of a repository of the original authors
 

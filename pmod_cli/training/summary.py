@@ -16,7 +16,7 @@ from pmod_cli.training import folder
 from pmod_cli.training.cost import run_flops, this_device
 from pmod_cli.training.parts import Part
 from pmod_cli.training.recipe import dump
-from pmod_cli.training.settings import Settings, processes
+from pmod_cli.training.run_settings import Settings, processes
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,6 @@ def add_scores(out: Path, table: str, scores: dict) -> None:
     """Put scores into the summary of a run, and their table at the end of its model card, in the place of earlier ones.
 
     Args:
-        out: the run folder.
         table: as Markdown.
         scores: of each task and model, as the summary is to have them.
     """

@@ -25,7 +25,7 @@ from pmod_cli.training.folder import STATE
 from pmod_cli.training.parts import parameter_groups
 from pmod_cli.training.resume import list_files
 from pmod_cli.training.run_data import COUNTS, Counting
-from pmod_cli.training.settings import Settings, TrainArgs, processes
+from pmod_cli.training.run_settings import Settings, TrainArgs, processes
 from pmod_cli.training.watch import Watch
 
 
@@ -195,11 +195,6 @@ def training_arguments(settings: Settings, out: Path, device: str) -> TrainingAr
     """Everything the Trainer is told, but ``max_steps``, which the data decide.
 
     Made before the model is loaded: FSDP and DeepSpeed have a say in that. It also joins the processes of the run.
-
-    Args:
-        settings: the whole run.
-        out: the run folder.
-        device: cpu, cuda, cuda:N or mps.
     """
     train, on_gpu = settings.train, device.startswith("cuda")
     distributed = "LOCAL_RANK" in os.environ

@@ -19,8 +19,18 @@ from pmod_cli.profiling.count.workload import Workload
 from pmod_cli.profiling.latency_report import predicted_cache
 from pmod_cli.profiling.measure.clock import interleaved, peak_bytes, threads
 from pmod_cli.profiling.measure.latency import bytes_read, cache_bytes, phase_flops
-from pmod_cli.profiling.measure.models import PMOD, STOCK, ModelPair, prompt, random_pair
-from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, PREFILL, TRAIN, Bench
+from pmod_cli.profiling.measure.phases import (
+    CHECKPOINTED,
+    DECODE,
+    PMOD,
+    PREFILL,
+    STOCK,
+    TRAIN,
+    Bench,
+    ModelPair,
+    prompt,
+    random_pair,
+)
 from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import load_subject, scaled
 from tests.bench.start import start_ratio

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pmod_cli.evaluation import plan
+from pmod_cli.evaluation import eval_plan
 from pmod_cli.evaluation.journal import Answer, Journal
 
 FIRST = Answer("zehn €", "why?\nASSISTANT:", 12, 2, cut=True, seconds=0.25, batch=3)
@@ -94,11 +94,11 @@ def test_separators_of_lines_in_an_answer(tmp_path):
 
 
 def test_another_version_of_pmod_asks_again(monkeypatch):
-    settings, described = plan.EvalSettings(), {"weights_sha256": "x"}
-    now = plan.answerer(described, settings)
-    assert plan.answerer(described, settings) == now
-    monkeypatch.setattr(plan, "__version__", "99.0")
-    assert plan.answerer(described, settings) != now
+    settings, described = eval_plan.EvalSettings(), {"weights_sha256": "x"}
+    now = eval_plan.answerer(described, settings)
+    assert eval_plan.answerer(described, settings) == now
+    monkeypatch.setattr(eval_plan, "__version__", "99.0")
+    assert eval_plan.answerer(described, settings) != now
 
 
 def test_empty_is_without_letter_and_digit():

@@ -18,7 +18,7 @@ from pathlib import Path
 from pmod_cli.checkpoints import convert
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling.measure.models import PMOD
+from pmod_cli.profiling.measure.phases import PMOD
 from pmod_cli.training import folder
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pmod_cli.profiling.measure.models import PMOD, STOCK
-from pmod_cli.profiling.measure.phases import DECODE, PREFILL
+from pmod_cli.profiling.measure.phases import DECODE, PMOD, PREFILL, STOCK
 from tests.gpu.machine import Machine
 from tests.gpu.rows import Row, emit
 from tests.gpu.speed import NEXT, TOKENS

@@ -11,7 +11,7 @@ import torch
 
 from pmod_cli.profiling.count.workload import Workload
 from pmod_cli.profiling.measure.clock import Timing, interleaved
-from pmod_cli.profiling.measure.models import PMOD, STOCK, ModelPair, random_pair
+from pmod_cli.profiling.measure.phases import PMOD, STOCK, ModelPair, random_pair
 from pmod_cli.profiling.subject import Subject, load_subject, scaled
 from tests.bench.__main__ import Batch
 

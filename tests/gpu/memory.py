@@ -10,8 +10,7 @@ from pmod_cli.core.text import GIB
 from pmod_cli.profiling.latency_report import predicted_cache
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.latency import cache_bytes
-from pmod_cli.profiling.measure.models import PMOD, STOCK
-from pmod_cli.profiling.measure.phases import PREFILL
+from pmod_cli.profiling.measure.phases import PMOD, PREFILL, STOCK
 from tests.bench.__main__ import Batch
 from tests.gpu.machine import Machine
 from tests.gpu.rows import Row, emit

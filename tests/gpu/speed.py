@@ -10,8 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
-from pmod_cli.profiling.measure.models import PMOD, STOCK, ModelPair
-from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, PREFILL, forward_and_backward
+from pmod_cli.profiling.measure.phases import (
+    CHECKPOINTED,
+    DECODE,
+    PMOD,
+    PREFILL,
+    STOCK,
+    ModelPair,
+    forward_and_backward,
+)
 from tests.bench.__main__ import Batch, RepeatedRows
 from tests.gpu.machine import Machine
 from tests.gpu.rows import Row, emit, faster_row, timed_row

@@ -20,8 +20,16 @@ from pmod_cli.profiling.measure.clock import (
 )
 from pmod_cli.profiling.measure.devices import DEVICES, named_device, parse_memory
 from pmod_cli.profiling.measure.latency import measured_device
-from pmod_cli.profiling.measure.models import prompt, random_pair
-from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, FIRST_TOKEN, PREFILL, TRAIN, Bench
+from pmod_cli.profiling.measure.phases import (
+    CHECKPOINTED,
+    DECODE,
+    FIRST_TOKEN,
+    PREFILL,
+    TRAIN,
+    Bench,
+    prompt,
+    random_pair,
+)
 from tests import factories
 
 

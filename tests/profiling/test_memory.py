@@ -11,8 +11,7 @@ from pmod_cli.profiling.count.memory import RESERVE, fit, inference_memory
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.devices import DEVICES, parse_memory
 from pmod_cli.profiling.measure.latency import cache_bytes
-from pmod_cli.profiling.measure.models import prompt, random_pair
-from pmod_cli.profiling.measure.phases import Bench
+from pmod_cli.profiling.measure.phases import Bench, prompt, random_pair
 
 STEPS = 16
 

@@ -7,7 +7,7 @@ import pytest
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import Workload, load_subject, profile
-from pmod_cli.profiling.sweep import Axis, parse_axis, read_scores, sweep, sweep_rows
+from pmod_cli.profiling.cost_sweep import Axis, parse_axis, read_scores, sweep, sweep_rows
 
 WORKLOAD = Workload(((672, 672),), text_tokens=58)
 
@@ -37,12 +37,12 @@ def test_a_point_is_the_profile_of_its_setting() -> None:
     points = sweep("llava-1.5-7b", axis, WORKLOAD)
     alone = profile(load_subject("llava-1.5-7b", {"shift": 0.4}), WORKLOAD, dtype="bfloat16")
     formula = alone.formula(pmod=True)
-    assert points[0].pmod_flops == formula.full
+    assert points[0].pmod.full == formula.full
     assert points[0].pmod_paper_flops == formula.paper
-    assert points[0].stock_flops == points[1].stock_flops == alone.formula(pmod=False).full
+    assert points[0].stock.full == points[1].stock.full == alone.formula(pmod=False).full
     assert points[0].pmod_kv == sum(layer.total for layer in alone.pmod_kv)
     assert points[0].mean_retention == pytest.approx(alone.mean_retention)
-    assert points[0].pmod_flops < points[1].pmod_flops
+    assert points[0].pmod.full < points[1].pmod.full
     rows = sweep_rows(axis, points)
     assert [row["shift"] for row in rows] == [0.4, 0.5]
     assert rows[0]["pmod_tflops"] == formula.full / 1e12

@@ -22,7 +22,7 @@ from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.training import PARTS
 from pmod_cli.profiling.measure.clock import peak_bytes
-from pmod_cli.profiling.measure.models import Prompt, prompt, random_pair
+from pmod_cli.profiling.measure.phases import Prompt, prompt, random_pair
 
 
 def step(model: PreTrainedModel, batch: Prompt, *, low: bool = False) -> None:

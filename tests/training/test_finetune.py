@@ -19,7 +19,7 @@ from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of, re
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import Counting, SyntheticDocuments
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
 

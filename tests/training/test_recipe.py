@@ -7,7 +7,7 @@ import pytest
 from pmod_cli import recipe_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.training.recipe import differences, dump, load_settings
-from pmod_cli.training.settings import Settings
+from pmod_cli.training.run_settings import Settings
 
 
 def write(folder: Path, text: str) -> Path:

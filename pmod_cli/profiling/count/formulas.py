@@ -66,7 +66,6 @@ def prefill(
     """Count the prefill of one batch.
 
     Args:
-        sizes: The model.
         rows: The batch, as `Workload.rows` makes it.
         routed: What p-MoD changes; None is the stock model.
         attention: Share of the rectangle of queries and keys that is counted: 0.5 is what a causal kernel computes.
@@ -92,7 +91,6 @@ def layer_matrix(decoder: Decoder, tokens: int, router_tokens: int = 0) -> int:
     """FLOPs of one decoder layer on one row, without attention products.
 
     Args:
-        decoder: Its sizes.
         tokens: Tokens that pass attention and MLP: the kept vision tokens and all text.
         router_tokens: Tokens that the router scores; 0 in a plain layer.
     """
@@ -184,7 +182,6 @@ def parameters(sizes: Sizes, routed_layers: int = 0, adapter: int = 0) -> Parame
     """Count the weights of a model, without the norms of the decoder (less than 0.01 %).
 
     Args:
-        sizes: The model.
         routed_layers: Layers with a router; 0 for the stock model.
         adapter: Weights of LoRA's adapters on one decoder layer.
     """

@@ -38,7 +38,6 @@ def bytes_per_token(decoder: Decoder, dtype: str) -> int:
     """Bytes that one token takes in one layer: K and V over the key/value heads, fewer than query heads under GQA.
 
     Args:
-        decoder: Its sizes.
         dtype: One of `DTYPE_BYTES`.
     """
     return 2 * decoder.kv_heads * decoder.head_size * DTYPE_BYTES[dtype]
@@ -48,7 +47,6 @@ def kv_cache(decoder: Decoder, dtype: str, tokens: list[int], text: int, new: in
     """KV cache per layer. A skipped token has no K and V in that layer.
 
     Args:
-        decoder: Its sizes.
         dtype: Dtype of the cache, one of `DTYPE_BYTES`.
         tokens: Tokens of a row that each layer holds after the prefill, M, length L.
         text: Text tokens of a row among them.
@@ -57,6 +55,17 @@ def kv_cache(decoder: Decoder, dtype: str, tokens: list[int], text: int, new: in
     """
     size = batch * bytes_per_token(decoder, dtype)
     return [KvCost((held - text) * size, (text + new) * size) for held in tokens]
+
+
+def kv_bytes(sizes: Sizes, rows: Sequence[Row], dtype: str, new_tokens: int = 0, routed: Routed | None = None) -> int:
+    """Bytes of the whole KV cache of a batch, padding included, after the prefill and `new_tokens` more.
+
+    Args:
+        dtype: One of `DTYPE_BYTES`.
+    """
+    routed = routed or Routed.stock(sizes.decoder.layers)
+    held = sum(tokens + new_tokens for _, tokens in layer_tokens(rows, routed))
+    return len(rows) * held * bytes_per_token(sizes.decoder, dtype)
 
 
 RESERVE = GIB  # of a GPU's memory: the CUDA context, kernels' work space and fragmentation
@@ -108,7 +117,6 @@ def inference_memory(
     """Bytes that a batch needs.
 
     Args:
-        sizes: The model.
         rows: The batch; shorter rows are padded.
         dtype: Of weights and cache, one of `DTYPE_BYTES`.
         new_tokens: Tokens decoded after the prefill.
@@ -119,7 +127,7 @@ def inference_memory(
     gathered = [tokens for _, tokens in layer_tokens(rows, routed)]
     longest = max(row.tokens for row in rows)
     token = bytes_per_token(decoder, dtype)
-    cache = token * (sum(gathered) + decoder.layers * new_tokens)
+    cache = kv_bytes(sizes, rows, dtype, new_tokens, routed)
     so_far = itertools.accumulate(gathered)
     peaks = [
         token * held + size * (5 * longest * decoder.hidden + 3 * tokens * decoder.inner)
@@ -127,8 +135,8 @@ def inference_memory(
     ]
     return InferenceMemory(
         weights=parameters(sizes, sum(routed.has_router)).total * size,
-        cache=len(rows) * cache,
-        work=len(rows) * max(0, max(peaks) - cache),
+        cache=cache,
+        work=max(0, len(rows) * max(peaks) - cache),
     )
 
 
@@ -144,12 +152,7 @@ def fit(
     """The largest batch of a prompt, and the longest text beside its images, that a device holds.
 
     Args:
-        sizes: The model.
-        row: The prompt.
-        dtype: Of weights and cache.
         memory: Bytes of the device; all but `RESERVE` is used.
-        new_tokens: As in `inference_memory`.
-        routed: As in `inference_memory`.
     """
     room = memory - RESERVE
 

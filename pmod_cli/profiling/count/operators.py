@@ -121,7 +121,6 @@ def count(module: nn.Module, *tensors: Tensor, **arguments: Any) -> Count:
 
     Args:
         module: Any module; on the meta device nothing is computed.
-        tensors: Positional inputs.
         arguments: Keyword arguments, handed on as they are.
     """
     analysis = FlopCountAnalysis(_Call(module, **arguments), tensors).set_op_handle(**HANDLES)

@@ -138,7 +138,6 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
 
     Args:
         model: A LLaVA on the meta device, stock or p-MoD.
-        rows: The batch.
         routed: What its layers keep; a stock model's keep everything.
     """
     decoder = model.model.language_model
@@ -207,10 +206,6 @@ def batch_routing(rows: Sequence[Row], target_tokens: str) -> Routing:
 
 def vision_cost(model: PreTrainedModel, rows: Sequence[Row]) -> VisionCost:
     """Count the vision tower and the projector for all images of a batch.
-
-    Args:
-        model: A LLaVA on the meta device.
-        rows: The batch.
 
     Raises:
         PmodError: a vision tower that is no CLIP or SigLIP.

@@ -148,9 +148,7 @@ def training_flops(
     weight has no gradient of its own, and behind the lowest trained part no input has one.
 
     Args:
-        sizes: The model.
         rows: The batch of one device.
-        setup: How it is trained.
         routed: What p-MoD changes; None is the stock model.
 
     Raises:
@@ -194,9 +192,7 @@ def training_memory(
     below and the gradients of those above are there. The kernel of attention is a fused one: it keeps no scores.
 
     Args:
-        sizes: The model.
         rows: The batch of one device, padded to its longest row.
-        setup: How it is trained.
         routed: What p-MoD changes; None is the stock model.
     """
     decoder, routed = sizes.decoder, routed or Routed.stock(sizes.decoder.layers)

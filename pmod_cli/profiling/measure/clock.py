@@ -96,10 +96,7 @@ def interleaved(
     """Time calls in turn, in every second round in reverse, so that each meets the same machine.
 
     Args:
-        calls: By name.
-        device: Where they run.
         warmup: Untimed rounds at first.
-        repeats: Timed rounds.
         per: Units of work in a call.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in calls}

@@ -17,8 +17,20 @@ from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.workload import Workload
 from pmod_cli.profiling.measure.clock import Timing, interleaved, peak_bytes, shares_of_time, threads, timed
 from pmod_cli.profiling.measure.devices import Device, named_device
-from pmod_cli.profiling.measure.models import NAMES, STOCK, ModelPair, loaded_pair, prompt, random_pair
-from pmod_cli.profiling.measure.phases import CHECKPOINTED, DECODE, FIRST_TOKEN, PREFILL, TRAIN, Bench
+from pmod_cli.profiling.measure.phases import (
+    CHECKPOINTED,
+    DECODE,
+    FIRST_TOKEN,
+    NAMES,
+    PREFILL,
+    STOCK,
+    TRAIN,
+    Bench,
+    ModelPair,
+    loaded_pair,
+    prompt,
+    random_pair,
+)
 from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import Subject
 
@@ -127,10 +139,7 @@ def measure_latency(
     """Count a batch and run it.
 
     Args:
-        subject: The two configurations.
-        workload: The batch.
         folder: Checkpoint with the weights, stock or p-MoD. None: random weights of the subject's shape.
-        settings: How.
         on_phase: Is told of each phase before it begins.
 
     Raises:

@@ -16,8 +16,9 @@ from pmod_cli.core.text import GIGA, MIB, TERA, percent
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas
-from pmod_cli.profiling.count.memory import kv_cache
-from pmod_cli.profiling.count.workload import Routed, Workload, layer_tokens
+from pmod_cli.profiling.count.formulas import Prefill
+from pmod_cli.profiling.count.memory import kv_bytes
+from pmod_cli.profiling.count.workload import Routed, Workload
 from pmod_cli.profiling.subject import find_config, subject_of
 from pmod_cli.reporting import plain_table
 
@@ -48,21 +49,15 @@ class Point:
         value: The swept setting's.
         retention: Retention ratio of each layer, length L.
         vision_tokens: V of the longest row.
-        stock_flops: Prefill, convention `full`.
-        pmod_flops: The same.
-        stock_paper_flops: Prefill, convention `paper`.
-        pmod_paper_flops: The same.
-        stock_kv: Bytes of the KV cache.
-        pmod_kv: The same.
+        stock, pmod: FLOPs of the prefill.
+        stock_kv, pmod_kv: Bytes of the KV cache.
     """
 
     value: float | str
     retention: tuple[float, ...]
     vision_tokens: int
-    stock_flops: int
-    pmod_flops: int
-    stock_paper_flops: int
-    pmod_paper_flops: int
+    stock: Prefill
+    pmod: Prefill
     stock_kv: int
     pmod_kv: int
 
@@ -108,10 +103,8 @@ def sweep(
 
     Args:
         name: The model, as `load_subject` takes it.
-        axis: What is swept.
         workload: The batch; its image sizes give way where these are swept.
         overrides: Other settings, as `load_subject` takes them.
-        dtype: Of the KV cache.
         source: More for `find_config`, such as `revision`.
 
     Raises:
@@ -127,23 +120,13 @@ def sweep(
         subject = subject_of(found, settings)
         sizes = Sizes.of(subject.stock)
         rows, both = batch.rows(sizes), (Routed.stock(sizes.decoder.layers), Routed.of(subject.pmod))
-        stock, pmod = (formulas.prefill(sizes, rows, which) for which in both)
-        held = []
-        for which in both:
-            tokens = [tokens for _, tokens in layer_tokens(rows, which)]
-            layers = kv_cache(sizes.decoder, dtype, tokens, batch.text_tokens, batch.new_tokens, len(rows))
-            held.append(sum(layer.total for layer in layers))
         points.append(
             Point(
-                value=value,
-                retention=tuple(subject.pmod.retention),
-                vision_tokens=max(row.vision_tokens for row in rows),
-                stock_flops=stock.full,
-                pmod_flops=pmod.full,
-                stock_paper_flops=stock.paper,
-                pmod_paper_flops=pmod.paper,
-                stock_kv=held[0],
-                pmod_kv=held[1],
+                value,
+                tuple(subject.pmod.retention),
+                max(row.vision_tokens for row in rows),
+                *(formulas.prefill(sizes, rows, which) for which in both),
+                *(kv_bytes(sizes, rows, dtype, batch.new_tokens, which) for which in both),
             )
         )
     return points
@@ -179,8 +162,6 @@ def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[Point]) -> Sc
 
     Args:
         runs: Folders that `pmod eval` wrote, or their results.json.
-        axis: What is swept.
-        points: Its values.
 
     Raises:
         PmodError: No run, a run at none of the values, two runs at one, or no task in common.
@@ -228,7 +209,7 @@ def _same(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -> Table:
     """One row a value."""
-    small = max(point.stock_flops for point in points) < TERA
+    small = max(point.stock.full for point in points) < TERA
     unit, name = (GIGA, "GFLOPs") if small else (TERA, "TFLOPs")
     table = plain_table(
         f"Prefill in {name} (full convention), KV cache in MiB",
@@ -250,9 +231,9 @@ def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -
             str(point.value) if isinstance(point.value, str) else f"{point.value:g}",
             f"{round(point.mean_retention, 6):.4f}",
             f"{point.vision_tokens}",
-            f"{point.stock_flops / unit:.2f}",
-            f"{point.pmod_flops / unit:.2f}",
-            f"{percent(point.pmod_flops, point.stock_flops):.1f} %",
+            f"{point.stock.full / unit:.2f}",
+            f"{point.pmod.full / unit:.2f}",
+            f"{percent(point.pmod.full, point.stock.full):.1f} %",
             f"{point.stock_kv / MIB:,.1f}",
             f"{point.pmod_kv / MIB:,.1f}",
             f"{percent(point.pmod_kv, point.stock_kv):.1f} %",
@@ -268,10 +249,10 @@ def sweep_rows(axis: Axis, points: list[Point], scores: Scores | None = None) ->
             axis.name.replace("-", "_"): point.value,
             "mean_retention_ratio": point.mean_retention,
             "vision_tokens": point.vision_tokens,
-            "stock_tflops": point.stock_flops / TERA,
-            "pmod_tflops": point.pmod_flops / TERA,
-            "stock_paper_tflops": point.stock_paper_flops / TERA,
-            "pmod_paper_tflops": point.pmod_paper_flops / TERA,
+            "stock_tflops": point.stock.full / TERA,
+            "pmod_tflops": point.pmod.full / TERA,
+            "stock_paper_tflops": point.stock.paper / TERA,
+            "pmod_paper_tflops": point.pmod.paper / TERA,
             "stock_kv_cache_mib": point.stock_kv / MIB,
             "pmod_kv_cache_mib": point.pmod_kv / MIB,
             **({"mean_score": scores.at[index]} if scores else {}),

@@ -1,8 +1,8 @@
 """What a model costs, stock beside p-MoD: counted before it runs, without weights, and measured when it runs.
 
 `count/` has the formulas, the fvcore trace that checks them, KV cache and memory; `measure/` runs and times models.
-On top: `subject` (a name to two configurations), `report` (one counted profile), `cost_sweep` and `average` (many of them),
-and what is shown: tables, JSON, figures.
+On top: `subject` (a name to two configurations), `report` (one counted profile), `cost_sweep` and `average` (many of
+them), and what is shown: tables, JSON, figures.
 
 Names resolve on first use, so that formulas cost no import of torch.
 """

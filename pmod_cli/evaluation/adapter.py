@@ -85,6 +85,11 @@ class PmodModel(lmms):
         elif selection != "router":
             raise PmodError(f"{self.name} is a plain LLaVA: it keeps every vision token, there is nothing to select")
         self._of_thread = threading.local()
+        ends = model.generation_config.eos_token_id
+        ends = processor.tokenizer.eos_token_id if ends is None else ends
+        self._end_ids = list(ends) if isinstance(ends, list | tuple) else [ends]
+        pad = processor.tokenizer.pad_token_id  # which token pads does not matter, since it is masked; some have none
+        self._pad_id = self._end_ids[0] if pad is None else pad
 
     @property
     def device(self) -> torch.device:
@@ -174,23 +179,23 @@ class PmodModel(lmms):
     @torch.inference_mode()
     def _answer(self, rows: list[prompts.Prompt], settings: dict) -> list[Answer]:
         """Answers of one batch, cut at the first of the task's `until` strings."""
-        pad_id = self._pad_id()
         batch = {
             name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in prompts.collate(rows, pad_id).items()
+            for name, value in prompts.collate(rows, self._pad_id).items()
         }
         limit = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
         sampling = _sampling(settings)
         if sampling["do_sample"]:  # the same answer in whichever process and order it is given
             torch.manual_seed(zlib.crc32(f"{self.seed}/{rows[0].prompt}".encode()))
         started = time.perf_counter()
-        ids = self.model.generate(**batch, max_new_tokens=limit, pad_token_id=pad_id, **sampling)
+        ids = self.model.generate(**batch, max_new_tokens=limit, pad_token_id=self._pad_id, **sampling)
         generated = ids[:, batch["input_ids"].shape[1] :].cpu()  # (B, generated tokens); waits for the device
         seconds = (time.perf_counter() - started) / len(rows)
 
         answers = []
         for row, tokens in zip(rows, generated, strict=True):
-            length = self._length(tokens)
+            ends = torch.isin(tokens, torch.tensor(self._end_ids)).nonzero()
+            length = int(ends[0]) if len(ends) else len(tokens)  # before the first end token
             text = self.processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
             for stop in settings.get("until") or ():
                 text = text.split(stop)[0] if stop else text
@@ -199,22 +204,6 @@ class PmodModel(lmms):
                 Answer(text.strip(), row.prompt, row.length, length, cut, seconds=round(seconds, 6), batch=len(rows))
             )
         return answers
-
-    def _length(self, tokens: torch.Tensor) -> int:
-        """Generated tokens before the first end token."""
-        ends = torch.isin(tokens, torch.tensor(self._end_ids())).nonzero()
-        return int(ends[0]) if len(ends) else len(tokens)
-
-    def _end_ids(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            ends = self.processor.tokenizer.eos_token_id
-        return list(ends) if isinstance(ends, list | tuple) else [ends]
-
-    def _pad_id(self) -> int:
-        """Which token pads does not matter, since it is masked; some tokenizers have none."""
-        pad = self.processor.tokenizer.pad_token_id
-        return pad if pad is not None else self._end_ids()[0]
 
 
 def _sampling(settings: dict) -> dict[str, Any]:

@@ -163,13 +163,16 @@ class PeakMemory:
     """
 
     def __init__(self, device: str) -> None:
-        self.device = device
+        self.device, self._known = device, True
         if device.startswith("cuda"):
             import torch
 
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            self._resettable = _reset_resident_peak()
+            try:
+                _CLEAR.write_text("5")  # the one value that resets only the peak
+            except OSError:
+                self._known = False
 
     def mib(self) -> float | None:
         """The peak since then in MiB (2^20 bytes); None where the system does not tell."""
@@ -177,19 +180,5 @@ class PeakMemory:
             import torch
 
             return torch.cuda.max_memory_allocated(self.device) / MIB
-        return _resident_peak_mib() if self._resettable else None
-
-
-def _reset_resident_peak() -> bool:
-    try:
-        _CLEAR.write_text("5")  # the one value that resets only the peak
-    except OSError:
-        return False
-    return True
-
-
-def _resident_peak_mib() -> float | None:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return None
+        lines = _STATUS.read_text().splitlines() if self._known else []
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)

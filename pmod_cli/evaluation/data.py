@@ -135,9 +135,7 @@ def _declared(source: Split, card: str) -> list[str]:
 
 def _usual(source: Split) -> list[str]:
     folders = [source.configuration] if source.configuration else ["data", "default"]
-    patterns = [
-        pattern for folder in folders for pattern in (f"{folder}/{source.split}-*", f"{folder}/{source.split}/*")
-    ]
+    patterns = [f"{folder}/{source.split}{mark}*" for folder in folders for mark in "-/"]
     return patterns if source.configuration else [*patterns, f"{source.split}-*"]
 
 
@@ -220,7 +218,8 @@ def fetch(
                     hint="delete the file and repeat the command",
                     code=RUN_FAILED,
                 )
-        _add_checksums(data_root, sums)
+        listed = sorted((checksums(data_root) | sums).items())
+        write_text(data_root / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in listed))
         fetched += sums
     return fetched
 
@@ -279,12 +278,6 @@ def _require_space(sources: Iterable[Split], data_root: Path) -> None:
             f"{data_root} has {disk_size(free)} free, the data takes {disk_size(needed)}",
             hint="free some space, choose another `data_root`, or fetch fewer tasks",
         )
-
-
-def _add_checksums(data_root: Path, sums: dict[str, str]) -> None:
-    listed = checksums(data_root) | sums
-    lines = (f"{digest}  {name}\n" for name, digest in sorted(listed.items()))
-    write_text(data_root / CHECKSUMS, "".join(lines))
 
 
 def _sha256(file: Path) -> str:

@@ -78,7 +78,11 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
             eval_models.append(stock if other == "stock" else replace(stock, tokens_left=_mean_retention(main.path)))
         else:
             eval_models.append(_eval_model(other, None, offline))
-    return [_unique(eval_model, eval_models[:place]) for place, eval_model in enumerate(eval_models)]
+    earlier = [[other.label for other in eval_models[:place]] for place in range(len(eval_models))]
+    return [
+        replace(one, label=f"{one.label} ({1 + labels.count(one.label)})") if one.label in labels else one
+        for one, labels in zip(eval_models, earlier, strict=True)
+    ]
 
 
 def _mean_retention(path: Path) -> float:
@@ -153,35 +157,21 @@ def load(eval_model: EvalModel, *, dtype: str, device: str, attention: str) -> L
 
 
 def _eval_model(name: str, revision: str | None, offline: bool, label: str | None = None) -> EvalModel:
+    """The model of a name. Another architecture is refused from the config, before anything is loaded or written."""
     found = resolve(name, revision=revision, offline=offline)
-    _require_llava(found.path)
-    title = label or found.alias or Path(name).resolve().name
-    return EvalModel(title, found.path, router_state(found.path), _own_selection(found.path), found.commit)
-
-
-def _own_selection(path: Path) -> str:
-    """What the checkpoint chooses by."""
-    return (read_json(path / CONFIG).get("pmod") or {}).get("selection", ROUTER)
-
-
-def _require_llava(path: Path) -> None:
-    """Said from the config, before anything is loaded or written."""
-    model_type = read_json(path / CONFIG).get("model_type")
-    known = model_types()
+    config, known = read_json(found.path / CONFIG), model_types()
+    model_type = config.get("model_type")
     if reason := why_not(model_type):
-        raise PmodError(f"{path}: {reason}")
+        raise PmodError(f"{found.path}: {reason}")
     if model_type not in known:
         raise PmodError(
-            f"{path} is a checkpoint of another architecture: its model_type is {model_type!r}, expected one of "
+            f"{found.path} is a checkpoint of another architecture: its model_type is {model_type!r}, expected one of "
             f"{', '.join(known)}",
             hint="pmod convert takes LLaVA checkpoints in the layout of the original code",
         )
-
-
-def _unique(eval_model: EvalModel, before: list[EvalModel]) -> EvalModel:
-    """`name`, or `name (2)` where an earlier column has that name."""
-    count = 1 + sum(other.label == eval_model.label for other in before)
-    return eval_model if count == 1 else EvalModel(**{**vars(eval_model), "label": f"{eval_model.label} ({count})"})
+    title = label or found.alias or Path(name).resolve().name
+    selection = (config.get("pmod") or {}).get("selection", ROUTER)
+    return EvalModel(title, found.path, router_state(found.path), selection, found.commit)
 
 
 def patches_per_side(retention: float, whole: int) -> int:

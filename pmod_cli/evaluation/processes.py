@@ -33,12 +33,10 @@ class Processes:
     Attributes:
         rank: 0 scores and writes the report.
         size: Number of processes, over all machines.
-        local_rank: Place among those of this machine: the index of its GPU.
     """
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
 
     @property
     def first(self) -> bool:
@@ -69,7 +67,7 @@ def join() -> Processes:
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-    return Processes(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 @contextmanager

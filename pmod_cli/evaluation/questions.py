@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,8 @@ def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int
     if wanted == available:
         return list(range(available))
     draw = random.Random(f"{seed}/{task}")
-    unit_of = _units(task)
+    known = (benchmark for benchmark in BENCHMARKS.values() if task in (benchmark.task, benchmark.judged_task))
+    unit_of = next((benchmark.units for benchmark in known), None)  # rows that are scored together are drawn together
     if unit_of is None:
         return sorted(draw.sample(range(available), wanted))
     units: dict[Hashable, list[int]] = {}
@@ -133,12 +134,6 @@ def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int
             break
         rows += units[unit]
     return sorted(rows)
-
-
-def _units(task: str) -> Callable[[Any], Iterable[Hashable]] | None:
-    """Rows that are scored together are drawn together; None where each row is scored alone."""
-    known = (benchmark for benchmark in BENCHMARKS.values() if task in (benchmark.task, benchmark.judged_task))
-    return next((benchmark.units for benchmark in known), None)
 
 
 def _add(questions: Questions, name: str, task: ConfigurableTask) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _evaluate(
         for benchmark in benchmarks:
             on_progress(eval_model.label, benchmark.title, 0, 1)
             journal = Journal(folder.journal(eval_model.label), benchmark.name, processes.rank)
-            show = _named(on_progress, eval_model.label, benchmark.title)
+            show = partial(on_progress, eval_model.label, benchmark.title)
             outcome = _outcome(asked, benchmark, settings, by, journal, processes, folder.log(processes.rank), show)
             if not processes.first:
                 continue
@@ -167,10 +168,6 @@ def _outcome(
     outcome.data = provenance.data(benchmark.data, settings.data_root)
     outcome.peak_mib, outcome.found, outcome.processes = asked.peak_mib, asked.found, processes.size
     return outcome
-
-
-def _named(on_progress: Progress, label: str, title: str) -> Callable[[int, int], None]:
-    return lambda answered, asked: on_progress(label, title, answered, asked)
 
 
 def _write_lines(path: Path, records: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from rich import box
@@ -23,6 +24,7 @@ TRUST = {  # what a reader of a score should know of its answers, and the head o
     "random_answers": "random",
     "unread_answers": "unread",
 }
+NAMES: Columns = {"benchmark": itemgetter("benchmark"), "model": itemgetter("model")}
 WIDTH = 100  # columns that the tables need at most
 MODEL_WIDTH = 12  # names of models are folded, but not beyond this
 AVERAGE = "AVG {group}"
@@ -114,7 +116,7 @@ def to_csv(results: Mapping[str, Any]) -> str:
 
 def score_columns(results: Mapping[str, Any], listed: list[Row]) -> Columns:
     """Headings of the first table, each with the function from a row to its cell."""
-    columns = {"benchmark": lambda row: row["benchmark"], "model": lambda row: row["model"], "score": _score}
+    columns = {**NAMES, "score": _score}
     if any(row["paper_baseline"] is not None for row in listed):
         columns |= {
             "paper": lambda row: _decimal(row["paper_baseline"]),
@@ -132,8 +134,7 @@ def answer_columns(listed: list[Row]) -> Columns:
     always = ("empty_answers", "cut_answers")
     shown = {kind: heading for kind, heading in TRUST.items() if kind in always or any(row[kind] for row in listed)}
     return {
-        "benchmark": lambda row: row["benchmark"],
-        "model": lambda row: row["model"],
+        **NAMES,
         "asked": _asked,
         **{heading: (lambda row, kind=kind: _count(row[kind])) for kind, heading in shown.items()},
         "seconds": lambda row: _decimal(row["seconds"]),

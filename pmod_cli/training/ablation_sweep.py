@@ -8,8 +8,8 @@ share the cells among themselves.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from pmod_cli.core.atomic import Busy, locked, write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
-from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.recipe import flatten, load_settings
 from pmod_cli.training.run_settings import Settings
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def cells_of(group: str, seeds: Sequence[int]) -> list[Cell]:
         raise PmodError(
             f"no recipes are called {group}/…; there are groups {', '.join(groups) or 'none'}", hint="pmod recipes ls"
         )
-    found.sort(key=lambda name: (name != f"{group.strip('/')}/{REFERENCE}", _by_number(name)))
-    return [Cell(recipe, seed) for seed in seeds for recipe in found]
 
+    def order(name: str) -> tuple:
+        """The reference first, and layers-8-15 before layers-16-23."""
+        parts = [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
+        return name.rpartition("/")[2] != REFERENCE, parts
 
-def _by_number(name: str) -> list:
-    """So that layers-8-15 comes before layers-16-23."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
+    return [Cell(recipe, seed) for seed in seeds for recipe in sorted(found, key=order)]
 
 
 def sweep(
@@ -95,8 +95,10 @@ def sweep(
         if _result(out, cell, settings, images) is not None:
             tell(cell, "done before")
             continue
-        with _claimed(out, cell) as mine:
-            if not mine:
+        with ExitStack() as held:
+            try:  # the system drops the lock of a process that dies
+                held.enter_context(locked(out / CELLS / f".{cell.name}.lock"))
+            except Busy:
                 tell(cell, "taken by another process")
                 continue
             if _result(out, cell, settings, images) is None:
@@ -252,7 +254,10 @@ def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | No
     found = read_result(out, cell)
     if found is None:
         return None
-    changed = list(_changes(found["settings"], asdict(settings)))
+    old, new = dict(flatten(found["settings"])), dict(flatten(asdict(settings)))
+    changed = [
+        f"{key}: {old[key]!r} -> {new[key]!r}" for key in sorted(old.keys() & new.keys()) if old[key] != new[key]
+    ]
     if found["images"] != images:
         changed.append(f"images: {found['images']} -> {images}")
     if changed:
@@ -261,26 +266,6 @@ def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | No
             hint=f"choose another `out`, or remove {out / CELLS / cell.name}.json",
         )
     return found
-
-
-def _changes(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
-    for key in old.keys() & new.keys():
-        if isinstance(old[key], dict):
-            yield from _changes(old[key], new[key], f"{prefix}{key}.")
-        elif old[key] != new[key]:
-            yield f"{prefix}{key}: {old[key]!r} -> {new[key]!r}"
-
-
-@contextmanager
-def _claimed(out: Path, cell: Cell) -> Iterator[bool]:
-    """Whether this process has the cell for itself; the system drops the claim of a process that dies."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(out / CELLS / f".{cell.name}.lock"))
-        except Busy:
-            yield False
-        else:
-            yield True
 
 
 def plan_sweep(

@@ -74,7 +74,7 @@ def load_settings(
 def settings_of(tree: Mapping[str, Any]) -> Settings:
     """Settings from the mapping that ``dataclasses.asdict`` made of them."""
     settings = Settings()
-    for key, value in _flatten(tree):
+    for key, value in flatten(tree):
         _assign(settings, Entry(key, value, "a job"))
     return settings
 
@@ -94,7 +94,7 @@ HARMLESS = (
 
 def differences(one: Settings, other: Settings) -> list[str]:
     """The dotted keys whose values differ and matter, each as ``key: value -> value``."""
-    flat_one, flat_other = dict(_flatten(asdict(one))), dict(_flatten(asdict(other)))
+    flat_one, flat_other = dict(flatten(asdict(one))), dict(flatten(asdict(other)))
     return [
         f"{key}: {value!r} -> {flat_other[key]!r}"
         for key, value in flat_one.items()
@@ -102,10 +102,11 @@ def differences(one: Settings, other: Settings) -> list[str]:
     ]
 
 
-def _flatten(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Every value of nested mappings, with its dotted key."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -205,7 +206,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 
 def _keys() -> list[str]:
-    return [key for key, _ in _flatten(asdict(Settings()))]
+    return [key for key, _ in flatten(asdict(Settings()))]
 
 
 def _unknown(key: str, values: list[str], allowed: tuple[str, ...]) -> list[str]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from transformers import PretrainedConfig, TrainerState
 
 from pmod_cli.core.atomic import write_json, write_text
+from pmod_cli.reporting import markdown_table
 from pmod_cli.training import folder
 from pmod_cli.training.cost import run_flops, this_device
 from pmod_cli.training.parts import Part
@@ -163,14 +164,12 @@ def card(settings: Settings, report: FinetuneReport) -> str:
     start = Path(model.name).name if model.name else f"{model.llm} + {model.vision_tower} + {model.projector or 'new'}"
     kind = "p-MoD" if "router" in report.parameters else "stock LLaVA"
     trained = ", ".join(part.replace("_", " ") for part, numbers in report.parameters.items() if numbers.trained)
-    source = (
-        "synthetic documents (`pmod_cli.data.documents`)" if data.kind == "synthetic" else f"`{Path(data.path).name}`"
-    )
+    source = "synthetic documents (pmod_cli.data.documents)" if data.kind == "synthetic" else Path(data.path).name
     share = "" if summary.utilization is None else f" ({summary.utilization:.1%} of peak)"
     rows = [
         ("kind", kind),
-        ("started from", f"`{start}`"),
-        ("recipe", f"`{settings.name}`; all settings are in `{folder.SETTINGS}`"),
+        ("started from", start),
+        ("recipe", f"{settings.name}; all settings are in {folder.SETTINGS}"),
         ("data", source),
         ("trained", trained + (f", by LoRA of rank {settings.lora.rank}" if settings.lora.enabled else "")),
         ("steps", f"{report.step:,}"),
@@ -182,11 +181,10 @@ def card(settings: Settings, report: FinetuneReport) -> str:
         ("TFLOPs a second", f"{summary.tflops_per_second:.3g}{share}"),
         ("peak memory", f"{summary.peak_memory_gib:.2f} GiB"),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     parts = [
         f"# {report.path.name}",
         f"A {kind} model, fine-tuned with `pmod finetune`.",
-        f"| | |\n|---|---|\n{table}",
+        markdown_table(["", ""], rows, words=2),
         f"![training curves]({folder.CURVES})",
         "## Use\n\n```\npmod eval --tasks docvqa,chartqa --model DIR\npmod visualize image.png --model DIR\n```",
         f"## Settings\n\n```yaml\n{dump(settings).rstrip()}\n```",

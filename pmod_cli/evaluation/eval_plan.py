@@ -156,8 +156,10 @@ def plan(
 
 
 def _questions(benchmark: Benchmark, limit: float | None) -> int | None:
-    """Questions of a benchmark under a limit, which holds for each of its tasks. Where they come in units, such as the
-    pairs of MME, a run asks the whole of the last one: a few more."""
+    """Questions of a benchmark under a limit, which holds for each of its tasks.
+
+    Where they come in units, such as the pairs of MME, a run asks the whole of the last one: a few more.
+    """
     asked = [split.rows for split in benchmark.data if not split.pictures_of] or [benchmark.rows]
     if None in asked:
         return None

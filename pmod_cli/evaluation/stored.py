@@ -28,6 +28,7 @@ class Kind:
     holds: Callable[[Any], bool]
 
     def or_null(self) -> Kind:
+        """The same kind, or null."""
         return Kind(f"{self.name} or null", lambda value: value is None or self.holds(value))
 
 

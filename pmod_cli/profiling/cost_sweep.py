@@ -63,6 +63,7 @@ class Point:
 
     @property
     def mean_retention(self) -> float:
+        """Mean of the retention ratios over the layers."""
         return sum(self.retention) / len(self.retention)
 
 

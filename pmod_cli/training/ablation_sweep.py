@@ -44,6 +44,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Of its files: `norm-none-seed0`."""
         return f"{self.recipe.rpartition('/')[2]}-seed{self.seed}"
 
 
@@ -254,10 +255,8 @@ def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | No
     found = read_result(out, cell)
     if found is None:
         return None
-    old, new = dict(flatten(found["settings"])), dict(flatten(asdict(settings)))
-    changed = [
-        f"{key}: {old[key]!r} -> {new[key]!r}" for key in sorted(old.keys() & new.keys()) if old[key] != new[key]
-    ]
+    old, new = (dict(flatten(tree)) for tree in (found["settings"], asdict(settings)))
+    changed = [f"{key}: {value!r} -> {new[key]!r}" for key, value in old.items() if key in new and new[key] != value]
     if found["images"] != images:
         changed.append(f"images: {found['images']} -> {images}")
     if changed:

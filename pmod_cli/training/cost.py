@@ -49,8 +49,9 @@ def row_of(sizes: Sizes, vision_tokens: float, tokens: float) -> Row:
 
 
 def run_flops(settings: Settings, config: PretrainedConfig, rows: int, tokens: int, vision_tokens: float) -> float:
-    """FLOPs of the forward and backward passes of a run, from the mean of its rows; nothing for what checkpointing
-    repeats, since the model does not need it.
+    """FLOPs of the forward and backward passes of a run, from the mean of its rows.
+
+    What checkpointing repeats is not counted, since the model does not need it.
 
     Args:
         config: of its model, stock or p-MoD.
@@ -96,6 +97,7 @@ class Disk:
 
     @property
     def fits(self) -> bool | None:
+        """Whether it fits; None where that is not known."""
         return None if self.free is None else self.peak <= self.free
 
 

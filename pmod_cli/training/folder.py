@@ -158,8 +158,11 @@ def _check_saved(out: Path, saved: Settings, settings: Settings, processes: int,
 
 @contextmanager
 def publishing(out: Path) -> Iterator[Path]:
-    """A folder to fill, whose files are then moved into the run folder, ``config.json`` last: without it the run is no
-    checkpoint yet. A process that dies meanwhile leaves the training state, and the next one repeats it."""
+    """A folder to fill, whose files are then moved into the run folder.
+
+    ``config.json`` comes last: without it the run is no checkpoint yet. A process that dies meanwhile leaves the
+    training state, and the next one repeats it.
+    """
     staging = out / STATE / "finished"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

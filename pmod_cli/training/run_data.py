@@ -27,8 +27,10 @@ COUNTS = "counts"  # in a batch: its `Counts`
 
 
 class Counts(NamedTuple):
-    """Of one batch, counted where it is made, so that nobody has to ask the device: tokens without padding, and the
-    vision tokens of each row."""
+    """Of one batch: tokens without padding, and the vision tokens of each row.
+
+    Counted where it is made, so that nobody has to ask the device.
+    """
 
     tokens: int
     vision: tuple[int, ...]
@@ -71,6 +73,7 @@ class Data:
 
     @property
     def rows_per_epoch(self) -> int:
+        """As the sampler gives them."""
         return len(self.rows if self.sampler is None else self.sampler)
 
 

@@ -228,8 +228,11 @@ class TrainArgs:
 
 @dataclass
 class Settings:
-    """A whole run. ``name`` is the recipe's, and names the run folder; ``eval`` are tasks to be scored at the end, on
-    the first ``eval_limit`` questions of each (null is all)."""
+    """A whole run.
+
+    ``name`` is the recipe's, and names the run folder; ``eval`` are tasks to be scored at the end, on the first
+    ``eval_limit`` questions of each (null is all).
+    """
 
     name: str = "finetune"
     model: ModelArgs = field(default_factory=ModelArgs)

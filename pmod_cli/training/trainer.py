@@ -113,8 +113,11 @@ class PmodTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss, without KV cache and without attention mask: the collator pads on the right, where a causal
-        decoder never looks, and without a mask its attention kernel skips half of the work."""
+        """The model's loss, without KV cache and without attention mask.
+
+        The collator pads on the right, where a causal decoder never looks, and without a mask its attention kernel
+        skips half of the work.
+        """
         inputs = {**inputs, "use_cache": False, "attention_mask": None}
         distills = self.train_args.loss == "distill"
         if distills:  # the teacher first, so that no activations are held while it runs

@@ -36,15 +36,16 @@ class Step:
 
 
 class RouterStatistics:
-    """Mean and spread of the router weights of each layer in one forward pass; takes the place of a
-    ``SelectionRecord``. Sums stay on the device until they are asked for."""
+    """Mean and spread of the router weights of each layer in one forward pass.
+
+    It takes the place of a ``SelectionRecord``. Sums stay on the device until they are asked for.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[int, Tensor] = {}
 
     def add(self, layer: int, routing, gathered, weight: Tensor | None, logit: Tensor | None) -> None:
-        """Called by a routed layer while it runs, and again where checkpointing repeats it; without a router, with
-        None."""
+        """Called by a routed layer while it runs, and again where checkpointing repeats it; None: it has no router."""
         if weight is None:
             return
         weight, target = weight.detach().double(), routing.target
@@ -61,8 +62,10 @@ class RouterStatistics:
 
 
 class Watch(TrainerCallback):
-    """Reports each step. On a signal, all processes save and stop after the step under way; where the loss is no
-    number, they stop before the optimizer uses it. That costs one exchange of five numbers a step.
+    """Reports each step, and stops the run.
+
+    On a signal, all processes save and stop after the step under way; where the loss is no number, they stop before the
+    optimizer uses it. That costs one exchange of five numbers a step.
 
     Args:
         on_step: is told of each finished step, in the first process.
@@ -118,12 +121,14 @@ class Watch(TrainerCallback):
         return self._before + perf_counter() - self.started
 
     def on_train_begin(self, args, state, control, **_) -> None:
+        """Start the clock."""
         self.started = self._since = perf_counter()
         self.first = state.global_step
         # Of earlier processes, up to the checkpoint that this one goes on from.
         self._before = max((line.get("elapsed_seconds", 0.0) for line in state.log_history), default=0.0)
 
     def on_step_begin(self, args, state, control, **_) -> None:
+        """Before a step that is logged, watch the routers."""
         if self.retention is not None and (state.global_step + 1) % args.logging_steps == 0:
             self.statistics = RouterStatistics()
             self.decoder.selection_recorder = self.statistics
@@ -156,6 +161,7 @@ class Watch(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **_) -> None:
+        """Report the step, and stop where that was asked."""
         if self.on_step is not None and state.is_world_process_zero:
             self.on_step(Step(state.global_step, state.max_steps, self.last_loss, self._seconds_left(state)))
         self.interrupted = self.interrupted or (args.world_size == 1 and self.asked is not None)

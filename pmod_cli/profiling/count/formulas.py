@@ -170,6 +170,7 @@ class Parameters:
 
     @property
     def decoder(self) -> int:
+        """Of the language model, without routers and adapters."""
         return self.embedding + self.layer * self.layers + self.lm_head
 
     @property

@@ -31,6 +31,7 @@ class KvCost:
 
     @property
     def total(self) -> int:
+        """Of all tokens."""
         return self.vision + self.text
 
 
@@ -88,6 +89,7 @@ class InferenceMemory:
 
     @property
     def total(self) -> int:
+        """At the peak."""
         return self.weights + self.cache + self.work
 
 

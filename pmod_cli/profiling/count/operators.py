@@ -73,7 +73,7 @@ def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _zero_handle(inputs: list[Any], outputs: list[Any]) -> int:
-    """fvcore would take None for "ignore", but not for operators that it has a handle for, such as layer_norm."""
+    """None would mean "ignore" to fvcore, but not for operators that it has a handle for, such as layer_norm."""
     return 0
 
 

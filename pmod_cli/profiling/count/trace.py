@@ -59,6 +59,7 @@ class LayerCost:
 
     @property
     def total(self) -> int:
+        """Of the layer."""
         return self.matrix + self.attention_products
 
 
@@ -84,10 +85,12 @@ class DecoderCost:
 
     @property
     def matrix(self) -> int:
+        """Every matrix product of the layers but the attention products."""
         return sum(layer.matrix for layer in self.layers)
 
     @property
     def attention_products(self) -> int:
+        """Of all layers."""
         return sum(layer.attention_products for layer in self.layers)
 
     @property
@@ -96,8 +99,10 @@ class DecoderCost:
         return self.matrix + self.attention_products + self.lm_head
 
     def decode(self, step: int) -> int:
-        """FLOPs of the `step`-th decoded token of each row (1 is the first): in each layer it attends to that layer's
-        cache and to the tokens decoded so far, itself included."""
+        """FLOPs of the `step`-th decoded token of each row; 1 is the first.
+
+        In each layer it attends to that layer's cache and to the tokens decoded so far, itself included.
+        """
         keys = sum(layer.tokens + step for layer in self.layers)
         return self.batch * (self.step_matrix + self.step_products * keys)
 
@@ -119,6 +124,7 @@ class VisionCost:
 
     @property
     def total(self) -> int:
+        """Of tower and projector."""
         return self.tower + self.projector
 
 

@@ -90,6 +90,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
+        """At the peak."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.logits
 
 
@@ -110,6 +111,7 @@ class TrainingFlops:
 
     @property
     def step(self) -> int:
+        """Of the whole step."""
         return self.forward + self.backward + self.recomputed
 
 

@@ -107,6 +107,7 @@ class Row:
 
     @property
     def tiles(self) -> int:
+        """Passes through the vision tower."""
         return sum(image.tiles for image in self.images)
 
     @property

@@ -38,7 +38,7 @@ def test_a_point_is_the_profile_of_its_setting() -> None:
     alone = profile(load_subject("llava-1.5-7b", {"shift": 0.4}), WORKLOAD, dtype="bfloat16")
     formula = alone.formula(pmod=True)
     assert points[0].pmod.full == formula.full
-    assert points[0].pmod_paper_flops == formula.paper
+    assert points[0].pmod.paper == formula.paper
     assert points[0].stock.full == points[1].stock.full == alone.formula(pmod=False).full
     assert points[0].pmod_kv == sum(layer.total for layer in alone.pmod_kv)
     assert points[0].mean_retention == pytest.approx(alone.mean_retention)

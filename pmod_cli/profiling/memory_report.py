@@ -9,12 +9,22 @@ from rich.table import Table
 
 from pmod_cli.core.text import GIB, percent
 from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
-from pmod_cli.profiling.count.training import USUAL, TrainingMemory, training_memory
+from pmod_cli.profiling.count.training import TrainingMemory, TrainingSetup, training_memory
 from pmod_cli.profiling.measure.devices import DEVICES, Device
 from pmod_cli.profiling.report import Profile
 from pmod_cli.reporting import plain_table
 
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")
+# Ways to train: the paper's engines, and adapters. Tower frozen, bfloat16 by autocast.
+_LOW = {"precision": "bfloat16", "checkpointing": True}
+USUAL = {
+    "all weights": TrainingSetup(precision="bfloat16"),
+    "all weights, checkpointing": TrainingSetup(**_LOW),
+    "the same, ZeRO-1 on 8 GPUs": TrainingSetup(**_LOW, engine="zero1", devices=8),
+    "the same, ZeRO-3 or FSDP2 on 8 GPUs": TrainingSetup(**_LOW, engine="zero3", devices=8),
+    "LoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="bfloat16"),
+    "QLoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="nf4"),
+}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,7 @@ from typing import Any, Literal
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import SCHEDULES, SELECTIONS
-
-# The parts of a LLaVA that can be frozen, or trained at a rate of their own.
-PARTS = ("language_model", "projector", "vision_tower", "router")
-ENGINES = ("auto", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+from pmod_cli.profiling.count.training import PARTS
 
 
 def at_least(minimum: float, default: float | None):

@@ -133,7 +133,7 @@ def test_a_frozen_decoder_saves_the_gradients_of_its_weights() -> None:
     [
         ({"precision": "fp8"}, "precision 'fp8' is unknown"),
         ({"engine": "zero9"}, "engine 'zero9' is unknown"),
-        ({"frozen": frozenset({"tower"})}, f"no part is called tower: expected some of {', '.join(PARTS)}"),
+        ({"frozen": frozenset({"tower"})}, f"frozen 'tower' is unknown: expected {', '.join(PARTS)}"),
     ],
 )
 def test_an_unknown_setting_is_a_sentence(setting: dict, sentence: str) -> None:

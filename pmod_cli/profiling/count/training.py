@@ -17,11 +17,10 @@ from dataclasses import dataclass
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
-from pmod_cli.profiling.count import formulas
-from pmod_cli.profiling.count.formulas import Parameters, parameters
+from pmod_cli.profiling.count.formulas import Parameters, parameters, prefill
 from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 
-PARTS = ("language_model", "projector", "vision_tower", "router")
+PARTS = ("language_model", "projector", "vision_tower", "router")  # that are frozen, or trained at a rate of their own
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.5 + 4 / 64}  # nf4: a float32 scale for 64 weights
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -42,6 +41,9 @@ class TrainingSetup:
         engine: What devices share: `ddp` nothing; `zero1` optimizer states, `zero2` gradients too, `zero3` and `fsdp2`
             weights too.
         devices: How many there are.
+
+    Raises:
+        PmodError: a value that is not among those.
     """
 
     precision: str = "float32"
@@ -55,15 +57,15 @@ class TrainingSetup:
     devices: int = 1
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("precision", self.precision, ("float32", "bfloat16")),
-            ("frozen_dtype", self.frozen_dtype, tuple(WEIGHT_BYTES)),
-            ("engine", self.engine, ENGINES),
+        for what, values, known in (
+            ("precision", [self.precision], ("float32", "bfloat16")),
+            ("frozen_dtype", [self.frozen_dtype], WEIGHT_BYTES),
+            ("engine", [self.engine], ENGINES),
+            ("frozen", self.frozen, PARTS),
+            ("lora_targets", self.lora_targets, LORA_TARGETS),
         ):
-            if value not in known:
-                raise PmodError(f"{what} {value!r} is unknown: expected one of {', '.join(known)}")
-        if unknown := sorted(self.frozen - set(PARTS)):
-            raise PmodError(f"no part is called {unknown[0]}: expected some of {', '.join(PARTS)}")
+            if unknown := sorted(set(values) - set(known)):
+                raise PmodError(f"{what} {unknown[0]!r} is unknown: expected {', '.join(known)}")
 
     def trains(self, part: str) -> bool:
         """Whether all weights of a part are trained."""
@@ -116,15 +118,15 @@ class TrainingFlops:
 
 
 def _adapter(sizes: Sizes, setup: TrainingSetup) -> int:
-    """Weights of the adapters on one layer: rank times input and output width of each target."""
-    return setup.lora_rank * sum(sum(_shape(sizes, name)) for name in setup.lora_targets)
+    """Weights of the adapters on one layer: rank times input and output width of each target; 0 without adapters."""
+    return (setup.lora_rank or 0) * sum(sum(_shape(sizes, name)) for name in setup.lora_targets)
 
 
 def _shape(sizes: Sizes, name: str) -> tuple[int, int]:
     """(inputs, outputs) of a linear map of a decoder layer."""
     decoder = sizes.decoder
     queries, keys = decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
-    shapes = {
+    return {
         "q_proj": (decoder.hidden, queries),
         "k_proj": (decoder.hidden, keys),
         "v_proj": (decoder.hidden, keys),
@@ -132,10 +134,7 @@ def _shape(sizes: Sizes, name: str) -> tuple[int, int]:
         "gate_proj": (decoder.hidden, decoder.inner),
         "up_proj": (decoder.hidden, decoder.inner),
         "down_proj": (decoder.inner, decoder.hidden),
-    }
-    if name not in shapes:
-        raise PmodError(f"a decoder layer has no {name}: expected some of {', '.join(shapes)}")
-    return shapes[name]
+    }[name]
 
 
 def training_flops(
@@ -152,17 +151,14 @@ def training_flops(
     Args:
         rows: The batch of one device.
         routed: What p-MoD changes; None is the stock model.
-
-    Raises:
-        PmodError: An adapter's target that no layer has.
     """
-    counted = formulas.prefill(sizes, rows, routed)
+    counted = prefill(sizes, rows, routed)
     tower, projector = setup.trains("vision_tower"), setup.trains("projector")
     weights = counted.matrix + counted.lm_head if setup.trains("language_model") else 0
     backward = counted.matrix + counted.lm_head + 2 * counted.attention_products + weights  # inputs, then weights
     routed = routed or Routed.stock(sizes.decoder.layers)
     gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, routed)]
-    adapters = 2 * sum(gathered) * _adapter(sizes, setup) if setup.lora_rank else 0
+    adapters = 2 * sum(gathered) * _adapter(sizes, setup)
     whole = sum(tokens for tokens, ratio in zip(gathered, routed.retention, strict=True) if ratio == 1)
     last = 2 * whole * sizes.decoder.hidden * sizes.decoder.inner
     tower_sizes, patches = sizes.tower, sum(row.patches for row in rows)
@@ -198,15 +194,15 @@ def training_memory(
         routed: What p-MoD changes; None is the stock model.
     """
     decoder, routed = sizes.decoder, routed or Routed.stock(sizes.decoder.layers)
-    adapter = _adapter(sizes, setup) if setup.lora_rank else 0
-    numbers = parameters(sizes, sum(routed.has_router), adapter)
+    numbers = parameters(sizes, sum(routed.has_router), _adapter(sizes, setup))
     positions = len(rows) * max(row.tokens for row in rows)
     gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, routed)]
 
     low = setup.precision == "bfloat16"
     layers = zip(gathered, routed.retention, strict=True)
     held = [_saved(sizes, setup, positions, tokens, ratio < 1) for tokens, ratio in layers]
-    work = [_work_space(sizes, positions, tokens, low) for tokens in gathered]
+    # Gradients on their way through one layer: two of the MLP's inner ones, and three of the stream.
+    work = [tokens * 2 * (2 if low else 4) * decoder.inner + 3 * 4 * positions * decoder.hidden for tokens in gathered]
     inputs = 4 * positions * decoder.hidden  # of a layer: the residual stream is float32
     if sizes.family.tiled:
         seen = sum(row.tiles for row in rows) * sizes.tower.tokens
@@ -224,18 +220,14 @@ def training_memory(
     all_gradients = 4 * _trained(numbers, setup)
     logits = 3 * 4 * positions * decoder.vocabulary  # log-softmax and two gradients, in float32
 
+    # What the layers below hold, and what the layer itself needs beside it: with checkpointing, its inputs, and all.
+    stored, again = ([inputs] * decoder.layers, held) if setup.checkpointing else (held, [0] * decoder.layers)
+    copies = [copy * (1 if setup.checkpointing else index + 1) for index in range(decoder.layers)]
     # (weight copies, gradients, activations, logits) at each moment
-    if setup.checkpointing:
-        stored = [inputs] * decoder.layers
-        moments = [(head_copy, 0, sum(stored) + around, logits)]
-        for index in range(decoder.layers):
-            activations = sum(stored[: index + 1]) + held[index] + work[index] + 5 * tower
-            moments.append((copy, gradients[index], activations, 0))
-    else:
-        moments = [(decoder.layers * copy + head_copy, 0, sum(held) + around, logits)]
-        for index in range(decoder.layers):
-            activations = sum(held[: index + 1]) + work[index] + 5 * tower
-            moments.append(((index + 1) * copy, gradients[index], activations, 0))
+    moments = [((0 if setup.checkpointing else copies[-1]) + head_copy, 0, sum(stored) + around, logits)]
+    for index in range(decoder.layers):
+        activations = sum(stored[: index + 1]) + again[index] + work[index] + 5 * tower
+        moments.append((copies[index], gradients[index], activations, 0))
     if setup.accumulation > 1:
         moments = [(copies, all_gradients, *rest) for copies, _, *rest in moments]
     moments.append((0, all_gradients, 0, 0))  # the optimizer's step
@@ -267,12 +259,6 @@ def _saved(sizes: Sizes, setup: TrainingSetup, positions: int, tokens: int, rout
     branch = 8 if setup.precision == "bfloat16" else 4
     tables = 2 * 4 * decoder.head_size  # rotary tables, gathered
     return tokens * (vectors + scores + branch * decoder.hidden + tables) + 4 * positions * decoder.hidden
-
-
-def _work_space(sizes: Sizes, positions: int, tokens: int, low: bool) -> int:
-    """Bytes of gradients on their way through one layer: two of the MLP's inner ones, and three of the stream."""
-    decoder = sizes.decoder
-    return tokens * 2 * (2 if low else 4) * decoder.inner + 3 * 4 * positions * decoder.hidden
 
 
 def _trained(numbers: Parameters, setup: TrainingSetup) -> int:
@@ -318,15 +304,3 @@ def _shared(
         activations=activations,
         logits=logits,
     )
-
-
-_LOW = {"precision": "bfloat16", "checkpointing": True}
-USUAL = {
-    "all weights": TrainingSetup(precision="bfloat16"),
-    "all weights, checkpointing": TrainingSetup(**_LOW),
-    "the same, ZeRO-1 on 8 GPUs": TrainingSetup(**_LOW, engine="zero1", devices=8),
-    "the same, ZeRO-3 or FSDP2 on 8 GPUs": TrainingSetup(**_LOW, engine="zero3", devices=8),
-    "LoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="bfloat16"),
-    "QLoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="nf4"),
-}
-"""Ways to train that a memory report lists: the paper's engines, and adapters. Tower frozen, bfloat16 by autocast."""

@@ -20,7 +20,7 @@ from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import INTERRUPTED, PARTIAL, PmodError, explain
 
 if TYPE_CHECKING:
-    from pmod_cli.training.settings import Settings
+    from pmod_cli.training.run_settings import Settings
     from pmod_cli.training.summary import FinetuneReport
 
 EVAL = "eval"  # in the run folder

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pmod_cli.data.check import DataReport
     from pmod_cli.training.cost import Remedy
     from pmod_cli.training.plan import Cost, Plan
-    from pmod_cli.training.settings import Settings
+    from pmod_cli.training.run_settings import Settings
     from pmod_cli.training.summary import FinetuneReport
     from pmod_cli.training.watch import Step
 

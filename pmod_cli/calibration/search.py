@@ -109,17 +109,21 @@ class Search:
         ends = {self.layers}
         for most in SCARCE:
             ends.add(next((layer for layer, loss in enumerate(self.hidden) if loss <= most), self.layers))
+        return self._best_of(self._options(ends, LEAST_RATIO) or self._options(ends, 0.0))
+
+    def _options(self, ends: set[int], least: float) -> list[tuple[int, list[Schedule]]]:
+        """Layers that may choose first, with a schedule for each depth that images may be hidden from."""
         options = []
         for chooser in self._choosers(max(ends)):
             schedules = []
             for end in sorted(ends):
                 ratio = self._ratio(chooser, end)
-                if ratio is not None and ratio >= LEAST_RATIO:
+                if ratio is not None and ratio >= least:
                     ratios = (1.0,) * chooser + (ratio,) * (end - chooser) + (0.0,) * (self.layers - end)
                     schedules.append(Schedule(ratios, (chooser,)))
             if schedules:
                 options.append((chooser, schedules))
-        return self._best_of(options)
+        return options
 
     def _choosers(self, end: int) -> list[int]:
         """Layers that may choose first: evenly spaced among those that the budget allows to be whole below them."""

@@ -15,7 +15,7 @@ from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.core.errors import PmodError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -35,6 +35,7 @@ def load_model(
     device: str = "cpu",
     attn_implementation: str = "sdpa",
     quantization: QuantizationConfigMixin | None = None,
+    pmod: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model in eval mode and its processor.
 
@@ -43,6 +44,7 @@ def load_model(
         dtype: `auto` (as stored), `bfloat16`, `float16` or `float32`.
         attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
         quantization: How weights are held in fewer bits; transformers then places the model itself.
+        pmod: Settings of a method without routers, under which the weights of a stock LLaVA are loaded as they are.
 
     Raises:
         PmodError: files or tensors are missing, or tensors have another shape than the config says.
@@ -63,6 +65,7 @@ def load_model(
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             path,
+            config=None if pmod is None else _routed_config(path, pmod),
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
@@ -74,6 +77,17 @@ def load_model(
         raise PmodError(f"{path} cannot be loaded: {first_line(error)}") from error
     _refuse_differences(path, info)
     return (model if quantization else model.to(device)).eval(), processor
+
+
+def _routed_config(path: Path, pmod: dict[str, Any]) -> PreTrainedConfig:
+    """The p-MoD configuration of a stock checkpoint under these settings."""
+    from transformers import AutoConfig
+
+    from pmod_cli.model.configuration import CONFIGS
+
+    stock = AutoConfig.from_pretrained(path, local_files_only=True)
+    values = {name: value for name, value in stock.to_dict().items() if name not in ("model_type", "architectures")}
+    return CONFIGS[stock.model_type].from_dict(values | {"pmod": pmod})
 
 
 def load_processor(path: Path) -> ProcessorMixin:

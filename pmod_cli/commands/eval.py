@@ -26,6 +26,8 @@ EXAMPLES = """\
 pmod eval --tasks tiny
 pmod eval --tasks docvqa,chartqa --model ./checkpoints/llava-next-7b-pmod
 pmod eval --tasks tiny --against stock,random,uniform --limit 200
+pmod eval --tasks tiny --against fastv,pyramiddrop@0.4 --limit 200
+pmod eval --tasks tiny --methods all --budgets 0.4,0.54 --limit 200
 pmod eval --tasks text-rich --batch-size 16 --dtype bf16 --json > scores.json
 pmod eval --compare runs/eval-a runs/eval-b --format markdown
 pmod eval --list
@@ -69,11 +71,21 @@ def eval(
         str | None,
         _report(
             metavar="NAMES",
-            help=f"Compare with: stock, {', '.join(SELECTIONS)}, downsample, any model, or none; comma-separated. "
+            help=f"Compare with: stock, {', '.join(SELECTIONS)}, downsample, "
+            "a method (fastv, or fastv@0.4 at that share of the FLOPs), any model, or none; comma-separated. "
             "(default: stock for a p-MoD model on tiny tasks, else none)",
             show_default=False,
         ),
     ] = None,
+    methods: Annotated[
+        str | None,
+        _report(
+            metavar="NAMES", help="Compare with methods on the stock weights at each of --budgets, or all of them."
+        ),
+    ] = None,
+    budgets: Annotated[
+        str, _report(metavar="SHARES", help="Shares of the stock model's prefill FLOPs for --methods.")
+    ] = "0.25,0.4,0.54",
     limit: Annotated[
         float | None,
         _data(
@@ -174,7 +186,13 @@ def eval(
 
     from pmod_cli.evaluation import data, eval_models
 
-    chosen = eval_models.choose(name, _against(against, name, benchmarks, offline), revision=revision, offline=offline)
+    others = _against(against, name, benchmarks, offline)
+    if methods is not None:
+        reached, notes = eval_models.at_budgets(name, methods.split(","), budgets.split(","), offline=offline)
+        others += reached
+        for sentence in notes:
+            output.note(sentence)
+    chosen = eval_models.choose(name, others, revision=revision, offline=offline)
     data.require_data(benchmarks, data_root)
 
     from pmod_cli.evaluation.eval_plan import EvalSettings, default_folder

@@ -75,6 +75,8 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
         # A narrower terminal wraps these lines; rich would drop columns.
         width, output.stdout.width = output.stdout.width, max(output.stdout.width, score_tables.WIDTH)
         output.stdout.print(score_tables.score_table(results), score_tables.answer_table(results))
+        if score_tables.has_methods(results):
+            output.stdout.print(score_tables.cost_table(results))
         output.stdout.width = width
         for line in score_tables.notes(results):
             output.print_line(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,17 @@ from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import provenance
 from pmod_cli.families import model_types
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.families.unsupported import why_not
-from pmod_cli.model import SELECTIONS
+from pmod_cli.model import METHODS, SELECTIONS, PmodSettings
+from pmod_cli.profiling.methods import cost_of, solve
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 DOWNSAMPLE, ROUTER = "downsample", "router"
+CONTROLS = ("random", "uniform")  # without a budget they are selections of the p-MoD model itself
 RUN_SETTINGS = "config.yaml"  # what finetune leaves beside a checkpoint, with the model that it started from
 
 
@@ -36,6 +40,8 @@ class EvalModel:
         selection: How a p-MoD layer picks its vision tokens, a name in `SELECTIONS`; `router` for a stock model too.
         commit: Commit of the checkpoint on the hub, where it came from there.
         tokens_left: Share of the vision tokens that the model's pictures are downsampled to; None: as they are.
+        method: Settings of a method that the model runs under in the place of its own; None: as it is.
+        control: Label of random dropping at the same budget, which a method has to beat.
     """
 
     label: str
@@ -44,6 +50,8 @@ class EvalModel:
     selection: str = ROUTER
     commit: str | None = None
     tokens_left: float | None = None
+    method: PmodSettings | None = None
+    control: str | None = None
 
 
 def choose(name: str, against: Iterable[str], *, revision: str | None = None, offline: bool = False) -> list[EvalModel]:
@@ -52,14 +60,19 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
     Args:
         against: `stock` (what the p-MoD model was made from), a selection such as `random` or `uniform` (the same
             weights, as many vision tokens kept, other ones), `downsample` (the stock model, its pictures so small that
-            about as many vision tokens are left), or any model name.
+            about as many vision tokens are left), a method such as `fastv` (on the stock weights, at the FLOPs of the
+            model `name`) or `fastv@0.4` (at this share of the stock model's FLOPs), or any model name.
 
     Raises:
-        PmodError: a model cannot be found or is no LLaVA, or a control was asked of a model that selects nothing.
+        PmodError: a model cannot be found or is no LLaVA, a control was asked of a model that selects nothing, or a
+            method does not reach the budget.
     """
     main = _eval_model(name, revision, offline)
     eval_models = [main]
     for other in against:
+        if (asked := methods_named(other)) is not None:
+            eval_models.append(_of_method(main, *asked, offline=offline))
+            continue
         if (other in SELECTIONS or other == DOWNSAMPLE) and main.routers == "stock":
             raise PmodError(
                 f"`against={other}`: {name} is a plain LLaVA, which keeps every vision token",
@@ -83,6 +96,85 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
         replace(one, label=f"{one.label} ({1 + labels.count(one.label)})") if one.label in labels else one
         for one, labels in zip(eval_models, earlier, strict=True)
     ]
+
+
+def methods_named(name: str) -> tuple[str, float | None] | None:
+    """The method and the budget of `fastv` or `fastv@0.4`; None where it is a control, `stock` or a model.
+
+    Raises:
+        PmodError: The budget is no share.
+    """
+    method, at, share = name.partition("@")
+    if method not in METHODS or (not at and (method in CONTROLS or METHODS[method].routers)):
+        return None
+    if METHODS[method].routers:
+        raise PmodError(
+            f"`against={name}`: {method} needs routers for its schedule", hint="pmod convert --target-flops makes them"
+        )
+    try:
+        budget = float(share) if at else None
+    except ValueError:
+        budget = math.nan
+    if budget is not None and not 0 < budget <= 1:
+        raise PmodError(f"`against={name}`: {share!r} is no share of the stock model's FLOPs", hint=f"`{method}@0.4`")
+    return method, budget
+
+
+def at_budgets(
+    name: str, methods: Iterable[str], budgets: Iterable[str], *, offline: bool = False
+) -> tuple[list[str], list[str]]:
+    """What `choose` takes for every method at every budget, random dropping first; and why some are left out.
+
+    Args:
+        name: The model.
+        methods: Names, or `all`.
+        budgets: Shares of the stock model's prefill FLOPs, as they were written.
+        offline: Look nothing up on the hub.
+
+    Raises:
+        PmodError: An unknown method, or a budget that is no share.
+    """
+    listed = [method.strip() for method in methods]
+    if listed == ["all"]:
+        listed = [method for method in METHODS if not METHODS[method].routers]
+    if unknown := [method for method in listed if method not in METHODS]:
+        raise PmodError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
+    sizes = Sizes.of(read_json(resolve(name, offline=offline).path / CONFIG))
+    chosen, left_out = [], []
+    for budget in (budget.strip() for budget in budgets):
+        for method in dict.fromkeys(["random", *listed]):
+            asked = methods_named(f"{method}@{budget}")
+            try:
+                solve(method, (asked and asked[1]) or 1.0, sizes)
+            except PmodError as error:
+                left_out.append(error.what)
+            else:
+                chosen.append(f"{method}@{budget}")
+    return chosen, left_out
+
+
+def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: bool) -> EvalModel:
+    """The stock weights under a method, at a budget or at what `main` costs."""
+    config = read_json(main.path / CONFIG)
+    sizes = Sizes.of(config)
+    if budget is None and main.routers == "stock":
+        raise PmodError(
+            f"`against={method}`: {main.path} is a plain LLaVA, whose cost is no budget", hint=f"`against={method}@0.4`"
+        )
+    share = cost_of(sizes, PmodSettings.from_dict(config.get("pmod") or {})).flops if budget is None else budget
+    stock = main
+    if main.routers != "stock":
+        source = stock_source(main.path)
+        if source is None:
+            raise PmodError(
+                f"`against={method}`: {main.path} does not say what it was made from",
+                hint="name the stock model with `model`, and this one with `against`",
+            )
+        stock = _eval_model(source, None, offline)
+    label = method if budget is None else f"{method}@{budget:g}"
+    control = None if method == "random" else f"random@{budget:g}" if budget is not None else None
+    settings = solve(method, share, sizes)
+    return replace(stock, label=label, selection=settings.selection, method=settings, control=control)
 
 
 def _mean_retention(path: Path) -> float:
@@ -133,7 +225,13 @@ class Loaded:
 
     def serves(self, other: EvalModel) -> bool:
         """Whether another column is of the same model."""
-        return (self.eval_model.path, self.eval_model.tokens_left) == (other.path, other.tokens_left)
+        mine, its = self.eval_model, other
+        return (mine.path, mine.tokens_left, mine.method is None) == (its.path, its.tokens_left, its.method is None)
+
+    def take_method(self, eval_model: EvalModel) -> None:
+        """Gives the model the settings of the column's method, if it has one."""
+        if eval_model.method is not None:
+            self.model.set_method(eval_model.method.to_dict())
 
     def describe(self, eval_model: EvalModel) -> dict[str, Any]:
         """For the result file."""
@@ -141,17 +239,32 @@ class Loaded:
             **provenance.checkpoint(eval_model.path, eval_model.commit),
             **provenance.loaded(self.model, self.processor),
             "routers": eval_model.routers,
-            "selection": eval_model.selection if eval_model.routers != "stock" else None,
+            "selection": eval_model.selection if eval_model.routers != "stock" or eval_model.method else None,
             "downsampled": self.downsampled,
         }
+        if eval_model.method is not None:
+            described |= {"method": eval_model.method.method, "control": eval_model.control}
+        described["cost"] = _cost(self.model.config)
         if self.downsampled is not None:
             described["mean_retention"] = self.downsampled["tokens_left"]
         return described
 
 
+def _cost(config: Any) -> dict[str, float] | None:
+    """What a loaded p-MoD model costs, see `profiling.methods.MethodCost`; None for a stock one."""
+    return cost_of(Sizes.of(config), config.settings).as_dict() if hasattr(config, "settings") else None
+
+
 def load(eval_model: EvalModel, *, dtype: str, device: str, attention: str) -> Loaded:
     """A model of the report, its pictures downsampled where that is asked."""
-    model, processor = load_model(eval_model.path, dtype=dtype, device=device, attn_implementation=attention)
+    bare = eval_model.method is not None and eval_model.routers == "stock"
+    model, processor = load_model(
+        eval_model.path,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attention,
+        pmod=eval_model.method.to_dict() if bare and eval_model.method is not None else None,
+    )
     done = downsample(model, processor, eval_model.tokens_left) if eval_model.tokens_left is not None else None
     return Loaded(eval_model, model, processor, done)
 

@@ -20,7 +20,7 @@ from pmod_cli.evaluation.eval_models import EvalModel
 from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
 
 # Another place of the same weights, or another GPU of the same machine, does not change an answer.
-NOT_OF_AN_ANSWER = ("path", "commit", "device")
+NOT_OF_AN_ANSWER = ("path", "commit", "device", "cost", "control")
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 
 
@@ -59,6 +59,7 @@ def run_identity(eval_models: Sequence[EvalModel], settings: EvalSettings) -> di
                 **{name: value for name, value in _checkpoint(eval_model.path).items() if name not in NOT_OF_AN_ANSWER},
                 "selection": eval_model.selection,
                 "tokens_left": eval_model.tokens_left,
+                **({"method": eval_model.method.to_dict()} if eval_model.method is not None else {}),
             }
             for eval_model in eval_models
         },

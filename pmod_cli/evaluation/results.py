@@ -35,6 +35,7 @@ class Report:
         self.differences: dict[str, dict[str, Difference]] = {benchmark.name: {} for benchmark in benchmarks}
         self._draws: dict[tuple[str, str], np.ndarray] = {}
         self._records: dict[str, Sequence[Record]] = {}  # of the first model
+        self._controls: dict[tuple[str, str], Sequence[Record]] = {}  # of random dropping at each budget
 
     def add_model(self, label: str, description: Mapping[str, Any]) -> None:
         """A column; the first one is the model that is evaluated."""
@@ -60,6 +61,14 @@ class Report:
             entry["low"], entry["high"] = interval(draws)
             entry["units"] = len(part.units)
             self._draws[benchmark.name, label] = draws
+        if self.models[label].get("method") == "random":
+            self._controls[benchmark.name, label] = records
+        control = str(self.models[label].get("control"))
+        if (benchmark.name, control) in self._controls:
+            scores = (entry["score"], self.entries[benchmark.name][control]["score"])
+            beside = self._controls[benchmark.name, control]
+            gain = difference(records, beside, scores, sums=sums, scale=benchmark.scale, seed=seed).as_dict()
+            entry["over_random"] = {key: gain[key] for key in ("difference", "low", "high")}
         first = next(iter(self.models))
         if label == first:
             self._records[benchmark.name] = records

@@ -89,6 +89,7 @@ def _evaluate(
             on_progress(eval_model.label, "loading", 0, 1)
             device = device_of_rank(settings.device)
             loaded = load(eval_model, dtype=settings.dtype, device=device, attention=settings.attention)
+        loaded.take_method(eval_model)
         described = loaded.describe(eval_model) if processes.first else {}
         by = processes.gather(answerer(described, settings) if described else None)[0]
         report.add_model(eval_model.label, described)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -56,7 +56,7 @@ def _row(
     model: Mapping[str, Any],
     task: Mapping[str, Any] | None = None,
 ) -> Row:
-    paper = entry.get("paper") or {}
+    paper, gain = entry.get("paper") or {}, entry.get("over_random") or {}
     return {
         "benchmark": title,
         "task": task and task["task"],
@@ -80,6 +80,13 @@ def _row(
         "tokens_per_second": entry.get("tokens_per_second"),
         "peak_memory_mib": entry.get("peak_memory_mib"),
         "mean_retention": model.get("mean_retention"),
+        "flops": (model.get("cost") or {}).get("flops"),
+        "first_layer_tokens": (model.get("cost") or {}).get("first_layer"),
+        "kv_bytes": (model.get("cost") or {}).get("kv_bytes"),
+        "selector_flops": (model.get("cost") or {}).get("selector"),
+        "over_random": gain.get("difference"),
+        "over_random_low": gain.get("low"),
+        "over_random_high": gain.get("high"),
         "error": entry.get("error"),
     }
 
@@ -96,6 +103,35 @@ def answer_table(results: Mapping[str, Any]) -> Table:
     return _table(listed, answer_columns(listed))
 
 
+def has_methods(results: Mapping[str, Any]) -> bool:
+    """Whether methods are compared, so that what they cost belongs to the report."""
+    return any(model.get("method") for model in results["models"].values())
+
+
+def cost_table(results: Mapping[str, Any]) -> Table:
+    """What each model costs under the four conventions, beside the time that all its answers took."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    headings, lines = cost_rows(results)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def cost_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of that table; a model without settings of its own is the stock one."""
+    headings = ["cost, share of stock", "FLOPs", "ranking", "layer 0", "mean of layers", "KV bytes", "seconds"]
+    stock = {"flops": 1.0, "selector": 0.0, "first_layer": 1.0, "mean_tokens": 1.0, "kv_bytes": 1.0}
+    lines = []
+    for label, model in results["models"].items():
+        cost = model.get("cost") or stock
+        seconds = [task["scores"].get(label, {}).get("seconds") for task in results["tasks"]]
+        shares = [_percent(cost[name]) for name in ("flops", "selector", "first_layer", "mean_tokens", "kv_bytes")]
+        lines.append([label, *shares, _decimal(sum(number or 0.0 for number in seconds))])
+    return headings, lines
+
+
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The tables of the terminal as Markdown, for a pull request, with what is above and below them."""
     listed = rows(results)
@@ -105,6 +141,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         parts.append(
             markdown_table(list(columns), ([cell(row) for cell in columns.values()] for row in shown), words=2)
         )
+    if has_methods(results):
+        parts.append(markdown_table(*cost_rows(results)))
     parts.append("\n".join(f"- {escaped(line)}" for line in notes(results)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -126,6 +164,8 @@ def score_columns(results: Mapping[str, Any], listed: list[Row]) -> Columns:
     if len(results["models"]) > 1:
         columns["first − this"] = _difference
         columns["changed"] = lambda row: _count(row["changed_answers"])
+    if any(row["over_random"] is not None for row in listed):
+        columns["this − random"] = _over_random
     return columns
 
 
@@ -133,7 +173,7 @@ def answer_columns(listed: list[Row]) -> Columns:
     """Headings of the second table, each with the function from a row to its cell."""
     always = ("empty_answers", "cut_answers")
     shown = {kind: heading for kind, heading in TRUST.items() if kind in always or any(row[kind] for row in listed)}
-    return {
+    columns = {
         **NAMES,
         "asked": _asked,
         **{heading: (lambda row, kind=kind: _count(row[kind])) for kind, heading in shown.items()},
@@ -142,6 +182,7 @@ def answer_columns(listed: list[Row]) -> Columns:
         "MiB": lambda row: _count(row["peak_memory_mib"]),
         "kept": _kept,
     }
+    return columns
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
@@ -180,6 +221,11 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     ]
     if len(labels) > 1:
         lines.append(f"first − this: {labels[0]} minus the row's model, same questions; changed: answers that differ")
+    if has_methods(results):
+        lines.append("FLOPs: of the decoder's prefill on the paper's prompt; of them ranking: what chooses the tokens")
+        lines.append("layer 0, mean of layers: vision tokens that are processed; KV bytes: after the prefill")
+    if any(row["over_random"] is not None for row in listed):
+        lines += _no_better_than_random(listed)
     if any(row["paper_baseline"] is not None for row in listed):
         lines += _about_the_paper(results)
     lines += [f"{label}: {sentence}" for label in labels if (sentence := _batching(results, label))]
@@ -194,6 +240,17 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     }
     lines += [text for kind, text in explained.items() if any(row[kind] for row in listed)]
     return lines + list(results["failed"])
+
+
+def _no_better_than_random(listed: Sequence[Row]) -> list[str]:
+    """Which methods do not beat random dropping at the same budget: the interval of the difference is not above 0."""
+    lines = []
+    for title in dict.fromkeys(row["benchmark"] for row in listed):
+        mine = [row for row in listed if row["benchmark"] == title and row["over_random"] is not None]
+        failed = [row["model"] for row in mine if row["over_random_low"] is None or row["over_random_low"] <= 0]
+        if mine:
+            lines.append(f"{title}: do not beat random at the same FLOPs: {', '.join(failed) or 'none of them'}")
+    return lines
 
 
 def _about_the_paper(results: Mapping[str, Any]) -> list[str]:
@@ -266,6 +323,16 @@ def _difference(row: Row) -> str:
     if row["difference"] is None:
         return ""
     return f"{_signed(row['difference'])}{_half(row['difference_low'], row['difference_high'])}"
+
+
+def _over_random(row: Row) -> str:
+    if row["over_random"] is None:
+        return ""
+    return f"{_signed(row['over_random'])}{_half(row['over_random_low'], row['over_random_high'])}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _asked(row: Row) -> str:

@@ -4,11 +4,38 @@ Nothing here needs torch. Other packages add theirs with `METHODS.register(name)
 group `pmod_cli.methods`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .registry import Registry
 
 METHODS = Registry("method", "pmod_cli.methods")
+
+Cost = Callable[[Any, int, int, int], int]
+"""FLOPs of one choice on one row: `(decoder, tokens, vision tokens, kept ones)`; `decoder` has `hidden`, `heads`,
+`kv_heads` and `head_size`. Two FLOPs a multiply-add, matrix products alone."""
+
+
+def cost_of_rows(most: int | None = None) -> Cost:
+    """What the attention of some text tokens costs: keys of all tokens, queries and products of those that ask.
+
+    Args:
+        most: How many text tokens ask at most; None: one.
+    """
+
+    def cost(decoder: Any, tokens: int, vision: int, kept: int) -> int:
+        asking = 1 if most is None else max(1, min(most, tokens - vision))
+        width = decoder.heads * decoder.head_size
+        keys = tokens * decoder.hidden * decoder.kv_heads * decoder.head_size
+        return 2 * (keys + asking * decoder.hidden * width + asking * tokens * width)
+
+    return cost
+
+
+def cost_of_distances(decoder: Any, tokens: int, vision: int, kept: int) -> int:
+    """What the distances between all vision tokens cost."""
+    return 2 * vision * vision * decoder.hidden
 
 
 @dataclass(frozen=True)
@@ -22,6 +49,7 @@ class Method:
         keep_keys: Whether a skipped token still gives its keys and values to the others.
         lead: How many layers in front of the one that drops tokens they are ranked.
         routers: Whether layers that choose have a router, whose weights scale the MLP.
+        cost: What a choice costs; None: nothing that counts, or, with routers, what the router costs.
     """
 
     selection: str
@@ -30,16 +58,17 @@ class Method:
     keep_keys: bool = False
     lead: int = 0
     routers: bool = False
+    cost: Cost | None = None
 
 
 for _name, _method in {
     "pmod": Method("router", "cosine", returns=True, routers=True),
-    "fastv": Method("fastv", "late", lead=1),
-    "pyramiddrop": Method("pyramiddrop", "pyramid"),
+    "fastv": Method("fastv", "late", lead=1, cost=cost_of_rows()),
+    "pyramiddrop": Method("pyramiddrop", "pyramid", cost=cost_of_rows()),
     "vtw": Method("vtw", "withdrawn"),
     "shortv": Method("shortv", "withdrawn", returns=True, keep_keys=True),
-    "divprune": Method("divprune", "constant"),
-    "attention": Method("attention", "cosine", returns=True),
+    "divprune": Method("divprune", "constant", cost=cost_of_distances),
+    "attention": Method("attention", "cosine", returns=True, cost=cost_of_rows(64)),
     "random": Method("random", "constant"),
     "uniform": Method("uniform", "constant"),
 }.items():

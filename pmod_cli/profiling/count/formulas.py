@@ -19,7 +19,7 @@ from math import prod
 
 from pmod_cli.families.grid import GridTower
 from pmod_cli.families.sizes import Decoder, ImageTokens, Sizes, Tower
-from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens, pictures
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens, pictures, selector_flops
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Prefill:
         lm_head: On every position.
         tower: The vision tower on all tiles.
         projector: On all patches of all tiles, before unpadding.
+        selector: What ranks the vision tokens, routers left out.
     """
 
     matrix: int
@@ -39,6 +40,7 @@ class Prefill:
     lm_head: int
     tower: int
     projector: int
+    selector: int = 0
 
     @property
     def paper(self) -> int:
@@ -47,8 +49,8 @@ class Prefill:
 
     @property
     def decoder(self) -> int:
-        """Decoder layers with their attention products, and lm_head."""
-        return self.paper + self.attention_products
+        """Decoder layers with their attention products and selectors, and lm_head."""
+        return self.paper + self.attention_products + self.selector
 
     @property
     def full(self) -> int:
@@ -74,16 +76,20 @@ def prefill(
     longest = max(row.tokens for row in rows)
     routed = routed or Routed.stock(decoder.layers)
     anything = any(row.routable(routed.target_tokens) for row in rows)  # a batch without images meets no router
-    matrix = products = 0
-    for router, (_, tokens) in zip(routed.has_router, layer_tokens(rows, routed), strict=True):
+    matrix = products = selector = 0
+    for layer, (router, (_, tokens)) in enumerate(zip(routed.has_router, layer_tokens(rows, routed), strict=True)):
         matrix += layer_matrix(decoder, tokens, longest if router and anything else 0)
-        products += attention_products(decoder, tokens)
+        selector += selector_flops(decoder, rows, routed, layer)
+        if routed.keep_keys and anything:
+            matrix += keys_and_values(decoder, longest - tokens)
+        products += attention_products(decoder, tokens, longest if routed.keep_keys and anything else None)
     return Prefill(
         matrix=batch * matrix,
         attention_products=round(attention * batch * products),
         lm_head=batch * lm_head(decoder, longest),
         tower=encoder(sizes, rows),
         projector=projector(sizes, rows),
+        selector=batch * selector,
     )
 
 
@@ -95,6 +101,11 @@ def layer_matrix(decoder: Decoder, tokens: int, router_tokens: int = 0) -> int:
         router_tokens: Tokens that the router scores; 0 in a plain layer.
     """
     return 2 * (tokens * decoder.layer_weights + router_tokens * decoder.hidden)
+
+
+def keys_and_values(decoder: Decoder, tokens: int) -> int:
+    """FLOPs of the keys and values of so many tokens in one layer."""
+    return 2 * tokens * decoder.hidden * 2 * decoder.kv_heads * decoder.head_size
 
 
 def attention_products(decoder: Decoder, queries: int, keys: int | None = None) -> int:

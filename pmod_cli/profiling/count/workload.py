@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families.sizes import ImageTokens, Sizes, image_tokens, video_tokens
+from pmod_cli.families.sizes import Decoder, ImageTokens, Sizes, image_tokens, video_tokens
+from pmod_cli.model.methods import METHODS, Cost
 from pmod_cli.model.schedule import kept_tokens
+from pmod_cli.model.settings import PmodSettings
 
 MOST_ROWS = 100_000
 MOST_PIXELS = 10**6  # on a side
@@ -150,16 +152,35 @@ class Routed:
         retention: Retention ratio of each layer, length L.
         target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
         routers: Which layers have a router, length L; None is those that keep less than all.
+        chooses: Which layers choose by the method's own `cost`, length L; None: none of them.
+        cost: Of one choice, see `model.methods.Cost`.
+        keep_keys: Whether skipped tokens still give keys and values.
     """
 
     retention: Sequence[float]
     target_tokens: str = "vision_all"
     routers: Sequence[bool] | None = None
+    chooses: Sequence[bool] | None = None
+    cost: Cost | None = None
+    keep_keys: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Routed:
         """Of a p-MoD configuration."""
-        return cls(config.retention, config.settings.target_tokens, config.has_router)
+        return cls.by(config.settings, config.text_config.num_hidden_layers)
+
+    @classmethod
+    def by(cls, settings: PmodSettings, layers: int) -> Routed:
+        """Of settings, on so many layers."""
+        chosen_at = settings.chosen_at(layers)
+        return cls(
+            settings.retention(layers),
+            settings.target_tokens,
+            settings.routed(layers),
+            [at == layer for layer, at in enumerate(chosen_at)],
+            METHODS[settings.method].cost,
+            settings.keep_keys,
+        )
 
     @classmethod
     def stock(cls, layers: int) -> Routed:
@@ -192,3 +213,12 @@ def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:
 def pictures(rows: Sequence[Row]) -> Counter[ImageTokens]:
     """The images and videos of a batch, each kind once."""
     return Counter(image for row in rows for image in row.images)
+
+
+def selector_flops(decoder: Decoder, rows: Sequence[Row], routed: Routed, layer: int) -> int:
+    """FLOPs of a layer's choice on one row, padding included; 0 where it does not choose, or a router does."""
+    vision = max(row.routable(routed.target_tokens) for row in rows)
+    if routed.cost is None or routed.chooses is None or not routed.chooses[layer] or not vision:
+        return 0
+    kept = max(row.kept(routed.target_tokens, routed.retention[layer]) for row in rows)
+    return routed.cost(decoder, max(row.tokens for row in rows), vision, kept)

@@ -1,0 +1,98 @@
+"""What a method costs under the four conventions in use, and its settings at a budget. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
+from pmod_cli.model.methods import METHODS
+from pmod_cli.model.settings import PmodSettings
+from pmod_cli.profiling.count import formulas
+from pmod_cli.profiling.count.workload import Routed, Row, Workload, layer_tokens
+
+PROMPT = Workload(image_sizes=((672, 672),), text_tokens=58)
+"""The paper's prompt, on which a budget is solved unless another one is given."""
+PRECISION = 0.01  # of the budget, where the method is not made of whole steps larger than that
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """A method's cost as papers name it, each a share of the stock model's on the same prompt.
+
+    Args:
+        first_layer: Vision tokens that enter layer 0.
+        mean_tokens: Vision tokens of a layer, mean over the layers.
+        flops: FLOPs of the decoder's prefill: layers with attention products, what ranks the tokens, and lm_head. This
+            is what a budget means.
+        selector: The part of `flops` that ranks the tokens, routers left out.
+        kv_bytes: KV cache after the prefill, text included.
+    """
+
+    first_layer: float
+    mean_tokens: float
+    flops: float
+    selector: float
+    kv_bytes: float
+
+    def as_dict(self) -> dict[str, float]:
+        """For a result file."""
+        return asdict(self)
+
+
+def cost_of(sizes: Sizes, settings: PmodSettings, rows: Sequence[Row] | None = None) -> MethodCost:
+    """Count what settings cost on a prompt.
+
+    Args:
+        sizes: The model.
+        settings: What each layer keeps, and what ranks the tokens.
+        rows: The prompt; None is `PROMPT`.
+    """
+    rows = PROMPT.rows(sizes) if rows is None else rows
+    routed = Routed.by(settings, sizes.decoder.layers)
+    stock, found = formulas.prefill(sizes, rows).decoder, formulas.prefill(sizes, rows, routed)
+    longest = max(row.tokens for row in rows)
+    slots = [longest if routed.keep_keys else tokens for _, tokens in layer_tokens(rows, routed)]
+    return MethodCost(
+        first_layer=routed.retention[0],
+        mean_tokens=routed.mean_retention,
+        flops=found.decoder / stock,
+        selector=found.selector / stock,
+        kv_bytes=sum(slots) / (len(slots) * longest),
+    )
+
+
+def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None = None) -> PmodSettings:
+    """The settings of a method that come nearest to a budget.
+
+    Args:
+        method: A name in `METHODS`.
+        budget: Share of the stock decoder's prefill FLOPs, see `MethodCost.flops`.
+        sizes: The model.
+        rows: The prompt; None is `PROMPT`.
+
+    Raises:
+        PmodError: No such method, or it does not reach the budget.
+    """
+    if method not in METHODS:
+        raise PmodError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    rows = PROMPT.rows(sizes) if rows is None else rows
+    low, high, found = 0.0, 1.0, []
+    for _ in range(40):
+        mean = (low + high) / 2
+        try:
+            settings = PmodSettings(method=method, mean=mean)
+            flops = cost_of(sizes, settings, rows).flops
+        except ValueError:  # a mean that the schedule cannot have
+            low = mean
+            continue
+        found.append((abs(flops - budget), flops, mean, settings))
+        low, high = (low, mean) if flops > budget else (mean, high)
+    away, flops, _, settings = min(found, key=lambda one: one[:3])
+    if away > PRECISION * budget and flops > budget:
+        raise PmodError(
+            f"{method} cannot cost {budget:g} of the stock model: it comes as near as {flops:.3f}",
+            hint=f"a budget of {flops + 0.01:.2f} or more",
+        )
+    return settings

@@ -87,7 +87,8 @@ def _routed_config(path: Path, pmod: dict[str, Any]) -> PreTrainedConfig:
 
     stock = AutoConfig.from_pretrained(path, local_files_only=True)
     values = {name: value for name, value in stock.to_dict().items() if name not in ("model_type", "architectures")}
-    return CONFIGS[stock.model_type].from_dict(values | {"pmod": pmod})
+    config_class: Any = CONFIGS[stock.model_type]
+    return config_class.from_dict(values | {"pmod": pmod})
 
 
 def load_processor(path: Path) -> ProcessorMixin:

@@ -66,16 +66,11 @@ def from_llava(row: Any, *, answered: bool = True) -> Conversation:
     Raises:
         BadRow: what is missing or wrong in it.
     """
-    if not isinstance(row, Mapping):
-        raise BadRow(f"expected an object, found {_kind(row)}")
+    turns = _turns(row, "conversations", "from", "value")
     images = row.get("image")
     images = () if images is None else (images,) if isinstance(images, str) else images
     if not isinstance(images, list | tuple) or not all(isinstance(name, str) and name for name in images):
         raise BadRow(f"'image': expected a file name or a list of them, found {row['image']!r:.60}")
-    said = row.get("conversations")
-    if not isinstance(said, list):
-        raise BadRow(f"'conversations': expected a list, found {_kind(said)}")
-    turns = [_turn(number, turn, "from", "value") for number, turn in enumerate(said)]
     if images:
         turns = [Turn(turn.role, _image_first(turn.text)) for turn in turns]
     return _checked(turns, images, answered)
@@ -90,16 +85,9 @@ def from_messages(row: Any, *, answered: bool = True) -> Conversation:
     Raises:
         BadRow: what is missing or wrong in it.
     """
-    if not isinstance(row, Mapping):
-        raise BadRow(f"expected an object, found {_kind(row)}")
-    said, images = row.get("messages"), row.get("images")
-    if not isinstance(said, list):
-        raise BadRow(f"'messages': expected a list, found {_kind(said)}")
-    if images is not None and not isinstance(images, list | tuple):
-        images = [images]
-    return _checked(
-        [_turn(number, turn, "role", "content") for number, turn in enumerate(said)], images or (), answered
-    )
+    turns = _turns(row, "messages", "role", "content")
+    images = row.get("images") or ()
+    return _checked(turns, images if isinstance(images, list | tuple) else [images], answered)
 
 
 def length_of(conversation: Mapping, said: str, text: str, images: bool) -> int:
@@ -115,6 +103,14 @@ def length_of(conversation: Mapping, said: str, text: str, images: bool) -> int:
             part = part.get("text") if isinstance(part, Mapping) else part
             words += len(part.split()) if isinstance(part, str) else 0
     return max(words, 1) * (1 if images else -1)
+
+
+def _turns(row: Any, key: str, role_key: str, text_key: str) -> list[Turn]:
+    if not isinstance(row, Mapping):
+        raise BadRow(f"expected an object, found {_kind(row)}")
+    if not isinstance(said := row.get(key), list):
+        raise BadRow(f"'{key}': expected a list, found {_kind(said)}")
+    return [_turn(number, turn, role_key, text_key) for number, turn in enumerate(said)]
 
 
 def _turn(number: int, turn: Any, role_key: str, text_key: str) -> Turn:

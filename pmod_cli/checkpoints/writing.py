@@ -9,15 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from pmod_cli.checkpoints.files import SINGLE, TORCH_NAMES, Tensor, encode_header
 from pmod_cli.checkpoints.layout import LowRank, Source, TensorSource
+from pmod_cli.core.atomic import sync
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,26 +122,15 @@ def stream(weights: WeightFiles, folder: Path, progress: Callable[[int], None]) 
     Args:
         progress: Told the bytes of each piece written.
     """
-    syncing: threading.Thread | None = None
-    failures: list[OSError] = []
-
-    def sync(path: Path) -> None:
-        try:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        except OSError as error:  # a full disk may show only now
-            failures.append(error)
-
-    for name, parts in weights.streamed.items():
-        write_shard(folder / name, parts, progress)
-        if syncing:
-            syncing.join()
-        syncing = threading.Thread(target=sync, args=(folder / name,))
-        syncing.start()
-    if syncing:
-        syncing.join()
-    if failures:
-        raise failures[0]
+    syncing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as behind:
+        for name, parts in weights.streamed.items():
+            write_shard(folder / name, parts, progress)
+            if syncing is not None:
+                syncing.result()  # a full disk may show only now
+            syncing = behind.submit(sync, folder / name)
+        if syncing is not None:
+            syncing.result()
 
 
 def write_shard(path: Path, parts: dict[str, TensorSource], progress: Callable[[int], None]) -> None:

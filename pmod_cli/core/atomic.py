@@ -81,7 +81,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             for temporary in temporaries.values():
                 temporary.unlink(missing_ok=True)
     for folder in {path.parent for path in files}:
-        sync_folder(folder)
+        sync(folder)
 
 
 def _beside(path: Path, ending: str) -> Path:
@@ -103,9 +103,9 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))  # a byte of a path that is no UTF-8
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

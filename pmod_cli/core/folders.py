@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pmod_cli.core.atomic import Busy, exchange, locked, sync_folder
+from pmod_cli.core.atomic import Busy, exchange, locked, sync
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import (
     LOCK,
@@ -169,7 +169,7 @@ def replace(staging: Path, target: Path) -> None:
         except OSError:
             old.rename(target)
             raise
-    sync_folder(target.parent)
+    sync(target.parent)
     _restore(target)
 
 
@@ -238,9 +238,8 @@ def settle(folder: Path, like: Path) -> None:
                 continue
             if path.stat().st_mode & 0o777 == 0o600 != usual:
                 path.chmod(usual)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(parent))
+            sync(path)
+        sync(Path(parent))
 
 
 def staging_of(target: Path) -> Path:

@@ -1,5 +1,6 @@
-"""LLaVA-OneVision (and LLaVA-Video): anyres as LLaVA-NeXT's with up to 36 tiles, pooled beyond nine, for one image of a
-row; of several images, and of the frames of a video, one tile each.
+"""LLaVA-OneVision (and LLaVA-Video): anyres as LLaVA-NeXT's with up to 36 tiles, pooled beyond nine.
+
+That is of one image of a row; of several images, and of the frames of a video, there is one tile each.
 """
 
 from __future__ import annotations

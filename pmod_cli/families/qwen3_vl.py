@@ -1,5 +1,7 @@
-"""Qwen3-VL: as Qwen2.5-VL, but its tower attends to whole frames, and features of its middle blocks are added to the
-residual stream behind the first decoder layers (DeepStack). Timestamps stand between the frames of a video.
+"""Qwen3-VL: as Qwen2.5-VL, with whole frames in the tower, DeepStack and timestamps.
+
+The tower attends to whole frames, and features of its middle blocks are added to the residual stream behind the first
+decoder layers (DeepStack). Timestamps stand between the frames of a video.
 
 DeepStack adds to all N tokens in the text model, where skipped tokens have stayed in their places.
 """

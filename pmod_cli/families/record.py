@@ -67,8 +67,10 @@ class DecoderKind:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What a config.json leaves out. None follows from others: as many key/value heads as query heads, hidden size
-        over query heads."""
+        """What a config.json leaves out.
+
+        None follows from others: as many key/value heads as query heads, hidden size over query heads.
+        """
         return {**_DECODER, **self.sizes}
 
     def window(self, text: Mapping[str, Any]) -> int | None:

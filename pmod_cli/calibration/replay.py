@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pmod_cli.calibration.asked import Batch
+from pmod_cli.core.errors import PmodError
 from pmod_cli.data.templates import IGNORED
+from pmod_cli.families import family_of
 from pmod_cli.model import PmodSettings, Routing
 
 if TYPE_CHECKING:
@@ -58,6 +60,10 @@ class Stream:
         )
 
 
+class _Reached(Exception):
+    """The first layer has been called."""
+
+
 class Replay:
     """A model whose decoder can be run from any layer on.
 
@@ -85,33 +91,55 @@ class Replay:
         route_layers(self.decoder, PmodSettings(schedule="list", values=(1.0,) * len(self)))
 
     def begin(self, batch: Batch) -> Stream:
-        """A batch in front of layer 0, its image features merged."""
+        """A batch in front of layer 0, as the model itself puts it there.
+
+        Raises:
+            PmodError: the model adds image features behind deeper layers too, so that no layer can be run by itself.
+        """
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
-        outer = self.model.model
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        vision = ids == self.model.config.image_token_id
-        hidden = self.model.get_input_embeddings()(ids)
-        routing = None
-        if "pixel_values" in inputs:
-            pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-            pixels["pixel_values"] = pixels["pixel_values"].to(hidden.dtype)
-            features = self.model.get_image_features(**pixels, return_dict=True).pooler_output
-            hidden = hidden.masked_scatter(vision.unsqueeze(-1), torch.cat(list(features)).to(hidden))
-            if getattr(outer, "spares_base_image", False):
-                vision = outer.spare_base_images(vision, [len(feature) for feature in features])
+        labels, ids = inputs.pop("labels"), inputs["input_ids"]
+        front = self._front(inputs)
+        if front.get("deepstack"):
+            raise PmodError("this model adds image features behind several layers: they cannot be measured one by one")
+        routing = front.get("routing")
+        if routing is None and "pixel_values" in inputs:  # of a stock model
+            tokens = family_of(self.model.config.model_type).vision_tokens
+            vision = torch.stack([ids == getattr(self.model.config, token) for token in tokens]).any(dim=0)
             routing = Routing.build(vision, inputs["attention_mask"])
+        if routing is not None:
             routing.hold(NOBODY, routing.rank_base.argsort(dim=1, descending=True, stable=True))
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
         predicts = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
         return Stream(
             layer=0,
-            hidden=hidden,
+            hidden=front["hidden_states"],
             routing=routing if routing is not None and routing.any_target else None,
-            tables=self.decoder.rotary_emb(hidden, position_ids=positions),
+            tables=front["position_embeddings"],
             predicts=predicts,
             targets=labels[:, 1:][predicts[:, :-1]],
             rows=predicts.nonzero()[:, 0],
         )
+
+    def _front(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """What layer 0 is called with; nothing behind that is computed."""
+        found: dict[str, Any] = {}
+
+        def note_deepstack(decoder, arguments, named):
+            found["deepstack"] = named.get("deepstack_visual_embeds") is not None
+
+        def stop(layer, arguments, named):
+            found.update(named | ({"hidden_states": arguments[0]} if arguments else {}))
+            raise _Reached
+
+        handles = [self.decoder.register_forward_pre_hook(note_deepstack, with_kwargs=True)]
+        handles.append(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True))
+        try:
+            self.model(**inputs, use_cache=False)
+        except _Reached:
+            return found
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError("the model has not called its first layer")
 
     def advance(self, stream: Stream, to: int | None = None) -> Stream:
         """Runs a stream, in place, up to the layer `to`, by default by one layer."""

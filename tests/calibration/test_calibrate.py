@@ -196,7 +196,7 @@ def test_a_calibrated_model_goes_through_the_other_verbs(calibrated: Path, workd
     folder = str(calibrated / "made-60")
     assert main(["profile", "-m", folder, "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
-    assert layers[0]["retention"] == 1.0
+    assert layers[0]["retention_ratio"] == 1.0
     assert main(["calibrate", folder, "-o", "again", "--samples", "8", "--schedule", "cosine", "--device", "cpu"]) == 0
     assert checkpoints.router_state(Path("again")) == "calibrated"
 

@@ -1,4 +1,7 @@
-"""The layout of the original LLaVA code (liuhaotian, lmms-lab), and of the published p-MoD code, which extends it."""
+"""The layout of the original LLaVA code (liuhaotian, lmms-lab), and of the published p-MoD code, which extends it.
+
+Such a checkpoint holds its CLIP vision tower, or only names it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layout import Layout, Options, Source, TensorSource, files_of
-from pmod_cli.checkpoints.layouts import published_settings, vision_tower
+from pmod_cli.checkpoints.layouts import published_settings
 from pmod_cli.checkpoints.layouts.huggingface import check_decoder
 from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, check_shapes, from_original, size
 from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files
@@ -18,6 +21,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
+from pmod_cli.families.towers import CLIP_L_336
 
 _TEXT = (
     "attention_bias",
@@ -44,7 +48,8 @@ _TEXT = (
     "use_sliding_window",
     "vocab_size",
 )
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+KNOWN = {"openai/clip-vit-large-patch14-336": CLIP_L_336}
+_TOWER = (*CLIP_L_336, "num_channels", "hidden_act", "layer_norm_eps")  # what is kept of a tower's own config
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -96,15 +101,15 @@ def from_flat(
     found = {from_original(name): tensor for name, tensor in tensors.items()}
     tower_name = options.vision_tower or config.get("mm_vision_tower")
     inside = any(name.startswith("vision_tower.") for name in found)
-    place = vision_tower.find_tower(tower_name, folder, weights=not inside, offline=options.offline)
-    stock["vision_config"] = vision_tower.tower_config(str(tower_name), place)
+    place = find_tower(tower_name, folder, weights=not inside, offline=options.offline)
+    stock["vision_config"] = tower_config(str(tower_name), place)
     tower = files.read_tensors(place) if place and not inside else {}
     dtype = next((tensor.dtype for name, tensor in found.items() if name.endswith("norm.weight")), None)
     parts = {name: TensorSource(tensor) for name, tensor in found.items()}
     if layout == "parts":
         parts = {n: p if n.startswith("language_model.") else replace(p, dtype=dtype) for n, p in parts.items()}
     # A tower from elsewhere is stored wider as a rule; the original code casts it when it loads it.
-    parts |= {name: TensorSource(tensor, dtype=dtype) for name, tensor in vision_tower.tower_names(tower).items()}
+    parts |= {name: TensorSource(tensor, dtype=dtype) for name, tensor in tower_names(tower).items()}
     parts = {name: part for name, part in parts.items() if not OBSOLETE.fullmatch(name)}
 
     settings = None
@@ -112,7 +117,7 @@ def from_flat(
         settings = published_settings.read_settings(config, size(config, "num_hidden_layers", where), where)
     elif any(".router." in name for name in parts):
         raise PmodError(f"{where}: mod_target_layers is absent, though the weights hold routers")
-    pixels = vision_tower.preprocessor(place)
+    pixels = preprocessor(place)
     source = _whole(folder, stock, parts, config, tokenizer=options.tokenizer, pixels=pixels)
     return replace(
         source,
@@ -147,7 +152,9 @@ def _whole(
         "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
-        "dtype": DTYPES[next(part for name, part in parts.items() if name.endswith("norm.weight")).source.dtype],
+        "dtype": files.TORCH_NAMES[
+            next(part for name, part in parts.items() if name.endswith("norm.weight")).source.dtype
+        ],
     }
     notes = []
     if vocabulary.tokenizer is None:
@@ -229,6 +236,64 @@ def _pinpoints(value: object, where: Path) -> list[list[int]]:
             f"{where}: image_grid_pinpoints is {str(value)[:80]!r}, expected pairs of width and height in pixels"
         )
     return points
+
+
+def find_tower(name: object, folder: Path, *, weights: bool, offline: bool) -> Path | None:
+    """Folder of a tower; None where only its configuration is wanted and it is a well-known one.
+
+    Args:
+        name: Folder, also relative to the checkpoint or beside it, or hub id.
+        weights: Whether its weights are wanted too.
+
+    Raises:
+        PmodError: there is none.
+    """
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise PmodError(f"{folder / files.CONFIG}: mm_vision_tower is {name!r}, expected a folder or hub id")
+    for place in (Path(name).expanduser(), folder / name, folder.parent / name):
+        if (place / files.CONFIG).is_file():
+            return place
+    if name in KNOWN and not weights:
+        return None
+    from pmod_cli.checkpoints.resolve import resolve
+
+    try:
+        return resolve(name, weights=weights, offline=offline).path
+    except PmodError as error:
+        raise PmodError(
+            f"the vision tower {name}, which {folder} {'needs' if weights else 'names'}, is not here: {error.what}",
+            hint="give its folder with `vision_tower`",
+        ) from error
+
+
+def tower_config(name: str, place: Path | None) -> dict:
+    """`vision_config` of a CLIP tower.
+
+    Raises:
+        PmodError: it is no CLIP.
+    """
+    if place is None:
+        return {"model_type": "clip_vision_model", **KNOWN[name]}
+    where = place / files.CONFIG
+    config = files.read_json(where)
+    if config.get("model_type") == "clip" and isinstance(config.get("vision_config"), dict):
+        config = config["vision_config"] | {"model_type": "clip_vision_model"}
+    if config.get("model_type") != "clip_vision_model":
+        raise PmodError(f"{where}: model_type is {config.get('model_type')!r}, expected a CLIP vision tower")
+    return {"model_type": "clip_vision_model"} | {key: config[key] for key in _TOWER if config.get(key) is not None}
+
+
+def tower_names(tensors: dict[str, files.Tensor]) -> dict[str, files.Tensor]:
+    """The tower's tensors by their names in the Hugging Face layout of LLaVA; a CLIP's text half is left out."""
+    if any(name.startswith("vision_model.") for name in tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+    return {f"vision_tower.{name}": tensor for name, tensor in tensors.items()}
+
+
+def preprocessor(place: Path | None) -> dict:
+    """preprocessor_config.json of the tower, or nothing: the values of every OpenAI CLIP are the defaults."""
+    path = place / "preprocessor_config.json" if place else None
+    return files.read_json(path) if path and path.is_file() else {}
 
 
 ORIGINAL = Layout(

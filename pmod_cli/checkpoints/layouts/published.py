@@ -11,9 +11,8 @@ from pathlib import Path
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layout import Draft, Layout, Progress, Source, TensorSource
 from pmod_cli.checkpoints.layouts import published_settings
-from pmod_cli.checkpoints.layouts.original import EMBEDDINGS, is_original, read_original
+from pmod_cli.checkpoints.layouts.original import EMBEDDINGS, KNOWN, is_original, read_original
 from pmod_cli.checkpoints.layouts.shapes import canonical, to_original
-from pmod_cli.checkpoints.layouts.vision_tower import KNOWN
 from pmod_cli.checkpoints.tokenizer_files import MODEL_FILE, clip_preprocessor, restore_original
 from pmod_cli.checkpoints.writing import WeightFiles, stream
 from pmod_cli.core.atomic import write_json

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmms_eval.tasks import TaskManager, get_task_dict
 
-from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError, first_line
 from pmod_cli.evaluation import data as data_files
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split
 from pmod_cli.evaluation.processes import hidden_launcher
@@ -253,7 +253,7 @@ def _check(source: Split, files: Sequence[Path]) -> None:
                 columns = opened.schema_arrow.names
         except (ArrowInvalid, OSError) as error:
             raise PmodError(
-                f"{file} is no whole parquet file: {str(error).splitlines()[0]}",
+                f"{file} is no whole parquet file: {first_line(error)}",
                 hint="in the mirror: sha256sum --check SHA256SUMS",
                 code=RUN_FAILED,
             ) from error

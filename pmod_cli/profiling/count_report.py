@@ -108,24 +108,18 @@ def layers_table(result: Profile, *, macs: bool = False) -> Table:
 def flops_table(result: Profile, *, macs: bool = False) -> Table:
     """FLOPs of the prefill by part and by convention."""
     unit = _units(result, macs)[0]
-    stock, pmod, vision = result.stock, result.pmod, result.vision
     number = sum(row.tiles for row in result.rows)
     seen = f", {number} tile{'s' if number > 1 else ''}" if result.sizes.family.tiled else ""
-    parts = {
-        "decoder matrix products": (stock.matrix, pmod.matrix),
-        "attention products": (stock.attention_products, pmod.attention_products),
-        "lm_head, every position": (stock.lm_head, pmod.lm_head),
-        f"vision tower{seen}": (vision.tower, vision.tower),
-        "projector": (vision.projector, vision.projector),
-    }
+    notes = {"lm_head": ", every position", "vision_tower": seen}
     table = plain_table(f"Prefill, {unit.name}", "part", "stock", "p-MoD", "of stock", "published")
-    for name, pair in parts.items():
-        table.add_row(name, *_pair(unit, *pair))
+    for part, pair in _parts(result).items():
+        name = part if part == "lm_head" else part.replace("_", " ")
+        table.add_row(name + notes.get(part, ""), *_pair(unit, *pair))
     table.add_section()
     published = result.published
     said = f"{published.tflops.stock} -> {published.tflops.pmod}" if published else ""
     table.add_row("paper convention", *_pair(unit, *result.totals("paper")), said, style="bold")
-    table.add_row("paper + attention products", *_pair(unit, stock.total, pmod.total))
+    table.add_row("paper + attention products", *_pair(unit, result.stock.total, result.pmod.total))
     table.add_row("full convention", *_pair(unit, *result.totals("full")), style="bold")
     return table
 
@@ -145,12 +139,10 @@ def decode_table(result: Profile, *, macs: bool = False) -> Table:
 def training_table(result: Profile, *, macs: bool = False) -> Table:
     """FLOPs of one training step on the batch: all parts but the vision tower are trained."""
     unit = _units(result, macs)[0]
-    steps, checkpointed = result.training(), result.training(checkpointing=True)
     table = plain_table(f"Training step, {unit.name}", "part", "stock", "p-MoD", "of stock")
-    table.add_row("forward", *_pair(unit, *(step.forward for step in steps)))
-    table.add_row("backward", *_pair(unit, *(step.backward for step in steps)))
-    table.add_row("step", *_pair(unit, *(step.step for step in steps)), style="bold")
-    table.add_row("with gradient checkpointing", *_pair(unit, *(step.step for step in checkpointed)))
+    for part, pair in _training(result).items():
+        name = part.removeprefix("step_").replace("_", " ")
+        table.add_row(name, *_pair(unit, *pair), style="bold" if part == "step" else None)
     return table
 
 
@@ -178,6 +170,26 @@ def kv_layers_table(result: Profile) -> Table:
         share = _share(kv.total, stock.total)
         table.add_row(f"{layer.layer}", f"{layer.retention:.3f}", f"{layer.vision_tokens}", *sizes, share)
     return table
+
+
+def _parts(result: Profile) -> dict[str, tuple[int, int]]:
+    """FLOPs of the prefill by part, stock and p-MoD."""
+    both, vision = (result.stock, result.pmod), result.vision
+    return {
+        "decoder_matrix_products": tuple(cost.matrix for cost in both),
+        "attention_products": tuple(cost.attention_products for cost in both),
+        "lm_head": tuple(cost.lm_head for cost in both),
+        "vision_tower": (vision.tower,) * 2,
+        "projector": (vision.projector,) * 2,
+    }
+
+
+def _training(result: Profile) -> dict[str, tuple[int, int]]:
+    """FLOPs of a training step by pass, and of the whole step with and without checkpointing, stock and p-MoD."""
+    steps = result.training()
+    passes = {name: tuple(getattr(step, name) for step in steps) for name in ("forward", "backward", "step")}
+    again = tuple(step.step for step in result.training(checkpointing=True))
+    return {**passes, "step_with_gradient_checkpointing": again}
 
 
 def _pair(unit: _Unit, stock: int, pmod: int) -> list[str]:
@@ -235,8 +247,7 @@ def to_json(result: Profile, latency: Latency | None = None, *, macs: bool = Fal
 
 
 def _flops_json(result: Profile, macs: bool) -> dict[str, Any]:
-    stock, pmod, vision = result.stock, result.pmod, result.vision
-    steps, checkpointed = result.training(), result.training(checkpointing=True)
+    stock, pmod = result.stock, result.pmod
 
     def pair(stock_flops: int, pmod_flops: int) -> dict[str, float]:
         said = {
@@ -254,40 +265,23 @@ def _flops_json(result: Profile, macs: bool) -> dict[str, Any]:
     return {
         "flops_per_multiply_add": FLOPS_PER_MAC,
         "conventions": conventions,
-        "parts": {
-            "decoder_matrix_products": pair(stock.matrix, pmod.matrix),
-            "attention_products": pair(stock.attention_products, pmod.attention_products),
-            "lm_head": pair(stock.lm_head, pmod.lm_head),
-            "vision_tower": pair(vision.tower, vision.tower),
-            "projector": pair(vision.projector, vision.projector),
-        },
+        "parts": {part: pair(*both) for part, both in _parts(result).items()},
         "decoder_by_closed_formula": pair(*(result.formula(pmod=which).decoder for which in (False, True))),
         "first_decoded_token_stock_gflops": stock.decode(1) / GIGA,
         "first_decoded_token_pmod_gflops": pmod.decode(1) / GIGA,
         "new_tokens": pair(result.generation(stock), result.generation(pmod)),
-        "training_step": {
-            "forward": pair(*(step.forward for step in steps)),
-            "backward": pair(*(step.backward for step in steps)),
-            "step": pair(*(step.step for step in steps)),
-            "step_with_gradient_checkpointing": pair(*(step.step for step in checkpointed)),
-        },
+        "training_step": {part: pair(*both) for part, both in _training(result).items()},
         "uncounted_operators": dict(result.unknown_operators),
     }
 
 
 def _kv_json(result: Profile) -> dict[str, Any]:
-    vision = [sum(layer.vision for layer in kv) for kv in (result.stock_kv, result.pmod_kv)]
-    total = [sum(layer.total for layer in kv) for kv in (result.stock_kv, result.pmod_kv)]
-    report = {
-        "dtype": result.dtype,
-        "stock_vision_mib": vision[0] / MIB,
-        "pmod_vision_mib": vision[1] / MIB,
-        "vision_pmod_of_stock_percent": percent(vision[1], vision[0]),
-        "stock_total_mib": total[0] / MIB,
-        "pmod_total_mib": total[1] / MIB,
-        "total_pmod_of_stock_percent": percent(total[1], total[0]),
-        "paper_convention_percent": 100 * result.mean_retention,
-    }
+    report: dict[str, Any] = {"dtype": result.dtype}
+    for kind in ("vision", "total"):
+        stock, pmod = (sum(getattr(layer, kind) for layer in kv) for kv in (result.stock_kv, result.pmod_kv))
+        report |= {f"stock_{kind}_mib": stock / MIB, f"pmod_{kind}_mib": pmod / MIB}
+        report[f"{kind}_pmod_of_stock_percent"] = percent(pmod, stock)
+    report["paper_convention_percent"] = 100 * result.mean_retention
     if result.published:
         report["published_percent"] = result.published.kv_percent.pmod
     return report

@@ -17,7 +17,7 @@ from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.checkpoints.layouts.huggingface import hold_to_weights
 from pmod_cli.checkpoints.layouts.shapes import checked_shapes
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.families import Family, family_of, model_types
 from pmod_cli.families.configs import MOST_LAYERS, known_family, left_out
 from pmod_cli.families.sizes import Sizes
@@ -151,7 +151,7 @@ def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject
         _ = pmod.retention  # a schedule that this number of layers cannot have
         return Subject(name, found.source, stock_class.from_dict(shared), pmod, found.assumed)
     except REFUSALS as error:
-        raise PmodError(f"{name}: {_first_line(error)}", hint="pmod profile --help") from error
+        raise PmodError(f"{name}: {first_line(error)}", hint="pmod profile --help") from error
 
 
 def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | None = None) -> Subject:
@@ -216,7 +216,7 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
         _ = pmod.retention  # as in `subject_of`
         return replace(subject, stock=stock_class.from_dict(stock), pmod=pmod)
     except REFUSALS as error:
-        raise PmodError(f"{subject.name}: {_first_line(error)}", hint="pmod profile --help") from error
+        raise PmodError(f"{subject.name}: {first_line(error)}", hint="pmod profile --help") from error
 
 
 def _config_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedConfig]]:
@@ -226,10 +226,6 @@ def _config_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTra
     import pmod_cli.model.configuration  # noqa: F401 - registers the p-MoD configurations
 
     return CONFIG_MAPPING[family.name], CONFIG_MAPPING[family.routed_name]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _without_conflicts(own: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.core.text import GIB
 from pmod_cli.model import SELECTIONS
 from pmod_cli.profiling.count.memory import DTYPE_BYTES, bytes_per_token
@@ -161,7 +161,7 @@ def measure_latency(
             else:
                 pair = loaded_pair(subject, folder, dtype=dtype, **how)
         except (ValueError, ImportError) as error:
-            raise PmodError(f"{subject.name}: {str(error).splitlines()[0]}", hint="`attention=sdpa`") from error
+            raise PmodError(f"{subject.name}: {first_line(error)}", hint="`attention=sdpa`") from error
         model = pair.stock
         result = profile(subject, workload, dtype=str(model.dtype).removeprefix("torch."))
         known = dict.fromkeys((*NAMES, *SELECTIONS))

@@ -103,7 +103,7 @@ def profiled(
             rows = memory_report.rows(memory)
     drawn = None if report in ("latency", "memory") else lambda: plots.layers_figure(result)
     caption = "Retention ratio, FLOPs and KV cache of each decoder layer, p-MoD beside stock"
-    return Shown(result.subject.name, count_report.headline(result), shown, notes, said, rows, drawn, caption)
+    return Shown(result.subject.name, result.headline, shown, notes, said, rows, drawn, caption)
 
 
 def swept(

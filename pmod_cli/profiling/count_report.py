@@ -47,26 +47,6 @@ def _kv_unit(result: Profile) -> _Unit:
     return _Unit("MiB", MIB) if total >= 10 * MIB else _Unit("KiB", KIB)
 
 
-def headline(result: Profile) -> str:
-    """What was profiled, in one line."""
-    rows, longest = len(result.rows), result.longest
-    shown = [[image for image in row.images if not image.video] for row in result.rows]
-    parts = []
-    if any(shown):
-        kinds = dict.fromkeys(f"{images[0].width}x{images[0].height}" for images in shown if images)
-        number = f"{result.workload.images} images" if result.workload.images > 1 else "one image"
-        tiles = ", ".join(dict.fromkeys(str(sum(image.tiles for image in images)) for images in shown))
-        cut = f" in {tiles} tile(s)" if result.sizes.family.tiled else ""
-        parts.append(f"{number} of {' or '.join(kinds)} pixels{cut}")
-    parts += [f"a video of {frames} frames of {wide}x{high} pixels" for frames, wide, high in result.workload.videos]
-    batch = f"{rows} rows, each " if rows > 1 else ""
-    padded = ", padded to the longest" if any(row.tokens < longest.tokens for row in result.rows) else ""
-    return (
-        f"{result.subject.name}: {batch}{', '.join(parts)}, "
-        f"{longest.vision_tokens} vision + {longest.text_tokens} text tokens{padded}"
-    )
-
-
 def sections(result: Profile, report: str, *, macs: bool = False) -> list[Table]:
     """The tables of a report: `flops`, `kv` or `all`."""
     counted = [table(result, macs=macs) for table in (layers_table, flops_table, decode_table, training_table)]

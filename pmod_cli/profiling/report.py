@@ -96,6 +96,26 @@ class Profile:
         """The prefill of one of the two by the formula, without tracing anything."""
         return formulas.prefill(self.sizes, self.rows, self.routed if pmod else None)
 
+    @property
+    def headline(self) -> str:
+        """What was profiled, in one line."""
+        rows, longest = len(self.rows), self.longest
+        shown = [[image for image in row.images if not image.video] for row in self.rows]
+        parts = []
+        if any(shown):
+            kinds = dict.fromkeys(f"{images[0].width}x{images[0].height}" for images in shown if images)
+            number = f"{self.workload.images} images" if self.workload.images > 1 else "one image"
+            tiles = ", ".join(dict.fromkeys(str(sum(image.tiles for image in images)) for images in shown))
+            cut = f" in {tiles} tile(s)" if self.sizes.family.tiled else ""
+            parts.append(f"{number} of {' or '.join(kinds)} pixels{cut}")
+        parts += [f"a video of {frames} frames of {wide}x{high} pixels" for frames, wide, high in self.workload.videos]
+        batch = f"{rows} rows, each " if rows > 1 else ""
+        padded = ", padded to the longest" if any(row.tokens < longest.tokens for row in self.rows) else ""
+        return (
+            f"{self.subject.name}: {batch}{', '.join(parts)}, "
+            f"{longest.vision_tokens} vision + {longest.text_tokens} text tokens{padded}"
+        )
+
 
 def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Profile:
     """Count a stock model and its p-MoD on one batch, without weights.

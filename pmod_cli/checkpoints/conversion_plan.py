@@ -129,6 +129,10 @@ def _routed_layers(source: Source, settings: PmodSettings | None) -> list[int]:
             f"`target_tokens=vision_hr` needs anyres images, that is, a {high_resolution_titles()} model",
             hint="vision_all",
         )
+    if settings.target_tokens == "vision_video" and FAMILIES[source.kind].video_tokens is None:
+        raise PmodError(
+            f"`target_tokens=vision_video`: {FAMILIES[source.kind].title} takes no videos", hint="vision_all"
+        )
     return [layer for layer, is_routed in enumerate(routed) if is_routed]
 
 

@@ -70,7 +70,15 @@ def convert(
         ),
     ] = None,
     target_tokens: Annotated[
-        str | None, _method(help="vision_all, or vision_hr: the high-resolution part only. (default: vision_all)")
+        str | None,
+        _method(
+            metavar="KIND",
+            help="vision_all; vision_hr: the high-resolution part; vision_image, vision_video. (default: vision_all)",
+        ),
+    ] = None,
+    quota: Annotated[
+        str | None,
+        _method(metavar="row|per_image", help="K of all vision tokens of a row, or of each image and frame."),
     ] = None,
     selection: Annotated[
         str | None, _method(metavar="NAME", help=f"What ranks the tokens: {one_of(SELECTIONS)}. (default: router)")
@@ -186,6 +194,7 @@ def convert(
         alpha=alpha,
         string=string,
         target_tokens=target_tokens,
+        quota=quota,
         selection=selection,
         select_at=select_at,
     )

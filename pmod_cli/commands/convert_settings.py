@@ -68,7 +68,12 @@ def _prefill_share(source: Source, settings: PmodSettings) -> Callable[[PmodSett
     def share(settings: PmodSettings) -> float:
         ratios = settings.retention(sizes.decoder.layers)
         routers = settings.routed(sizes.decoder.layers)
-        return prefill(sizes, rows, Routed(ratios, settings.target_tokens, routers)).decoder / stock
+        return (
+            prefill(
+                sizes, rows, Routed(ratios, settings.target_tokens, routers, per_image=settings.quota == "per_image")
+            ).decoder
+            / stock
+        )
 
     return share
 

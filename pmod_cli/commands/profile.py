@@ -118,7 +118,10 @@ def profile(
     target_retention: Annotated[float | None, _overrides(help="Mean retention ratio to reach.")] = None,
     max_ratio: Annotated[float | None, _overrides(help="Ratios above it become plain layers.")] = None,
     min_ratio: Annotated[float | None, _overrides(help="Floor of a decaying schedule.")] = None,
-    target_tokens: Annotated[str | None, _overrides(metavar="KIND", help="vision_all or vision_hr.")] = None,
+    target_tokens: Annotated[
+        str | None, _overrides(metavar="KIND", help="vision_all, vision_hr, vision_image or vision_video.")
+    ] = None,
+    quota: Annotated[str | None, _overrides(metavar="row|per_image", help="What K is taken of.")] = None,
     selection: Annotated[str | None, _overrides(metavar="NAME", help=f"{one_of(SELECTIONS)}.")] = None,
     select_at: Annotated[str | None, _overrides(metavar="L,L,...", help="Layers that choose.")] = None,
     hidden_size: Annotated[int | None, _overrides(help="Another width of the same architecture.")] = None,
@@ -195,6 +198,7 @@ def profile(
         max_ratio=max_ratio,
         min_ratio=min_ratio,
         target_tokens=target_tokens,
+        quota=quota,
         selection=selection,
         select_at=select_at,
     )

@@ -17,7 +17,8 @@ PICTURES = (".png", ".svg", ".pdf")
 FORMATS = ("table", "markdown", "csv", "json")
 PHASES = ("prefill", "first-token", "decode", "train", "train-checkpointed")
 OVERRIDES = (
-    *("schedule", "shift", "target_retention", "max_ratio", "min_ratio", "target_tokens", "selection", "select_at"),
+    *("schedule", "shift", "target_retention", "max_ratio", "min_ratio", "target_tokens", "quota"),
+    *("selection", "select_at"),
 )
 COMPARED = ("stock", *SELECTIONS)
 

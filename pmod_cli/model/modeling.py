@@ -10,6 +10,7 @@ prefill and passed down to the layers. Steps without images (decode, text) get n
 
 from collections.abc import Mapping
 from functools import reduce
+from itertools import accumulate
 from operator import or_
 
 import torch
@@ -82,6 +83,7 @@ class RoutedModel(CheckedRelease):
         self.routes = True  # False: every layer is plain, as in the stock model
         self.routed_token_keys = ONE_KIND.get(settings.target_tokens, self.family.vision_tokens)
         self.spares_base_image = settings.target_tokens == "vision_hr"
+        self.counts_each_image = settings.quota == "per_image"
         self.routed_ratios = tuple(dict.fromkeys(layer.ratio for layer in decoder.layers if layer.selects))
 
     def forward(
@@ -101,15 +103,24 @@ class RoutedModel(CheckedRelease):
         Raises:
             ValueError: Merged embeddings start a sequence without a `vision_mask`, or the attention mask is not 2D.
         """
-        cache, routing = take_cache(kwargs), None
+        cache, routing, units = take_cache(kwargs), None, None
         pixels = (pixel_values, kwargs.get("pixel_values_videos"))
         # `generate` hands the prefill what the tower has made of the pixels, and no pixels.
         if any(each is not None and len(each) for each in pixels) or kwargs.get("mm_encoder_outputs"):
             if vision_mask is None:
                 vision_mask = self._placeholders(input_ids, inputs_embeds, self.routed_token_keys)
-            if self.spares_base_image:
-                vision_mask, kwargs = self._high_resolution(vision_mask, input_ids, inputs_embeds, pixel_values, kwargs)
-                pixel_values = None
+            if self.spares_base_image or self.counts_each_image:
+                outputs = self._features(pixel_values, kwargs)
+                pixel_values, kwargs = None, {**kwargs, "mm_encoder_outputs": outputs}
+                images, videos = (
+                    self._placeholders(input_ids, inputs_embeds, keys) if keys[0] in self.family.vision_tokens else None
+                    for keys in ONE_KIND.values()
+                )
+                if self.spares_base_image and "image" in outputs:
+                    lengths = [len(features) for features in outputs["image"].pooler_output]
+                    vision_mask = vision_mask & (self.spare_base_images(images, lengths) | ~images)
+                if self.counts_each_image:
+                    units = self._units(images, videos, outputs, kwargs)
         elif inputs_embeds is not None and vision_mask is None and not has_tokens(cache):
             raise ValueError(
                 "inputs_embeds without images need vision_mask, a (B, N) bool tensor of the merged vision tokens "
@@ -122,6 +133,7 @@ class RoutedModel(CheckedRelease):
                 vision_mask,
                 step_mask,
                 recorder=decoder.selection_recorder,
+                units=units,
             )
             if routing.any_target:
                 routing.prepare(self.routed_ratios)
@@ -153,28 +165,59 @@ class RoutedModel(CheckedRelease):
             places = [(inputs_embeds == row).all(-1) for row in rows]
         return reduce(or_, places)
 
-    def _high_resolution(
-        self, vision_mask: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, pixel_values, kwargs: dict
-    ) -> tuple[Tensor, dict]:
-        """Takes the tokens of base images out of the mask; returns it and `kwargs` with the image features.
-
-        Videos have no base image, so all their tokens stay in.
-        """
+    def _features(self, pixel_values, kwargs: dict) -> dict:
+        """What the tower makes of images and videos, by kind, as `generate` would hand it on."""
         outputs, videos = dict(kwargs.pop("mm_encoder_outputs", None) or {}), kwargs.pop("pixel_values_videos", None)
-        of_both = {
-            key: kwargs[key] for key in ("vision_feature_layer", "vision_feature_select_strategy") if key in kwargs
-        }
+
+        def given(*names: str) -> dict:
+            names = ("vision_feature_layer", "vision_feature_select_strategy", *names)
+            return {name: kwargs[name] for name in names if name in kwargs}
+
         if pixel_values is not None:
-            of_images = ("image_sizes", "vision_aspect_ratio", "batch_num_images")
-            given = of_both | {key: kwargs[key] for key in of_images if key in kwargs}
-            outputs["image"] = self.get_image_features(pixel_values, **given, return_dict=True)
+            own = given("image_sizes", "vision_aspect_ratio", "batch_num_images", "image_grid_thw")
+            outputs["image"] = self.get_image_features(pixel_values, **own, return_dict=True)
         if videos is not None:
-            outputs["video"] = self.get_video_features(videos, **of_both, return_dict=True)
+            outputs["video"] = self.get_video_features(videos, **given("video_grid_thw"), return_dict=True)
+        return outputs
+
+    def _units(self, images: Tensor, videos: Tensor | None, outputs: dict, kwargs: dict) -> Tensor:
+        """To which image or frame each vision token belongs, `(B, N)` int64, counted from 0 in each row.
+
+        Args:
+            images: `(B, N)` bool, placeholders of images.
+            videos: The same of videos; None where the family has none.
+            outputs: Features, by kind.
+            kwargs: Of the forward.
+        """
+        starts = images & ~_behind(images)
         if "image" in outputs:
-            images = self._placeholders(input_ids, inputs_embeds, ONE_KIND["vision_image"])
-            tiles = self.spare_base_images(images, [len(features) for features in outputs["image"].pooler_output])
-            vision_mask = vision_mask & (tiles | ~images)
-        return vision_mask, {**kwargs, "mm_encoder_outputs": outputs}
+            starts = starts | _first_of_each(images, [len(features) for features in outputs["image"].pooler_output])
+        if videos is not None:
+            starts = starts | videos & ~_behind(videos)
+            if (lengths := self._frames(outputs, kwargs)) is not None:
+                starts = starts | _first_of_each(videos, lengths)
+            elif "video" in outputs and (positions := kwargs.get("position_ids")) is not None and positions.ndim == 3:
+                time = positions[-3]  # M-RoPE: of the tokens of one frame it is one
+                starts = starts | videos & (time != _behind(time))
+        return (starts.cumsum(dim=1) - 1).clamp_(min=0)
+
+    def _frames(self, outputs: dict, kwargs: dict) -> list[int] | None:
+        """Vision tokens of each frame of all videos; None where they are not known, or text stands between frames."""
+        if "video" not in outputs or self.family.frames_apart:
+            return None
+        if (grids := kwargs.get("video_grid_thw")) is not None:
+            cell = self.config.vision_config.spatial_merge_size**2
+            return [rows * columns // cell for frames, rows, columns in grids.tolist() for _ in range(frames)]
+        if not self.family.tiled:
+            return None
+        vision = self.config.vision_config
+        side, lengths = vision.image_size // vision.patch_size, []
+        for video in outputs["video"].pooler_output:
+            # A quarter of a tile's patches, a side rounded up or down; a newline at the end belongs to the last frame.
+            frame = next(each**2 for each in ((side + 1) // 2, side // 2) if video.shape[-2] % each**2 <= 1)
+            count = video.shape[-2] // frame
+            lengths += [frame] * (count - 1) + [video.shape[-2] - frame * (count - 1)]
+        return lengths
 
     def spare_base_images(self, vision_mask: Tensor, lengths: list[int]) -> Tensor:
         """The mask without the tokens of each image's base image, `(B, N)` bool.
@@ -187,6 +230,18 @@ class RoutedModel(CheckedRelease):
         base = (vision.image_size // vision.patch_size) ** 2
         routed = torch.cat([torch.arange(length, device=vision_mask.device) >= base for length in lengths])
         return vision_mask.masked_scatter(vision_mask, routed)
+
+
+def _behind(values: Tensor) -> Tensor:
+    """At each place what stands in front of it, zero at the first."""
+    return torch.nn.functional.pad(values[:, :-1], (1, 0))
+
+
+def _first_of_each(mask: Tensor, lengths: list[int]) -> Tensor:
+    """`(B, N)` bool: where pieces of these lengths begin among the tokens of `mask`, rows one after another."""
+    first = torch.zeros(sum(lengths), dtype=torch.bool)
+    first[list(accumulate(lengths[:-1], initial=0))] = True
+    return torch.zeros_like(mask).masked_scatter(mask, first.to(mask.device))
 
 
 class RoutedGeneration(CheckedRelease):

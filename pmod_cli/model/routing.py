@@ -68,6 +68,7 @@ class Routing:
         recorder: Receives what each layer kept; see `capture.py`.
         weights: `(B, N)`, router weights of the layer that is about to choose; None if it has no router.
         position_embeddings: Rotary tables of the layer that is about to choose, `(1 or B, N, d)` each.
+        units: `(B, N)` int64, the image or frame of each routed token, where K is taken of each apart; else None.
         standing: `(B, N)` float, `rank_base` for the layer that is about to choose: -inf also for dropped tokens.
     """
 
@@ -80,6 +81,8 @@ class Routing:
     weights: Tensor | None = None
     position_embeddings: tuple[Tensor, Tensor] | None = None
     standing: Tensor | None = None
+    units: Tensor | None = None
+    _unit_sizes: Tensor | None = None  # (B, units) int64: V of each image or frame
     _sizes: Tensor | None = None  # (B, 2) int64: V and others, where a graph is traced
     _lengths: dict[float, Lengths] = field(default_factory=dict)
     _rotary: tuple[Tensor, Tensor] | None = None  # the prefill's cosines, and both its tables in one
@@ -91,10 +94,11 @@ class Routing:
         """Args:
             vision: `(B, N)` bool, the vision tokens that are to be routed.
             attention_mask: `(B, N)`, nonzero for real tokens, or None if nothing is padded.
-            options: `recorder`.
+            options: `recorder`, `units`.
 
         Raises:
-            ValueError: The mask is not 2D of the batch's shape: from a 4D one, padding cannot be read.
+            ValueError: A quota for each image is asked for while a graph is traced, or the mask is not 2D of the
+                batch's shape: from a 4D one, padding cannot be read.
         """
         if attention_mask is None:
             valid = torch.ones_like(vision)
@@ -115,12 +119,19 @@ class Routing:
             **options,
         }
         if torch.compiler.is_compiling():
+            if options.get("units") is not None:
+                raise ValueError("quota 'per_image' is not compiled: its number of images is known at run time alone")
             return cls(counts=None, padded=True, _sizes=sizes, **shared)
         length = vision.shape[1]
         last = torch.where(target, torch.arange(1, length + 1, device=vision.device), 0).amax(dim=1)
         counts = torch.cat([sizes, length - last[:, None]], dim=1).tolist()
         padded = any(routed + others < length for routed, others, _ in counts)
-        return cls(counts=[tuple(row) for row in counts], padded=padded, **shared)
+        routing = cls(counts=[tuple(row) for row in counts], padded=padded, **shared)
+        if routing.units is not None:
+            units = routing.units.masked_fill(plain, 0)
+            most = int(units.max()) + 1
+            routing._unit_sizes = units.new_zeros(len(units), most).scatter_add_(1, units, target.to(units.dtype))
+        return routing
 
     @property
     def any_target(self) -> bool:
@@ -134,6 +145,8 @@ class Routing:
 
     def kept(self, ratio: float) -> list[int]:
         """K of each row at a retention ratio."""
+        if self._unit_sizes is not None:
+            return self._quotas(ratio).sum(dim=1).tolist()
         return [kept_tokens(num_vision, ratio) for num_vision, *_ in self.counts]
 
     def prepare(self, ratios: Iterable[float]) -> None:
@@ -196,10 +209,29 @@ class Routing:
         """
         self.prepare([ratio])
         longest, valid, behind = self._lengths[ratio]
+        if self._unit_sizes is not None:
+            order = self._best_of_each_unit(order, ratio)
         index = order[:, :longest]
         if valid is None:
             return Gathered(index.sort(dim=1).values, None)
         return Gathered((index + behind).sort(dim=1).values - behind, valid)
+
+    def _quotas(self, ratio: float) -> Tensor:
+        """`(B, units)` int64: K of each image or frame, with the product in float32 as in `kept_tokens`."""
+        share = torch.tensor(ratio, dtype=torch.float32, device=self.target.device)
+        return (self._unit_sizes.float() * share).long()
+
+    def _best_of_each_unit(self, order: Tensor, ratio: float) -> Tensor:
+        """A ranking with the K best of each image or frame in front of all other vision tokens."""
+        vision, padding = self.target.gather(1, order), (self.rank_base == -torch.inf).gather(1, order)
+        unit = torch.where(vision, self.units.gather(1, order), self._unit_sizes.shape[1])  # the rest stands last
+        grouped = unit.argsort(dim=1, stable=True)  # by unit, the best of each first
+        starts = torch.nn.functional.pad(self._unit_sizes.cumsum(dim=1), (1, 0))  # (B, units + 1)
+        places = torch.arange(order.shape[1], device=order.device)
+        rank = torch.empty_like(order).scatter_(1, grouped, places - starts.gather(1, unit.gather(1, grouped)))
+        quota = torch.nn.functional.pad(self._quotas(ratio), (0, 1)).gather(1, unit)
+        behind = (vision & (rank >= quota)).byte() + 2 * padding.byte()
+        return order.gather(1, behind.argsort(dim=1, stable=True))
 
     def hold(self, layer: int, order: Tensor) -> None:
         """Keeps the ranking of a layer that chooses, for the layers up to the next one."""

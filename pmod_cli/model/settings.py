@@ -10,6 +10,7 @@ from .schedule import retention_schedule
 
 NORMS = ("tanh", "softmax", "shifted_softmax", "sigmoid", "none")
 POSITIONS = ("true", "renumbered")
+QUOTAS = ("row", "per_image")
 TARGET_TOKENS = ("vision_all", "vision_hr", "vision_image", "vision_video")
 LARGEST = 1e6  # of a setting: no model needs more, and 16-bit weights end soon behind it
 
@@ -38,6 +39,8 @@ class PmodSettings:
             schedule of their own in the place of `cosine`.
         returns: Whether a token that a layer dropped may be chosen again by a later one.
         keep_keys: Whether a skipped token still gives its keys and values to the others.
+        quota: What K is taken of: `row`, all vision tokens of a row (the paper), or `per_image`, each image and each
+            frame of a video apart, so that one cannot starve another.
         positions: `true`, or `renumbered`: in each layer 0 ... M-1 without gaps, as some published code has it.
 
     Raises:
@@ -60,6 +63,7 @@ class PmodSettings:
     returns: bool = True
     keep_keys: bool = False
     positions: str = "true"
+    quota: str = "row"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -80,6 +84,8 @@ class PmodSettings:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, found {self.selection!r:.80}")
         if self.select_at is not None:
             object.__setattr__(self, "select_at", _layers(self.select_at))
+        if self.quota not in QUOTAS:
+            raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, found {self.quota!r:.80}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, found {self.positions!r:.80}")
         if self.keep_keys and not self.returns:
@@ -212,7 +218,7 @@ class PmodSettings:
 
 
 DEFAULTS = {field.name: field.default for field in fields(PmodSettings)}
-LATER = ("selection", "select_at", "method", "returns", "keep_keys", "positions")
+LATER = ("selection", "select_at", "method", "returns", "keep_keys", "positions", "quota")
 
 
 def _layers(select_at: Sequence[int]) -> tuple[int, ...]:

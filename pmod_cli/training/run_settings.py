@@ -75,7 +75,8 @@ class PmodArgs:
         norm: weight normalisation: tanh, softmax, shifted_softmax, sigmoid, none, or activation_scale_bias.
         alpha: range of tanh and shifted_softmax.
         string: whether a skipped vision token is scaled by its weight (STRing) or passes unchanged.
-        target_tokens: vision_all, or vision_hr.
+        target_tokens: vision_all, vision_hr, vision_image or vision_video.
+        quota: row, or per_image: K of each image and frame apart.
         select_at: layers that choose; those up to the next one hold the choice and have no router. Without it every
             routed layer chooses.
         selection: how the kept tokens are chosen: router, a control that keeps as many, or another selection. The
@@ -92,7 +93,8 @@ class PmodArgs:
     norm: str | None = None
     alpha: float | None = None
     string: bool | None = None
-    target_tokens: Literal["vision_all", "vision_hr"] | None = None
+    target_tokens: Literal["vision_all", "vision_hr", "vision_image", "vision_video"] | None = None
+    quota: Literal["row", "per_image"] | None = None
     select_at: list[int] | None = None
     selection: str | None = one_of(SELECTIONS, None)
 

@@ -13,6 +13,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES
 from pmod_cli.model import capture_selection, kept_tokens
 from pmod_cli.model.cache import CACHE_NAME
+from pmod_cli.profiling.count.workload import Row
 from tests.model.naive import Float64Norm
 from tests.model.visual import (
     IMAGE,
@@ -27,6 +28,7 @@ from tests.model.visual import (
     rows_of,
     stock,
     stock_config,
+    visuals,
 )
 
 WHOLE = {"schedule": "constant", "mean": 1.0, "max_ratio": 1.5}
@@ -209,3 +211,33 @@ def test_videos_are_asked_of_models_that_have_them(kind):
     else:
         with pytest.raises((ValueError, PmodError), match="vision_video' needs a model of videos"):
             stock_config(kind, pmod={"target_tokens": "vision_video"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quota_for_each_image_and_frame(kind):
+    """Of each the best K, whatever the others are worth; the count of `profile` and the cache say the same."""
+    plain, rows = stock(kind), rows_of(kind)
+    pmod = routed(plain, ROUTED_FROM_START | {"quota": "per_image"})
+    inputs = prompt(kind, plain.config, rows)
+    with torch.no_grad(), capture_selection(pmod) as record:
+        pmod(**inputs)
+    for layer, ratio in ((0, 0.6), (2, 0.35), (3, 0.15)):
+        chosen = record.layers[layer]
+        for index, row in enumerate(rows):
+            places, expected = record.vision_mask[index].nonzero().flatten().tolist(), set()
+            for _, picture in visuals(kind, plain.config, row):
+                frame = picture.tokens // picture.frames
+                for number in range(picture.frames):
+                    last = number == picture.frames - 1
+                    size = picture.tokens - frame * number if last else frame
+                    unit, places = places[:size], places[size:]
+                    best = sorted(unit, key=lambda place: (-float(chosen.weight[index, place]), place))
+                    expected |= set(best[: kept_tokens(size, ratio)])
+            kept = chosen.kept[index] & record.vision_mask[index]
+            assert set(kept.nonzero().flatten().tolist()) == expected
+            pictures = tuple(picture for _, picture in visuals(kind, plain.config, row))
+            assert Row(pictures, 0).kept("vision_all", ratio, per_image=True) == len(expected)
+    made = pmod.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    real = inputs["attention_mask"].bool() & ~record.vision_mask
+    held = max(int(k) + int(text) for k, text in zip(record.layers[0].K, real.sum(1), strict=True))
+    assert made[CACHE_NAME].layers[0].keys.shape[-2] == held + 1

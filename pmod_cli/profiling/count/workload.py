@@ -138,9 +138,18 @@ class Row:
             return sum(image.tokens for image in self.images if image.video == (target_tokens == "vision_video"))
         return self.vision_tokens
 
-    def kept(self, target_tokens: str, ratio: float) -> int:
-        """Vision tokens that a layer of this retention ratio processes: K, and those that are not routed."""
+    def kept(self, target_tokens: str, ratio: float, per_image: bool = False) -> int:
+        """Vision tokens that a layer of this retention ratio processes: K, and those that are not routed.
+
+        Args:
+            target_tokens: Which vision tokens are routed.
+            ratio: Retention ratio.
+            per_image: Whether K is taken of each image and frame apart.
+        """
         routable = self.routable(target_tokens)
+        if per_image:
+            units = (unit for image in self.images for unit in _units(image, target_tokens))
+            return self.vision_tokens - routable + sum(kept_tokens(unit, ratio) for unit in units)
         return self.vision_tokens - routable + kept_tokens(routable, ratio)
 
 
@@ -150,11 +159,12 @@ class Routed:
 
     Args:
         retention: Retention ratio of each layer, length L.
-        target_tokens: Which vision tokens are routed: `vision_all` or `vision_hr`.
+        target_tokens: Which vision tokens are routed, one of `TARGET_TOKENS`.
         routers: Which layers have a router, length L; None is those that keep less than all.
         chooses: Which layers choose by the method's own `cost`, length L; None: none of them.
         cost: Of one choice, see `model.methods.Cost`.
         keep_keys: Whether skipped tokens still give keys and values.
+        per_image: Whether K is taken of each image and frame apart.
     """
 
     retention: Sequence[float]
@@ -163,6 +173,7 @@ class Routed:
     chooses: Sequence[bool] | None = None
     cost: Cost | None = None
     keep_keys: bool = False
+    per_image: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Routed:
@@ -180,6 +191,7 @@ class Routed:
             [at == layer for layer, at in enumerate(chosen_at)],
             METHODS[settings.method].cost,
             settings.keep_keys,
+            settings.quota == "per_image",
         )
 
     @classmethod
@@ -205,7 +217,7 @@ def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:
     """
     tokens = []
     for ratio in routed.retention:
-        kept = [row.kept(routed.target_tokens, ratio) for row in rows]
+        kept = [row.kept(routed.target_tokens, ratio, routed.per_image) for row in rows]
         tokens.append((max(kept), max(1, *(k + row.text_tokens for k, row in zip(kept, rows, strict=True)))))
     return tokens
 
@@ -220,5 +232,14 @@ def selector_flops(decoder: Decoder, rows: Sequence[Row], routed: Routed, layer:
     vision = max(row.routable(routed.target_tokens) for row in rows)
     if routed.cost is None or routed.chooses is None or not routed.chooses[layer] or not vision:
         return 0
-    kept = max(row.kept(routed.target_tokens, routed.retention[layer]) for row in rows)
+    kept = max(row.kept(routed.target_tokens, routed.retention[layer], routed.per_image) for row in rows)
     return routed.cost(decoder, max(row.tokens for row in rows), vision, kept)
+
+
+def _units(image: ImageTokens, target_tokens: str) -> list[int]:
+    """Routed tokens of an image, or of each frame of a video; what is over belongs to the last frame."""
+    routable = Row((image,), 0).routable(target_tokens)
+    if not image.video or not routable:
+        return [routable]
+    frame = routable // image.frames
+    return [frame] * (image.frames - 1) + [routable - frame * (image.frames - 1)]

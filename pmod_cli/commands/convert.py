@@ -142,7 +142,7 @@ def convert(
 ) -> None:
     """Turn a LLaVA checkpoint of any layout into a p-MoD checkpoint, where possible without copying its weights."""
     from pmod_cli import checkpoints
-    from pmod_cli.commands import convert_report as view
+    from pmod_cli.commands import convert_show as view
     from pmod_cli.commands.calibrate_run import calibrate_to, calibration_budget
     from pmod_cli.commands.convert_settings import choose_settings
 

@@ -134,7 +134,8 @@ def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:
     else:
         scale = max(1.0, tower.cell / height, tower.cell / width)
         height, width = int(height * scale), int(width * scale)
-        high, wide = resized(height, width, tower.cell, *tower.clip, max(frames, tower.temporal), tower.temporal)
+        least, most = tower.clip
+        high, wide = resized(height, width, tower.cell, least, most, max(frames, tower.temporal), tower.temporal)
     cells = (high // tower.cell) * (wide // tower.cell)
     return ImageTokens(wide, high, groups, cells * groups, 0, cells, frames=groups, video=True)
 

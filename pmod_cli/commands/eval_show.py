@@ -61,16 +61,16 @@ class Bars:
 
 def show_results(results: dict[str, Any], shown_as: str) -> None:
     """The results of a run or of a comparison, in one of the forms of --format."""
-    from pmod_cli.evaluation import score_tables
+    from pmod_cli.evaluation import score_report, score_tables
 
     if shown_as == "json":
         output.print_json(results)
     elif shown_as in ("markdown", "csv"):
         output.print_line(
-            {"markdown": score_tables.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip()
+            {"markdown": score_report.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip()
         )
     else:
-        for line in score_tables.warnings(results):
+        for line in score_report.warnings(results):
             output.print_line(line)
         # A narrower terminal wraps these lines; rich would drop columns.
         width, output.stdout.width = output.stdout.width, max(output.stdout.width, score_tables.WIDTH)
@@ -78,7 +78,7 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
         if score_tables.has_methods(results):
             output.stdout.print(score_tables.cost_table(results))
         output.stdout.width = width
-        for line in score_tables.notes(results):
+        for line in score_report.notes(results):
             output.print_line(line)
         if "folder" in results:
             output.print_line(Path(results["folder"], "results.json"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Asked:
+class Replies:
     """What came of asking. By place of the question in `Questions.requests`.
 
     Attributes:
@@ -50,7 +50,7 @@ def ask(
     *,
     log: Path,
     on_progress: Callable[[int, int], None] = lambda answered, all_questions: None,
-) -> Asked:
+) -> Replies:
     """Ask what the journal does not know yet; each answer is in the journal before the next batch is asked.
 
     Args:
@@ -66,7 +66,7 @@ def ask(
     taken = set(processes.gather(list(found))[0])
     missing = [place for place in range(len(keys)) if place not in taken]
     mine = missing[processes.rank :: processes.size]
-    memory, made = PeakMemory(str(model.device)), Asked()
+    memory, made = PeakMemory(str(model.device)), Replies()
     model.task_dict.update({name: task.dataset for name, task in questions.tasks.items()})
     batches = model.answers([questions.requests[place] for place in mine])
     on_progress(len(taken), len(keys))
@@ -103,9 +103,9 @@ def write_traceback(error: BaseException, log: Path) -> None:
         traceback.print_exception(error, file=file)
 
 
-def _together(found: dict[int, Answer], parts: list[Asked]) -> Asked:
+def _together(found: dict[int, Answer], parts: list[Replies]) -> Replies:
     """One result of what all processes made."""
-    whole = Asked(dict(found), found=len(found))
+    whole = Replies(dict(found), found=len(found))
     for part in parts:
         whole.answers |= part.answers
         whole.unanswered |= part.unanswered

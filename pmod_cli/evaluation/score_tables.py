@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -10,9 +10,6 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from pmod_cli import paper
-from pmod_cli.evaluation.intervals import rate_interval
-from pmod_cli.reporting import escaped, markdown_table
 from pmod_cli.reporting import to_csv as csv_of
 
 Row = dict[str, Any]
@@ -132,21 +129,6 @@ def cost_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return headings, lines
 
 
-def to_markdown(results: Mapping[str, Any]) -> str:
-    """The tables of the terminal as Markdown, for a pull request, with what is above and below them."""
-    listed = rows(results)
-    asked = [row for row in listed if row["task"] is not None]
-    parts = ["\n".join(f"**{escaped(line)}**  " for line in warnings(results))]
-    for shown, columns in ((listed, score_columns(results, listed)), (asked, answer_columns(asked))):
-        parts.append(
-            markdown_table(list(columns), ([cell(row) for cell in columns.values()] for row in shown), words=2)
-        )
-    if has_methods(results):
-        parts.append(markdown_table(*cost_rows(results)))
-    parts.append("\n".join(f"- {escaped(line)}" for line in notes(results)))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
 def to_csv(results: Mapping[str, Any]) -> str:
     """One line per benchmark and model, and per average and model: numbers unrounded, nothing where there is none."""
     return csv_of(rows(results), COLUMNS)
@@ -183,106 +165,6 @@ def answer_columns(listed: list[Row]) -> Columns:
         "kept": _kept,
     }
     return columns
-
-
-def warnings(results: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before the numbers: lines for above the table."""
-    lines = []
-    untrained = [
-        label
-        for label, model in results["models"].items()
-        if (model.get("routers"), model.get("selection", "router")) == ("untrained", "router")
-    ]
-    if untrained:
-        lines.append(f"{', '.join(untrained)}: untrained routers; every token ties, so what is kept means nothing")
-    if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
-        lines.append("limited run: scores marked * are not the scores of the benchmarks")
-    return lines + _other_data(results)
-
-
-def _other_data(results: Mapping[str, Any]) -> list[str]:
-    """A mirror may hold a part of a benchmark, or another version of it."""
-    lines = []
-    for task in results["tasks"]:
-        here = {entry["questions_available"] for entry in task["scores"].values() if entry["score"] is not None}
-        if task["rows"] is not None and here - {task["rows"]}:
-            counts = " and ".join(f"{count:,}" for count in sorted(here))
-            lines.append(f"{task['title']}: the data has {counts} questions, the benchmark {task['rows']:,}")
-    return lines
-
-
-def notes(results: Mapping[str, Any]) -> list[str]:
-    """How to read the tables, and what went wrong: lines for below them."""
-    listed, labels = rows(results), list(results["models"])
-    metrics = {row["benchmark"]: row["metric"] for row in listed if row["metric"]}
-    lines = ["metrics: " + ", ".join(f"{title} {metric}" for title, metric in metrics.items())] if metrics else []
-    lines += [
-        "±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown"
-    ]
-    if len(labels) > 1:
-        lines.append(f"first − this: {labels[0]} minus the row's model, same questions; changed: answers that differ")
-    if has_methods(results):
-        lines.append("FLOPs: of the decoder's prefill on the paper's prompt; of them ranking: what chooses the tokens")
-        lines.append("layer 0, mean of layers: vision tokens that are processed; KV bytes: after the prefill")
-    if any(row["over_random"] is not None for row in listed):
-        lines += _no_better_than_random(listed)
-    if any(row["paper_baseline"] is not None for row in listed):
-        lines += _about_the_paper(results)
-    lines += [f"{label}: {sentence}" for label in labels if (sentence := _batching(results, label))]
-    for average in results["averages"]:
-        for label, lacking in average["missing"].items():
-            lines.append(f"{label}: no average of {average['group']}, which lacks {', '.join(lacking)}")
-    explained = {
-        "random_answers": "random: no option found in the answer, so lmms-eval drew one",
-        "unread_answers": "unread: no option found in the answer, so it counts as wrong",
-        "cut_answers": "cut: the answer reached the task's length limit",
-        "too_long_prompts": "too long: the prompt exceeds the model's context, so the question was not put",
-    }
-    lines += [text for kind, text in explained.items() if any(row[kind] for row in listed)]
-    return lines + list(results["failed"])
-
-
-def _no_better_than_random(listed: Sequence[Row]) -> list[str]:
-    """Which methods do not beat random dropping at the same budget: the interval of the difference is not above 0."""
-    lines = []
-    for title in dict.fromkeys(row["benchmark"] for row in listed):
-        mine = [row for row in listed if row["benchmark"] == title and row["over_random"] is not None]
-        failed = [row["model"] for row in mine if row["over_random_low"] is None or row["over_random_low"] <= 0]
-        if mine:
-            lines.append(f"{title}: do not beat random at the same FLOPs: {', '.join(failed) or 'none of them'}")
-    return lines
-
-
-def _about_the_paper(results: Mapping[str, Any]) -> list[str]:
-    families = {str(model.get("model_type", "")).removeprefix("pmod_") for model in results["models"].values()}
-    names = " and ".join(paper.MODELS[family].name for family in sorted(families) if family in paper.MODELS)
-    lines = [f"paper, its p-MoD: published scores of {names} and of its p-MoD; to paper: the score minus its kind's"]
-    others = [label for label, model in results["models"].items() if not _has_size_of_paper(model)]
-    if others:
-        lines.append(f"{', '.join(others)}: not of the paper's size and decoder, so the paper's numbers only orient")
-    return lines
-
-
-def _has_size_of_paper(model: Mapping[str, Any]) -> bool:
-    """Whether a model has the size and the decoder of the paper's."""
-    found = (model.get("layers"), model.get("hidden_size"), model.get("decoder"))
-    return found == tuple(paper.VICUNA_7B[key] for key in ("num_hidden_layers", "hidden_size", "model_type"))
-
-
-def _batching(results: Mapping[str, Any], label: str) -> str | None:
-    """Of `--check-batching`: the measured rate over all tasks, and what it can be at most."""
-    entries = [task["scores"].get(label, {}) for task in results["tasks"]]
-    checks = [entry["batching"] for entry in entries if entry.get("batching")]
-    questions, changed = (sum(check[key] for check in checks) for key in ("questions", "changed"))
-    if not questions:
-        return "no answer came from a batch of several rows, so batching was not checked" if checks else None
-    size = max(check["batch_size"] for check in checks)
-    most = 100 * rate_interval(changed, questions)[1]
-    dtype = results["models"][label].get("dtype")
-    return (
-        f"{changed} of {questions} answers change when asked one at a time instead of up to {size} together, "
-        f"in {dtype} ({100 * changed / questions:.1f} %, at most {most:.1f} %)"
-    )
 
 
 def _table(listed: list[Row], columns: Columns) -> Table:

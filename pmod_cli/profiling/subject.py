@@ -60,7 +60,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundConfig:
     """A configuration as it was read.
 
     Args:
@@ -89,7 +89,7 @@ def load_subject(name: str, overrides: dict[str, Any] | None = None, *, revision
     return subject_of(find_config(name, revision=revision), overrides)
 
 
-def find_config(name: str, *, revision: str | None = None) -> Found:
+def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
     """The configuration behind a name. Where its weights are beside it, it is held to their headers.
 
     Raises:
@@ -97,7 +97,7 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
     """
     path = Path(name).expanduser()
     if (alias := alias_of(name)) in ALIASES and not path.exists() and revision is None:
-        return Found(alias, f"built-in configuration of {alias}", builtin_config(alias).to_dict())
+        return FoundConfig(alias, f"built-in configuration of {alias}", builtin_config(alias).to_dict())
     if path.is_file() and revision is not None:
         raise PmodError(f"{name} is a file, and has no revision {revision!r}", hint="leave `revision` out")
     file = path if path.is_file() else resolve(name, revision=revision, weights=False).path / CONFIG
@@ -123,10 +123,10 @@ def find_config(name: str, *, revision: str | None = None) -> Found:
         raise PmodError(f"{file}: {error.what}", hint=error.hint) from error
     checked_shapes(whole, file)
     held = file.name == CONFIG and hold_to_weights(file.parent, whole)
-    return Found(name, str(file), whole, () if held else tuple(left_out(config)))
+    return FoundConfig(name, str(file), whole, () if held else tuple(left_out(config)))
 
 
-def subject_of(found: Found, overrides: dict[str, Any] | None = None) -> Subject:
+def subject_of(found: FoundConfig, overrides: dict[str, Any] | None = None) -> Subject:
     """Stock and p-MoD configuration.
 
     Raises:

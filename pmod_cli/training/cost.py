@@ -16,7 +16,7 @@ from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Routed, Row, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
-from pmod_cli.training.parts import Part
+from pmod_cli.training.parts import PartCount
 from pmod_cli.training.run_settings import Settings
 
 
@@ -102,7 +102,7 @@ class Disk:
 
 
 def disk_of(
-    settings: Settings, parameters: dict[str, Part], config: PretrainedConfig, steps: int, out: Path | None
+    settings: Settings, parameters: dict[str, PartCount], config: PretrainedConfig, steps: int, out: Path | None
 ) -> Disk:
     """The disk that a run needs.
 

@@ -162,10 +162,10 @@ def write_report(report: "FinetuneReport", path: Path) -> None:
 
 def read_report(path: Path) -> "FinetuneReport":
     """What ``write_report`` wrote."""
-    from pmod_cli.training.parts import Part
+    from pmod_cli.training.parts import PartCount
     from pmod_cli.training.summary import FinetuneReport, Summary
 
     found = json.loads(path.read_text())
-    parameters = {part: Part(**numbers) for part, numbers in found["parameters"].items()}
+    parameters = {part: PartCount(**numbers) for part, numbers in found["parameters"].items()}
     summary = Summary(**found["summary"]) if found["summary"] else None
     return FinetuneReport(**{**found, "path": Path(found["path"]), "parameters": parameters, "summary": summary})

@@ -18,7 +18,7 @@ TOWER_LAYER = re.compile(r"vision_tower\..*layers\.(\d+)\.")
 
 
 @dataclass
-class Part:
+class PartCount:
     """Number of parameters of a part, and how many of them are trained."""
 
     parameters: int = 0
@@ -77,11 +77,11 @@ def _above(name: str, used: int) -> bool:
     return int(layer[1]) >= used if layer else "post_layernorm" in name or ".head." in name
 
 
-def count(model: "nn.Module") -> dict[str, Part]:
+def count(model: "nn.Module") -> dict[str, PartCount]:
     """Parameters of each part that the model has."""
     counted = {}
     for name, parameter in model.named_parameters():
-        part = counted.setdefault(part_of(name), Part())
+        part = counted.setdefault(part_of(name), PartCount())
         # A 4-bit weight holds two numbers in a byte; DeepSpeed ZeRO-3 leaves an empty one and notes its size.
         number = getattr(parameter, "ds_numel", parameter.numel())
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)

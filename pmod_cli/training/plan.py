@@ -19,7 +19,7 @@ from pmod_cli.profiling.count.workload import Routed, Workload
 from pmod_cli.profiling.measure.devices import Device, parse_memory
 from pmod_cli.profiling.subject import Subject, load_subject
 from pmod_cli.training.cost import Disk, Remedy, disk_of, remedies, row_of, setup_of, this_device
-from pmod_cli.training.parts import Part, count, freeze
+from pmod_cli.training.parts import PartCount, count, freeze
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.run_data import SyntheticDocuments
 from pmod_cli.training.run_settings import Settings
@@ -92,7 +92,7 @@ class Plan:
 
     model: str
     runs_as: str
-    parameters: dict[str, Part]
+    parameters: dict[str, PartCount]
     learning_rates: dict[str, float]
     data: DataShape
     steps: int
@@ -206,7 +206,7 @@ def _holds_routers(name: str) -> bool:
     return folder.is_dir() and '"pmod"' in (folder / "config.json").read_text(encoding="utf-8")
 
 
-def _parameters(settings: Settings, config: PretrainedConfig) -> dict[str, Part]:
+def _parameters(settings: Settings, config: PretrainedConfig) -> dict[str, PartCount]:
     """Of each part; with adapters, those of the language model are what is trained of it."""
     model = meta_model(config)
     freeze(model, settings.model.freeze)

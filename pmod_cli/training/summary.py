@@ -15,7 +15,7 @@ from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training import folder
 from pmod_cli.training.cost import run_flops, this_device
-from pmod_cli.training.parts import Part
+from pmod_cli.training.parts import PartCount
 from pmod_cli.training.recipe import dump
 from pmod_cli.training.run_settings import Settings, processes
 
@@ -85,7 +85,7 @@ class FinetuneReport:
     loss: float | None = None
     seconds: float = 0.0
     tokens: int = 0
-    parameters: dict[str, Part] = field(default_factory=dict)
+    parameters: dict[str, PartCount] = field(default_factory=dict)
     summary: Summary | None = None
     rows: dict[str, int] = field(default_factory=dict)
 

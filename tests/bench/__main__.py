@@ -26,8 +26,8 @@ from pmod_cli.profiling.measure.phases import (
     PREFILL,
     STOCK,
     TRAIN,
-    Bench,
     ModelPair,
+    PhaseBench,
     prompt,
     random_pair,
 )
@@ -69,7 +69,7 @@ class Row:
         return "ok" if self.holds else "FAILED"
 
 
-class Batch(Bench):
+class Batch(PhaseBench):
     """A workload and the models that run it."""
 
     def __init__(self, pair: ModelPair, subject, workload: Workload, device: str):
@@ -102,7 +102,7 @@ class RepeatedRows(Batch):
 
     def filled_cache(self, name: str):
         rows = len(self.prompt.input_ids)
-        single = Bench(self.pair, self.one_row, self.steps)
+        single = PhaseBench(self.pair, self.one_row, self.steps)
         cache = single.filled_cache(name)
         cache.batch_repeat_interleave(rows)
         return cache

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pmod_cli.checkpoints import load_model
 from pmod_cli.evaluation import provenance
-from pmod_cli.evaluation.eval_models import downsample, patches_per_side
+from pmod_cli.evaluation.downsample import downsample, patches_per_side
 from tests.factories import KINDS
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))

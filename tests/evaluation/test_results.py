@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pmod_cli import paper
-from pmod_cli.evaluation import score_tables, suite
+from pmod_cli.evaluation import score_report, score_tables, suite
 from pmod_cli.evaluation.benchmarks import groups
 from pmod_cli.evaluation.results import Report
 from tests.evaluation import reports
@@ -52,8 +52,8 @@ def test_the_tables_as_a_user_reads_them():
     results = reports.small().results()
     assert printed(score_tables.score_table(results)) == SCORES
     assert printed(score_tables.answer_table(results)) == ANSWERS
-    assert "\n".join(score_tables.notes(results)) == NOTES
-    assert score_tables.warnings(results) == [
+    assert "\n".join(score_report.notes(results)) == NOTES
+    assert score_report.warnings(results) == [
         "limited run: scores marked * are not the scores of the benchmarks",
         "DocVQA: the data has 4 questions, the benchmark 5,349",
     ]
@@ -134,7 +134,7 @@ def test_no_average_over_missing_tasks():
     (average,) = results["averages"]
     assert average["scores"] == {}
     assert average["missing"] == {"p-mod": ["pope"]}
-    assert "p-mod: no average of general, which lacks pope" in score_tables.notes(results)
+    assert "p-mod: no average of general, which lacks pope" in score_report.notes(results)
     assert "AVG" not in printed(score_tables.score_table(results))
     assert reports.small().results()["averages"] == [], "nobody asked for the group"
 
@@ -178,7 +178,7 @@ def test_csv_and_markdown_agree_with_the_results():
     assert float(read[0]["score"]) == results["tasks"][0]["scores"]["p-mod"]["score"]
     assert float(read[1]["difference_low"]) == results["tasks"][0]["differences"]["stock"]["low"]
 
-    text = score_tables.to_markdown(results)
+    text = score_report.to_markdown(results)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert cells[0] == ["benchmark", "model", "score", "paper", "its p-MoD", "to paper", "first − this", "changed"]
@@ -203,7 +203,7 @@ def test_flip_rate_is_summed_over_tasks():
     first["batching"] = {"questions": 60, "changed": 3, "batch_size": 16}
     second["batching"] = {"questions": 40, "changed": 0, "batch_size": 8}
     results["tasks"][0]["scores"]["stock"]["batching"] = {"questions": 0, "changed": 0, "batch_size": 1}
-    lines = score_tables.notes(results)
+    lines = score_report.notes(results)
     assert (
         "p-mod: 3 of 100 answers change when asked one at a time instead of up to 16 together, in bfloat16 "
         "(3.0 %, at most 8.5 %)"
@@ -215,7 +215,7 @@ def test_markup_in_names_is_text():
     report = reports.small()
     results = json.loads(json.dumps(report.results()).replace('"stock"', '"[red]st|ock[/red]"'))
     assert "[red]st|ock[/red]" in printed(score_tables.score_table(results))
-    assert r"[red]st\|ock[/red]" in score_tables.to_markdown(results)
+    assert r"[red]st\|ock[/red]" in score_report.to_markdown(results)
 
 
 def test_untrained_routers_are_named_but_not_for_controls():
@@ -224,11 +224,11 @@ def test_untrained_routers_are_named_but_not_for_controls():
         "new": {**reports.PMOD, "routers": "untrained"},
         "random": {**reports.PMOD, "routers": "untrained", "selection": "random"},
     }
-    first = score_tables.warnings(results)[0]
+    first = score_report.warnings(results)[0]
     assert first.startswith("new: untrained routers; every token ties")
 
 
 def test_other_sizes_are_told_from_the_papers():
     results = reports.small().results()
     results["models"]["stock"]["layers"] = 40
-    assert any(line.startswith("stock: not of the paper's size") for line in score_tables.notes(results))
+    assert any(line.startswith("stock: not of the paper's size") for line in score_report.notes(results))

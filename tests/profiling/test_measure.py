@@ -10,7 +10,7 @@ from pmod_cli.model.layer import Router
 from pmod_cli.profiling import Sizes, Workload, load_subject
 from pmod_cli.profiling.measure.clock import (
     REST,
-    Sample,
+    TimedCall,
     Timing,
     interleaved,
     peak_bytes,
@@ -26,7 +26,7 @@ from pmod_cli.profiling.measure.phases import (
     FIRST_TOKEN,
     PREFILL,
     TRAIN,
-    Bench,
+    PhaseBench,
     prompt,
     random_pair,
 )
@@ -34,7 +34,7 @@ from tests import factories
 
 
 def timing(*seconds: float, per: int = 1) -> Timing:
-    return Timing([Sample(cpu=value, wall=2 * value) for value in seconds], per)
+    return Timing([TimedCall(cpu=value, wall=2 * value) for value in seconds], per)
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -47,7 +47,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert timing(8, per=4).ratio(timing(8)) == 0.25
     assert timing(1).spread == 0
     assert timing(1, 2, 3, 4, 5).spread == pytest.approx(1 / 3)  # quartiles 2 and 4
-    assert Sample(cpu=1, wall=2, device=3).seconds == 3
+    assert TimedCall(cpu=1, wall=2, device=3).seconds == 3
 
 
 def test_calls_take_turns_and_every_second_round_is_reversed() -> None:
@@ -107,10 +107,10 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(pair) -> Bench:
+def bench(pair) -> PhaseBench:
     subject, models = pair
     rows = Workload(((64, 48), (30, 400)), text_tokens=9).rows(Sizes.of(subject.stock))
-    return Bench(models, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), 2)
+    return PhaseBench(models, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), 2)
 
 
 def test_stock_and_pmod_are_the_same_memory(pair) -> None:
@@ -156,7 +156,7 @@ def test_shares_of_a_forward_add_up(bench) -> None:
     assert _hooks(bench) == before  # transformers has some of its own
 
 
-def _hooks(bench: Bench) -> list[int]:
+def _hooks(bench: PhaseBench) -> list[int]:
     modules = bench.pair.stock.modules()
     return [hook for module in modules for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
 

@@ -11,7 +11,7 @@ from pmod_cli.profiling.count.memory import RESERVE, fit, inference_memory
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.devices import DEVICES, parse_memory
 from pmod_cli.profiling.measure.latency import cache_bytes
-from pmod_cli.profiling.measure.phases import Bench, prompt, random_pair
+from pmod_cli.profiling.measure.phases import PhaseBench, prompt, random_pair
 
 STEPS = 16
 
@@ -26,7 +26,7 @@ def test_cache_after_a_real_prefill_and_16_decoded_tokens(alias: str, sizes: tup
     after = profile(subject, Workload(sizes, text_tokens=9, new_tokens=STEPS), dtype="float32")
     models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
     batch = prompt(subject.stock, before.rows, device="cpu", dtype=torch.float32)
-    bench = Bench(models, batch, STEPS)
+    bench = PhaseBench(models, batch, STEPS)
     for name, counted, then in (("stock", before.stock_kv, after.stock_kv), ("p-mod", before.pmod_kv, after.pmod_kv)):
         cache, mask, ids = bench.filled_cache(name), batch.attention_mask, batch.input_ids[:, :1]
         assert _by_layer(cache) == [layer.total for layer in counted]
@@ -48,7 +48,7 @@ def test_peak_of_a_real_prefill(batch_size: int) -> None:
     sizes = Sizes.of(subject.stock)
     rows = Workload(text_tokens=30, batch_size=batch_size).rows(sizes)
     models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
-    bench = Bench(models, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), 1)
+    bench = PhaseBench(models, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), 1)
     for name, routed in (("stock", None), ("p-mod", Routed.of(subject.pmod))):
         bench.filled_cache(name)
         measured = peak_bytes(lambda name=name: bench.filled_cache(name), "cpu")

@@ -22,10 +22,10 @@ from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.training import PARTS
 from pmod_cli.profiling.measure.clock import peak_bytes
-from pmod_cli.profiling.measure.phases import Prompt, prompt, random_pair
+from pmod_cli.profiling.measure.phases import PromptBatch, prompt, random_pair
 
 
-def step(model: PreTrainedModel, batch: Prompt, *, low: bool = False) -> None:
+def step(model: PreTrainedModel, batch: PromptBatch, *, low: bool = False) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         loss = model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False, **batch.pixels).loss
     loss.backward()

@@ -24,7 +24,7 @@ REST = "norms, routing, residuals"  # what no part has a module for
 
 
 @dataclass(frozen=True)
-class Sample:
+class TimedCall:
     """One timed call, in seconds.
 
     Args:
@@ -52,7 +52,7 @@ class Timing:
         per: Units of work in a call, such as decoded tokens; times are given for one.
     """
 
-    samples: list[Sample]
+    samples: list[TimedCall]
     per: int = 1
 
     def median(self, clock: str = "seconds") -> float:
@@ -74,7 +74,7 @@ class Timing:
         return statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in pairs) * other.per / self.per
 
 
-def timed(call: Callable[[], object], device: str) -> Sample:
+def timed(call: Callable[[], object], device: str) -> TimedCall:
     """Run `call` once."""
     on_gpu = device.startswith("cuda")
     if on_gpu:
@@ -84,10 +84,10 @@ def timed(call: Callable[[], object], device: str) -> Sample:
     cpu, wall = time.process_time(), time.perf_counter()
     call()
     if not on_gpu:
-        return Sample(time.process_time() - cpu, time.perf_counter() - wall)
+        return TimedCall(time.process_time() - cpu, time.perf_counter() - wall)
     end.record()
     torch.cuda.synchronize(device)
-    return Sample(time.process_time() - cpu, time.perf_counter() - wall, begin.elapsed_time(end) / 1000)
+    return TimedCall(time.process_time() - cpu, time.perf_counter() - wall, begin.elapsed_time(end) / 1000)
 
 
 def interleaved(
@@ -99,7 +99,7 @@ def interleaved(
         warmup: Untimed rounds at first.
         per: Units of work in a call.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    samples: dict[str, list[TimedCall]] = {name: [] for name in calls}
     collecting = gc.isenabled()
     gc.disable()  # a collection would hit one of them at random
     try:

@@ -25,8 +25,8 @@ from pmod_cli.profiling.measure.phases import (
     PREFILL,
     STOCK,
     TRAIN,
-    Bench,
     ModelPair,
+    PhaseBench,
     loaded_pair,
     prompt,
     random_pair,
@@ -167,7 +167,7 @@ def measure_latency(
         known = dict.fromkeys((*NAMES, *SELECTIONS))
         names = [STOCK, *(name for name in known if name in settings.names and name != STOCK)]
         inputs = prompt(model.config, result.rows, device=settings.device, dtype=model.dtype)
-        bench = Bench(pair, inputs, workload.new_tokens or DEFAULT_STEPS)
+        bench = PhaseBench(pair, inputs, workload.new_tokens or DEFAULT_STEPS)
         caches = {name: cache_bytes(bench.filled_cache(name)) for name in names}
         phases, parts = [], {}
         for phase in settings.phases:
@@ -207,7 +207,7 @@ def _check_memory(subject: Subject, dtype: str, device: str) -> None:
 
 
 def _measure_phase(
-    phase: str, bench: Bench, result: Profile, names: list[str], settings: LatencySettings
+    phase: str, bench: PhaseBench, result: Profile, names: list[str], settings: LatencySettings
 ) -> PhaseResult:
     calls = {name: bench.call(phase, name) for name in names}
     timings = interleaved(

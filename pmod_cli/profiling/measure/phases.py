@@ -109,7 +109,7 @@ def spread_routers(model: PreTrainedModel) -> None:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptBatch:
     """Inputs of one batch, as a processor would make them, padded on the left as `generate` wants it.
 
     Args:
@@ -125,7 +125,7 @@ class Prompt:
     vision_mask: Tensor
 
 
-def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: torch.dtype) -> Prompt:
+def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: torch.dtype) -> PromptBatch:
     """A batch of random prompts: half of the text, the images, the other half."""
     generator = torch.Generator().manual_seed(0)
     longest, image_token = max(row.tokens for row in rows), config.image_token_id
@@ -141,7 +141,7 @@ def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: tor
     pixels |= {name: torch.tensor(value, device=device) for name, value in others.items()}
     padded = any(row.tokens < longest for row in rows)
     ids = ids.to(device)
-    return Prompt(ids, mask.to(device) if padded else None, pixels, ids == image_token)
+    return PromptBatch(ids, mask.to(device) if padded else None, pixels, ids == image_token)
 
 
 PREFILL, FIRST_TOKEN, DECODE, TRAIN, CHECKPOINTED = "prefill", "first-token", "decode", "train", "train-checkpointed"
@@ -155,7 +155,7 @@ PHASES = {
 
 
 @dataclass
-class Bench:
+class PhaseBench:
     """One batch and the models that run it.
 
     Args:
@@ -165,7 +165,7 @@ class Bench:
     """
 
     pair: ModelPair
-    prompt: Prompt
+    prompt: PromptBatch
     steps: int
 
     def __post_init__(self) -> None:
@@ -241,7 +241,9 @@ class Bench:
         forward_and_backward(model, model.model.language_model, self.prompt, checkpointed)
 
 
-def forward_and_backward(model: PreTrainedModel, decoder: PreTrainedModel, prompt: Prompt, checkpointed: bool) -> None:
+def forward_and_backward(
+    model: PreTrainedModel, decoder: PreTrainedModel, prompt: PromptBatch, checkpointed: bool
+) -> None:
     """One training step without an optimizer; its gradients are dropped.
 
     Args:

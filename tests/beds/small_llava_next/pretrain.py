@@ -179,7 +179,7 @@ def asked(document: Document) -> list[Turn]:
             there.append((colour, shape))
     mixed = [(c, s) for c in colours for s in shapes if (c, s) not in objects]
     others = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in objects]
-    absent = [random.choice(mixed if mixed and random.random() < 0.6 else others) for _ in range(len(there) + 1)]
+    absent = [random.choice(mixed if mixed and random.random() < 0.5 else others) for _ in range(len(there) + 1)]
     presence = [(f"is there a {c} {s}?", "yes") for c, s in there] + [(f"is there a {c} {s}?", "no") for c, s in absent]
     random.shuffle(presence)
     return [Turn(question, answer, None) for question, answer in (*presence, *attributes)]

@@ -132,9 +132,17 @@ def test_profile_counts_grouped_heads_and_reports_where_it_reads(small, converte
 
 @pytest.mark.soak
 def test_eval_scores_it_and_no_answer_is_cut(small, pmod, tmp_path):
-    done = pmod("eval", "-m", small, "--tasks", "tiny_doc,tiny_chart,tiny_attribute,tiny_presence", "--limit", "8", "--json", cwd=tmp_path, timeout=1200)
+    """An answer ends with the token that also pads: `generate` has to stop there, in a batch too."""
+    asked = ("--tasks", ",".join(f"tiny_{task}" for task in TAUGHT), "--limit", "8", "-b", "4", "--against", "none")
+    done = pmod("eval", "-m", small, *asked, "-o", "scores", cwd=tmp_path, timeout=1200)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)
+    tasks = json.loads((tmp_path / "scores" / "results.json").read_text())["tasks"]
+    assert [task["name"] for task in tasks] == [f"tiny_{task}" for task in TAUGHT]
+    for task in tasks:
+        (scored,) = task["scores"].values()
+        assert (scored["cut_answers"], scored["empty_answers"]) == (0, 0)
+        assert scored["questions"] == 8
+    assert next(iter(tasks[0]["scores"].values()))["score"] >= 75
 
 
 @pytest.mark.soak

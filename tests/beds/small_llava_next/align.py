@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from pmod_cli.data.documents import CELL, COLOURS, SHAPES, Document, Mark
 from pmod_cli.data.glyphs import CHARACTERS
 
-BLANK, BAR, TEXT = "blank", "bar", "text"  # TEXT is writing too small to read, in the base view
-WORDS = (*CHARACTERS, *COLOURS, *SHAPES, BAR, TEXT, BLANK)
+BLANK, BAR, LONGEST, TEXT = "blank", "bar", "longest", "text"  # TEXT is too small to read, in the base view
+WORDS = (*CHARACTERS, *COLOURS, *SHAPES, BAR, LONGEST, TEXT, BLANK)
 INK = 200  # a pixel is paper where all its channels are above
 LEAST = 0.1  # share of ink in a patch from which on it shows something; a patch with less, and some, has no target
 UNKNOWN = -1
@@ -82,8 +82,9 @@ def _grid(document: Document, rows: int, columns: int, is_base: bool) -> np.ndar
     grid = np.full((rows, columns), UNKNOWN)
     is_odd = np.arange(columns) % 2 == 1
     covered = np.zeros((rows, columns))
+    longest = max((mark.box[2] for mark in document.marks if mark.shows == BAR), default=0)
     for mark in document.marks:
-        words = [WORDS.index(word) for word in _words(mark, width, is_base)]
+        words = [WORDS.index(word) for word in _words(mark, width, is_base, longest)]
         in_turn = np.broadcast_to(np.where(is_odd, words[-1], words[0]), grid.shape)
         x0, y0, x1, y1 = mark.box
         across = _overlap(x0 * columns / width, x1 * columns / width, columns)
@@ -101,12 +102,14 @@ def _overlap(start: float, end: float, cells: int) -> np.ndarray:
     return (np.minimum(end, places + 1) - np.maximum(start, places)).clip(0)
 
 
-def _words(mark: Mark, width: int, is_base: bool) -> list[str]:
-    """The words of a mark, which its patches show in turn along a row, as text would have them: a colour and its
-    shape; a bar and the tens of its value, as its length tells them; a glyph."""
+def _words(mark: Mark, width: int, is_base: bool, longest: int) -> list[str]:
+    """The words of a mark, which its patches show in turn along a row, as text would have them: a colour and its shape;
+    a bar, and whether it is the longest (which ends at ``longest``) or else the tens of its value; a glyph."""
     if mark.shows in COLOURS:
         return [mark.shows, mark.belongs]
     if mark.shows == BAR:
         start, _, end, _ = mark.box
-        return [BAR] if is_base else [BAR, str(min(9, 10 * (end - start) // (width - start)))]
+        if end == longest:
+            return [BAR, LONGEST]
+        return [BAR] if is_base else [BAR, str(10 * (end - start) // (width - start))]
     return [TEXT] if is_base else [mark.shows]

@@ -159,30 +159,31 @@ def sizes(documents: list[Document]) -> Tensor:
 
 
 def asked(document: Document) -> list[Turn]:
-    """The turns of a document, so that no answer tells a later one.
+    """What is asked of a document, so that no answer tells a later one.
 
-    What an image costs is its vision tokens: scattered objects are asked the questions of both their tasks, each
-    object one of them. The longest bar is asked for before any value is told.
+    The longest bar, before two values are told; three prices; of each object colour or shape; or each one's presence,
+    and as many that are not there.
     """
-    objects = [(mark.shows, mark.belongs) for mark in document.marks if mark.belongs in SHAPES]
-    if not objects:
-        return sorted(document.turns, key=lambda turn: not turn.question.startswith("which bar"))
+    if document.task not in ("attribute", "presence"):
+        return sorted(document.turns, key=lambda turn: not turn.question.startswith("which bar"))[:3]
     random = Random(document.seed)
+    objects = [(mark.shows, mark.belongs) for mark in document.marks]
+    random.shuffle(objects)
     colours, shapes = [c for c, _ in objects], [s for _, s in objects]
-    attributes, there = [], []
-    for colour, shape in random.sample(objects, len(objects)):
-        questions = [(f"what colour is the {shape}?", colour)] * (shapes.count(shape) == 1)
-        questions += [(f"what shape is the {colour} object?", shape)] * (colours.count(colour) == 1)
-        if questions and len(attributes) <= len(there):
-            attributes.append(random.choice(questions))
-        else:
-            there.append((colour, shape))
-    mixed = [(c, s) for c in colours for s in shapes if (c, s) not in objects]
-    others = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in objects]
-    absent = [random.choice(mixed if mixed and random.random() < 0.5 else others) for _ in range(len(there) + 1)]
-    presence = [(f"is there a {c} {s}?", "yes") for c, s in there] + [(f"is there a {c} {s}?", "no") for c, s in absent]
-    random.shuffle(presence)
-    return [Turn(question, answer, None) for question, answer in (*presence, *attributes)]
+    asked = []
+    if document.task == "attribute":
+        for colour, shape in objects:
+            questions = [(f"what colour is the {shape}?", colour)] * (shapes.count(shape) == 1)
+            questions += [(f"what shape is the {colour} object?", shape)] * (colours.count(colour) == 1)
+            asked += random.sample(questions, min(1, len(questions)))
+    else:
+        mixed = [(c, s) for c in colours for s in shapes if (c, s) not in objects]
+        others = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in objects]
+        absent = [random.choice(mixed if mixed and random.random() < 0.5 else others) for _ in objects]
+        asked += [(f"is there a {colour} {shape}?", "yes") for colour, shape in objects]
+        asked += [(f"is there a {colour} {shape}?", "no") for colour, shape in absent]
+        random.shuffle(asked)
+    return [Turn(question, answer, None) for question, answer in asked]
 
 
 def label_weights(processor: LlavaNextProcessor, labels: Tensor, weights: Mapping[str, float]) -> Tensor:

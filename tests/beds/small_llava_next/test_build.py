@@ -20,10 +20,9 @@ from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.rows import row
 from tests.beds.small_llava_next import pretrain as module
 from tests.beds.small_llava_next.build import DELTA, DIGEST, RECIPE, build
+from tests.beds.small_llava_next.measure import TAUGHT, measure
 from tests.beds.small_llava_next.model import is_vision
-from tests.beds.tiny_llava_next.measure import answers, prompts, unseen_documents
 
-TAUGHT = ("doc", "chart", "attribute", "presence")
 ASKED = 10  # questions a task
 
 
@@ -98,14 +97,10 @@ def test_labels_are_the_answers_and_their_ends(small):
 def test_it_reads_unseen_documents_and_cannot_without_the_image(small):
     model = AutoModelForImageTextToText.from_pretrained(small, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(small)
-    right = {True: [], False: []}
-    for task in TAUGHT:
-        documents = unseen_documents(task, ASKED)
-        for blank in right:
-            said = answers(model, processor, prompts(processor, documents, blank=blank))
-            right[blank] += [answer == d.turns[0].answer for answer, d in zip(said, documents, strict=True)]
-    assert sum(right[False]) >= 0.75 * len(right[False])
-    assert sum(right[True]) <= 0.4 * len(right[True])
+    for control, least, most in (("none", 75, 100), ("blank", 0, 40)):
+        found = [measure(model, processor, task, ASKED, control) for task in TAUGHT]
+        right = sum(share * asked for kinds in found for share, _, _, asked in kinds.values()) / (ASKED * len(TAUGHT))
+        assert least <= right <= most
 
 
 @pytest.mark.soak

@@ -32,11 +32,12 @@ def test_patches_of_a_receipt_show_its_lines():
         assert f"{label} {turn.answer}" in lines
 
 
-def test_patches_of_a_chart_show_how_long_a_bar_is():
+def test_patches_of_a_chart_show_how_long_a_bar_is_and_which_is_the_longest():
     document = draw("chart", 6)
     values = [int(turn.answer) for turn in document.turns if turn.answer.isdigit()]
     lines = [line[6:] for line in tile_words(document) if line[6] == "bar"]
-    assert {line[1] for line in lines} - {"blank", "?"} == {str(value // 10) for value in values if value > 20}
+    told = {"longest", *(str(value // 10) for value in values if 20 < value < max(values))}
+    assert {line[1] for line in lines} - {"blank", "?"} == told
     assert all(set(line[::2]) <= {"bar", "blank", "?"} for line in lines)
 
 
@@ -72,7 +73,8 @@ def test_questions_are_true_and_no_answer_tells_a_later_one(task):
         turns = asked(document)
         assert turns
         if task in ("doc", "chart"):
-            assert sorted(turns, key=str) == sorted(document.turns, key=str)
+            assert len(turns) == 3
+            assert all(turn in document.turns for turn in turns)
             assert all(turn.answer.isdigit() for turn in turns[1 if task == "chart" else 0 :])
             continue
         objects = [(mark.shows, mark.belongs) for mark in document.marks]
@@ -88,7 +90,8 @@ def test_questions_are_true_and_no_answer_tells_a_later_one(task):
                 colour = re.fullmatch(r"what shape is the (\w+) object\?", turn.question)[1]
                 assert [s for c, s in objects if c == colour] == [turn.answer]
                 told.append((colour, turn.answer))
-        assert sorted(told) == sorted(objects)
+        assert len(set(told)) == len(told)
+        assert task == "attribute" or sorted(told) == sorted(objects)
 
 
 def test_causal_attention_is_the_stock_one():

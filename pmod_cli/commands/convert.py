@@ -91,6 +91,10 @@ def convert(
             "keep less)",
         ),
     ] = None,
+    before: Annotated[
+        str | None,
+        _method(metavar="NAME:SHARE", help="Drop tokens for good before the decoder, then route: divprune:0.33."),
+    ] = None,
     calibrate: Annotated[
         str | None,
         _method(
@@ -197,6 +201,7 @@ def convert(
         quota=quota,
         selection=selection,
         select_at=select_at,
+        before=before,
     )
     if not layout.routed and (wanted or target_flops is not None):
         names = sorted([*wanted, *([] if target_flops is None else ["target_flops"])])

@@ -24,6 +24,7 @@ from pmod_cli.commands.profile_show import averaged, profiled, show, swept
 from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import one_of
+from pmod_cli.model.methods import METHODS
 from pmod_cli.model.registry import SELECTIONS
 from pmod_cli.model.schedule import SCHEDULES
 
@@ -124,6 +125,10 @@ def profile(
     quota: Annotated[str | None, _overrides(metavar="row|per_image", help="What K is taken of.")] = None,
     selection: Annotated[str | None, _overrides(metavar="NAME", help=f"{one_of(SELECTIONS)}.")] = None,
     select_at: Annotated[str | None, _overrides(metavar="L,L,...", help="Layers that choose.")] = None,
+    method: Annotated[str | None, _overrides(metavar="NAME", help=f"{one_of(METHODS)}.")] = None,
+    before: Annotated[
+        str | None, _overrides(metavar="NAME:SHARE", help="Drop tokens before the decoder: divprune:0.33.")
+    ] = None,
     hidden_size: Annotated[int | None, _overrides(help="Another width of the same architecture.")] = None,
     layers: Annotated[int | None, _overrides(help="Another number of layers.")] = None,
     random_weights: Annotated[
@@ -201,6 +206,8 @@ def profile(
         quota=quota,
         selection=selection,
         select_at=select_at,
+        method=method,
+        before=before,
     )
     subject = profiling.load_subject(name, overrides, revision=revision)
     if subject.assumed:

@@ -18,7 +18,7 @@ FORMATS = ("table", "markdown", "csv", "json")
 PHASES = ("prefill", "first-token", "decode", "train", "train-checkpointed")
 OVERRIDES = (
     *("schedule", "shift", "target_retention", "max_ratio", "min_ratio", "target_tokens", "quota"),
-    *("selection", "select_at"),
+    *("selection", "select_at", "method", "before"),
 )
 COMPARED = ("stock", *SELECTIONS)
 

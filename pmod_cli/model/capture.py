@@ -44,7 +44,7 @@ class SelectionRecord:
             kept = torch.zeros_like(routing.target)
             valid = torch.ones_like(gathered.index, dtype=torch.bool) if gathered.valid is None else gathered.valid
             kept.scatter_(1, gathered.index, valid)
-        self.vision_mask = routing.target
+        self.vision_mask = routing.target if routing.thinned is None else routing.thinned
         self.layers[layer] = LayerSelection(
             kept, weight.detach().clone(), logit.detach().clone(), (kept & routing.target).sum(dim=1)
         )

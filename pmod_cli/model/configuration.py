@@ -26,6 +26,8 @@ class RoutedConfig:
         if self.settings.target_tokens == "vision_video" and not self.has_videos:
             raise ValueError(f"target_tokens 'vision_video' needs a model of videos, and {self.model_type} has none")
         text = self.text_config
+        if self.settings.positions == "renumbered" and "mrope_section" in str(getattr(text, "rope_parameters", "")):
+            raise ValueError("positions of this decoder have several axes: they cannot be renumbered")
         layer_types = set(getattr(text, "layer_types", None) or ())
         if layer_types - {"full_attention"} or (not layer_types and getattr(text, "sliding_window", None)):
             raise ValueError("sliding-window attention is not supported: windows count tokens that routing drops")

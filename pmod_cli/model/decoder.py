@@ -1,6 +1,7 @@
 """Text models whose layers are `RoutedLayer`s: a class for each decoder of `pmod_cli.families`, made when asked for."""
 
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from pmod_cli.families import DECODERS
 from .cache import CACHE_NAME, take_cache
 from .layer import RoutedLayer, Router
 from .registry import SELECTIONS
+from .routing import Routing
+from .selection import Selection
 from .settings import PmodSettings
 
 _decoders: dict[str, tuple[type, type]] = {}
@@ -49,6 +52,7 @@ class RoutedDecoder:
             ValueError: The settings do not fit the number of layers.
         """
         self.set_selection(settings.selection)
+        self.before = self._first_choice(settings)
         ratios, chosen_at = settings.retention(len(self.layers)), settings.chosen_at(len(self.layers))
         for index, layer in enumerate(self.layers):
             held = index in chosen_at[index + 1 :] or (not settings.returns and index == chosen_at[index])
@@ -56,10 +60,37 @@ class RoutedDecoder:
             drop = (chosen_at[index - 1], ratios[index - 1]) if left and not settings.returns else None
             layer.apply_settings(settings, ratios[index], chosen_at[index], held=held, drop=drop)
 
+    def _first_choice(self, settings: PmodSettings) -> tuple[Selection, SimpleNamespace] | None:
+        """What drops tokens in front of the decoder, and what it is told in the place of a layer.
+
+        Raises:
+            ValueError: The selection reads attention, which there is none of yet.
+        """
+        if settings.before_decoder is None:
+            return None
+        name, share = settings.before_decoder
+        selection, first = SELECTIONS[name](), self.layers[0]
+        if selection.attends:
+            raise ValueError(f"before: {name} reads the attention of a layer, and no layer has run before the decoder")
+        return selection, SimpleNamespace(ratio=share, self_attn=first.self_attn, input_layernorm=first.input_layernorm)
+
+    def _thinned(self, inputs_embeds: Tensor, routing: Routing) -> Routing:
+        """The routing of what `before` leaves."""
+        selection, stage = self.before
+        if routing.counts is None:
+            raise ValueError("a model that drops tokens before the decoder cannot be traced: their number is not known")
+        plan = routing.gather_plan(selection.order(inputs_embeds, routing, stage), stage.ratio)
+        left = zip(routing.kept(stage.ratio), routing.counts, strict=True)
+        fewer = routing.without(plan.index, plan.valid, [(kept, others, tail) for kept, (_, others, tail) in left])
+        fewer.prepare([1.0, *(layer.ratio for layer in self.layers if layer.selects)])
+        return fewer
+
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
         """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.before is not None and kwargs.get("routing") is not None:
+            kwargs["routing"] = self._thinned(inputs_embeds, kwargs["routing"])
         cache = take_cache(kwargs)
         return super().forward(
             attention_mask=attention_mask,

@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from .attention_rows import attention_function, heads
 from .cache import CACHE_NAME, hides_the_future, routed_cache_layer, take_cache
 from .methods import METHODS
-from .routing import Gathered, Routing, token_weights
+from .routing import EVERYTHING, Gathered, Routing, token_weights
 from .settings import PmodSettings
 
 
@@ -56,6 +56,7 @@ class RoutedLayer:
         self.ratio = ratio
         self.selects = ratio < 1  # at ratio 1 a router only weighs: the layer's tokens stay as they stand
         self.weight_norm, self.string = settings.weight_norm, settings.string
+        self.thins = settings.before is not None
         self.keep_keys, self.renumbers = settings.keep_keys, settings.positions == "renumbered"
         self.chosen_at, self.held, self.drop = chosen_at, held, drop
         # Without a choice of its own a layer is a stock one on fewer tokens; at ratio 1 a router may still weigh.
@@ -86,13 +87,13 @@ class RoutedLayer:
         cache = take_cache(kwargs)
         if use_cache and cache is None:
             raise ValueError("this step is to be cached, and the layer got no cache: later steps would be wrong")
-        if routing is not None and (self.weighs or self.selects or self.held):
+        if routing is not None and (self.weighs or self.selects or self.held or routing.thinned is not None):
             return self._routed_forward(hidden_states, routing, attention_mask, position_embeddings, cache, **kwargs)
         if self.training and torch.is_grad_enabled() and self.router is not None:
             # Text-only step: the router takes part with weight zero, or distributed training would wait for it. Here,
             # since FSDP2 has a layer's weights at hand only while the layer runs.
             hidden_states = hidden_states + 0.0 * self.router(hidden_states[:, :1])
-        if self.selects and cache is not None and not self.keep_keys:
+        if (self.selects or self.thins) and cache is not None and not self.keep_keys:
             cache_layer = routed_cache_layer(cache, self.self_attn.layer_idx)
             if cache_layer.shift is not None:
                 position_embeddings = moved(position_embeddings, cache_layer.shift)
@@ -164,20 +165,26 @@ class RoutedLayer:
     ) -> Gathered | None:
         """The tokens that the layer processes; None for all, as they stand."""
         layer_idx = self.self_attn.layer_idx
-        if self.chosen_at != layer_idx or not (self.selects or self.held):
-            return routing.held_plan(self.chosen_at, self.ratio) if self.selects else None
-        routing.weights = None if weights is None else weights.detach()
+        if self.chosen_at == layer_idx and (self.selects or self.held):
+            routing.weights = None if weights is None else weights.detach()
+            self._stand(routing, tables)
+            order = self.selection.order(hidden_states, routing, self)
+            if self.held:
+                routing.hold(layer_idx, order)
+            elif self.selects:
+                return routing.gather_plan(order, self.ratio)
+        if self.selects:
+            return routing.held_plan(self.chosen_at, self.ratio)
+        return None if routing.thinned is None else routing.held_plan(EVERYTHING, 1.0)
+
+    def _stand(self, routing: Routing, tables: tuple[Tensor, Tensor]) -> None:
+        """Says which tokens the layer may choose from, and at which positions they stand."""
         routing.position_embeddings, routing.standing = tables, None
         if self.drop is not None:
             routing.stand(*self.drop)
             if self.renumbers:
                 places = routing.renumbered(routing.alive).unsqueeze(-1)
                 routing.position_embeddings = routing.rotary_tables(tables, places)
-        order = self.selection.order(hidden_states, routing, self)
-        if self.held:
-            routing.hold(layer_idx, order)
-            return routing.held_plan(layer_idx, self.ratio) if self.selects else None
-        return routing.gather_plan(order, self.ratio) if self.selects else None
 
     def _process(
         self,

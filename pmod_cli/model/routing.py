@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .schedule import kept_tokens
 
+EVERYTHING = -1  # in the place of a layer that chooses: all that was not dropped in front of the decoder
+
 
 def token_weights(logits: Tensor, plain: Tensor, norm: tuple[str, float, float]) -> Tensor:
     """Weights w = scale * activation(logit) + bias of the routed tokens; 1 for all others (paper, Eq. 3 and Table 4).
@@ -70,6 +72,7 @@ class Routing:
         position_embeddings: Rotary tables of the layer that is about to choose, `(1 or B, N, d)` each.
         units: `(B, N)` int64, the image or frame of each routed token, where K is taken of each apart; else None.
         standing: `(B, N)` float, `rank_base` for the layer that is about to choose: -inf also for dropped tokens.
+        thinned: `(B, N)` bool, all vision tokens where some were dropped in front of the decoder; else None.
     """
 
     target: Tensor
@@ -83,6 +86,7 @@ class Routing:
     standing: Tensor | None = None
     units: Tensor | None = None
     _unit_sizes: Tensor | None = None  # (B, units) int64: V of each image or frame
+    thinned: Tensor | None = None
     _sizes: Tensor | None = None  # (B, 2) int64: V and others, where a graph is traced
     _lengths: dict[float, Lengths] = field(default_factory=dict)
     _rotary: tuple[Tensor, Tensor] | None = None  # the prefill's cosines, and both its tables in one
@@ -243,6 +247,24 @@ class Routing:
         if key not in self._plans:
             self._plans[key] = self.gather_plan(self._orders[layer], ratio)
         return self._plans[key]
+
+    def without(self, index: Tensor, valid: Tensor | None, counts: list[tuple[int, int, int]]) -> "Routing":
+        """The routing of what is left when all other vision tokens are dropped in front of the decoder.
+
+        They keep their places and pass every layer as they are, and count as padding: no layer processes them.
+
+        Args:
+            index: `(B, M)` int64, the places of what is left.
+            valid: `(B, M)` bool, which of them are no fillers; None if none is one.
+            counts: As in this object, of what is left.
+        """
+        left = torch.zeros_like(self.target)
+        left.scatter_(1, index, torch.ones_like(index, dtype=torch.bool) if valid is None else valid)
+        target = self.target & left
+        base = self.rank_base.masked_fill(~left, -torch.inf)
+        fewer = Routing(target, ~target, counts, self.padded, base, self.recorder, thinned=self.target)
+        fewer.hold(EVERYTHING, base.argsort(dim=1, descending=True, stable=True))
+        return fewer
 
     def stand(self, layer: int, ratio: float) -> None:
         """Says what a later layer may choose from: what is kept at `ratio` by the choice of `layer`."""

@@ -23,9 +23,11 @@ class Selection:
     Attributes:
         finite: Whether `scores` never holds NaN or infinite values. Where it may, they are replaced, at a cost of one
             operator: NaN and -inf rank last of the vision tokens, +inf first.
+        attends: Whether it reads rotary tables, so that it can be asked only inside the decoder.
     """
 
     finite = False
+    attends = False
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

@@ -41,6 +41,8 @@ class PmodSettings:
         keep_keys: Whether a skipped token still gives its keys and values to the others.
         quota: What K is taken of: `row`, all vision tokens of a row (the paper), or `per_image`, each image and each
             frame of a video apart, so that one cannot starve another.
+        before: Selection that drops tokens for good in front of the decoder, and the share that it keeps, as
+            `divprune:0.33`; the schedule is then a share of what is left. None: nothing is dropped there.
         positions: `true`, or `renumbered`: in each layer 0 ... M-1 without gaps, as some published code has it.
 
     Raises:
@@ -64,6 +66,7 @@ class PmodSettings:
     keep_keys: bool = False
     positions: str = "true"
     quota: str = "row"
+    before: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -88,6 +91,8 @@ class PmodSettings:
             raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, found {self.quota!r:.80}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, found {self.positions!r:.80}")
+        if self.before_decoder and (self.positions == "renumbered" or self.quota != "row"):
+            raise ValueError("before goes with true positions and quota row alone")
         if self.keep_keys and not self.returns:
             raise ValueError("keep_keys needs returns: a token whose keys are seen has not been dropped")
         _ = self.weight_norm
@@ -197,6 +202,27 @@ class PmodSettings:
         return tuple(layers)
 
     @property
+    def before_decoder(self) -> tuple[str, float] | None:
+        """Selection and share of `before`.
+
+        Raises:
+            ValueError: It is not of this form, or there is no such selection.
+        """
+        if self.before is None:
+            return None
+        name, _, share = str(self.before).partition(":")
+        if (
+            name not in SELECTIONS
+            or name == "router"
+            or not re.fullmatch(r"0?\.\d+|1|1\.0+", share)
+            or not float(share)
+        ):
+            raise ValueError(
+                f"before must be a selection and a share above 0, as divprune:0.33, found {self.before!r:.80}"
+            )
+        return name, float(share)
+
+    @property
     def weight_norm(self) -> tuple[str, float, float]:
         """(activation, scale, bias) of w = scale * activation(logit) + bias; without numbers scale = bias = 1."""
         presets = {
@@ -218,7 +244,7 @@ class PmodSettings:
 
 
 DEFAULTS = {field.name: field.default for field in fields(PmodSettings)}
-LATER = ("selection", "select_at", "method", "returns", "keep_keys", "positions", "quota")
+LATER = ("selection", "select_at", "method", "returns", "keep_keys", "positions", "quota", "before")
 
 
 def _layers(select_at: Sequence[int]) -> tuple[int, ...]:

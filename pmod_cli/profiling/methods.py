@@ -55,8 +55,8 @@ def cost_of(sizes: Sizes, settings: PmodSettings, rows: Sequence[Row] | None = N
     longest = max(row.tokens for row in rows)
     slots = [longest if routed.keep_keys else tokens for _, tokens in layer_tokens(rows, routed)]
     return MethodCost(
-        first_layer=routed.retention[0],
-        mean_tokens=routed.mean_retention,
+        first_layer=routed.before * routed.retention[0],
+        mean_tokens=routed.before * routed.mean_retention,
         flops=found.decoder / stock,
         selector=found.selector / stock,
         kv_bytes=sum(slots) / (len(slots) * longest),

@@ -231,5 +231,6 @@ def _config_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTra
 def _without_conflicts(own: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """A new schedule, shift or mean replaces what the checkpoint says on the same question."""
     replaced = {"schedule": ("shift", "mean", "values"), "shift": ("mean",), "mean": ("shift",)}
+    replaced["method"] = (*replaced["schedule"], "schedule", "selection", "select_at", "returns", "keep_keys")
     dropped = {key for name in overrides for key in replaced.get(name, ())}
     return {key: value for key, value in own.items() if key not in dropped}

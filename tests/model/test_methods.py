@@ -5,12 +5,19 @@ import torch
 
 from pmod_cli.model import METHODS, PmodSettings, Selection, capture_selection, kept_tokens
 from tests import factories
+from tests.model import visual
 from tests.model.models import IMAGES, ROWS, batch, pmod_model, single
-from tests.model.test_selections import captured, positions
+from tests.model.test_selections import HELD, captured, positions
 
 VARIANTS = {name: {"method": name, "mean": 0.55} for name in METHODS} | {
     f"{name}, renumbered": {"method": name, "mean": 0.55, "positions": "renumbered"}
     for name in ("pyramiddrop", "divprune")
+}
+VARIANTS |= {  # dropped in front of the decoder, then routed
+    "pmod, divprune before": {"before": "divprune:0.6", "mean": 0.55},
+    "pmod held, uniform before": HELD | {"before": "uniform:0.5"},
+    "pyramiddrop, divprune before": {"method": "pyramiddrop", "mean": 0.55, "before": "divprune:0.6"},
+    "shortv, random before": {"method": "shortv", "mean": 0.55, "before": "random:0.6"},
 }
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}
 
@@ -43,10 +50,12 @@ def test_what_holds_for_every_method(variant, kind, side):
         outputs = model(**inputs, position_ids=positions(inputs), use_cache=True)
     text, before = real & ~record.vision_mask, real
     num_vision = record.vision_mask.sum(dim=1).tolist()
+    if settings.before is not None:
+        num_vision = [kept_tokens(number, settings.before_decoder[1]) for number in num_vision]
     for layer, (ratio, slots) in enumerate(zip(retention, outputs.past_key_values.layers, strict=True)):
         wanted = [kept_tokens(number, ratio) for number in num_vision]
         longest = max(int(t) + k for t, k in zip(text.sum(dim=1), wanted, strict=True))
-        whole = ratio == 1 or settings.keep_keys
+        whole = (ratio == 1 and settings.before is None) or settings.keep_keys
         assert slots.keys.shape[2] == (real.shape[1] if whole else longest)
         if layer not in record.layers:
             continue
@@ -54,10 +63,10 @@ def test_what_holds_for_every_method(variant, kind, side):
         assert record.layers[layer].K.tolist() == wanted
         assert torch.equal(kept & ~record.vision_mask, text)
         assert settings.returns or not (kept & ~before).any()
-        before = kept
+        before = kept if not settings.returns or ratio == 1 else before
     for row in range(len(ROWS)):
         expected, alone = captured(model, single(inputs, row, IMAGES[row]))
-        left = real[row] if settings.returns else before[row]
+        left = before[row] if settings.before or not settings.returns else real[row]
         torch.testing.assert_close(outputs.logits[row][left], expected[0][left[real[row]]], **CLOSE)
         for layer, selected in alone.layers.items():
             assert torch.equal(record.layers[layer].kept[row][real[row]], selected.kept[0])
@@ -99,6 +108,45 @@ def test_a_method_on_stock_weights_has_no_router_and_at_ratio_one_is_stock(metho
         assert torch.equal(model(**inputs).logits[real], stock(**inputs).logits[real])
 
 
+def test_tokens_dropped_before_the_decoder_are_as_if_they_had_never_been():
+    """The stock decoder on what is left, at true positions, gives the same; so does a choice that is held."""
+    inputs = batch("llava_next", ROWS[:1])
+    model = pmod_model(pmod={"method": "uniform", "values": [1.0] * 4, "before": "divprune:0.4"})
+    logits, record = captured(model, inputs)
+    kept = record.layers[0].kept[0]
+    assert int((kept & record.vision_mask[0]).sum()) == kept_tokens(int(record.vision_mask.sum()), 0.4)
+    method = captured(pmod_model(pmod={"method": "divprune", "values": [0.4] * 4}), inputs)[0]
+    assert torch.equal(logits[0][kept], method[0][kept])
+    stock, ids = factories.model(), inputs["input_ids"]
+    with torch.no_grad():
+        features = stock.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
+        embeds = stock.get_input_embeddings()(ids)
+        embeds = embeds.masked_scatter(record.vision_mask[..., None], torch.cat(list(features.pooler_output)))
+        left = kept.nonzero().flatten()
+        mask = torch.ones(1, len(left), dtype=torch.long)
+        hidden = stock.model.language_model(
+            inputs_embeds=embeds[:, left], position_ids=left[None], attention_mask=mask
+        ).last_hidden_state
+        torch.testing.assert_close(logits[0][kept], stock.lm_head(hidden)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "renumbered" not in name])
+@pytest.mark.parametrize("kind", visual.KINDS)
+def test_every_family(kind, variant):
+    """Images and videos of every family, padded: a row of a batch gets what it gets alone."""
+    plain, rows = visual.stock(kind), visual.rows_of(kind)
+    model = visual.routed(plain, VARIANTS[variant])
+    inputs = visual.prompt(kind, plain.config, rows)
+    given = {} if "mm_token_type_ids" in inputs else {"position_ids": positions(inputs)}  # M-RoPE makes its own
+    logits, record = captured(model, inputs | given)
+    for index in range(len(rows)):
+        expected, alone = captured(model, visual.alone(kind, plain.config, rows, index, inputs))
+        real = inputs["attention_mask"][index].bool()
+        for layer, selected in alone.layers.items():
+            assert torch.equal(record.layers[layer].kept[index][real], selected.kept[0])
+        torch.testing.assert_close(logits[index][real], expected[0], atol=1e-4, rtol=1e-3)
+
+
 def test_a_model_takes_one_method_after_another():
     model, inputs = pmod_model(pmod={"method": "fastv"}), batch("llava_next", ROWS)
     model.set_method({"method": "pyramiddrop", "mean": 0.4})
@@ -124,12 +172,26 @@ def test_a_method_leaves_routers_alone():
         ({"method": "best"}, "method must be one of pmod, fastv"),
         ({"method": "fastv", "selection": "random"}, "method 'fastv' has selection 'fastv', found 'random'"),
         ({"positions": "absolute"}, "positions must be one of true, renumbered"),
+        ({"before": "divprune"}, "before must be a selection and a share, as divprune:0.33, found 'divprune'"),
+        ({"before": "router:0.5"}, "before must be a selection and a share"),
+        ({"before": "divprune:0.5", "positions": "renumbered"}, "before goes with true positions and quota row"),
         ({"keep_keys": True, "returns": False}, "keep_keys needs returns"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         PmodSettings(**settings)
+
+
+def test_positions_in_several_axes_cannot_be_renumbered():
+    plain = visual.stock("qwen2_5_vl")
+    with pytest.raises(ValueError, match="positions of this decoder have several axes"):
+        visual.routed(plain, {"method": "divprune", "mean": 0.5, "positions": "renumbered"})
+
+
+def test_what_reads_attention_cannot_choose_before_the_decoder():
+    with pytest.raises(ValueError, match="fastv reads the attention of a layer"):
+        pmod_model(pmod={"before": "fastv:0.5"})
 
 
 def test_settings_that_do_not_fit_the_layers():

@@ -92,6 +92,8 @@ def write_settings(settings: PmodSettings, num_layers: int) -> dict:
     """
     if not settings.string:
         raise _inexpressible("`string=False`: it always scales skipped tokens")
+    if settings.before is not None:
+        raise _inexpressible("`before`: all vision tokens enter its decoder")
     if settings.select_at is not None or settings.selection != "router":
         raise _inexpressible("`select_at` and `selection`: each routed layer chooses by its own router")
     ratios = settings.retention(num_layers)

@@ -19,7 +19,7 @@ MOST_QUERIES = 64
 class AttentionSelection(Selection):
     """Ranks by the mean attention of the text behind the image."""
 
-    finite = True
+    finite = attends = True
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """Mean attention of the last text tokens to every token, `(B, N)`."""

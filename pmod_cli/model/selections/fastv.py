@@ -21,7 +21,7 @@ from ..selection import Selection
 class FastVSelection(Selection):
     """Ranks by the attention of the last token."""
 
-    finite = True
+    finite = attends = True
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """Attention of the last real token to every token, `(B, N)`."""

@@ -21,7 +21,7 @@ from ..selection import Selection
 class PyramidDropSelection(Selection):
     """Ranks by the attention of the last token in the layer that comes next."""
 
-    finite = True
+    finite = attends = True
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """Attention of the last real token to every token that is left, `(B, N)`."""

@@ -76,7 +76,8 @@ def prefill(
     longest = max(row.tokens for row in rows)
     routed = routed or Routed.stock(decoder.layers)
     anything = any(row.routable(routed.target_tokens) for row in rows)  # a batch without images meets no router
-    matrix = products = selector = 0
+    matrix = products = 0
+    selector = selector_flops(decoder, rows, routed, None)
     for layer, (router, (_, tokens)) in enumerate(zip(routed.has_router, layer_tokens(rows, routed), strict=True)):
         matrix += layer_matrix(decoder, tokens, longest if router and anything else 0)
         selector += selector_flops(decoder, rows, routed, layer)

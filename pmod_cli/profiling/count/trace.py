@@ -19,9 +19,10 @@ import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.grid import GridTower
 from pmod_cli.families.sizes import Sizes
-from pmod_cli.model import Routing
+from pmod_cli.model import Routing, kept_tokens
+from pmod_cli.model.routing import EVERYTHING
 from pmod_cli.profiling.count.operators import Count, count
-from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens, pictures
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens, pictures, selector_flops
 
 FLOPS_PER_MAC = 2
 
@@ -40,6 +41,7 @@ class LayerCost:
         attention_products: QKᵀ and attention weights times V, over the full rectangle.
         mlp: The MLP.
         router: The router; 0 in a plain layer.
+        selector: What ranks the tokens by no router, by its own formula.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class LayerCost:
     attention_products: int
     mlp: int
     router: int
+    selector: int = 0
 
     @property
     def matrix(self) -> int:
@@ -60,7 +63,7 @@ class LayerCost:
     @property
     def total(self) -> int:
         """Of the layer."""
-        return self.matrix + self.attention_products
+        return self.matrix + self.attention_products + self.selector
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class DecoderCost:
         step_matrix: Matrix products of one decoded token: all layers, and lm_head on that token.
         step_products: Attention products of one decoded token in one layer, for each key that it attends to.
         unknown_operators: Operators that nobody counted, with how often they were met.
+        selector_before: What drops tokens in front of the decoder.
     """
 
     layers: list[LayerCost]
@@ -82,6 +86,12 @@ class DecoderCost:
     step_matrix: int
     step_products: int
     unknown_operators: Counter[str]
+    selector_before: int = 0
+
+    @property
+    def selector(self) -> int:
+        """Of all that ranks tokens by no router."""
+        return self.selector_before + sum(layer.selector for layer in self.layers)
 
     @property
     def matrix(self) -> int:
@@ -96,7 +106,7 @@ class DecoderCost:
     @property
     def total(self) -> int:
         """Decoder layers with attention products, and lm_head."""
-        return self.matrix + self.attention_products + self.lm_head
+        return self.matrix + self.attention_products + self.lm_head + self.selector
 
     def decode(self, step: int) -> int:
         """FLOPs of the `step`-th decoded token of each row; 1 is the first.
@@ -148,6 +158,8 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
     """
     decoder = model.model.language_model
     longest = max(row.tokens for row in rows)
+    if routed.cost is not None:  # a selection has its own formula: a loop over tokens would be traced for minutes
+        decoder.set_selection("uniform")
     counts: dict[tuple, Count] = {}  # layers of one model differ only in ratio, router, and whether they choose
     layers = []
     for index, (layer, ratio, (vision, tokens)) in enumerate(
@@ -156,7 +168,9 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
         has_router, chosen_at = getattr(layer, "router", None) is not None, getattr(layer, "chosen_at", None)
         alike = (ratio, has_router, chosen_at == index)
         if alike not in counts:
-            routing = batch_routing(rows, routed.target_tokens) if has_router or chosen_at is not None else None
+            layer.drop = None  # what came before is no part of what the layer costs
+            thins = has_router or chosen_at is not None or routed.before < 1
+            routing = batch_routing(rows, routed.target_tokens, routed.before) if thins else None
             if chosen_at not in (None, index):
                 routing.hold(chosen_at, torch.empty(len(rows), longest, dtype=torch.int64, device="meta"))
             counts[alike] = _count_layer(decoder, index, len(rows), longest, routing)
@@ -173,6 +187,7 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
                 attention_products=FLOPS_PER_MAC * counted.attention_products,
                 mlp=FLOPS_PER_MAC * mlp,
                 router=FLOPS_PER_MAC * router,
+                selector=len(rows) * selector_flops(Sizes.of(model.config).decoder, rows, routed, index),
             )
         )
     head = count(model.lm_head, _meta(1, 1, decoder.config.hidden_size))  # of one position
@@ -184,6 +199,7 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
         step_matrix=FLOPS_PER_MAC * (len(layers) * step.linear + head.linear),
         step_products=FLOPS_PER_MAC * step.attention_products,
         unknown_operators=sum((Counter(counted.unknown_operators) for counted in counts.values()), Counter()),
+        selector_before=len(rows) * selector_flops(Sizes.of(model.config).decoder, rows, routed, None),
     )
 
 
@@ -197,17 +213,22 @@ def _count_layer(decoder: PreTrainedModel, index: int, batch: int, tokens: int, 
     return count(decoder.layers[index], states, **arguments)
 
 
-def batch_routing(rows: Sequence[Row], target_tokens: str) -> Routing:
+def batch_routing(rows: Sequence[Row], target_tokens: str, before: float = 1.0) -> Routing:
     """The routing of one batch, from its counts alone: a meta tensor has no values to read them from."""
     longest = max(row.tokens for row in rows)
     routable = [row.routable(target_tokens) for row in rows]
-    return Routing(
+    left = [kept_tokens(number, before) for number in routable]
+    routing = Routing(
         target=torch.empty(len(rows), longest, dtype=torch.bool, device="meta"),
         plain=torch.empty(len(rows), longest, dtype=torch.bool, device="meta"),
-        counts=[(some, row.tokens - some, 0) for some, row in zip(routable, rows, strict=True)],
+        counts=[(some, row.tokens - number, 0) for some, number, row in zip(left, routable, rows, strict=True)],
         padded=any(row.tokens < longest for row in rows),
         rank_base=torch.empty(len(rows), longest, device="meta"),
     )
+    if before < 1:
+        routing.thinned = routing.target
+        routing.hold(EVERYTHING, torch.empty(len(rows), longest, dtype=torch.int64, device="meta"))
+    return routing
 
 
 def vision_cost(model: PreTrainedModel, rows: Sequence[Row]) -> VisionCost:

@@ -138,19 +138,20 @@ class Row:
             return sum(image.tokens for image in self.images if image.video == (target_tokens == "vision_video"))
         return self.vision_tokens
 
-    def kept(self, target_tokens: str, ratio: float, per_image: bool = False) -> int:
+    def kept(self, target_tokens: str, ratio: float, per_image: bool = False, before: float = 1.0) -> int:
         """Vision tokens that a layer of this retention ratio processes: K, and those that are not routed.
 
         Args:
             target_tokens: Which vision tokens are routed.
             ratio: Retention ratio.
             per_image: Whether K is taken of each image and frame apart.
+            before: Share that is left in front of the decoder; 1 where K is taken of each image.
         """
         routable = self.routable(target_tokens)
         if per_image:
             units = (unit for image in self.images for unit in _units(image, target_tokens))
             return self.vision_tokens - routable + sum(kept_tokens(unit, ratio) for unit in units)
-        return self.vision_tokens - routable + kept_tokens(routable, ratio)
+        return self.vision_tokens - routable + kept_tokens(kept_tokens(routable, before), ratio)
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class Routed:
         cost: Of one choice, see `model.methods.Cost`.
         keep_keys: Whether skipped tokens still give keys and values.
         per_image: Whether K is taken of each image and frame apart.
+        before: Share of the vision tokens that is left in front of the decoder.
+        cost_before: Of the choice there.
     """
 
     retention: Sequence[float]
@@ -174,6 +177,8 @@ class Routed:
     cost: Cost | None = None
     keep_keys: bool = False
     per_image: bool = False
+    before: float = 1.0
+    cost_before: Cost | None = None
 
     @classmethod
     def of(cls, config: Any) -> Routed:
@@ -184,6 +189,7 @@ class Routed:
     def by(cls, settings: PmodSettings, layers: int) -> Routed:
         """Of settings, on so many layers."""
         chosen_at = settings.chosen_at(layers)
+        first, before = settings.before_decoder or ("", 1.0)
         return cls(
             settings.retention(layers),
             settings.target_tokens,
@@ -192,6 +198,8 @@ class Routed:
             METHODS[settings.method].cost,
             settings.keep_keys,
             settings.quota == "per_image",
+            before,
+            METHODS[first].cost if first in METHODS else None,
         )
 
     @classmethod
@@ -217,7 +225,7 @@ def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:
     """
     tokens = []
     for ratio in routed.retention:
-        kept = [row.kept(routed.target_tokens, ratio, routed.per_image) for row in rows]
+        kept = [row.kept(routed.target_tokens, ratio, routed.per_image, routed.before) for row in rows]
         tokens.append((max(kept), max(1, *(k + row.text_tokens for k, row in zip(kept, rows, strict=True)))))
     return tokens
 
@@ -227,13 +235,23 @@ def pictures(rows: Sequence[Row]) -> Counter[ImageTokens]:
     return Counter(image for row in rows for image in row.images)
 
 
-def selector_flops(decoder: Decoder, rows: Sequence[Row], routed: Routed, layer: int) -> int:
-    """FLOPs of a layer's choice on one row, padding included; 0 where it does not choose, or a router does."""
-    vision = max(row.routable(routed.target_tokens) for row in rows)
+def selector_flops(decoder: Decoder, rows: Sequence[Row], routed: Routed, layer: int | None) -> int:
+    """FLOPs of a choice on one row, padding included; 0 where a layer does not choose, or a router does.
+
+    Args:
+        decoder: Its sizes.
+        rows: The batch.
+        routed: What the layers keep.
+        layer: The layer that chooses; None: in front of the decoder.
+    """
+    vision, tokens = max(row.routable(routed.target_tokens) for row in rows), max(row.tokens for row in rows)
+    if layer is None:
+        return routed.cost_before(decoder, tokens, vision, 0) if routed.cost_before is not None else 0
     if routed.cost is None or routed.chooses is None or not routed.chooses[layer] or not vision:
         return 0
-    kept = max(row.kept(routed.target_tokens, routed.retention[layer], routed.per_image) for row in rows)
-    return routed.cost(decoder, max(row.tokens for row in rows), vision, kept)
+    left = kept_tokens(vision, routed.before)
+    kept = max(row.kept(routed.target_tokens, routed.retention[layer], routed.per_image, routed.before) for row in rows)
+    return routed.cost(decoder, tokens, left, kept)
 
 
 def _units(image: ImageTokens, target_tokens: str) -> list[int]:

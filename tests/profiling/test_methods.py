@@ -1,0 +1,44 @@
+"""What methods cost: formula and trace agree, a budget is met, and skipped tokens whose keys are seen are counted."""
+
+import pytest
+
+from pmod_cli.core.errors import PmodError
+from pmod_cli.families.sizes import Sizes
+from pmod_cli.model import METHODS, PmodSettings
+from pmod_cli.profiling import Workload, load_subject, profile
+from pmod_cli.profiling.methods import cost_of, solve
+
+
+@pytest.mark.parametrize("before", [None, "divprune:0.33"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_formula_and_trace_agree(method, before):
+    settings = {"method": method, "mean": 0.4, "before": before}
+    found = profile(load_subject("tiny-llava-next", settings), Workload(((96, 64), (64, 64)), text_tokens=20))
+    formula = found.formula(pmod=True)
+    assert found.pmod.matrix + found.pmod.lm_head == formula.paper
+    assert found.pmod.attention_products == formula.attention_products
+    assert found.pmod.selector == formula.selector
+    cost = cost_of(found.sizes, PmodSettings(**settings), found.rows)
+    assert cost.flops == found.pmod.total / found.stock.total
+    assert cost.kv_bytes == sum(k.total for k in found.pmod_kv) / sum(k.total for k in found.stock_kv)
+
+
+def test_budgets_are_met_to_one_percent_by_every_method():
+    sizes = Sizes.of(load_subject("llava-next-7b").stock)
+    for budget in (0.3, 0.4, 0.54):
+        for method in METHODS:
+            assert cost_of(sizes, solve(method, budget, sizes)).flops == pytest.approx(budget, rel=0.01), method
+    with pytest.raises(
+        PmodError, match=r"pyramiddrop cannot cost 0\.15 of the stock model: it comes as near as 0\.278"
+    ):
+        solve("pyramiddrop", 0.15, sizes)
+    with pytest.raises(PmodError, match="unknown method 'best'"):
+        solve("best", 0.4, sizes)
+
+
+def test_dropping_before_the_decoder_reaches_what_the_schedule_alone_cannot():
+    sizes = Sizes.of(load_subject("llava-next-7b").stock)
+    alone = cost_of(sizes, PmodSettings(shift=0.1)).flops
+    both = cost_of(sizes, PmodSettings(before="divprune:0.33"))
+    assert alone > 0.28 > both.flops > 0.1
+    assert both.first_layer == pytest.approx(0.33)

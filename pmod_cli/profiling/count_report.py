@@ -130,7 +130,7 @@ def kv_table(result: Profile) -> Table:
     """KV cache by kind of token."""
     unit = _kv_unit(result)
     table = plain_table(f"KV cache, {unit.name} in {result.dtype}", "tokens", "stock", "p-MoD", "of stock", "published")
-    text = f"{result.workload.text_tokens + result.workload.new_tokens} text"
+    text = f"{result.longest.text_tokens + result.workload.new_tokens} text"
     for name, kind in (("vision", "vision"), (text, "text"), ("vision + text", "total")):
         sizes = [sum(getattr(layer, kind) for layer in kv) for kv in (result.stock_kv, result.pmod_kv)]
         table.add_row(name, *_pair(unit, *sizes))
@@ -205,7 +205,7 @@ def to_json(result: Profile, latency: Latency | None = None, *, macs: bool = Fal
         "workload": {
             "batch_size": len(result.rows),
             "images_per_row": workload.images,
-            "text_tokens": workload.text_tokens,
+            "text_tokens": result.longest.text_tokens,
             "new_tokens": workload.new_tokens,
             **({"videos": [list(video) for video in workload.videos]} if workload.videos else {}),
             "padded_length_tokens": result.longest.tokens,

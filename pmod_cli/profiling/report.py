@@ -133,7 +133,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
     context = sizes.decoder.context
     if longest.tokens + workload.new_tokens > context:
         raise PmodError(
-            f"the prompt does not fit: {longest.vision_tokens} vision + {workload.text_tokens} text + "
+            f"the prompt does not fit: {longest.vision_tokens} vision + {longest.text_tokens} text + "
             f"{workload.new_tokens} new tokens, and the context of {subject.name} is {context}",
             hint="lower `text_tokens`, `new_tokens`, `images` or `image_size`",
         )
@@ -144,7 +144,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
     stock_cost = decoder_cost(stock_model, rows, Routed.stock(sizes.decoder.layers))
     pmod_cost = decoder_cost(pmod_model, rows, Routed.of(pmod))
     dtype = cache_dtype(stock) if dtype == "auto" else dtype
-    prompt = (workload.text_tokens, workload.new_tokens, len(rows))
+    prompt = (longest.text_tokens, workload.new_tokens, len(rows))
     stock_kv, pmod_kv = (
         kv_cache(sizes.decoder, dtype, [whole or layer.tokens for layer in cost.layers], *prompt)
         for cost, whole in ((stock_cost, 0), (pmod_cost, longest.tokens if pmod.settings.keep_keys else 0))
@@ -161,7 +161,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         vision=vision_cost(stock_model, rows),
         stock_kv=stock_kv,
         pmod_kv=pmod_kv,
-        published=_of_paper(stock.text_config, longest.vision_tokens, workload.text_tokens, pmod.retention)
+        published=_of_paper(stock.text_config, longest.vision_tokens, longest.text_tokens, pmod.retention)
         if one_image
         else None,
     )

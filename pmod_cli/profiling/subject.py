@@ -169,6 +169,11 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     """
     if hidden_size is None and layers is None:
         return subject
+    if not (family := known_family(subject.stock)).tiled:
+        raise PmodError(
+            f"{family.title} is measured and counted at its own size: tower and positions go with its width",
+            hint="leave `hidden_size` and `layers` out",
+        )
     for name, number, least in (("hidden_size", hidden_size, 64), ("layers", layers, 2)):
         if number is not None and number < least:
             raise PmodError(f"`{name}={number}` is too small: expected {least} or more", hint="pmod profile --help")

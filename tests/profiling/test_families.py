@@ -1,5 +1,7 @@
 """Counts of every family: formula and fvcore's trace against torch's own counter over a real forward."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,3 +76,11 @@ def test_profile_of_a_video(capsys):
 def test_a_video_for_a_model_without_videos_is_refused():
     with pytest.raises(PmodError, match=r"LLaVA-1\.5 takes no videos"):
         Workload(videos=((4, 8, 8),)).rows(Sizes.of(builtin_config("llava-1.5-7b")))
+
+
+def test_timestamps_of_a_video_count_as_text(capsys):
+    words = ("profile", "--model", "qwen3-vl-2b", "--report", "kv", "--video", "8x480x360@2", "--json")
+    assert cli.main(list(words)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["workload"]["text_tokens"] == 58 + 4 * 8
+    assert report["workload"]["rows"][0]["vision_tokens"] == 4 * 15 * 11

@@ -136,11 +136,15 @@ def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: tor
         ids[index, start : start + row.vision_tokens] = image_token
         mask[index, longest - row.tokens :] = 1
     images = [image for row in rows for image in row.images]
+    if any(image.video for image in images):
+        raise PmodError("time is measured on prompts with images, and this one has a video", hint="leave `video` out")
     shape, others = known_family(config).pixel_inputs(config, [(image.height, image.width) for image in images])
     pixels = {"pixel_values": torch.randn(*shape, generator=generator).to(device, dtype)}
     pixels |= {name: torch.tensor(value, device=device) for name, value in others.items()}
     padded = any(row.tokens < longest for row in rows)
     ids = ids.to(device)
+    if not known_family(config).tiled:  # whose positions are of rows and columns
+        pixels["mm_token_type_ids"] = (ids == image_token).int()
     return PromptBatch(ids, mask.to(device) if padded else None, pixels, ids == image_token)
 
 

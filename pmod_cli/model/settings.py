@@ -217,9 +217,7 @@ class PmodSettings:
             or not re.fullmatch(r"0?\.\d+|1|1\.0+", share)
             or not float(share)
         ):
-            raise ValueError(
-                f"before must be a selection and a share above 0, as divprune:0.33, found {self.before!r:.80}"
-            )
+            raise ValueError(f"before must be a selection and a share, as divprune:0.33, found {self.before!r:.80}")
         return name, float(share)
 
     @property

@@ -1,9 +1,11 @@
 """What holds for every method on every family and batch shape. A new method is tested by being in `METHODS`."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from pmod_cli.model import METHODS, PmodSettings, Selection, capture_selection, kept_tokens
+from pmod_cli.model import METHODS, SELECTIONS, Method, PmodSettings, Selection, capture_selection, kept_tokens
 from tests import factories
 from tests.model import visual
 from tests.model.models import IMAGES, ROWS, batch, pmod_model, single
@@ -205,3 +207,23 @@ def test_settings_that_do_not_fit_the_layers():
         settings = PmodSettings(method=name, mean=0.4)
         assert PmodSettings.from_dict(settings.to_dict()) == settings
         assert sum(settings.retention(32)) / 32 == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_method_from_outside():
+    """A selection and a record, both registered by a call: the model runs it, and its settings name it."""
+
+    class Loudest(Selection):
+        def scores(self, hidden_states, routing, layer):
+            return hidden_states.norm(dim=-1)
+
+    SELECTIONS.register("loudest")(Loudest)
+    METHODS.register("loudest")(Method("loudest", "pyramid"))
+    try:
+        model, inputs = pmod_model(pmod={"method": "loudest", "mean": 0.5}), batch("llava_next", ROWS)
+        _, record = captured(model, inputs)
+        kept = [record.layers[layer].kept for layer in (1, 2, 3)]
+        assert model.config.routed_layers == []
+        assert all(not (later & ~earlier).any() and later.sum() < earlier.sum() for earlier, later in pairwise(kept))
+    finally:
+        METHODS.unregister("loudest")
+        SELECTIONS.unregister("loudest")

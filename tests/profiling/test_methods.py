@@ -2,6 +2,7 @@
 
 import pytest
 
+from pmod_cli.calibration.budget import Budget
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
@@ -42,3 +43,13 @@ def test_dropping_before_the_decoder_reaches_what_the_schedule_alone_cannot():
     both = cost_of(sizes, PmodSettings(before="divprune:0.33"))
     assert alone > 0.28 > both.flops > 0.1
     assert both.first_layer == pytest.approx(0.33)
+
+
+@pytest.mark.parametrize("shift", [0.2, 0.5])
+def test_calibration_counts_the_same(shift):
+    """Its budget adds up layers, to search among schedules; the sum is what a method costs."""
+    sizes = Sizes.of(load_subject("llava-next-7b").stock)
+    settings = PmodSettings(shift=shift)
+    layers = sizes.decoder.layers
+    total = Budget(sizes, 0.5).total(settings.retention(layers), sum(settings.routed(layers)))
+    assert cost_of(sizes, settings).flops == pytest.approx(total, rel=1e-9)

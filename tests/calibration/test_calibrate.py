@@ -201,6 +201,7 @@ def test_a_calibrated_model_goes_through_the_other_verbs(calibrated: Path, workd
     assert checkpoints.router_state(Path("again")) == "calibrated"
 
 
+@pytest.mark.slow
 def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys):
     few = lambda data, count, **options: read_samples(data, 8, **options)  # noqa: E731 - the default of 64 takes minutes
     monkeypatch.setattr("pmod_cli.calibration.calibrate.read_samples", few)
@@ -253,6 +254,7 @@ def test_a_trained_model_needs_a_word_more(calibrated: Path, workdir: Path, caps
     assert "--recalibrate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(stock_model, workdir: Path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -9,7 +9,7 @@ This is the paper's Figure 3 without training. Three things are done to each lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from pmod_cli.calibration.replay import Replay, Stream, answer_losses
 
 IDLE = 0.01  # nats: a layer whose absence costs less does nothing for the answers
 READS = 0.05  # nats: a rise that says that vision tokens are read
+ALL = "mean of tasks"
 WAYS = ("skipped", "skipped_vision", "hidden_from")
 
 
@@ -82,6 +83,19 @@ def measure_depth(
             before = sums.setdefault(task, {name: torch.zeros_like(value) for name, value in found.items()})
             sums[task] = {name: before[name] + value for name, value in found.items()}
     return {task: _depth(found) for task, found in sums.items()}
+
+
+def over_tasks(found: Mapping[str, Depth]) -> dict[str, Depth]:
+    """The tasks and, where they are several, the mean of them, in which each counts the same."""
+    if len(found) < 2:
+        return dict(found)
+    tasks = list(found.values())
+    rise = {
+        way: [sum(values) / len(tasks) for values in zip(*(task.rise[way] for task in tasks), strict=True)]
+        for way in WAYS
+    }
+    base = sum(task.base for task in tasks) / len(tasks)
+    return {**found, ALL: Depth(sum(task.tokens for task in tasks), base, rise)}
 
 
 def _without(replay: Replay, stream: Stream, layer: int):

@@ -26,7 +26,7 @@ def read_depth(
     """
     from pmod_cli.calibration import depth_report
     from pmod_cli.calibration.asked import Asked
-    from pmod_cli.calibration.depth import measure_depth
+    from pmod_cli.calibration.depth import measure_depth, over_tasks
     from pmod_cli.calibration.replay import Replay
     from pmod_cli.calibration.samples import read_samples
     from pmod_cli.checkpoints import load_model, resolve
@@ -41,7 +41,7 @@ def read_depth(
     batches = asked.batches(asked.answered(asked_about))
     with output.progress() as bar:
         shown = bar.add_task("layers", total=len(replay) * len(batches))
-        found = measure_depth(replay, batches, lambda: bar.advance(shown))
+        found = over_tasks(measure_depth(replay, batches, lambda: bar.advance(shown)))
     answers = "the model's own answers" if unanswered == samples else "the given answers"
     return Shown(
         title=name,

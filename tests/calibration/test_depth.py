@@ -123,8 +123,11 @@ def test_the_report_as_a_user_asks_for_it(stock_model, workdir: Path, capsys):
     call = ["profile", "--report", "depth", "-m", str(folder), "--device", "cpu", "--samples", "4"]
     assert main([*call, "--tasks", "doc,chart", "--json", "--plot", "depth.png"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["depth"].keys() == {"doc", "chart"}
+    assert found["depth"].keys() == {"doc", "chart", "mean of tasks"}
     assert all(len(values) == LAYERS for values in found["depth"]["doc"]["rise"].values())
+    doc, chart, mean = (found["depth"][name] for name in ("doc", "chart", "mean of tasks"))
+    assert mean["loss"] == pytest.approx((doc["loss"] + chart["loss"]) / 2)
+    assert mean["rise"]["skipped"][1] == pytest.approx((doc["rise"]["skipped"][1] + chart["rise"]["skipped"][1]) / 2)
     assert Image.open("depth.png").size[0] > 500
     assert main([*call, "--tasks", "doc", "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

@@ -15,7 +15,7 @@ from transformers import (
 
 from pmod_cli import families
 from pmod_cli.families.decoders import BUNDLED
-from tests.beds.tiny_llava_next.model import CHAT_TEMPLATE, IMAGE, build_tokenizer
+from tests.beds.tiny_llava_next.processor import CHAT_TEMPLATE, IMAGE, build_tokenizer
 
 KINDS = ("llava", "llava_next")  # of which checkpoints with a processor are made here; tests/model/visual.py has all
 DECODERS = tuple(decoder.name for decoder in BUNDLED)

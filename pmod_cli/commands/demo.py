@@ -45,7 +45,7 @@ def demo(
     max_steps: Annotated[
         int, typer.Option(min=1, metavar="N", help="Optimizer steps of the training; recipe tiny has 125.")
     ] = 100,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 80,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 50,
 ) -> None:
     """Convert, train, evaluate, profile and draw the bundled model, into one folder.
 

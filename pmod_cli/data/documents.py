@@ -1,11 +1,13 @@
 """Synthetic documents drawn from an integer seed: a receipt, a bar chart, coloured shapes; each with questions.
 
-The four tasks stand for the four kinds of benchmark the paper reports: ``doc`` for DocVQA, ``chart`` for ChartQA,
-``attribute`` for GQA, ``presence`` for POPE. Answers sit on a few patches at places that vary, so they cannot be
-guessed, and a label always comes before its value in reading order, since a causal decoder cannot look ahead.
+Four tasks stand for the four kinds of benchmark the paper reports: ``doc`` for DocVQA, ``chart`` for ChartQA,
+``attribute`` for GQA, ``presence`` for POPE. Two ask for two look-ups in a row: ``above`` for the price of the item one
+line above another, ``dearer`` for the dearer one of two. Answers sit on a few patches at places that vary, so they
+cannot be guessed, and a label always comes before its value in reading order, since a causal decoder cannot look ahead.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise, permutations
 from random import Random
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from pmod_cli.data.glyphs import HEIGHT, WIDTH, glyph
 
-TASKS = ("doc", "chart", "attribute", "presence")
+TASKS = ("doc", "chart", "attribute", "presence", "above", "dearer")
 SPLITS = ("train", "test")
 CELL = 8  # pixels: glyphs are set on this grid, one cell per patch of the bundled model, jittered inside the cell
 
@@ -35,22 +37,35 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
+class Look:
+    """A look-up that comes before the answer's: a word of the question, the box it is looked up in, what that tells."""
+
+    word: str
+    box: Box
+    tells: str
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One question and its answer; ``region`` is the pixel box (x0, y0, x1, y1) the answer is read from, if any."""
+    """One question and its answer; ``region`` is the pixel box (x0, y0, x1, y1) the answer is read from, if any, and
+    ``looks`` are the look-ups that have to come before."""
 
     question: str
     answer: str
     region: Box | None
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
 class Mark:
     """One drawn thing: its pixel box, the word one patch of it shows (glyph, bar, colour), and the word it takes the
-    neighbours to tell (the label of its line, the shape of an object)."""
+    neighbours to tell (the label of its line, the shape of an object). ``above`` is the label one line above a label
+    that may be asked about."""
 
     box: Box
     shows: str
     belongs: str
+    above: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,14 @@ def draw(task: str, seed: int, size: tuple[int, int] = (96, 96)) -> Document:
     if size[0] < 96 or size[1] < 48 or size[0] % CELL or size[1] % CELL:
         raise ValueError(f"a document is at least 96x48 pixels and a multiple of {CELL} both ways, not {size}")
     canvas = _Canvas(Random(f"{task} {seed}"), size)
-    compose = {"doc": _receipt, "chart": _chart, "attribute": _attribute, "presence": _presence}[task]
+    compose = {
+        "doc": _receipt,
+        "chart": _chart,
+        "attribute": _attribute,
+        "presence": _presence,
+        "above": _above,
+        "dearer": _dearer,
+    }[task]
     turns = compose(canvas)
     return Document(task, seed, canvas.finish(), turns, canvas.marks)
 
@@ -108,7 +130,7 @@ class _Canvas:
         self.ink = tuple(random.randint(0, 70) for _ in range(3))
         self.marks: list[Mark] = []
 
-    def write(self, text: str, column: int, row: int, belongs: str) -> Box:
+    def write(self, text: str, column: int, row: int, belongs: str, above: str | None = None) -> Box:
         """Set ``text``, one glyph per cell, and return its box."""
         x, y = column * CELL, row * CELL
         for i, character in enumerate(text):
@@ -116,7 +138,7 @@ class _Canvas:
             top = y + self.random.randint(0, CELL - HEIGHT)
             bitmap = Image.fromarray(glyph(character).astype(np.uint8) * 255, "L")
             self.image.paste(self.ink, (left, top), bitmap)
-            self.marks.append(Mark((x + i * CELL, y, x + (i + 1) * CELL, y + CELL), character, belongs))
+            self.marks.append(Mark((x + i * CELL, y, x + (i + 1) * CELL, y + CELL), character, belongs, above))
         return x, y, x + len(text) * CELL, y + CELL
 
     def finish(self) -> Image.Image:
@@ -125,24 +147,82 @@ class _Canvas:
         return Image.fromarray((np.asarray(self.image) + noise).clip(0, 255).astype(np.uint8))
 
 
-def _receipt(canvas: _Canvas) -> list[Turn]:
+@dataclass(frozen=True)
+class _Line:
+    """One line of a receipt and where its label and its value stand."""
+
+    label: str
+    value: str
+    label_box: Box
+    value_box: Box
+
+
+def _lines(canvas: _Canvas) -> list[_Line]:
     """Five to eight lines ``ham 47`` at free places, two side by side where they fit."""
     random = canvas.random
     entry = 6  # cells: three letters, a space, two digits
     slots = [(row, start) for row in range(canvas.rows) for start in range(canvas.columns // entry)]
     count = random.randint(min(5, len(slots)), 8)
-    turns = []
     slack = {row: random.randint(0, canvas.columns % entry) for row in range(canvas.rows)}
     lonely = {row: random.randint(0, canvas.columns - entry) for row in range(canvas.rows)}
     chosen = sorted(random.sample(slots, count))
+    lines = []
     for (row, start), label in zip(chosen, random.sample(LABELS, count), strict=True):
         alone = sum(other == row for other, _ in chosen) == 1
         column = lonely[row] if alone else start * entry + slack[row]
-        value = str(random.randint(10, 99))
-        canvas.write(label, column, row, label)
-        region = canvas.write(value, column + 4, row, label)
-        turns.append(Turn(f"what is the price of {label}?", value, region))
+        lines.append(_line(canvas, row, column, label))
+    return lines
+
+
+def _line(canvas: _Canvas, row: int, column: int, label: str, above: str | None = None) -> _Line:
+    value = str(canvas.random.randint(10, 99))
+    label_box = canvas.write(label, column, row, label, above)
+    return _Line(label, value, label_box, canvas.write(value, column + 4, row, label))
+
+
+def _receipt(canvas: _Canvas) -> list[Turn]:
+    """The price of each item of a receipt."""
+    turns = [Turn(f"what is the price of {line.label}?", line.value, line.value_box) for line in _lines(canvas)]
+    canvas.random.shuffle(turns)
+    return turns
+
+
+def _above(canvas: _Canvas) -> list[Turn]:
+    """A list of four to seven lines at a free place; asked for is the price of the item one line above a named one."""
+    random = canvas.random
+    count = random.randint(4, min(7, canvas.rows))
+    top, column = random.randint(0, canvas.rows - count), random.randint(0, canvas.columns - 6)
+    lines, above = [], None
+    for row, label in enumerate(random.sample(LABELS, count), top):
+        lines.append(_line(canvas, row, column, label, above))
+        above = label
+    turns = [
+        Turn(
+            f"what is the price of the item above {line.label}?",
+            over.value,
+            over.value_box,
+            (Look(line.label, line.label_box, over.label),),
+        )
+        for over, line in pairwise(lines)
+    ]
     random.shuffle(turns)
+    return turns
+
+
+def _dearer(canvas: _Canvas) -> list[Turn]:
+    """Which of two items of a receipt is dearer? Their prices are 10 apart at least."""
+    random = canvas.random
+    lines = _lines(canvas)
+    pairs = [(a, b) for a, b in permutations(lines, 2) if abs(int(a.value) - int(b.value)) >= 10]
+    if not pairs:  # all prices within ten: start again on clean paper
+        canvas.__init__(random, (canvas.width, canvas.height))
+        return _dearer(canvas)
+    turns = []
+    for a, b in random.sample(pairs, min(6, len(pairs))):
+        best = max(a, b, key=lambda line: int(line.value))
+        region = (best.label_box[0], best.label_box[1], best.value_box[2], best.value_box[3])
+        looks = tuple(Look(line.label, line.value_box, line.value) for line in (a, b))
+        turns.append(Turn(f"which is dearer, {a.label} or {b.label}?", best.label, region, looks))
     return turns
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: the paper's fourteen and the tiny four, one entry each, and those that other packages register.
+"""The benchmarks: the paper's fourteen and the tiny six, one entry each, and those that other packages register.
 
 An entry says what lmms-eval's task is called, which of its numbers counts, and which data it reads. Nothing heavy is
 imported.
@@ -213,6 +213,8 @@ for _name, _metric, _own in (
     ("chart", "relaxed_overall", None),
     ("attribute", "exact_match", None),
     ("presence", "pope_f1_score", _sums("f1")),
+    ("above", "exact_match", None),
+    ("dearer", "exact_match", None),
 ):
     _task = f"tiny_{_name}"
     _add("tiny", _task, f"tiny {_name}", _task, _metric, str(TINY_TASKS), questions=TINY_QUESTIONS, sums=_own)

@@ -1,4 +1,4 @@
-"""The test questions of the four tiny tasks: drawn once from the test seeds, kept in a cache, never trained on."""
+"""The test questions of the six tiny tasks: drawn once from the test seeds, kept in a cache, never trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(task: str, questions: int = QUESTIONS, on_wait: Callable[[Path], None
     """The data set of one tiny task as `datasets.load_from_disk` reads it, drawn on the first call.
 
     Args:
-        task: `doc`, `chart`, `attribute` or `presence`.
+        task: one of `pmod_cli.data.documents.TASKS`.
         questions: Number of test documents, one question each.
         on_wait: As in `draw`.
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
 from tests import factories
-from tests.beds.tiny_llava_next.model import IMAGE, SPECIAL, build_tokenizer
+from tests.beds.tiny_llava_next.processor import IMAGE, SPECIAL, build_tokenizer
 
 MODEL_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
 EXTRA = {

@@ -56,7 +56,7 @@ def read(image, box):
     return max(scores, key=scores.get)[0]
 
 
-@pytest.mark.parametrize("task", ["doc", "chart"])
+@pytest.mark.parametrize("task", ["doc", "chart", "above"])
 def test_the_region_of_a_number_shows_that_number(task):
     for index in range(10):
         document = draw(task, seed_of("test", index))
@@ -73,6 +73,51 @@ def test_the_longest_bar_has_the_largest_value():
         (longest,) = [turn.answer for turn in turns if not turn.answer.isdigit()]
         assert longest == max(values, key=values.get)
         assert sorted(values.values())[-1] - sorted(values.values())[-2] >= 18
+
+
+def prices(document) -> dict[str, tuple[int, int]]:
+    """Price and row of each item, from what was drawn."""
+    digits = {label: "" for label in LABELS}
+    rows = {}
+    for mark in document.marks:
+        if mark.shows.isdigit():
+            digits[mark.belongs] += mark.shows
+            rows[mark.belongs] = mark.box[1] // CELL
+    return {label: (int(digits[label]), row) for label, row in rows.items()}
+
+
+@pytest.mark.parametrize("size", [(96, 96), (96, 48)])
+def test_the_item_above_is_the_next_one_up_and_the_first_look_finds_the_named_one(size):
+    for index in range(50):
+        document = draw("above", index, size)
+        drawn = prices(document)
+        assert len({row for _, row in drawn.values()}) == len(drawn), "one item a line"
+        for turn in document.turns:
+            named = turn.question.removesuffix("?").split()[-1]
+            (look,) = turn.looks
+            over = max((row, label) for label, (_, row) in drawn.items() if row < drawn[named][1])[1]
+            assert (look.word, look.tells, turn.answer) == (named, over, str(drawn[over][0]))
+            shown = [mark.shows for mark in document.marks if mark.belongs == named and mark.box[0] < look.box[2]]
+            assert "".join(shown) == named
+            assert {mark.above for mark in document.marks if mark.belongs == named and mark.above} == {over}
+
+
+def test_the_dearer_item_is_the_one_of_the_larger_price_by_ten():
+    first = 0
+    for index in range(50):
+        document = draw("dearer", index)
+        drawn = prices(document)
+        for turn in document.turns:
+            one, _, other = turn.question.removesuffix("?").split()[-3:]
+            one, values = one.strip(","), [drawn[one.strip(",")][0], drawn[other][0]]
+            assert turn.answer == (one if values[0] > values[1] else other)
+            assert abs(values[0] - values[1]) >= 10
+            assert [(look.word, look.tells) for look in turn.looks] == list(
+                zip((one, other), map(str, values), strict=True)
+            )
+            first += turn.answer == one
+        assert len(set(turn.question for turn in document.turns)) == len(document.turns)
+    assert 100 < first < 200, "the first named is the dearer one in half of them"
 
 
 def test_the_region_of_a_colour_shows_that_colour():

@@ -18,7 +18,14 @@ def tasks_of(*names: str) -> list[str]:
 def test_names_titles_tasks_and_groups():
     assert tasks_of("docvqa", "chartqa") == ["docvqa_val", "chartqa"]
     assert tasks_of("DocVQA", "docvqa_val", " OK-VQA ") == ["docvqa_val", "ok_vqa_val2014"]
-    assert tasks_of("tiny") == ["tiny_doc", "tiny_chart", "tiny_attribute", "tiny_presence"]
+    assert tasks_of("tiny") == [
+        "tiny_doc",
+        "tiny_chart",
+        "tiny_attribute",
+        "tiny_presence",
+        "tiny_above",
+        "tiny_dearer",
+    ]
     assert len(tasks_of("paper")) == 14
     assert tasks_of("general", "text-rich") == tasks_of("paper")
     assert tasks_of("tiny_doc", "tiny") == tasks_of("tiny")

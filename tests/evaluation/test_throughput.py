@@ -32,7 +32,7 @@ def one_thread():
 
 
 def questions(models) -> list:
-    """The same questions of the four tasks for each of the models, in turn."""
+    """The same questions of four tiny tasks for each of the models, in turn."""
     asked = []
     for name in TINY:
         (task,) = load_tasks(suite.resolve([name])[0]).values()

@@ -19,6 +19,19 @@ from pmod_cli.data.documents import CELL, Box, Document, Turn, draw, seed_of
 
 
 @dataclass(frozen=True)
+class LookUps:
+    """Q tokens that have to find something in their image.
+
+    Attributes:
+        tokens: int64 (Q, 2), row and position.
+        looked_at: bool (Q, N), the vision tokens where it stands.
+    """
+
+    tokens: Tensor
+    looked_at: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """B rows of N tokens, padded on the right, so that a causal decoder needs no mask.
 
@@ -27,18 +40,21 @@ class Batch:
             image_sizes int64 (B, 2).
         labels: int64 (B, N), -100 outside answers.
         weights: float32 (B, N), how much each label counts.
-        shows, belongs: int64 (B, N), word ids of ``Mark.shows`` and ``Mark.belongs`` on vision tokens, -100 elsewhere.
-        answers: int64 (Q, 2), row and position of each token that predicts an answer with a region.
-        looked_at: bool (Q, N), the vision tokens that answer is read from.
+        belongs, above: int64 (B, N), word ids of the fields of ``Mark`` on vision tokens, -100 elsewhere.
+        tells: int64 (B, N), the first word id of ``Look.tells`` on a word of a question, -100 elsewhere.
+        up, first, last: the look-ups from a label to the one above it, those that come before the answer's, and the
+            answer's.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     weights: Tensor
-    shows: Tensor
     belongs: Tensor
-    answers: Tensor
-    looked_at: Tensor
+    above: Tensor
+    tells: Tensor
+    up: LookUps
+    first: LookUps
+    last: LookUps
 
 
 class TinyBatches:
@@ -71,10 +87,13 @@ class TinyBatches:
         def column(name: str, fill: float) -> Tensor:
             return torch.tensor([getattr(row, name) + [fill] * (length - len(row.ids)) for row in rows])
 
-        looks = [(b, position, tokens) for b, row in enumerate(rows) for position, tokens in row.looks]
-        looked_at = torch.zeros(len(looks), length, dtype=torch.bool)
-        for q, (_, _, tokens) in enumerate(looks):
-            looked_at[q, tokens] = True
+        def look_ups(name: str) -> LookUps:
+            looks = [(b, position, tokens) for b, row in enumerate(rows) for position, tokens in getattr(row, name)]
+            looked_at = torch.zeros(len(looks), length, dtype=torch.bool)
+            for q, (_, _, tokens) in enumerate(looks):
+                looked_at[q, tokens] = True
+            return LookUps(torch.tensor([look[:2] for look in looks]).view(-1, 2), looked_at)
+
         return Batch(
             inputs={
                 "input_ids": column("ids", pad),
@@ -83,10 +102,12 @@ class TinyBatches:
             },
             labels=column("labels", IGNORED),
             weights=column("weights", 0.0),
-            shows=column("shows", IGNORED),
             belongs=column("belongs", IGNORED),
-            answers=torch.tensor([look[:2] for look in looks]),
-            looked_at=looked_at,
+            above=column("above", IGNORED),
+            tells=column("tells", IGNORED),
+            up=look_ups("up"),
+            first=look_ups("first"),
+            last=look_ups("last"),
         )
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
@@ -119,31 +140,43 @@ class _Row:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.weights: list[float] = []
-        self.shows: list[int] = []
         self.belongs: list[int] = []
-        self.looks: list[tuple[int, list[int]]] = []
+        self.above: list[int] = []
+        self.tells: list[int] = []
+        self.up: list[tuple[int, list[int]]] = []
+        self.first: list[tuple[int, list[int]]] = []
+        self.last: list[tuple[int, list[int]]] = []
 
         self._say([batches.tokenizer.bos_token_id, *self.encode("USER:")])
-        self.first = len(self.ids) + (batches.tile // CELL) ** 2  # where the tiles' tokens start, after the base view's
+        self.start = len(self.ids) + (batches.tile // CELL) ** 2  # where the tiles' tokens start, after the base view's
         image = self.encode("<image>")
-        self._say(image * (self.first - len(self.ids) + rows * (self.columns + 1)))
+        self._say(image * (self.start - len(self.ids) + rows * (self.columns + 1)))
         for mark in document.marks:
             for token in self._tokens(mark.box):
-                self.shows[token] = self.encode(mark.shows)[0]
                 self.belongs[token] = self.encode(mark.belongs)[0]
+                if mark.above:
+                    self.above[token] = self.encode(mark.above)[0]
+                    label = [other for other in document.marks if other.belongs == mark.above and other.shows.isalpha()]
+                    self.up.append((token, [place for other in label for place in self._tokens(other.box)]))
         for i, turn in enumerate(document.turns[: batches.recipe["turns"]]):
+            asked = len(self.ids)
             self._say(self.encode(("USER: " if i else "") + turn.question) + self.encode("ASSISTANT:"))
+            for look in turn.looks:
+                position = self.ids.index(self.encode(look.word)[0], asked)
+                self.first.append((position, self._tokens(look.box)))
+                self.tells[position] = self.encode(look.tells)[0]
             self._answer(turn)
 
     def _say(self, ids: list[int]) -> None:
         self.ids += ids
-        for values, fill in (self.labels, IGNORED), (self.weights, 0.0), (self.shows, IGNORED), (self.belongs, IGNORED):
-            values += [fill] * len(ids)
+        self.weights += [0.0] * len(ids)
+        for values in (self.labels, self.belongs, self.above, self.tells):
+            values += [IGNORED] * len(ids)
 
     def _answer(self, turn: Turn) -> None:
         ids = self.encode(turn.answer)
         boxes = _slices(turn.region, len(ids)) if turn.region else []
-        self.looks += [(len(self.ids) - 1 + i, self._tokens(box)) for i, box in enumerate(boxes)]
+        self.last += [(len(self.ids) - 1 + i, self._tokens(box)) for i, box in enumerate(boxes)]
         kind = "number" if turn.answer.isdigit() else "yes_no" if turn.answer in ("yes", "no") else "word"
         start = len(self.ids)
         self._say([*ids, self.eos])
@@ -154,7 +187,7 @@ class _Row:
         """The tile tokens a box covers by half at least; each row of patches ends in one newline token."""
         x0, y0, x1, y1 = (round(side / CELL) for side in box)
         return [
-            self.first + y * (self.columns + 1) + x
+            self.start + y * (self.columns + 1) + x
             for y in range(y0, max(y1, y0 + 1))
             for x in range(x0, max(x1, x0 + 1))
         ]

@@ -1,8 +1,10 @@
-"""Grounding: three losses, in pre-training only, that make reading emerge in minutes on a tiny model.
+"""Grounding: losses, in pre-training only, that make reading emerge in minutes on a tiny model.
 
-Plain cross-entropy on answers stays at its priors for a long time. So a projected patch is told what it shows; the
-first grounded layer is probed for what a patch belongs to; and two heads of each grounded layer are told to look at
-the patches an answer is read from. The probe is thrown away after training, so the saved model is a stock LLaVA-NeXT.
+Plain cross-entropy on answers stays at its priors for a long time. So the first layer that looks is probed for what a
+patch belongs to and what stands above it; a head of each grounded layer is
+told where to look, early ones from the words of a question and late ones from the answer; and between the two, the
+words of a question are probed for what they have found. The probes are thrown away after training, so the saved model
+is a stock LLaVA-NeXT.
 """
 
 from collections.abc import Mapping
@@ -13,25 +15,26 @@ from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from tests.beds.tiny_llava_next.batches import Batch
+from tests.beds.tiny_llava_next.batches import Batch, LookUps
+
+LOOKS = ("up", "first", "last")
+LOSSES = ("belongs", "above", "tells", "looks")
 
 
 class Grounding(nn.Module):
-    """Collects what the model computes on its way, by forward hooks, and turns it into the three losses."""
+    """Collects what the model computes on its way, by forward hooks, and turns it into the losses."""
 
     def __init__(self, model: LlavaNextForConditionalGeneration, settings: Mapping):
-        """``settings``: ``layers`` (indices), ``heads`` (how many a layer), and a weight for each loss."""
+        """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``probed``, the layer
+        before which words are probed; and a weight for each of ``LOSSES``."""
         super().__init__()
         text = model.config.text_config
         self.settings = settings
-        self.probe = nn.Sequential(
-            nn.RMSNorm(text.hidden_size, eps=1e-6), nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        )
-        self._embedding = [model.get_input_embeddings()]  # in a list: not a part of this module
+        self.probes = nn.ModuleDict({name: _probe(text) for name in ("belongs", "above", "tells")})
         self._seen: dict = {}
+        self._hooks = []
         decoder = model.model.language_model
-        self._hooks = [decoder.register_forward_pre_hook(self._see("embeddings"), with_kwargs=True)]
-        for index in settings["layers"]:
+        for index in {settings["probed"], *(layer for which in LOOKS for layer, _ in settings[which])}:
             attention = decoder.layers[index].self_attn
             self._hooks.append(attention.register_forward_pre_hook(self._see(index), with_kwargs=True))
 
@@ -40,41 +43,58 @@ class Grounding(nn.Module):
         for hook in self._hooks:
             hook.remove()
 
-    def _see(self, key: str | int):
+    def _see(self, layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._seen[key] = (module, kwargs)
+            self._seen[layer] = (module, kwargs)
 
         return hook
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of the forward pass just done: ``shows``, ``belongs``, ``looks``; scalars, unweighted."""
-        embeddings = self._seen["embeddings"][1]["inputs_embeds"]
-        shown = batch.shows >= 0
-        told = batch.belongs >= 0
-        layers = [self._seen[index] for index in self.settings["layers"]]
-        context = layers[0][1]["hidden_states"]
-        vocabulary = self._embedding[0].weight
+        """The losses of the forward pass just done, one of each of ``LOSSES``; scalars, unweighted."""
+        early = self._seen[min(layer for layer, _ in self.settings["first"])][1]["hidden_states"]
+        late = self._seen[self.settings["probed"]][1]["hidden_states"]
+        looks = [
+            self._looks(getattr(batch, which), *self._seen[layer], head)
+            for which in LOOKS
+            for layer, head in self.settings[which]
+        ]
         return {
-            "shows": F.cross_entropy(embeddings[shown] @ vocabulary.T, batch.shows[shown]),
-            "belongs": F.cross_entropy(self.probe(context[told]), batch.belongs[told]),
-            "looks": torch.stack([self._looks(batch, attention, seen) for attention, seen in layers]).mean(),
+            "belongs": self._probed("belongs", early, batch.belongs),
+            "above": self._probed("above", early, batch.above),
+            "tells": self._probed("tells", late, batch.tells),
+            "looks": torch.stack(looks).mean(),
         }
 
-    def _looks(self, batch: Batch, attention: LlamaAttention, seen: dict) -> Tensor:
-        """Minus the log of the attention that falls where the answer is, mean over answer tokens and heads."""
+    def _probed(self, name: str, hidden: Tensor, words: Tensor) -> Tensor:
+        """How badly the hidden states (B, N, D) tell ``words`` (B, N); 0 where a batch has none."""
+        told = words >= 0
+        if not told.any():
+            return hidden.new_zeros(())
+        return F.cross_entropy(self.probes[name](hidden[told].float()), words[told])
+
+    def _looks(self, looks: LookUps, attention: LlamaAttention, seen: dict, head: int) -> Tensor:
+        """Minus the log of the attention of one head that falls where it should, mean over the look-ups."""
         hidden = seen["hidden_states"]
+        if not len(looks.tokens):
+            return hidden.new_zeros(())
         cos, sin = seen["position_embeddings"]
-        heads, width = self.settings["heads"], attention.head_dim
-        B, N, _ = hidden.shape
+        width = attention.head_dim
+        N = hidden.shape[1]
 
         def project(linear: nn.Linear) -> Tensor:
-            return F.linear(hidden, linear.weight[: heads * width]).view(B, N, heads, width).transpose(1, 2)
+            return F.linear(hidden, linear.weight[head * width : (head + 1) * width])[:, None]
 
         queries, keys = apply_rotary_pos_emb(project(attention.q_proj), project(attention.k_proj), cos, sin)
-        row, position = batch.answers.unbind(1)
+        row, position = looks.tokens.unbind(1)
         # index_select, not keys[row]: with several threads the latter's gradient is summed in any order.
-        scores = torch.einsum("qhd,qhnd->qhn", queries[row, :, position], keys.index_select(0, row)) * attention.scaling
-        later = torch.arange(N) > position[:, None]
-        scores = scores.masked_fill(later[:, None], float("-inf"))
-        there = scores.masked_fill(~batch.looked_at[:, None], float("-inf"))
+        scores = torch.einsum("qd,qnd->qn", queries[row, 0, position], keys[:, 0].index_select(0, row))
+        scores = scores.float() * attention.scaling
+        scores = scores.masked_fill(torch.arange(N) > position[:, None], float("-inf"))
+        there = scores.masked_fill(~looks.looked_at, float("-inf"))
         return (scores.logsumexp(-1) - there.logsumexp(-1)).mean()
+
+
+def _probe(text) -> nn.Module:
+    return nn.Sequential(
+        nn.RMSNorm(text.hidden_size, eps=1e-6), nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+    )

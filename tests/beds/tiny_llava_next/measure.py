@@ -1,8 +1,8 @@
 """Measures the tiny model on unseen documents: ``python -m tests.beds.tiny_llava_next.measure --model DIR``.
 
-One question a prompt, through the stock processor and greedy generation, exact match. Then the same with the image
-blanked, which tells what guessing gives, and with vision tokens hidden from some layer on, which tells how deep the
-decoder still reads the image: without that, an ablation on this model would say nothing about dropping tokens.
+One question a prompt, through the stock processor and greedy generation, exact match with its 95 % interval. Then two
+controls: the image blanked, which tells what guessing gives, and the tokens of the answer hidden, which tells that it
+is read where it stands. ``pmod profile --report depth`` tells in which layers.
 """
 
 import argparse
@@ -17,9 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from pmod_cli.data.documents import TASKS, Document, draw, seed_of
+from pmod_cli.data.documents import CELL, TASKS, Document, draw, seed_of
 from pmod_cli.data.rows import question
+from pmod_cli.evaluation.intervals import rate_interval
 from pmod_cli.model.cache import CACHE_NAME
+
+BASE = 6  # patches of the whole image, a side
 
 
 def unseen_documents(task: str, count: int) -> list[Document]:
@@ -44,12 +47,26 @@ def answers(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict[str,
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def answer_tokens(document: Document) -> list[int]:
+    """The tokens among those of the image on which the answer to the first question stands, whole image and tiles.
+
+    Empty where it stands nowhere ("is there a red circle?").
+    """
+    region = document.turns[0].region
+    if region is None:
+        return []
+    columns, rows = document.image.width // CELL, document.image.height // CELL
+    across, down = columns / BASE, rows / BASE  # cells to a patch of the whole image
+    x0, y0, x1, y1 = region[0] // CELL, region[1] // CELL, -(-region[2] // CELL), -(-region[3] // CELL)
+    cells = [(x, y) for y in range(y0, y1) for x in range(x0, x1)]
+    whole = {int(y / down) * BASE + int(x / across) for x, y in cells}
+    return sorted(whole | {BASE * BASE + y * (columns + 1) + x for x, y in cells})
+
+
 @contextmanager
-def hidden_vision(model: PreTrainedModel, inputs: dict[str, Tensor], first_layer: int, share: float) -> Iterator[None]:
-    """Hide a random share of the vision tokens, drawn anew for each row, from every layer from ``first_layer`` on."""
-    ids = inputs["input_ids"]
-    vision = ids == model.config.image_token_index
-    hidden = vision & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < share)
+def hidden_vision(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
+    """Hide tokens of the prompts, bool (B, N), from every other token in every layer."""
+    rows, length = hidden.shape
 
     def hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         states, cache = args[0] if args else kwargs["hidden_states"], kwargs[CACHE_NAME]
@@ -57,15 +74,15 @@ def hidden_vision(model: PreTrainedModel, inputs: dict[str, Tensor], first_layer
         past = cache.get_seq_length(module.self_attn.layer_idx)
         if mask is None:
             mask = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None]
-        keys = torch.zeros(len(ids), past + new, dtype=torch.bool)
-        keys[:, : ids.shape[1]] = hidden
+        keys = torch.zeros(rows, past + new, dtype=torch.bool)
+        keys[:, :length] = hidden
         queries = keys[:, past:]  # a hidden token still sees itself, lest its row of attention be empty
         own = torch.eye(new, past + new, dtype=torch.bool).roll(past, 1) & queries[:, :, None]
         shut = (keys[:, None] & ~own)[:, None]
         mask = mask & ~shut if mask.dtype == torch.bool else mask.masked_fill(shut, torch.finfo(mask.dtype).min)
         return args, kwargs | {"attention_mask": mask}
 
-    layers = model.model.language_model.layers[first_layer:]
+    layers = model.model.language_model.layers
     handles = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers]
     try:
         yield
@@ -74,35 +91,45 @@ def hidden_vision(model: PreTrainedModel, inputs: dict[str, Tensor], first_layer
             handle.remove()
 
 
+def hidden_answers(model: PreTrainedModel, inputs: dict[str, Tensor], documents: list[Document]) -> Tensor:
+    """Where in the prompts the answers stand, bool (B, N), for `hidden_vision`."""
+    vision = inputs["input_ids"] == model.config.image_token_index
+    hidden = torch.zeros_like(vision)
+    for row, document in enumerate(documents):
+        hidden[row, vision[row].nonzero()[answer_tokens(document), 0]] = True
+    return hidden
+
+
 def kinds(document: Document) -> str:
     """The row of the table a document's first question belongs to."""
     return "chart, longest" if document.turns[0].question.startswith("which bar") else document.task
 
 
 def measure(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    count: int,
-    *,
-    blank: bool = False,
-    hide: tuple[int, float] | None = None,
-    batch_size: int = 32,
-) -> dict[str, float]:
-    """Exact match in percent by kind of question, over ``count`` unseen documents of each task."""
+    model: PreTrainedModel, processor: ProcessorMixin, count: int, control: str | None = None, batch_size: int = 32
+) -> dict[str, list[float]]:
+    """Exact match in percent by kind of question, over ``count`` unseen documents of each task, with its interval.
+
+    Args:
+        control: None, "blank" or "hidden".
+    """
     right = defaultdict(list)
     for task in TASKS:
         documents = unseen_documents(task, count)
         for start in range(0, count, batch_size):
             some = documents[start : start + batch_size]
-            inputs = prompts(processor, some, blank)
-            if hide is None:
-                said = answers(model, processor, inputs)
-            else:
-                with hidden_vision(model, inputs, *hide):
+            inputs = prompts(processor, some, blank=control == "blank")
+            if control == "hidden":
+                with hidden_vision(model, hidden_answers(model, inputs, some)):
                     said = answers(model, processor, inputs)
+            else:
+                said = answers(model, processor, inputs)
             for document, answer in zip(some, said, strict=True):
                 right[kinds(document)].append(answer.strip() == document.turns[0].answer)
-    return {kind: round(100 * sum(hits) / len(hits), 1) for kind, hits in right.items()}
+    return {
+        kind: [round(100 * share, 1) for share in (sum(hits) / len(hits), *rate_interval(sum(hits), len(hits)))]
+        for kind, hits in right.items()
+    }
 
 
 def main() -> None:
@@ -110,20 +137,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1000, help="documents a task")
-    parser.add_argument("--hide-count", type=int, default=100, help="documents a task where vision tokens are hidden")
-    parser.add_argument("--hide-from", type=int, nargs="*", default=[0, 8, 12, 16, 20, 24], help="first layer hidden")
+    parser.add_argument("--controls-count", type=int, default=1000, help="documents a task of the controls")
     arguments = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
-
-    def show(condition: str, **options) -> None:
-        print(json.dumps({"condition": condition, **measure(model, processor, **options)}), flush=True)
-
-    show("as it is", count=arguments.count)
-    show("blank image", count=arguments.count, blank=True)
-    for layer in arguments.hide_from:
-        for share in (0.5, 1.0):
-            show(f"{share:.0%} hidden from layer {layer}", count=arguments.hide_count, hide=(layer, share))
+    for control, count in (
+        (None, arguments.count),
+        ("blank", arguments.controls_count),
+        ("hidden", arguments.controls_count),
+    ):
+        found = measure(model, processor, count, control)
+        print(json.dumps({"condition": control or "as it is", "questions": count, **found}), flush=True)
 
 
 if __name__ == "__main__":

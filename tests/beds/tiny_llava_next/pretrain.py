@@ -1,9 +1,8 @@
-"""Pre-trains the bundled tiny LLaVA-NeXT from a random start: ``python -m tests.beds.tiny_llava_next.pretrain``.
+"""Pre-trains the bundled tiny LLaVA-NeXT: ``python -m tests.beds.tiny_llava_next.pretrain --out DIR``.
 
-Stages follow one another as the recipe says. The first trains a shallow model with grounding losses; a deeper stage
-grows the model it is given by new blocks between the trained ones, whose outputs start at zero, so that nothing is
-forgotten. Killed at any moment, the same command goes on from the last checkpoint; steps, not clocks, decide, so a
-recipe and its seed give the same model on the same machine.
+It starts from the split layers of the predecessor (``start.py``), and stages follow one another as the recipe says.
+Killed at any moment, the same command goes on from the last checkpoint; steps, not clocks, decide, so a recipe and its
+seed give the same model on the same machine.
 """
 
 import argparse
@@ -20,8 +19,9 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from pmod_cli.core import yaml_text
 from tests.beds.tiny_llava_next.batches import Batch, TinyBatches
-from tests.beds.tiny_llava_next.grounding import Grounding
-from tests.beds.tiny_llava_next.model import build_model, build_processor, start_layer
+from tests.beds.tiny_llava_next.grounding import LOSSES, Grounding
+from tests.beds.tiny_llava_next.processor import build_processor
+from tests.beds.tiny_llava_next.start import start_model, strengthen
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -42,8 +42,9 @@ def pretrain(recipe: dict, out: Path, report=print) -> Path:
         folder = out / f"stage-{number}"
         if not folder.exists():
             torch.manual_seed(recipe["seed"] + number)
-            model = build_model(recipe, processor, stage["layers"]) if previous is None else load(previous)
-            model = grow(model, stage["layers"])
+            model = start_model(recipe, processor, out) if previous is None else load(previous)
+            if "strengthen" in stage:
+                strengthen(model, **stage["strengthen"])
             run_stage(model, processor, recipe, number, first_step, out, report)
             save(model, processor, folder)
             (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -63,14 +64,18 @@ def run_stage(
 ) -> None:
     """Train ``model`` in place through stage ``number``; batches are numbered on from ``first_step``."""
     stage = recipe["stages"][number]
+    model.set_attn_implementation({"text_config": "eager"})  # in bfloat16 on a CPU, the backward pass of SDPA is slow
+    model.model.vision_tower.requires_grad_(False)
     batches = TinyBatches(processor, recipe)
     grounding = Grounding(model, stage["grounding"]) if "grounding" in stage else None
-    optimizers = make_optimizers(model, grounding, recipe)
-    parts = {"model": model, "muon": optimizers[0], "adamw": optimizers[1]} | (
+    masters = Masters(model)
+    optimizers = make_optimizers(masters, grounding, recipe)
+    parts = {"model": masters, "muon": optimizers[0], "adamw": optimizers[1]} | (
         {"grounding": grounding} if grounding else {}
     )
     checkpoint = out / "checkpoint.pt"
     step = restore(checkpoint, number, parts)
+    masters.write()
     model.train()
     started, since = time.monotonic(), step
     while step < stage["steps"]:
@@ -81,10 +86,12 @@ def run_stage(
         batch = batches(batches.documents(first_step + step, stage["mix"]))
         losses = compute_losses(model, grounding, batch, stage, step)
         sum(losses[name] * weight for name, weight in loss_weights(stage, step).items()).backward()
+        masters.take_gradients()
         nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        masters.write()
         step += 1
         if step % recipe["log_every"] == 0 or step == stage["steps"]:
             line = {"stage": number, "step": step, "rate": round(rate, 4)}
@@ -95,18 +102,52 @@ def run_stage(
                 log.write(json.dumps(line) + "\n")
         if step % recipe["save_every"] == 0:
             keep(checkpoint, number, step, parts)
+    model.float()
+    masters.write()
     if grounding:
         grounding.detach()
+
+
+class Masters(nn.Module):
+    """The trained weights of a model in float32, while the model itself computes in bfloat16."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.of = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        inner = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head"
+        }
+        self.inner = [name for name in self.of if name in inner]  # the matrices inside the network
+        self.weights = nn.ParameterDict({name.replace(".", "/"): p.detach().clone() for name, p in self.of.items()})
+        model.to(torch.bfloat16)
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self.weights[name.replace(".", "/")]
+
+    def take_gradients(self) -> None:
+        """Move the gradients of the model to the weights here."""
+        for name, parameter in self.of.items():
+            self[name].grad = parameter.grad.float()
+            parameter.grad = None
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copy the weights into the model, in its type."""
+        for name, parameter in self.of.items():
+            parameter.copy_(self[name])
 
 
 def compute_losses(
     model: LlavaNextForConditionalGeneration, grounding: Grounding | None, batch: Batch, stage: dict, step: int
 ) -> dict[str, Tensor]:
     """The weighted answer loss, ``right`` (share of answer tokens predicted, no gradient) and the grounding losses."""
-    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+    inputs = batch.inputs | {"pixel_values": batch.inputs["pixel_values"].to(model.dtype)}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
     labels, weights = batch.labels[:, 1:], batch.weights[:, 1:]
     labelled = labels >= 0
-    logits = model.lm_head(hidden[:, :-1][labelled])
+    logits = model.lm_head(hidden[:, :-1][labelled]).float()
     each = F.cross_entropy(logits, labels[labelled], reduction="none")
     weights = weights[labelled]
     losses = {"answers": (each * weights).sum() / weights.sum()}
@@ -122,7 +163,7 @@ def loss_weights(stage: dict, step: int) -> dict[str, float]:
     weights = {"answers": 1.0}
     if "grounding" in stage:
         left = (1 - step / stage["steps"]) / stage["grounding"]["fade"]
-        weights |= {name: stage["grounding"][name] * min(1.0, left) for name in ("shows", "belongs", "looks")}
+        weights |= {name: stage["grounding"][name] * min(1.0, left) for name in LOSSES}
     return weights
 
 
@@ -133,50 +174,18 @@ def learning_rate(step: int, stage: dict) -> float:
     return stage["rate"] * warm * (stage["end"] + (1 - stage["end"]) * min(1.0, left))
 
 
-def make_optimizers(model: nn.Module, grounding: nn.Module | None, recipe: dict) -> list[torch.optim.Optimizer]:
+def make_optimizers(masters: Masters, grounding: nn.Module | None, recipe: dict) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the network, AdamW for embeddings, the output layer, norms and biases."""
-    inner = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    matrices = [p for name, p in model.named_parameters() if name in inner]
-    rest = [p for name, p in model.named_parameters() if name not in inner]
-    rest += list(grounding.parameters()) if grounding else []
+    matrices = [masters[name] for name in masters.inner]
+    rest = [masters[name] for name in masters.of if name not in masters.inner]
     muon = torch.optim.Muon(
         [{"params": matrices, "base_lr": recipe["muon"]["lr"]}], momentum=recipe["muon"]["momentum"], weight_decay=0.0
     )
-    adamw = torch.optim.AdamW(
-        [{"params": rest, "base_lr": recipe["adamw"]["lr"]}], betas=recipe["adamw"]["betas"], weight_decay=0.0
-    )
+    groups = [{"params": rest, "base_lr": recipe["adamw"]["lr"]}]
+    if grounding:
+        groups.append({"params": list(grounding.parameters()), "base_lr": grounding.settings["rate"]})
+    adamw = torch.optim.AdamW(groups, betas=recipe["adamw"]["betas"], weight_decay=0.0)
     return [muon, adamw]
-
-
-def grow(model: LlavaNextForConditionalGeneration, num_layers: int) -> LlavaNextForConditionalGeneration:
-    """Deepen the decoder to a multiple of its layers: after each trained block, new ones that add exactly nothing yet.
-
-    Raises:
-        ValueError: ``num_layers`` is no multiple of the layers there are.
-    """
-    decoder = model.model.language_model
-    old = list(decoder.layers)
-    if num_layers % len(old):
-        raise ValueError(f"cannot grow {len(old)} layers evenly to {num_layers}: expected a multiple")
-    layers = []
-    for block in old:
-        layers.append(block)
-        for _ in range(num_layers // len(old) - 1):
-            new = copy.deepcopy(block)
-            start_layer(new, num_layers)
-            nn.init.zeros_(new.self_attn.o_proj.weight)
-            nn.init.zeros_(new.mlp.down_proj.weight)
-            layers.append(new)
-    for index, block in enumerate(layers):
-        block.self_attn.layer_idx = index
-    decoder.layers = nn.ModuleList(layers)
-    for config in (model.config.text_config, decoder.config):
-        config.num_hidden_layers = num_layers
-    return model
 
 
 def keep(path: Path, stage: int, step: int, parts: dict) -> None:

@@ -7,12 +7,24 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
 
-from pmod_cli.checkpoints import bundled_path
+from pmod_cli.calibration.asked import Asked
+from pmod_cli.calibration.depth import ALL, measure_depth, over_tasks
+from pmod_cli.calibration.replay import Replay
+from pmod_cli.calibration.samples import read_samples
+from pmod_cli.checkpoints import bundled_path, load_model
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
-from pmod_cli.data.documents import TASKS, draw, seed_of
+from pmod_cli.data.documents import CELL, TASKS, draw, seed_of
 from pmod_cli.data.rows import conversation, row
-from tests.beds.tiny_llava_next.measure import answers, kinds, prompts, unseen_documents
+from tests.beds.tiny_llava_next.measure import (
+    answer_tokens,
+    answers,
+    hidden_answers,
+    hidden_vision,
+    kinds,
+    prompts,
+    unseen_documents,
+)
 
 UNSEEN = 12  # questions a task
 
@@ -37,15 +49,37 @@ def test_it_is_a_small_stock_checkpoint_of_32_layers(model):
     assert not [file.name for file in bundled_path().iterdir() if file.suffix in {".bin", ".pt", ".py"}]
 
 
-def test_it_reads_unseen_documents_and_cannot_without_the_image(model, processor):
-    right = {True: [], False: []}
-    for task in TASKS:
-        documents = unseen_documents(task, UNSEEN)
-        for blank in right:
-            said = answers(model, processor, prompts(processor, documents, blank=blank))
-            right[blank] += [answer == d.turns[0].answer for answer, d in zip(said, documents, strict=True)]
-    assert sum(right[False]) >= 0.8 * len(right[False])
-    assert sum(right[True]) <= 0.4 * len(right[True])
+def test_it_reads_unseen_documents_and_cannot_without_the_image_or_what_is_asked(model, processor):
+    share = {}
+    for control in (None, "blank", "hidden"):
+        hits = {"doc": 0, "chart": 0, "chart, longest": 0, "attribute": 0, "presence": 0, "above": 0, "dearer": 0}
+        for task in TASKS:
+            documents = unseen_documents(task, UNSEEN)
+            inputs = prompts(processor, documents, blank=control == "blank")
+            with hidden_vision(model, hidden_answers(model, inputs, documents) & (control == "hidden")):
+                said = answers(model, processor, inputs)
+            for answer, document in zip(said, documents, strict=True):
+                hits[kinds(document)] += answer == document.turns[0].answer
+        share[control] = sum(hits.values()) / (UNSEEN * len(TASKS))
+        if control == "hidden":
+            assert hits["doc"] + hits["above"] <= 0.25 * 2 * UNSEEN, "a number that stands nowhere cannot be read"
+    assert share[None] >= 0.8
+    assert share["blank"] <= 0.4
+    assert share["hidden"] <= 0.6
+
+
+def test_hidden_answers_are_the_tokens_of_their_patches(model, processor):
+    for size in ((96, 96), (96, 48)):
+        document = draw("doc", seed_of("test", 5), size)
+        (x0, y0, x1, _), columns = document.turns[0].region, size[0] // CELL
+        whole, tiles = (y0 * 6 // size[1]) * 6, 36 + y0 // CELL * (columns + 1)
+        wanted = {whole + x * 6 // size[0] for x in range(x0, x1, CELL)} | {
+            tiles + x // CELL for x in range(x0, x1, CELL)
+        }
+        assert set(answer_tokens(document)) == wanted
+        inputs = prompts(processor, [document])
+        (place,) = torch.where(inputs["input_ids"][0] == model.config.image_token_index)
+        assert set((hidden_answers(model, inputs, [document])[0].nonzero()[:, 0] - place[0]).tolist()) == wanted
 
 
 def test_a_batch_of_mixed_shapes_says_what_single_prompts_say(model, processor):
@@ -107,3 +141,13 @@ def test_the_collator_refuses_an_image_too_many_and_a_template_without_marks(pro
 def test_kinds_tell_the_longest_bar_apart():
     found = {kinds(document) for task in TASKS for document in unseen_documents(task, 8)}
     assert found == {*TASKS, "chart, longest"}
+
+
+@pytest.mark.slow
+def test_few_layers_are_idle_and_images_are_read_at_more_than_one_depth(processor):
+    model, _ = load_model(bundled_path(), dtype="float32")
+    batches = Asked(model, processor).batches(read_samples("tiny", 24))
+    found = over_tasks(measure_depth(Replay(model), batches))
+    assert found[ALL].idle <= 8, "of 32; the exact number is of more documents (docs/results.md)"
+    assert max(found[task].last_read for task in TASKS) >= 24
+    assert {layer // 8 for task in TASKS for layer in found[task].reads_at} >= {0, 2, 3}

@@ -6,26 +6,29 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlavaNextForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
+from pmod_cli.checkpoints import bundled_path
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import TASKS, Turn, draw
 from pmod_cli.data.rows import row
 from tests.beds.tiny_llava_next import pretrain as module
 from tests.beds.tiny_llava_next.batches import TinyBatches
-from tests.beds.tiny_llava_next.grounding import Grounding
+from tests.beds.tiny_llava_next.grounding import LOSSES, Grounding
 from tests.beds.tiny_llava_next.measure import hidden_vision, prompts
-from tests.beds.tiny_llava_next.model import build_model, build_processor
-from tests.beds.tiny_llava_next.pretrain import RECIPE, compute_losses, grow, make_optimizers, pretrain
+from tests.beds.tiny_llava_next.pretrain import RECIPE, Masters, compute_losses, keep, make_optimizers, pretrain
+from tests.beds.tiny_llava_next.processor import build_processor
+from tests.beds.tiny_llava_next.start import fetch, shrink, split
 
 
 @pytest.fixture(scope="module")
 def recipe():
     recipe = yaml.safe_load(RECIPE.read_text())
-    recipe |= {"batch_size": 4, "turns": 2, "log_every": 1, "save_every": 2}
+    recipe |= {"batch_size": 6, "turns": 2, "log_every": 1, "save_every": 2}
     stage = {"mix": TASKS, "steps": 4, "rate": 1.0, "warmup": 1, "decay": 0.5, "end": 0.0}
-    grounding = {"layers": [0, 1], "heads": 2, "shows": 0.5, "belongs": 0.5, "looks": 0.5, "fade": 0.5}
-    return recipe | {"stages": [{"layers": 2, **stage, "grounding": grounding}, {"layers": 4, **stage}]}
+    grounding = {"up": [[0, 1]], "first": [[0, 0]], "last": [[1, 1]], "probed": 1, "rate": 0.002, "fade": 0.5}
+    grounding |= {"belongs": 0.5, "above": 0.5, "tells": 0.5, "looks": 0.5}
+    return recipe | {"stages": [{**stage, "grounding": grounding}, stage]}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +36,17 @@ def processor(recipe):
     return build_processor(recipe["image"])
 
 
-@pytest.fixture
-def model(recipe, processor):
+def random_model(processor):
+    """Two random layers of the bundled model's shape."""
+    config = AutoConfig.from_pretrained(bundled_path())
+    config.text_config.num_hidden_layers, config.text_config.vocab_size = 2, len(processor.tokenizer)
     torch.manual_seed(0)
-    return build_model(recipe, processor, 2).eval()
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def model(processor):
+    return random_model(processor)
 
 
 def test_fast_batches_equal_the_collator(recipe, processor):
@@ -48,33 +58,60 @@ def test_fast_batches_equal_the_collator(recipe, processor):
     assert torch.equal(fast.labels, slow["labels"])
 
 
-def test_looked_at_tokens_show_the_answer(recipe, processor):
-    batch = TinyBatches(processor, recipe)([draw("doc", 5)])
-    for (b, position), tokens in zip(batch.answers.tolist(), batch.looked_at, strict=True):
-        answer = processor.decode(batch.inputs["input_ids"][b, position + 1]).removeprefix("##")
-        assert [processor.decode(i) for i in batch.shows[b][tokens]] == [answer]
+@pytest.mark.parametrize("task", ["doc", "above", "dearer"])
+def test_looked_at_tokens_belong_to_what_is_asked(recipe, processor, task):
+    document = draw(task, 5)
+    batch = TinyBatches(processor, recipe)([document])
+    ids, turns = batch.inputs["input_ids"][0], document.turns[: recipe["turns"]]
+    # a look-up for each digit of a number, one for a word
+    answers = [part for turn in turns for part in (turn.answer if turn.answer.isdigit() else [turn.answer])]
+    for (_, position), tokens, answer in zip(batch.last.tokens.tolist(), batch.last.looked_at, answers, strict=True):
+        assert processor.decode(ids[position + 1]).removeprefix("##") == answer
+        belongs = {processor.decode(i) for i in batch.belongs[0][tokens] if i >= 0}  # between label and value is paper
+        assert len(belongs) == 1
+        assert belongs == {answer} or tokens.sum() == 1
+    looks = [look for turn in turns for look in turn.looks]
+    assert [processor.decode(ids[position]) for _, position in batch.first.tokens.tolist()] == [o.word for o in looks]
+    for look, (_, position), tokens in zip(looks, batch.first.tokens.tolist(), batch.first.looked_at, strict=True):
+        assert {processor.decode(i) for i in batch.belongs[0][tokens]} == {look.word}
+        assert look.tells.startswith(processor.decode(batch.tells[0, position]))
 
 
-def test_muon_trains_the_inner_matrices_and_each_update_is_nearly_orthogonal(recipe, processor, model):
+def test_muon_trains_the_inner_matrices_and_each_update_is_nearly_orthogonal(recipe, model):
     """torch's Muon, held to what the recipe's rates were chosen for: a step has the size of its rate."""
-    muon, adamw = make_optimizers(model, None, recipe)
+    masters = Masters(model)
+    muon, adamw = make_optimizers(masters, None, recipe)
     trained = [parameter for optimizer in (muon, adamw) for parameter in optimizer.param_groups[0]["params"]]
     assert len(trained) == len({id(parameter) for parameter in trained}) == len(list(model.parameters()))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    matrices = {names[id(parameter)]: parameter for parameter in muon.param_groups[0]["params"]}
-    assert not [name for name in matrices if "lm_head" in name or "embed" in name]
-    before = {name: parameter.detach().clone() for name, parameter in matrices.items()}
-    for parameter in matrices.values():
-        parameter.grad = torch.randn_like(parameter)
+    assert not [name for name in masters.inner if "lm_head" in name or "embed" in name]
+    before = {name: masters[name].detach().clone() for name in masters.inner}
+    for name in masters.inner:
+        masters[name].grad = torch.randn_like(masters[name])
     muon.param_groups[0]["lr"] = rate = 0.02
     muon.step()
-    for name, parameter in matrices.items():
-        rows, columns = parameter.shape
-        update = (before[name] - parameter.detach()) / (rate * max(1.0, rows / columns) ** 0.5)
-        wanted = newton_schulz(parameter.grad.double()).float()
+    for name, old in before.items():
+        rows, columns = old.shape
+        update = (old - masters[name].detach()) / (rate * max(1.0, rows / columns) ** 0.5)
+        wanted = newton_schulz(masters[name].grad.double()).float()
         assert (update - wanted).norm() < 0.03 * wanted.norm(), name  # it works in bfloat16
         singular = torch.linalg.svdvals(update)
         assert 0.6 < singular.median() <= singular.max() < 1.3, name
+
+
+def test_the_masters_train_the_model_in_its_type(processor):
+    model = random_model(processor)
+    masters = Masters(model)
+    weight = model.lm_head.weight
+    assert weight.dtype == torch.bfloat16
+    weight.grad = torch.ones_like(weight)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    masters.take_gradients()
+    assert weight.grad is None
+    assert masters["lm_head.weight"].grad.dtype == torch.float32
+    masters["lm_head.weight"].data.add_(masters["lm_head.weight"].grad)
+    masters.write()
+    assert torch.equal(weight, masters["lm_head.weight"].to(torch.bfloat16))
 
 
 def newton_schulz(gradient):
@@ -86,22 +123,53 @@ def newton_schulz(gradient):
     return x
 
 
-def test_growth_preserves_the_function(recipe, processor, model):
+def test_parts_share_out_the_heads_and_units_of_their_layer(processor, model):
+    old = model.model.language_model.layers[1]
+    attention, mlp = old.self_attn.o_proj.weight.clone(), old.mlp.down_proj.weight.clone()
+    split(model, [[0, 1], [1, 3]])
+    layers = model.model.language_model.layers
+    assert model.config.text_config.num_hidden_layers == len(layers) == 4
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2, 3]
+    assert torch.equal(sum(layer.self_attn.o_proj.weight for layer in layers[1:]), attention)
+    assert torch.equal(sum(layer.mlp.down_proj.weight for layer in layers[1:]), mlp)
+    width = old.self_attn.head_dim
+    heads = [layer.self_attn.o_proj.weight.unflatten(1, (-1, width)).abs().sum((0, 2)) > 0 for layer in layers[1:]]
+    assert [part.nonzero().flatten().tolist() for part in heads] == [[2, 3], [1], [0]]
+    assert layers[3].self_attn.config is layers[0].self_attn.config
+
+
+def test_a_smaller_residual_stream_says_the_same(recipe, processor, model):
     inputs = TinyBatches(processor, recipe)([draw("chart", 1)]).inputs
+    for layer in model.model.language_model.layers:  # far above the eps of the norms
+        layer.mlp.down_proj.weight.data.mul_(1000)
+    model.model.image_newline.data.zero_()
+    model.get_input_embeddings().weight.data.mul_(1000)
+    model.model.multi_modal_projector.linear_2.weight.data.mul_(1000)
     with torch.no_grad():
         before = model(**inputs).logits
-        after = grow(model, 4)(**inputs).logits
-    assert model.config.text_config.num_hidden_layers == len(model.model.language_model.layers) == 4
-    assert torch.equal(before, after)
-    with pytest.raises(ValueError, match="multiple"):
-        grow(model, 6)
+        shrink(model, 0.25)
+        after = model(**inputs).logits
+    assert (before - after).abs().max() < 1e-2 * before.abs().max()
+
+
+def test_the_start_weights_are_in_the_history_or_the_error_says_how_to_get_it(recipe, tmp_path):
+    start = recipe["start"]
+    with pytest.raises(RuntimeError, match="unshallow"):
+        fetch(start | {"commit": "0" * 40}, tmp_path / "none")
+    try:
+        folder = fetch(start, tmp_path / "start")
+    except RuntimeError:
+        pytest.skip("a shallow clone")
+    text = AutoConfig.from_pretrained(folder).text_config
+    assert (text.num_hidden_layers, text.vocab_size) == (32, 153)
 
 
 def test_grounding_reaches_what_it_trains_and_leaves_no_hook(recipe, processor, model):
     stage = recipe["stages"][0]
     grounding = Grounding(model, stage["grounding"])
-    batch = TinyBatches(processor, recipe)([draw("doc", 1), draw("presence", 1)])
+    batch = TinyBatches(processor, recipe)([draw("above", 1), draw("presence", 1)])
     losses = compute_losses(model, grounding, batch, stage, 0)
+    assert all(losses[name] > 0 for name in LOSSES)
     losses["looks"].backward()
     assert model.model.language_model.layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
     grounding.detach()
@@ -110,18 +178,19 @@ def test_grounding_reaches_what_it_trains_and_leaves_no_hook(recipe, processor, 
 
 
 def test_a_fully_hidden_image_tells_nothing_and_a_shown_one_does(processor, model):
-    def logits(share, seed):
+    def logits(hide, seed):
         asked = [Turn("what is the price of tea?", "47", None)]
         documents = [replace(draw("doc", seed, size), turns=asked) for size in ((96, 96), (96, 48))]
         inputs = prompts(processor, documents)
-        with torch.no_grad(), hidden_vision(model, inputs, 0, share):
+        with torch.no_grad(), hidden_vision(model, (inputs["input_ids"] == model.config.image_token_index) & hide):
             return model(**inputs).logits[:, -1]
 
-    assert torch.equal(logits(1.0, 1), logits(1.0, 2))
-    assert not torch.equal(logits(0.0, 1), logits(0.0, 2))
+    assert torch.equal(logits(True, 1), logits(True, 2))
+    assert not torch.equal(logits(False, 1), logits(False, 2))
 
 
-def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "start_model", lambda *_: random_model(processor))
     whole = pretrain(recipe, tmp_path / "whole", report=lambda line: None)
 
     class Killed(Exception):
@@ -131,7 +200,6 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, tmp_path, monkey
         keep(*arguments)
         raise Killed
 
-    keep = module.keep
     with monkeypatch.context() as patch:
         patch.setattr(module, "keep", dying)
         for _ in range(2):
@@ -142,4 +210,4 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, tmp_path, monkey
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     model = LlavaNextForConditionalGeneration.from_pretrained(broken)
-    assert model.config.text_config.num_hidden_layers == 4
+    assert model.config.text_config.num_hidden_layers == 2

@@ -8,11 +8,11 @@ import torch
 
 from pmod_cli import recipe_files
 from pmod_cli.checkpoints import load_model, resolve
+from pmod_cli.core.atomic import locked
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
 from pmod_cli.data.templates import IGNORED
 from pmod_cli.model import PmodSettings
-from pmod_cli.training import ablation_sweep as module
 from pmod_cli.training.ablation_sweep import Cell, cells_of, markdown, sweep, table
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.teacher_forced import answered, right_answers
@@ -108,8 +108,7 @@ def test_a_cell_that_another_process_has_is_left_to_it(tmp_path):
     ready, done = context.Event(), context.Event()
 
     def hold():
-        with module._claimed(tmp_path, cell) as mine:
-            assert mine
+        with locked(tmp_path / "cells" / f".{cell.name}.lock"):
             ready.set()
             done.wait(30)
 

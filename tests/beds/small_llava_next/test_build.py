@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
 
+from pmod_cli.checkpoints import load_model
 from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
@@ -112,7 +113,7 @@ def test_convert_links_the_weights_and_keeps_embeddings_tied(small, converted):
     assert not [name for name in index if "lm_head" in name]
     shard = folder / index["language_model.model.embed_tokens.weight"]
     assert os.path.samefile(shard, small / "model.safetensors")
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model, _ = load_model(folder)
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 

@@ -151,7 +151,7 @@ def averaged(
 ) -> Shown:
     """The report of `--from-data`."""
     from pmod_cli.families.sizes import Sizes
-    from pmod_cli.profiling import average
+    from pmod_cli.profiling import Routed, average
     from pmod_cli.profiling.count_report import SCHEMA_VERSION
     from pmod_cli.profiling.report import cache_dtype
 
@@ -161,7 +161,7 @@ def averaged(
     sizes = Sizes.of(subject.stock)
     rows = average.read_rows(file, images, sizes, count_text, limit)
     dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
-    means = average.average(sizes, rows, profiling.Routed.of(subject.pmod), dtype)
+    means = average.average(sizes, rows, Routed.of(subject.pmod), dtype)
     said = average.average_json(means)
     counted = "as given" if text_tokens is not None else "by the model's tokenizer, without a chat template"
     return Shown(

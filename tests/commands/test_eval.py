@@ -164,7 +164,7 @@ def test_list_needs_no_extra(capsys, monkeypatch):
     assert evaluate("--list") == 0
     assert "ok_vqa_val2014" in capsys.readouterr().out
     assert evaluate("--list", "--json") == 0
-    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 18
+    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 20
 
 
 def test_dry_run_prints_a_plan(converted, capsys):
@@ -177,11 +177,11 @@ def test_dry_run_prints_a_plan(converted, capsys):
     assert plan["folder"].startswith("runs/eval-tiny-pmod-")
     assert [model["label"] for model in plan["models"]] == ["tiny-pmod", "stock", "random"]
     assert [model["selection"] for model in plan["models"]] == ["router", "router", "random"]
-    assert [task["questions"] for task in plan["tasks"]] == [10] * 4
-    assert plan["questions"] == 4 * 10 * 3
+    assert [task["questions"] for task in plan["tasks"]] == [10] * 6
+    assert plan["questions"] == 6 * 10 * 3
     assert plan["settings"]["seed"] == 0
     assert evaluate("--tasks", "tiny", "--against", "none", "--dry-run") == 0
-    assert "4,000 questions in all to 1 model" in capsys.readouterr().out
+    assert "6,000 questions in all to 1 model" in capsys.readouterr().out
     assert evaluate("--tasks", "tiny_doc", "--limit", 0.25, "--against", "none", "--dry-run", "--format", "json") == 0
     assert json.loads(capsys.readouterr().out)["questions"] == 250
 

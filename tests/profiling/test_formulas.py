@@ -62,14 +62,18 @@ def torchs_count(config: PreTrainedConfig, rows: list[Row], target_tokens: str |
 
 @pytest.mark.parametrize(("alias", "schedule"), LARGE)
 def test_large_models(alias: str, schedule: str) -> None:
-    """Every published LLaVA at its real sizes, stock and p-MoD, to 0.1 %."""
+    """Every published model at its real sizes, stock and p-MoD, to 0.1 %.
+
+    torch counts the towers of one image size here, those of native resolution in `test_families`.
+    """
     subject = load_subject(alias, SCHEDULES[schedule])
     result = profile(subject, Workload(image_sizes=((500, 300),), text_tokens=41))
     for pmod in (False, True):
         traced, config = (result.pmod, subject.pmod) if pmod else (result.stock, subject.stock)
         total = result.total(traced, "full")
         assert result.formula(pmod=pmod).full == pytest.approx(total, rel=1e-3)
-        assert torchs_count(config, result.rows, "vision_all" if pmod else None) == pytest.approx(total, rel=1e-3)
+        if hasattr(config.vision_config, "image_size"):
+            assert torchs_count(config, result.rows, "vision_all" if pmod else None) == pytest.approx(total, rel=1e-3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
     assert [row["status"] for row in found] == ["run", "not run", "not run"]
     text = markdown({"rows": found})
     assert "| p-mod | 0.5375 |" in text
-    assert "| selection-uniform |  |  |  |  |  | not run | 0 |" in text
+    assert re.search(r"^\| selection-uniform \|(  \|)+ not run \| 0 \|$", text, re.MULTILINE)
 
     told.clear()
     before = (tmp_path / "cells" / "p-mod-seed0.json").read_bytes()

@@ -149,6 +149,6 @@ def test_few_layers_are_idle_and_images_are_read_at_more_than_one_depth(processo
     model, _ = load_model(bundled_path(), dtype="float32")
     batches = Asked(model, processor).batches(read_samples("tiny", 24))
     found = over_tasks(measure_depth(Replay(model), batches))
-    assert found[ALL].idle <= 8, "of 32; the exact number is of more documents (docs/results.md)"
+    assert found[ALL].idle <= 12, "of 32; the exact number is of more documents (docs/results.md)"
     assert max(found[task].last_read for task in TASKS) >= 24
     assert {layer // 8 for task in TASKS for layer in found[task].reads_at} >= {0, 2, 3}

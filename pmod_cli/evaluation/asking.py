@@ -17,8 +17,6 @@ from pmod_cli.evaluation.processes import Processes
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
 
-    from pmod_cli.evaluation.adapter import PmodModel
-    from pmod_cli.evaluation.journal import Answer
     from pmod_cli.evaluation.questions import Questions
 
 

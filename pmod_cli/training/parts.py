@@ -11,8 +11,6 @@ from pmod_cli.training.run_settings import PARTS, TrainArgs
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
-
 
 TOWER_LAYER = re.compile(r"vision_tower\..*layers\.(\d+)\.")
 
@@ -36,7 +34,7 @@ def part_of(name: str) -> str:
     return "language_model"
 
 
-def freeze(model: "PreTrainedModel", parts: Iterable[str]) -> None:
+def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
     """Let gradients reach every parameter outside ``parts``, and none inside.
 
     What the vision tower has above the layer whose features are taken never gets a gradient: it is frozen in any case,
@@ -47,7 +45,7 @@ def freeze(model: "PreTrainedModel", parts: Iterable[str]) -> None:
         parameter.requires_grad_(part_of(name) not in frozen and not _above(name, used))
 
 
-def repeat_in_backward(model: "PreTrainedModel", frozen: Iterable[str]) -> None:
+def repeat_in_backward(model: PreTrainedModel, frozen: Iterable[str]) -> None:
     """Gradient checkpointing of the decoder, and of a vision tower that is trained.
 
     A frozen tower needs no gradient and keeps nothing. Switched on for the whole model, as the Trainer does it, its

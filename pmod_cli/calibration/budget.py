@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -12,9 +13,8 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import retention_schedule
 from pmod_cli.profiling.count.formulas import attention_products, layer_matrix, lm_head
-from pmod_cli.profiling.count.workload import Row, Workload
-
-IMAGE, TEXT_TOKENS = (672, 672), 58  # the paper's prompt: what `pmod profile` and `convert --target-flops` count too
+from pmod_cli.profiling.count.workload import Row
+from pmod_cli.profiling.methods import PROMPT
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Budget:
     of: Literal["flops", "retention"] = "flops"
     target_tokens: str = "vision_all"
 
-    @property
+    @cached_property
     def row(self) -> Row:
         """The prompt that is counted."""
-        return Workload(image_sizes=(IMAGE,), text_tokens=TEXT_TOKENS).rows(self.sizes)[0]
+        return PROMPT.rows(self.sizes)[0]
 
     def cost(self, ratio: float) -> float:
         """Of one layer at this ratio, as a share of the whole stock model's."""
@@ -107,7 +107,7 @@ class Budget:
                 hint=f"`{name}={min(1.0, least + 0.05):.2f}`, or more",
             )
 
-    @property
+    @cached_property
     def _stock(self) -> float:
         decoder, tokens = self.sizes.decoder, self.row.tokens
         return decoder.layers * self._layer(tokens) + lm_head(decoder, tokens)

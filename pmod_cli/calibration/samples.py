@@ -79,11 +79,8 @@ def read_samples(
     if len(found) < count:
         raise PmodError(f"{data} has {len(found)} pictures to ask about, and `samples={count}` were asked for")
     if questions:
-        first = f"{IMAGE}\n" * 1
-        found = [
-            Sample(each.task, each.images[:1], (first + questions[0], *questions[1:]), (), each.folder)
-            for each in found
-        ]
+        asked = (f"{IMAGE}\n{questions[0]}", *questions[1:])
+        found = [Sample(each.task, each.images[:1], asked, (), each.folder) for each in found]
     return found
 
 

@@ -186,6 +186,26 @@ def reader(config: Any, defaults: Mapping[str, Any]) -> Callable[..., Any]:
     return get
 
 
+def tower(get: Callable[..., Any], **own: Any) -> GridTower:
+    """A tower whose common sizes have the names of `vision_config` in both families.
+
+    Args:
+        get: From a key to its value; see `reader`.
+        own: The fields of `GridTower` in which the families differ.
+    """
+    return GridTower(
+        layers=get("depth"),
+        hidden=get("hidden_size"),
+        inner=get("intermediate_size"),
+        channels=get("in_channels"),
+        patch=get("patch_size"),
+        merge=get("spatial_merge_size"),
+        temporal=get("temporal_patch_size"),
+        out=get("out_hidden_size"),
+        **own,
+    )
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**7
 

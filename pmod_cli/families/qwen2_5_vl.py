@@ -62,15 +62,8 @@ DEFAULTS = {
 def tower(config: Any) -> grid.GridTower:
     """Its sizes: a gated MLP, windows in most blocks, no table of positions."""
     get = grid.reader(config, VISION)
-    return grid.GridTower(
-        layers=get("depth"),
-        hidden=get("hidden_size"),
-        inner=get("intermediate_size"),
-        channels=get("in_channels"),
-        patch=get("patch_size"),
-        merge=get("spatial_merge_size"),
-        temporal=get("temporal_patch_size"),
-        out=get("out_hidden_size"),
+    return grid.tower(
+        get,
         gated=True,
         window=get("window_size"),
         whole=len(get("fullatt_block_indexes", sequence=True)),

@@ -48,19 +48,11 @@ TEMPORAL = 2  # frames that become one
 def tower(config: Any) -> grid.GridTower:
     """Its sizes: a plain MLP, no windows, a table of positions, and a merger for each DeepStack feature."""
     get = grid.reader(config, VISION)
-    layers = get("depth")
-    return grid.GridTower(
-        layers=layers,
-        hidden=get("hidden_size"),
-        inner=get("intermediate_size"),
-        channels=get("in_channels"),
-        patch=get("patch_size"),
-        merge=get("spatial_merge_size"),
-        temporal=get("temporal_patch_size"),
-        out=get("out_hidden_size"),
+    return grid.tower(
+        get,
         gated=False,
         window=None,
-        whole=layers,
+        whole=get("depth"),
         deepstack=len(get("deepstack_visual_indexes", sequence=True)),
         positions=get("num_position_embeddings"),
         pixels=(256 * 256, 4096 * 4096),

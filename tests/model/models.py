@@ -4,12 +4,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pmod_cli.model import (
-    PmodLlavaConfig,
-    PmodLlavaForConditionalGeneration,
-    PmodLlavaNextConfig,
-    PmodLlavaNextForConditionalGeneration,
-)
+from pmod_cli import model as package
+from pmod_cli.families import FAMILIES
 from tests import factories
 
 ROUTED_FROM_START = {"schedule": "list", "values": [0.6, 1.0, 0.35, 0.15]}
@@ -18,14 +14,12 @@ ROUTED_FROM_START = {"schedule": "list", "values": [0.6, 1.0, 0.35, 0.15]}
 
 def pmod_twin(stock, pmod: dict, *, router_std: float = 0.0, seed: int = 0):
     """A p-MoD model with the weights of a stock one; routers are zero or random with a standard deviation."""
-    pair = {
-        "llava": (PmodLlavaConfig, PmodLlavaForConditionalGeneration),
-        "llava_next": (PmodLlavaNextConfig, PmodLlavaNextForConditionalGeneration),
-    }
-    config_class, model_class = pair[stock.config.model_type]
-    settings = {key: value for key, value in stock.config.to_dict().items() if key != "model_type"}
-    settings["attn_implementation"] = stock.config._attn_implementation
-    model = model_class(config_class(**settings, pmod=pmod)).eval()
+    family = FAMILIES[stock.config.model_type]
+    given = stock.config.to_dict()
+    settings = {key: value for key, value in given.items() if key not in ("model_type", "architectures", "dtype")}
+    config = getattr(package, f"Pmod{family.classes}Config")(**settings, pmod=pmod)
+    config._attn_implementation = stock.config._attn_implementation
+    model = getattr(package, family.routed_class)(config).eval()
     missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
     assert not unexpected
     assert all(".router." in name for name in missing)

@@ -15,12 +15,11 @@ from pmod_cli import model as pmod_model
 from pmod_cli.families import DECODERS, FAMILIES, ImageTokens
 from pmod_cli.families.sizes import Sizes, image_tokens
 from tests import factories
+from tests.model.models import ROUTED_FROM_START, pmod_twin
 
 IMAGE, VIDEO, WORDS = 9, 10, 20  # ids: of the placeholders, and from which on ids are words
 KINDS = tuple(FAMILIES)
 VIDEO_KINDS = tuple(name for name in FAMILIES if FAMILIES[name].video_tokens)
-ROUTED_FROM_START = {"schedule": "list", "values": [0.6, 1.0, 0.35, 0.15]}
-"""Four layers, layer 0 among the routed ones."""
 
 
 def stock_config(kind: str, layers: int = 4, **more):
@@ -69,20 +68,7 @@ def stock(kind: str, *, seed: int = 0, attention: str = "sdpa", **more):
 
 def routed(plain, pmod: dict | None = None, *, router_std: float = 1.0, seed: int = 0):
     """A p-MoD model with the weights of a stock one; routers are random, or zero with `router_std=0`."""
-    family, given = FAMILIES[plain.config.model_type], plain.config.to_dict()
-    given = {key: value for key, value in given.items() if key not in ("model_type", "architectures", "dtype")}
-    config = getattr(pmod_model, f"Pmod{family.classes}Config")(**given, pmod=pmod or ROUTED_FROM_START)
-    config._attn_implementation = plain.config._attn_implementation
-    model = getattr(pmod_model, family.routed_class)(config).eval()
-    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert not unexpected
-    assert all(".router." in name for name in missing)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".router." in name:
-            assert not parameter.any(), "a router must start at zero"
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * router_std)
-    return model.to(plain.dtype)
+    return pmod_twin(plain, pmod or ROUTED_FROM_START, router_std=router_std, seed=seed)
 
 
 @dataclass

@@ -37,7 +37,6 @@ def measure(
     task: str,
     count: int,
     control: str = "none",
-    batch_size: int = 20,
 ) -> dict[str, list[float]]:
     """Exact match in percent with its 95 % interval, and the questions asked, by kind of question.
 

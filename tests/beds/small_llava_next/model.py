@@ -16,7 +16,6 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +24,7 @@ from pmod_cli import checkpoints
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import settle
 from tests.beds.small_llava_next.language_model import load_language_model
+from tests.beds.tiny_llava_next import processor as tiny
 
 IMAGE = "<image>"
 ROWS = 64  # the rows of the vocabulary are a multiple of this
@@ -35,22 +35,7 @@ def build_processor(tokenizer: PreTrainedTokenizerBase, image: Mapping) -> Llava
     """The stock LLaVA-NeXT processor; ``image`` holds tile (pixels), patch (pixels) and pinpoints (height, width)."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.padding_side = "left"
-    side = image["tile"]
-    pixels = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_grid_pinpoints=image["pinpoints"],
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaNextProcessor(
-        image_processor=pixels,
-        tokenizer=tokenizer,
-        patch_size=image["patch"],
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token that the "default" strategy drops
-        chat_template=TEMPLATE.read_text(),
-    )
+    return tiny.build_processor(image, tokenizer, TEMPLATE.read_text())
 
 
 def build_config(decoder: LlamaConfig, processor: LlavaNextProcessor, recipe: Mapping) -> LlavaNextConfig:

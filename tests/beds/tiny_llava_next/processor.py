@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -70,8 +71,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(image: Mapping) -> LlavaNextProcessor:
-    """The stock LLaVA-NeXT processor; ``image`` holds tile (pixels), patch (pixels) and pinpoints (height, width)."""
+def build_processor(
+    image: Mapping, tokenizer: PreTrainedTokenizerBase | None = None, template: str | None = None
+) -> LlavaNextProcessor:
+    """The stock LLaVA-NeXT processor, by default with this bed's tokenizer and template.
+
+    Args:
+        image: Holds tile (pixels), patch (pixels) and pinpoints (height, width).
+    """
     side = image["tile"]
     pixels = LlavaNextImageProcessorPil(
         size={"shortest_edge": side},
@@ -82,9 +89,9 @@ def build_processor(image: Mapping) -> LlavaNextProcessor:
     )
     return LlavaNextProcessor(
         image_processor=pixels,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer() if tokenizer is None else tokenizer,
         patch_size=image["patch"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token that the "default" strategy drops
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE if template is None else template,
     )

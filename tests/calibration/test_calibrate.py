@@ -125,8 +125,12 @@ def test_routers_that_were_fitted_foretell_and_shuffled_ones_lose():
     weights = 1 + 0.2 * torch.tanh(router(streams[0].hidden[vision]))
     assert 0 < (weights - 1).abs().max() < 1e-2
     assert (weights - 1).abs().mean() < 1e-3
-    router.weight.copy_(router.weight[:, torch.randperm(router.weight.shape[1])])
-    assert bench.divergence(streams) > 1.5 * fitted
+    right, shuffled = router.weight.clone(), []
+    for seed in range(8):  # a single wrong direction may be a good one by luck
+        order = torch.randperm(right.shape[1], generator=torch.Generator().manual_seed(seed))
+        router.weight.copy_(right[:, order])
+        shuffled.append(bench.divergence(streams))
+    assert sum(shuffled) / len(shuffled) > 1.5 * fitted, (fitted, shuffled)
 
 
 def _prompt(processor):

@@ -2,7 +2,8 @@
 
 Four tasks stand for the four kinds of benchmark the paper reports: ``doc`` for DocVQA, ``chart`` for ChartQA,
 ``attribute`` for GQA, ``presence`` for POPE. Two ask for two look-ups in a row: ``above`` for the price of the item one
-line above another, ``dearer`` for the dearer one of two. Answers sit on a few patches at places that vary, so they
+line above another, ``dearer`` for the dearer one of two. ``where`` is grounding: in which cell of a grid something
+stands. Answers sit on a few patches at places that vary, so they
 cannot be guessed, and a label always comes before its value in reading order, since a causal decoder cannot look ahead.
 """
 
@@ -15,9 +16,12 @@ from PIL import Image, ImageDraw
 
 from pmod_cli.data.glyphs import HEIGHT, WIDTH, glyph
 
-TASKS = ("doc", "chart", "attribute", "presence", "above", "dearer")
+TASKS = ("doc", "chart", "attribute", "presence", "above", "dearer")  # those the bundled model has learnt
+GROUNDING = ("where",)  # drawn too, for models that are taught it
+DRAWN = TASKS + GROUNDING
 SPLITS = ("train", "test")
 CELL = 8  # pixels: glyphs are set on this grid, one cell per patch of the bundled model, jittered inside the cell
+FIELD = 32  # pixels: each object lies within one field of this grid, which ``where`` asks for
 
 # Each label starts with a letter of its own.
 LABELS = tuple(
@@ -94,15 +98,15 @@ def draw(task: str, seed: int, size: tuple[int, int] = (96, 96)) -> Document:
     """Draw one document; the same task, seed and size give the same document.
 
     Args:
-        task: one of ``TASKS``.
+        task: one of ``DRAWN``.
         seed: any integer; see ``seed_of``.
         size: width and height in pixels, multiples of 8, at least 96 by 48.
 
     Raises:
         ValueError: an unknown task or a size that cannot hold a document.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: expected one of {TASKS}")
+    if task not in DRAWN:
+        raise ValueError(f"unknown task {task!r}: expected one of {DRAWN}")
     if size[0] < 96 or size[1] < 48 or size[0] % CELL or size[1] % CELL:
         raise ValueError(f"a document is at least 96x48 pixels and a multiple of {CELL} both ways, not {size}")
     canvas = _Canvas(Random(f"{task} {seed}"), size)
@@ -113,6 +117,7 @@ def draw(task: str, seed: int, size: tuple[int, int] = (96, 96)) -> Document:
         "presence": _presence,
         "above": _above,
         "dearer": _dearer,
+        "where": _where,
     }[task]
     turns = compose(canvas)
     return Document(task, seed, canvas.finish(), turns, canvas.marks)
@@ -257,14 +262,13 @@ def _scatter(canvas: _Canvas) -> list[tuple[str, str, Box]]:
     """Three to six objects (colour, shape, box) of different looks, sizes and places, none overlapping."""
     random = canvas.random
     looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    field = 32
-    spots = [(x, y) for y in range(0, canvas.height - 23, field) for x in range(0, canvas.width - 23, field)]
+    spots = [(x, y) for y in range(0, canvas.height - 23, FIELD) for x in range(0, canvas.width - 23, FIELD)]
     count = random.randint(3, min(6, len(spots)))
     objects = []
     for (x, y), (colour, shape) in zip(sorted(random.sample(spots, count)), random.sample(looks, count), strict=True):
         side = random.randint(15, 23)
-        left = x + random.randint(0, min(field, canvas.width - x) - side)
-        top = y + random.randint(0, min(field, canvas.height - y) - side)
+        left = x + random.randint(0, min(FIELD, canvas.width - x) - side)
+        top = y + random.randint(0, min(FIELD, canvas.height - y) - side)
         box = (left, top, left + side, top + side)
         _shape(canvas.pen, shape, box, COLOURS[colour])
         canvas.marks.append(Mark(box, colour, shape))
@@ -325,3 +329,13 @@ def _presence(canvas: _Canvas) -> list[Turn]:
 
 def _is_there(colour: str, shape: str) -> str:
     return f"is there a {colour} {shape}?"
+
+
+def _where(canvas: _Canvas) -> list[Turn]:
+    """Where is the red ring? The answer is its field of the grid: ``b3`` is in the second row, third from the left."""
+    turns = [
+        Turn(f"where is the {colour} {shape}?", f"{'abcdefghi'[box[1] // FIELD]}{box[0] // FIELD + 1}", box)
+        for colour, shape, box in _scatter(canvas)
+    ]
+    canvas.random.shuffle(turns)
+    return turns

@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pmod_cli.data.documents import CELL, COLOURS, LABELS, TASKS, draw, seed_of
+from pmod_cli.data.documents import CELL, COLOURS, DRAWN, FIELD, LABELS, SHAPES, draw, seed_of
 from pmod_cli.data.glyphs import glyph
 from pmod_cli.data.rows import conversation, question
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DRAWN)
 def test_a_seed_names_one_document(task):
     first, again, other = draw(task, 7), draw(task, 7), draw(task, 8)
     assert np.array_equal(first.image, again.image)
@@ -27,7 +27,7 @@ def test_splits_share_no_seed():
         seed_of("validation", 0)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DRAWN)
 @pytest.mark.parametrize("size", [(96, 96), (96, 48), (144, 48)])
 def test_regions_and_marks_lie_in_the_image(task, size):
     for index in range(40):
@@ -140,6 +140,28 @@ def test_presence_is_balanced_and_true():
             assert ((colour, shape) in there) == (turn.answer == "yes") == (turn.region is not None)
         said[document.turns[0].answer] += 1
     assert 70 < said["yes"] < 130
+
+
+@pytest.mark.parametrize(("size", "fields"), [((96, 96), 9), ((96, 48), 3), ((144, 48), 4)])
+def test_where_names_the_one_field_that_the_thing_stands_in(size, fields):
+    said = Counter()
+    for index in range(60):
+        document = draw("where", index, size)
+        drawn = {mark.box: (mark.shows, mark.belongs) for mark in document.marks}
+        assert len({turn.question for turn in document.turns}) == len(document.turns) == len(drawn)
+        for turn in document.turns:
+            colour, shape = turn.question.removesuffix("?").split()[-2:]
+            assert shape in SHAPES
+            assert drawn[turn.region] == (colour, shape)
+            top, left = "abc".index(turn.answer[0]) * FIELD, (int(turn.answer[1:]) - 1) * FIELD
+            x0, y0, x1, y1 = turn.region
+            assert left <= x0 < x1 <= left + FIELD
+            assert top <= y0 < y1 <= top + FIELD
+            inside = np.asarray(document.image, dtype=int)[y0:y1, x0:x1].reshape(-1, 3)
+            assert (abs(inside - COLOURS[colour]).max(axis=1) <= 8).mean() > 0.2
+        said[document.turns[0].answer] += 1
+    assert len(said) == fields, "no field is left out, and none can be guessed"
+    assert max(said.values()) < 60 * 2.5 / fields
 
 
 def test_answers_are_spread():

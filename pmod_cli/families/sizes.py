@@ -51,6 +51,7 @@ class Tower:
         layers: Encoder layers; all are computed, also those above the one whose features are taken.
         hidden: Width.
         inner: Width of the MLP.
+        heads: Attention heads.
         tile: Side of the square input in pixels.
         patch: Side of a patch in pixels.
         class_token: 1 for a CLIP, whose sequence has one CLS token; 0 for a SigLIP.
@@ -61,6 +62,7 @@ class Tower:
     layers: int
     hidden: int
     inner: int
+    heads: int
     tile: int
     patch: int
     class_token: int
@@ -206,6 +208,7 @@ def _tower(config: Mapping[str, Any] | object, family: Family) -> Tower:
         layers=size["num_hidden_layers"],
         hidden=size["hidden_size"],
         inner=size["intermediate_size"],
+        heads=size["num_attention_heads"],
         tile=size["image_size"],
         patch=size["patch_size"],
         class_token=int(kind.class_token),

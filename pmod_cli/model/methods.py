@@ -13,8 +13,9 @@ from .registry import Registry
 METHODS = Registry("method", "pmod_cli.methods")
 
 Cost = Callable[[Any, int, int, int], int]
-"""FLOPs of one choice on one row: `(decoder, tokens, vision tokens, kept ones)`; `decoder` has `hidden`, `heads`,
-`kv_heads` and `head_size`. Two FLOPs a multiply-add, matrix products alone."""
+"""FLOPs of one choice on one row: `(sizes, tokens, vision tokens, kept ones)`; `sizes.decoder` has `hidden`, `heads`,
+`kv_heads` and `head_size`, `sizes.tower` what is known of the vision tower. Two FLOPs a multiply-add, matrix products
+alone."""
 
 
 def cost_of_rows(most: int | None = None) -> Cost:
@@ -24,7 +25,8 @@ def cost_of_rows(most: int | None = None) -> Cost:
         most: How many text tokens ask at most; None: one.
     """
 
-    def cost(decoder: Any, tokens: int, vision: int, kept: int) -> int:
+    def cost(sizes: Any, tokens: int, vision: int, kept: int) -> int:
+        decoder = sizes.decoder
         asking = 1 if most is None else max(1, min(most, tokens - vision))
         width = decoder.heads * decoder.head_size
         keys = tokens * decoder.hidden * decoder.kv_heads * decoder.head_size
@@ -33,9 +35,16 @@ def cost_of_rows(most: int | None = None) -> Cost:
     return cost
 
 
-def cost_of_distances(decoder: Any, tokens: int, vision: int, kept: int) -> int:
+def cost_of_distances(sizes: Any, tokens: int, vision: int, kept: int) -> int:
     """What the distances between all vision tokens cost."""
-    return 2 * vision * vision * decoder.hidden
+    return 2 * vision * vision * sizes.decoder.hidden
+
+
+def cost_in_tower(sizes: Any, tokens: int, vision: int, kept: int) -> int:
+    """What VisionZip costs: one row of attention for each tile, and products of the keys left with those of targets."""
+    tower = sizes.tower
+    targets = max(1, round(kept / max(1, vision) * tower.patches * 10 / 64))
+    return 2 * vision * (tower.hidden + targets * tower.hidden // tower.heads)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Method:
         returns: Whether a token that a layer dropped may be chosen again by a later one.
         keep_keys: Whether a skipped token still gives its keys and values to the others.
         lead: How many layers in front of the one that drops tokens they are ranked.
+        in_tower: Whether they are ranked in the vision tower, by a class token.
         routers: Whether layers that choose have a router, whose weights scale the MLP.
         cost: What a choice costs; None: nothing that counts, or, with routers, what the router costs.
     """
@@ -57,6 +67,7 @@ class Method:
     returns: bool = False
     keep_keys: bool = False
     lead: int = 0
+    in_tower: bool = False
     routers: bool = False
     cost: Cost | None = None
 
@@ -68,6 +79,7 @@ for _name, _method in {
     "vtw": Method("vtw", "withdrawn"),
     "shortv": Method("shortv", "withdrawn", returns=True, keep_keys=True),
     "divprune": Method("divprune", "constant", cost=cost_of_distances),
+    "visionzip": Method("visionzip", "constant", in_tower=True, cost=cost_in_tower),
     "attention": Method("attention", "cosine", returns=True, cost=cost_of_rows(64)),
     "random": Method("random", "constant"),
     "uniform": Method("uniform", "constant"),

@@ -31,6 +31,7 @@ from .registry import SELECTIONS
 from .routing import Routing
 from .selfcheck import check_release
 from .settings import PmodSettings
+from .tower import with_ranks, working_in_tower
 
 ONE_KIND = {"vision_image": ("image_token_id",), "vision_video": ("video_token_id",)}
 """Attributes of the configuration that hold the ids of vision tokens, where `target_tokens` asks for one kind."""
@@ -84,6 +85,7 @@ class RoutedModel(CheckedRelease):
         self.routed_token_keys = ONE_KIND.get(settings.target_tokens, self.family.vision_tokens)
         self.spares_base_image = settings.target_tokens == "vision_hr"
         self.counts_each_image = settings.quota == "per_image"
+        self.ranks_in_tower = working_in_tower(self) is not None
         self.routed_ratios = tuple(dict.fromkeys(layer.ratio for layer in decoder.layers if layer.selects))
 
     def forward(
@@ -103,13 +105,13 @@ class RoutedModel(CheckedRelease):
         Raises:
             ValueError: Merged embeddings start a sequence without a `vision_mask`, or the attention mask is not 2D.
         """
-        cache, routing, units = take_cache(kwargs), None, None
+        cache, routing, units, ranks = take_cache(kwargs), None, None, None
         pixels = (pixel_values, kwargs.get("pixel_values_videos"))
         # `generate` hands the prefill what the tower has made of the pixels, and no pixels.
         if any(each is not None and len(each) for each in pixels) or kwargs.get("mm_encoder_outputs"):
             if vision_mask is None:
                 vision_mask = self._placeholders(input_ids, inputs_embeds, self.routed_token_keys)
-            if self.spares_base_image or self.counts_each_image:
+            if self.spares_base_image or self.counts_each_image or self.ranks_in_tower:
                 outputs = self._features(pixel_values, kwargs)
                 pixel_values, kwargs = None, {**kwargs, "mm_encoder_outputs": outputs}
                 images, videos = (
@@ -119,6 +121,8 @@ class RoutedModel(CheckedRelease):
                 if self.spares_base_image and "image" in outputs:
                     lengths = [len(features) for features in outputs["image"].pooler_output]
                     vision_mask = vision_mask & (self.spare_base_images(images, lengths) | ~images)
+                if self.ranks_in_tower:
+                    ranks = _ranks(images, outputs["image"])
                 if self.counts_each_image:
                     units = self._units(images, videos, outputs, kwargs)
         elif inputs_embeds is not None and vision_mask is None and not has_tokens(cache):
@@ -134,6 +138,7 @@ class RoutedModel(CheckedRelease):
                 step_mask,
                 recorder=decoder.selection_recorder,
                 units=units,
+                ranks=ranks,
             )
             if routing.any_target:
                 routing.prepare(self.routed_ratios)
@@ -232,6 +237,17 @@ class RoutedModel(CheckedRelease):
         return vision_mask.masked_scatter(vision_mask, routed)
 
 
+def _ranks(images: Tensor, outputs) -> Tensor:
+    """What the tower's selection found, `(B, N)` float32; -1 outside of images.
+
+    Args:
+        images: `(B, N)` bool, placeholders of images.
+        outputs: Of `with_ranks`. A beam search repeats the features of an image, so they are told by their identity.
+    """
+    ranks = torch.cat([outputs.ranks[id(features)] for features in outputs.pooler_output])
+    return torch.full(images.shape, -1.0, device=images.device).masked_scatter(images, ranks.float())
+
+
 def _behind(values: Tensor) -> Tensor:
     """At each place what stands in front of it, zero at the first."""
     return torch.nn.functional.pad(values[:, :-1], (1, 0))
@@ -267,6 +283,7 @@ class RoutedGeneration(CheckedRelease):
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, found {selection!r}")
         self.model.language_model.set_selection(selection, seed=seed)
+        self.model.ranks_in_tower = working_in_tower(self.model) is not None
 
     def set_method(self, pmod: Mapping) -> None:
         """Gives the model other settings, of a method that needs no routers: its weights stay as they are.
@@ -314,7 +331,9 @@ def routed_models(family) -> tuple[type, type]:
     if family.name not in _made:
         stock_model, stock = (stock_class(family, end) for end in ("Model", "ForConditionalGeneration"))
         title, shared = f"p-MoD over {family.title}", {"config_class": CONFIGS[family.name], "family": family}
-        model = routed_class(stock_model, RoutedModel, __doc__=f"{title}, without a language-model head.", **shared)
+        about = f"{title}, without a language-model head."
+        features = {"get_image_features": with_ranks(stock_model.get_image_features)}
+        model = routed_class(stock_model, RoutedModel, __doc__=about, **features, **shared)
         own = {"__doc__": f"{title}.", "stock_class": stock, "body_class": model}
         generation = routed_class(stock, RoutedGeneration, **shared, **own)
         _made[family.name] = model, generation

@@ -71,6 +71,7 @@ class Routing:
         weights: `(B, N)`, router weights of the layer that is about to choose; None if it has no router.
         position_embeddings: Rotary tables of the layer that is about to choose, `(1 or B, N, d)` each.
         units: `(B, N)` int64, the image or frame of each routed token, where K is taken of each apart; else None.
+        ranks: `(B, N)` float32, what a selection that works in the vision tower has found; else None.
         standing: `(B, N)` float, `rank_base` for the layer that is about to choose: -inf also for dropped tokens.
         thinned: `(B, N)` bool, all vision tokens where some were dropped in front of the decoder; else None.
     """
@@ -85,6 +86,7 @@ class Routing:
     position_embeddings: tuple[Tensor, Tensor] | None = None
     standing: Tensor | None = None
     units: Tensor | None = None
+    ranks: Tensor | None = None
     _unit_sizes: Tensor | None = None  # (B, units) int64: V of each image or frame
     thinned: Tensor | None = None
     _sizes: Tensor | None = None  # (B, 2) int64: V and others, where a graph is traced
@@ -263,6 +265,7 @@ class Routing:
         target = self.target & left
         base = self.rank_base.masked_fill(~left, -torch.inf)
         fewer = Routing(target, ~target, counts, self.padded, base, self.recorder, thinned=self.target)
+        fewer.ranks = self.ranks
         fewer.hold(EVERYTHING, base.argsort(dim=1, descending=True, stable=True))
         return fewer
 

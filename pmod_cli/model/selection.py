@@ -24,10 +24,14 @@ class Selection:
         finite: Whether `scores` never holds NaN or infinite values. Where it may, they are replaced, at a cost of one
             operator: NaN and -inf rank last of the vision tokens, +inf first.
         attends: Whether it reads rotary tables, so that it can be asked only inside the decoder.
+        in_tower: A method where it also works in the vision tower, `(TowerLayer, share, packed)` to the patches
+            `(T, P, D)` in the place of the layer's own and their ranks `(T, P)`, which are at hand as `routing.ranks`;
+            with `packed` the kept ones stand in front. See `model/tower.py`.
     """
 
     finite = False
     attends = False
+    in_tower = None
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

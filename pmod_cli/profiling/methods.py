@@ -73,10 +73,12 @@ def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None =
         rows: The prompt; None is `PROMPT`.
 
     Raises:
-        PmodError: No such method, or it does not reach the budget.
+        PmodError: No such method, the model cannot have it, or it does not reach the budget.
     """
     if method not in METHODS:
         raise PmodError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    if METHODS[method].in_tower and (reason := _without_class_token(sizes)):
+        raise PmodError(f"{method} cannot run on {sizes.family.title}: {reason}")
     rows = PROMPT.rows(sizes) if rows is None else rows
     low, high, found = 0.0, 1.0, []
     for _ in range(40):
@@ -96,3 +98,12 @@ def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None =
             hint=f"a budget of {flops + 0.01:.2f} or more",
         )
     return settings
+
+
+def _without_class_token(sizes: Sizes) -> str | None:
+    """Why the tower of a model cannot rank patches by a class token; `model/tower.py` asks the model itself."""
+    if not getattr(sizes.tower, "class_token", 0):
+        return "it ranks by the class token of a CLIP tower, and this one has none"
+    if sizes.family.video_tokens is not None:
+        return "it ranks patches, and those of video frames are pooled"
+    return None

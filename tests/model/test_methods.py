@@ -19,8 +19,11 @@ VARIANTS |= {  # dropped in front of the decoder, then routed
     "pmod, divprune before": {"before": "divprune:0.6", "mean": 0.55},
     "pmod held, uniform before": HELD | {"before": "uniform:0.5"},
     "pyramiddrop, divprune before": {"method": "pyramiddrop", "mean": 0.55, "before": "divprune:0.6"},
+    "pmod, visionzip before": {"before": "visionzip:0.6", "mean": 0.55},
     "shortv, random before": {"method": "shortv", "mean": 0.55, "before": "random:0.6"},
 }
+WITH_CLASS_TOKEN = ("llava", "llava_next")
+"""Families whose tower has one and whose vision tokens are its patches."""
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}
 
 
@@ -137,6 +140,10 @@ def test_tokens_dropped_before_the_decoder_are_as_if_they_had_never_been():
 def test_every_family(kind, variant):
     """Images and videos of every family, padded: a row of a batch gets what it gets alone."""
     plain, rows = visual.stock(kind), visual.rows_of(kind)
+    if "visionzip" in variant and kind not in WITH_CLASS_TOKEN:
+        with pytest.raises(ValueError, match=r"VisionZip ranks by the class token|pools those of video"):
+            visual.routed(plain, VARIANTS[variant])
+        return
     model = visual.routed(plain, VARIANTS[variant])
     inputs = visual.prompt(kind, plain.config, rows)
     given = {} if "mm_token_type_ids" in inputs else {"position_ids": positions(inputs)}  # M-RoPE makes its own
@@ -189,6 +196,27 @@ def test_positions_in_several_axes_cannot_be_renumbered():
     plain = visual.stock("qwen2_5_vl")
     with pytest.raises(ValueError, match="positions of this decoder have several axes"):
         visual.routed(plain, {"method": "divprune", "mean": 0.5, "positions": "renumbered"})
+
+
+def test_tiles_cannot_put_the_tokens_of_visionzip_in_front():
+    with pytest.raises(ValueError, match="VisionZip puts its tokens in front with positions renumbered"):
+        pmod_model(pmod={"method": "visionzip", "mean": 0.5, "positions": "renumbered"})
+    with pytest.raises(ValueError, match="target_tokens vision_hr spares the first"):
+        pmod_model(pmod={"method": "visionzip", "mean": 0.5, "target_tokens": "vision_hr"})
+    model = pmod_model("llava", pmod={"method": "visionzip", "mean": 0.5})
+    with torch.no_grad(), pytest.raises(ValueError, match="it needs images, not features that are merged"):
+        model(inputs_embeds=torch.randn(1, 9, 64), vision_mask=torch.ones(1, 9, dtype=torch.bool))
+
+
+def test_beams_have_the_ranks_of_their_image():
+    """A beam search repeats images: every beam gets what the image alone gets, whatever stands beside it."""
+    model = pmod_model(pmod={"method": "visionzip", "mean": 0.5})
+    inputs = batch("llava_next", [ROWS[0], ROWS[1]])
+    given = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
+    together = model.generate(**inputs, **given)[:, -4:]
+    for row in (0, 1):
+        alone = model.generate(**single(inputs, row, IMAGES[row]), **given)[0, -4:]
+        assert torch.equal(together[row], alone)
 
 
 def test_what_reads_attention_cannot_choose_before_the_decoder():

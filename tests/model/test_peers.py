@@ -83,6 +83,12 @@ def divprune(found, start, vision_tokens):
     return {"method": "divprune", "values": values, "positions": "renumbered"}, {"": 0}
 
 
+def visionzip(found, start, vision_tokens):
+    settings = found["settings"]
+    values = [share(settings["tokens_fed"], vision_tokens)] * LAYERS
+    return {"method": "visionzip", "values": values, "positions": "renumbered"}, {}
+
+
 PEERS = {
     "fastv_inplace": fastv,
     "fastv_mask": fastv,
@@ -95,6 +101,7 @@ PEERS = {
     "shortv": shortv,
     "divprune": divprune,
     "divprune_next": divprune,
+    "visionzip": visionzip,
 }
 UNCACHED = ("fastv_inplace", "fastv_mask")
 """They rank anew at each generated token: what our model does without a cache."""
@@ -104,6 +111,28 @@ DOUBLED = "fastv_kvcache"
 
 def prompts(peer: str) -> list[str]:
     return [f"{prompt}{row}" for prompt in (["nx"] if peer.endswith("_next") else ["img"]) for row in (0, 1)]
+
+
+@pytest.mark.parametrize("setting", "AB")
+@pytest.mark.parametrize("prompt", ["img0", "img1"])
+def test_visionzip_at_true_positions_feeds_the_same_tokens(prompt, setting):
+    """Each stands at its patch and the class token at one that is dropped; none but the order is another."""
+    name = f"{prompt}.{setting}"
+    found = info("peers/visionzip")[name]["settings"]
+    expected = load_file(GOLDEN / "peers" / "visionzip" / "outputs.safetensors")
+    inputs, model = inputs_of("llava15", prompt), model_of("llava15")
+    image = vision("llava15", inputs)
+    model.set_method({"method": "visionzip", "values": [share(found["tokens_fed"], int(image.sum()))] * LAYERS})
+    model.model.language_model.selection.contextual = found["contextual"] / found["tokens_fed"]
+    with torch.no_grad(), capture_selection(model) as record:
+        features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+        model(**inputs)
+        theirs = model.model.multi_modal_projector(expected[f"{name}.tower_output"])
+    kept = record.layers[0].kept[0][image].nonzero().flatten().tolist()
+    dominant, contextual = (expected[f"{name}.{which}"].tolist() for which in ("dominant", "contextual_targets"))
+    (spare,) = set(kept) - {*dominant, *contextual}
+    assert spare == min(set(range(int(image.sum()))) - {*dominant, *contextual})
+    torch.testing.assert_close(features[[spare, *dominant, *contextual]], theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("setting", "attention"), [("A", "sdpa"), ("B", "sdpa"), ("A", "eager")])
@@ -117,6 +146,9 @@ def test_published_code(peer, prompt, setting, attention):
     pmod, known = PEERS[peer](found, int(image.int().argmax()), int(image.sum()))
     model = model_of(case, attention=attention)
     model.set_method(pmod)
+    if peer == "visionzip":  # each setting has a share of its own
+        picks = found["settings"]
+        model.model.language_model.selection.contextual = picks["contextual"] / picks["tokens_fed"]
     with torch.no_grad(), capture_selection(model) as record:
         logits = model(**inputs).logits[0]
     for suffix, layer in known.items():

@@ -33,6 +33,8 @@ def test_budgets_are_met_to_one_percent_by_every_method():
         PmodError, match=r"pyramiddrop cannot cost 0\.15 of the stock model: it comes as near as 0\.278"
     ):
         solve("pyramiddrop", 0.15, sizes)
+    with pytest.raises(PmodError, match=r"visionzip cannot run on Qwen2\.5-VL: it ranks by the class token of a CLIP"):
+        solve("visionzip", 0.4, Sizes.of(load_subject("qwen2.5-vl-7b").stock))
     with pytest.raises(PmodError, match="unknown method 'best'"):
         solve("best", 0.4, sizes)
 

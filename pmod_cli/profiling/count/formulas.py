@@ -77,10 +77,10 @@ def prefill(
     routed = routed or Routed.stock(decoder.layers)
     anything = any(row.routable(routed.target_tokens) for row in rows)  # a batch without images meets no router
     matrix = products = 0
-    selector = selector_flops(decoder, rows, routed, None)
+    selector = selector_flops(sizes, rows, routed, None)
     for layer, (router, (_, tokens)) in enumerate(zip(routed.has_router, layer_tokens(rows, routed), strict=True)):
         matrix += layer_matrix(decoder, tokens, longest if router and anything else 0)
-        selector += selector_flops(decoder, rows, routed, layer)
+        selector += selector_flops(sizes, rows, routed, layer)
         if routed.keep_keys and anything:
             matrix += keys_and_values(decoder, longest - tokens)
         products += attention_products(decoder, tokens, longest if routed.keep_keys and anything else None)

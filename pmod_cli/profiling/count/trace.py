@@ -187,7 +187,7 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
                 attention_products=FLOPS_PER_MAC * counted.attention_products,
                 mlp=FLOPS_PER_MAC * mlp,
                 router=FLOPS_PER_MAC * router,
-                selector=len(rows) * selector_flops(Sizes.of(model.config).decoder, rows, routed, index),
+                selector=len(rows) * selector_flops(Sizes.of(model.config), rows, routed, index),
             )
         )
     head = count(model.lm_head, _meta(1, 1, decoder.config.hidden_size))  # of one position
@@ -199,7 +199,7 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
         step_matrix=FLOPS_PER_MAC * (len(layers) * step.linear + head.linear),
         step_products=FLOPS_PER_MAC * step.attention_products,
         unknown_operators=sum((Counter(counted.unknown_operators) for counted in counts.values()), Counter()),
-        selector_before=len(rows) * selector_flops(Sizes.of(model.config).decoder, rows, routed, None),
+        selector_before=len(rows) * selector_flops(Sizes.of(model.config), rows, routed, None),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families.sizes import Decoder, ImageTokens, Sizes, image_tokens, video_tokens
+from pmod_cli.families.sizes import ImageTokens, Sizes, image_tokens, video_tokens
 from pmod_cli.model.methods import METHODS, Cost
 from pmod_cli.model.schedule import kept_tokens
 from pmod_cli.model.settings import PmodSettings
@@ -235,23 +235,27 @@ def pictures(rows: Sequence[Row]) -> Counter[ImageTokens]:
     return Counter(image for row in rows for image in row.images)
 
 
-def selector_flops(decoder: Decoder, rows: Sequence[Row], routed: Routed, layer: int | None) -> int:
+def selector_flops(sizes: Sizes, rows: Sequence[Row], routed: Routed, layer: int | None) -> int:
     """FLOPs of a choice on one row, padding included; 0 where a layer does not choose, or a router does.
 
     Args:
-        decoder: Its sizes.
+        sizes: The model.
         rows: The batch.
         routed: What the layers keep.
         layer: The layer that chooses; None: in front of the decoder.
     """
     vision, tokens = max(row.routable(routed.target_tokens) for row in rows), max(row.tokens for row in rows)
     if layer is None:
-        return routed.cost_before(decoder, tokens, vision, 0) if routed.cost_before is not None else 0
+        return (
+            routed.cost_before(sizes, tokens, vision, kept_tokens(vision, routed.before))
+            if routed.cost_before is not None
+            else 0
+        )
     if routed.cost is None or routed.chooses is None or not routed.chooses[layer] or not vision:
         return 0
     left = kept_tokens(vision, routed.before)
     kept = max(row.kept(routed.target_tokens, routed.retention[layer], routed.per_image, routed.before) for row in rows)
-    return routed.cost(decoder, tokens, left, kept)
+    return routed.cost(sizes, tokens, left, kept)
 
 
 def _units(image: ImageTokens, target_tokens: str) -> list[int]:

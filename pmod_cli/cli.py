@@ -7,9 +7,11 @@ an attribute named like the verb: a function, which becomes the command, or a `t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -41,6 +43,8 @@ pmod profile --report flops
 pmod visualize img.png --layers 2,14,26
 """
 
+COMPLETE = "_PMOD_COMPLETE"  # set by a shell that asks how a line goes on
+NARROW = 80  # columns; in fewer, Typer's panels would cut the names of options
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     # Users carry --batch_size over from other programs: it is the same option as --batch-size.
@@ -66,7 +70,7 @@ def build_app(verb: str | None) -> typer.Typer:
         pretty_exceptions_enable=False,
         pretty_exceptions_show_locals=False,
         context_settings=CONTEXT,
-        rich_markup_mode="rich",
+        rich_markup_mode="rich" if verb is None or shutil.get_terminal_size().columns >= NARROW else None,
     )
     app.callback(epilog=_epilog(EXAMPLES))(_root)
     for name, summary in VERBS.items():
@@ -75,6 +79,8 @@ def build_app(verb: str | None) -> typer.Typer:
             continue
         module = importlib.import_module(f"pmod_cli.commands.{name}")
         target = getattr(module, name)
+        if COMPLETE in os.environ:
+            importlib.import_module("pmod_cli.commands.completing").add_values(target, name)
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name, help=summary, epilog=_epilog(module.EXAMPLES), no_args_is_help=True)
         else:
@@ -106,8 +112,8 @@ def main(arguments: Sequence[str] | None = None, *, on_ready: Callable[[], None]
         on_ready: Called when the modules are loaded: from here on every exception is handled here.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    completion_words = os.environ.get("COMP_WORDS", "").split()[1:]
-    verb = _verb_in(arguments or completion_words)
+    completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")  # bash; the other shells
+    verb = _verb_in(arguments or completed.split()[1:])
     command = typer.main.get_command(build_app(verb))
     output.hush_libraries()
     try:
@@ -140,10 +146,11 @@ def _report(error: BaseException, options: dict[str, str]) -> int:
             return 0
         return error.code if isinstance(error.code, int) else RUN_FAILED
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
     if isinstance(error, typer.Abort):
-        output.error("stopped at a question that nobody answered")
+        _say("stopped at a question that nobody answered")
         return RUN_FAILED
     if isinstance(error, typer.TyperException):
         return _report_usage(error)
@@ -152,8 +159,14 @@ def _report(error: BaseException, options: dict[str, str]) -> int:
         raise error
     takes_settings = "overrides" in options
     what, hint = (text and as_flags(text, options, settings=takes_settings) for text in (known.what, known.hint))
-    output.error(what, hint)
+    _say(what, hint)
     return known.code
+
+
+def _say(what: str | None, hint: str | None = None) -> None:
+    """Print an error. Where nobody reads stderr any more, the exit code says it alone."""
+    with contextlib.suppress(BrokenPipeError, SystemExit):  # rich makes the first into the second
+        output.error(what or "", hint)
 
 
 def _report_usage(error: typer.TyperException) -> int:
@@ -161,5 +174,5 @@ def _report_usage(error: typer.TyperException) -> int:
     context = getattr(error, "ctx", None)
     if not error.format_message():  # no arguments at all: Typer has shown the help
         return BAD_INPUT
-    output.error(error.format_message(), f"{context.command_path if context else 'pmod'} --help")
+    _say(error.format_message(), f"{context.command_path if context else 'pmod'} --help")
     return BAD_INPUT

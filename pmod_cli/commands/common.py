@@ -33,7 +33,8 @@ def _offline(offline: bool) -> bool:
     return offline
 
 
-def _quiet(quiet: bool) -> bool:
+def set_quiet(quiet: bool) -> bool:
+    """The callback of --quiet."""
     output.set_quiet(quiet)
     return quiet
 
@@ -41,6 +42,12 @@ def _quiet(quiet: bool) -> bool:
 def _progress(shown: bool) -> bool:
     output.set_progress(shown)
     return shown
+
+
+def _seed(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise typer.BadParameter(f"{seed} is not in the range from 0 to {2**32 - 1}")
+    return seed
 
 
 def _device(name: str) -> str:
@@ -102,10 +109,13 @@ DtypeOpt = Annotated[
         help="auto, bfloat16, float16 or float32.",
     ),
 ]
-SeedOpt = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything that is drawn.")]
+SeedOpt = Annotated[
+    int, typer.Option("--seed", callback=_seed, metavar="N", help="Seed of everything that is drawn, below 2**32.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOpt = Annotated[
-    bool, typer.Option("--quiet", "-q", callback=_quiet, is_eager=True, help="Print only the path or id of the result.")
+    bool,
+    typer.Option("--quiet", "-q", callback=set_quiet, is_eager=True, help="Print only the path or id of the result."),
 ]
 ProgressOpt = Annotated[
     bool,

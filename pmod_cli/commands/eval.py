@@ -107,7 +107,9 @@ def eval(
     num_processes: Annotated[
         int,
         _running(
-            min=1, help="Processes of this machine that share the questions; each has the model, on a GPU its own."
+            metavar="N",
+            min=1,
+            help="Processes of this machine that share the questions; each has the model, on a GPU its own.",
         ),
     ] = 1,
     device: common.DeviceOpt = "auto",

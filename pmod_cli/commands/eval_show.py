@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from pmod_cli.core import output
+from pmod_cli.reporting import WholeTable
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.benchmarks import Benchmark
@@ -72,8 +73,9 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
     else:
         for line in score_report.warnings(results):
             output.print_line(line)
-        # A narrower terminal wraps these lines; rich would drop columns.
-        width, output.stdout.width = output.stdout.width, max(output.stdout.width, score_tables.WIDTH)
+        width = output.stdout.width
+        if not output.stdout.is_terminal:  # a file or a pipe has no width
+            output.stdout.width = max(width, score_tables.WIDTH)
         output.stdout.print(score_tables.score_table(results), score_tables.answer_table(results))
         if score_tables.has_methods(results):
             output.stdout.print(score_tables.cost_table(results))
@@ -92,9 +94,9 @@ def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None,
     if as_json:
         output.print_json({"schema_version": 1, "benchmarks": rows})
         return
-    table = Table(box=box.SIMPLE, padding=0)
+    table = WholeTable(box=box.SIMPLE, padding=0)
     for title in ("name", "lmms-eval task", "data set and split", "rows", "metric", "here"):
-        table.add_column(title, overflow="fold", justify="right" if title == "rows" else "left")
+        table.add_column(title, justify="right" if title == "rows" else "left", no_wrap=title != "data set and split")
     for row in rows:
         repositories = ", ".join(name.rpartition("/")[2] for name in row["data"])
         data_set = f"{repositories} {', '.join(row['split'])}" if repositories else "drawn here"

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from pmod_cli.core import output
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.core.text import disk_size, memory_size
+from pmod_cli.core.text import GIB, disk_size, memory_size
+from pmod_cli.reporting import plain_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,8 @@ def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
         assert took is not None  # a run that has just ended has one
         hours = f"{took.device_hours:.3g} {'GPU' if took.device != 'cpu' else 'CPU'} hours"
         share = "" if took.utilization is None else f", {took.utilization:.1%} of peak"
-        output.note(f"{hours}, {took.tokens_per_second:,.0f} tokens/s{share}, peak {took.peak_memory_gib:.2f} GiB")
+        peak = memory_size(took.peak_memory_gib * GIB)
+        output.note(f"{hours}, {took.tokens_per_second:,.0f} tokens/s{share}, peak {peak}")
         if any(report.rows.values()):
             left_out, cut, silent = (report.rows[name] for name in ("skipped", "cut", "without_labels"))
             output.note(
@@ -123,7 +125,7 @@ def show_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
         return
     if quiet:  # the exit code says whether it fits
         return
-    table = Table("part", "parameters", "trained", "learning rate")
+    table = plain_table("What is trained", "part", "parameters", "trained", "learning rate")
     for part, numbers in plan.parameters.items():
         rate = f"{plan.learning_rates[part]:g}" if numbers.trained else "frozen"
         table.add_row(part, f"{numbers.parameters:,}", f"{numbers.trained:,}", rate)

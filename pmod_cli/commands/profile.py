@@ -156,6 +156,16 @@ def profile(
     samples: Annotated[int, _reading(min=1, help="Pictures to ask about.")] = 32,
     revision: common.RevisionOpt = None,
     as_json: common.JsonOpt = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            callback=common.set_quiet,
+            is_eager=True,
+            help="The report without notes; with --plot or --html only the paths of their files.",
+        ),
+    ] = False,
     offline: common.OfflineOpt = False,
 ) -> None:
     """Count FLOPs, KV cache and memory, or measure time, p-MoD beside stock.
@@ -191,7 +201,7 @@ def profile(
             dtype=dtype,
             revision=revision,
         )
-        return show(shown, output_format, html, plot)
+        return show(shown, output_format, html, plot, quiet)
     name = _model(model)
     from pmod_cli import profiling
     from pmod_cli.checkpoints import resolve
@@ -218,14 +228,14 @@ def profile(
     subject = profiling.scaled(subject, hidden_size=hidden_size, layers=layers)
     if from_data is not None:
         shown = averaged(subject, from_data, images_root, text_tokens, limit, dtype)
-        return show(shown, output_format, html, plot)
+        return show(shown, output_format, html, plot, quiet)
     text = 58 if text_tokens is None else text_tokens
     workload = profiling.Workload(sizes, images, text, new_tokens, batch_size, videos, rate)
     if sweep is not None:
         if hidden_size or layers:
             raise PmodError("--sweep takes the model's own size", hint="leave --hidden-size and --layers out")
         shown = swept(name, sweep, workload, overrides, dtype, revision, runs)
-        return show(shown, output_format, html, plot)
+        return show(shown, output_format, html, plot, quiet)
     if report == "latency":
         if not random_weights and (hidden_size or layers):
             raise PmodError(
@@ -251,7 +261,7 @@ def profile(
         result, latency = profiling.profile(subject, workload, dtype=dtype), None
     if result.unknown_operators:
         output.warn(f"operators that nobody counted: {', '.join(sorted(result.unknown_operators))}")
-    show(profiled(result, latency, report, macs, gpu_memory), output_format, html, plot)
+    show(profiled(result, latency, report, macs, gpu_memory), output_format, html, plot, quiet)
 
 
 def _model(model: str | None) -> str:

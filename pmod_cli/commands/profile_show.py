@@ -43,8 +43,12 @@ class Shown:
     caption: str = ""
 
 
-def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
-    """Files first, so that stdout says nothing that a full disk would make untrue."""
+def show(shown: Shown, form: str, html: Path | None, plot: Path | None, quiet: bool = False) -> None:
+    """Files first, so that stdout says nothing that a full disk would make untrue.
+
+    Args:
+        quiet: No notes; of a table that is also drawn or written as a page, the paths of these files alone.
+    """
     if plot is not None:
         from pmod_cli.profiling import plots
 
@@ -66,11 +70,14 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None) -> None:
 
         text = to_csv(shown.rows) if form == "csv" else to_markdown(shown.headline, shown.tables, shown.notes)
         output.stdout.file.write(text)
+    elif quiet and (plot or html):
+        for file in filter(None, (plot, html)):
+            output.print_line(file)
     else:
         output.stdout.print(shown.headline + "\n", soft_wrap=True, markup=False)
         for table in shown.tables:
             output.stdout.print(table, "")
-        for line in shown.notes:
+        for line in () if quiet else shown.notes:
             output.stdout.print(line, style="dim", soft_wrap=True, markup=False)
 
 

@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from pmod_cli.reporting import WholeTable
 from pmod_cli.reporting import to_csv as csv_of
 
 Row = dict[str, Any]
@@ -107,10 +108,10 @@ def has_methods(results: Mapping[str, Any]) -> bool:
 
 def cost_table(results: Mapping[str, Any]) -> Table:
     """What each model costs under the four conventions, beside the time that all its answers took."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table = WholeTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     headings, lines = cost_rows(results)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
     for line in lines:
         table.add_row(*map(escape, line))
     return table
@@ -169,7 +170,7 @@ def answer_columns(listed: list[Row]) -> Columns:
 
 def _table(listed: list[Row], columns: Columns) -> Table:
     """Rows of one benchmark follow each other and name it once; averages come last, under a line."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table = WholeTable(labels=2, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for place, heading in enumerate(columns):
         name = {"min_width": MODEL_WIDTH, "overflow": "fold"} if place == 1 else {"no_wrap": True}
         table.add_column(heading, justify="left" if place < 2 else "right", **name)

@@ -7,13 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
-from pmod_cli.core.text import GIB, percent
+from pmod_cli.core.text import GIB, KIB, MIB, percent
 from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
 from pmod_cli.profiling.count.training import TrainingMemory, TrainingSetup, training_memory
 from pmod_cli.profiling.measure.devices import DEVICES, Device
 from pmod_cli.profiling.report import Profile
 from pmod_cli.reporting import plain_table
 
+_UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")
 # Ways to train: the paper's engines, and adapters. Tower frozen, bfloat16 by autocast.
 _LOW = {"precision": "bfloat16", "checkpointing": True}
@@ -68,19 +69,34 @@ def predict(result: Profile, gpus: list[Device] | None = None) -> Memory:
 
 def tables(result: Profile, memory: Memory) -> list[Table]:
     """Inference, what fits, and training."""
-    stock, pmod = memory.inference
-    used = plain_table(f"Inference, GiB in {result.dtype}", "part", "stock", "p-MoD", "of stock")
-    for name, kind in (("weights", "weights"), ("KV cache", "cache"), ("work space", "work"), ("peak", "total")):
-        used.add_row(name, *_pair(getattr(stock, kind), getattr(pmod, kind)), style="bold" if kind == "total" else None)
+    kinds = {"weights": "weights", "KV cache": "cache", "work space": "work", "peak": "total"}
+    used = _sizes_table(
+        f"Inference, {{}} in {result.dtype}",
+        "part",
+        {name: tuple(getattr(each, kind) for each in memory.inference) for name, kind in kinds.items()},
+    )
     fits = plain_table("What fits", "GPU", "GiB", "batch: stock", "p-MoD", "context: stock", "p-MoD")
     for device, *both in memory.fits:
         batches = [str(each.batch) if each.batch else "none" for each in both]
         contexts = [f"{each.context:,}{'*' if each.limited_by == 'context' else ''}" for each in both]
         fits.add_row(device.name, f"{device.memory / GIB:.0f}", *batches, *contexts)
-    trained = plain_table("Training step, peak GiB of one GPU", "way", "stock", "p-MoD", "of stock")
-    for name, (stock_step, pmod_step) in memory.training.items():
-        trained.add_row(name, *_pair(stock_step.total, pmod_step.total))
+    trained = _sizes_table(
+        "Training step, peak {} of one GPU",
+        "way",
+        {name: tuple(step.total for step in steps) for name, steps in memory.training.items()},
+    )
     return [used, fits, trained]
+
+
+def _sizes_table(title: str, heading: str, sizes: dict[str, tuple[int, ...]]) -> Table:
+    """Bytes of stock and p-MoD by name, all in GiB unless one of them would then be 0.0."""
+    smallest = min((size for pair in sizes.values() for size in pair if size), default=GIB)
+    unit, name = next(((unit, name) for unit, name in _UNITS if smallest >= 0.05 * unit), _UNITS[-1])
+    table = plain_table(title.format(name), heading, "stock", "p-MoD", "of stock")
+    for label, (stock, pmod) in sizes.items():
+        cells = (f"{stock / unit:,.2f}", f"{pmod / unit:,.2f}", f"{percent(pmod, stock):.1f} %")
+        table.add_row(label, *cells, style="bold" if label == "peak" else None)
+    return table
 
 
 NOTES = [
@@ -113,10 +129,6 @@ def to_json(memory: Memory) -> dict[str, Any]:
             name: dict(zip(names, map(in_bytes, both), strict=True)) for name, both in memory.training.items()
         },
     }
-
-
-def _pair(stock: int, pmod: int) -> list[str]:
-    return [f"{stock / GIB:.2f}", f"{pmod / GIB:.2f}", f"{percent(pmod, stock):.1f} %"]
 
 
 def rows(memory: Memory) -> list[dict[str, Any]]:

@@ -8,14 +8,67 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+LABEL = 14  # columns of the terminal that a label has, if its words take no more
+
+
+class WholeTable(Table):
+    """A table that cuts no number: columns that do not fit the terminal follow below, under the same labels.
+
+    Args:
+        labels: How many columns at the left are labels, whose words may be broken over lines.
+    """
+
+    def __init__(self, *headings: str, labels: int = 1, **style: Any) -> None:
+        super().__init__(*headings, **style)
+        self.labels = labels
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number, part in enumerate(self.parts(console, options)):
+            if number:
+                yield Segment.line()
+            yield from Table.__rich_console__(part, console, options)
+
+    def parts(self, console: Console, options: ConsoleOptions) -> Iterator[WholeTable]:
+        """This table as tables of at most `options.max_width`, each with the labels and with some of the columns."""
+        endless = options.update(width=10_000)
+
+        def needs(places: list[int]) -> int:
+            part = self._with(places)
+            for column in part.columns[: self.labels]:
+                alone = self._with([], labels=[column])
+                words = Measurement.get(console, endless, alone).minimum
+                column.width = max(words, min(LABEL, Measurement.get(console, endless, alone).maximum))
+            return Measurement.get(console, endless, part).maximum
+
+        groups: list[list[int]] = [[]]
+        for place in range(self.labels, len(self.columns)):
+            if groups[-1] and needs([*groups[-1], place]) > options.max_width:
+                groups.append([])
+            groups[-1].append(place)
+        for number, places in enumerate(groups):
+            part = self._with(places)
+            part.title = None if number else self.title
+            yield part
+
+    def _with(self, places: list[int], labels: Sequence[Column] | None = None) -> WholeTable:
+        chosen = [*(self.columns[: self.labels] if labels is None else labels), *(self.columns[at] for at in places)]
+        part = copy(self)
+        part.columns = [replace(column, _index=index) for index, column in enumerate(chosen)]
+        return part
 
 
 def plain_table(title: str, *headings: str, space: int = 2) -> Table:
@@ -25,10 +78,12 @@ def plain_table(title: str, *headings: str, space: int = 2) -> Table:
         headings: One a column.
         space: Blanks between two columns.
     """
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    table = WholeTable(
+        title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False
+    )
     table.padding = (0, space, 0, 0)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
     return table
 
 

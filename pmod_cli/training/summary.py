@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from transformers import PretrainedConfig, TrainerState
 
 from pmod_cli.core.atomic import write_json, write_text
+from pmod_cli.core.text import GIB, memory_size
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training import folder
 from pmod_cli.training.cost import run_flops, this_device
@@ -179,7 +180,7 @@ def card(settings: Settings, report: FinetuneReport) -> str:
         ("device hours", f"{summary.device_hours:.3g}"),
         ("tokens a second", f"{summary.tokens_per_second:,.0f}"),
         ("TFLOPs a second", f"{summary.tflops_per_second:.3g}{share}"),
-        ("peak memory", f"{summary.peak_memory_gib:.2f} GiB"),
+        ("peak memory", memory_size(summary.peak_memory_gib * GIB)),
     ]
     parts = [
         f"# {report.path.name}",

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
+from rich.console import Console
 
 from pmod_cli.reporting import cells_of, plain_table, render, report_page, to_csv, to_markdown
 
@@ -55,6 +56,23 @@ def test_markdown_is_read_back():
     assert parsed(shown).texts["td"] == ["plain", "1.5", HOSTILE, "-"]
     assert "script" not in parsed(shown).tags
     assert 'style="text-align:right"' in shown
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 200])
+def test_no_terminal_is_too_narrow_for_a_number(width):
+    made = plain_table("Title of some words", "layer of words", *(f"column {number}" for number in range(6)))
+    numbers = [f"{7 * 10**number:,}" for number in range(6)]
+    made.add_row("one label", *numbers)
+    made.add_row("another", *reversed(numbers))
+    console = Console(file=io.StringIO(), width=width)
+    console.print(made)
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    assert sorted(word for word in shown.split() if word[0] == "7") == sorted(2 * numbers)
+    assert "…" not in shown
+    blocks = shown.count("layer of")  # each has the labels
+    assert shown.count("another") == blocks
+    assert (blocks == 1) == (width == 200)
 
 
 def test_csv_is_read_back():

@@ -82,6 +82,8 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
         output.stdout.width = width
         for line in score_report.notes(results):
             output.print_line(line)
+        if "folder" in results and score_tables.has_methods(results):
+            output.print_line(Path(results["folder"], "pareto.png"))
         if "folder" in results:
             output.print_line(Path(results["folder"], "results.json"))
 

@@ -15,7 +15,7 @@ from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.stored import RESULTS, read_run
 
 KIND = "evaluation"
-WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv")
+WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv", "pareto.png", "report.html")
 
 
 class ResultsFolder:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.atomic import write_json, write_text
-from pmod_cli.evaluation import provenance, questions, score_report, score_tables
+from pmod_cli.evaluation import pareto, provenance, questions, score_report, score_tables
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, changed_answers, one_line, write_traceback
 from pmod_cli.evaluation.benchmarks import Benchmark
@@ -119,6 +119,8 @@ def _evaluate(
             write_text(folder.path / "results.md", score_report.to_markdown(results))
             write_text(folder.path / "results.csv", score_tables.to_csv(results))
             write_json(folder.path / RESULTS, results)
+    if results and score_tables.has_methods(results):
+        pareto.write(results, folder.path)
     return results
 
 

@@ -1,12 +1,14 @@
 """Methods beside p-MoD: on the stock weights, at a budget, and against random dropping."""
 
 import json
+from random import Random
 
 import pytest
+from PIL import Image
 
 from pmod_cli import cli
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation import eval_models
+from pmod_cli.evaluation import eval_models, pareto
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
 from pmod_cli.profiling.methods import cost_of
@@ -69,6 +71,11 @@ def test_a_run_of_methods_and_its_repetition(converted, capsys):
     assert models["fastv@0.8"]["cost"]["selector"] > 0 == models["random@0.8"]["cost"]["selector"]
     scores = results["tasks"][0]["scores"]
     assert {"difference", "low", "high"} == scores["divprune@0.8"]["over_random"].keys()
+    page = (mine.parent / "run" / "report.html").read_text()
+    assert "do not beat random at the same FLOPs:" in page
+    assert "<svg" in page
+    assert "divprune@0.8" in page
+    assert Image.open(mine.parent / "run" / "pareto.png").width > 1000
     answers = {label: (mine.parent / "run" / "answers" / label / "tiny_doc.jsonl").read_text() for label in models}
     assert len(set(answers.values())) == 4, "a method changes answers"
     journals = sorted((mine.parent / "run" / "journal").rglob("*.jsonl"))
@@ -76,3 +83,42 @@ def test_a_run_of_methods_and_its_repetition(converted, capsys):
     assert len(before) == 4
     assert cli.main([*words, "-q"]) == 0
     assert [journal.read_bytes() for journal in journals] == before, "nothing was asked again"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_front_is_what_no_other_point_beats(seed):
+    random = Random(seed)
+    points = [(random.randint(0, 9), random.randint(0, 9)) for _ in range(random.randint(1, 30))]
+
+    def beaten(point):
+        return any(o != point and o[0] <= point[0] and o[1] >= point[1] for o in points)
+
+    assert pareto.front(points) == sorted({point for point in points if not beaten(point)})
+
+
+def test_what_is_drawn_of_a_result():
+    """Methods by their budgets, cheapest first; a mark without filling where the interval reaches zero."""
+
+    def entry(score, low):
+        gain = {"difference": score - 10, "low": low, "high": score} if low is not None else None
+        return {"score": score, "over_random": gain, "generate_seconds": 3.0, "questions": 6}
+
+    models = {"random@0.4": "random", "fastv@0.5": "fastv", "fastv@0.4": "fastv", "stock": None}
+    models = {
+        label: {"method": method, "cost": method and {"flops": float(label[-3:])}} for label, method in models.items()
+    }
+    scores = {"random@0.4": entry(10, None), "fastv@0.5": entry(30, 5.0), "fastv@0.4": entry(12, -3.0)}
+    task = {"title": "tiny doc", "scores": scores | {"stock": entry(50, None)}}
+    found = pareto.curves({"models": models}, task)
+    assert [(point.flops, point.seconds, point.beats_random) for point in found["fastv"]] == [
+        (40.0, 0.5, False),
+        (50.0, 0.5, True),
+    ]
+    assert [point.flops for point in found["stock"]] == [100.0]
+    figure = pareto.figure({"models": models, "tasks": [task]})
+    fillings = [
+        (line.get_xdata()[0], line.get_markerfacecolor()) for line in figure.axes[0].lines if line.get_marker() == "o"
+    ]
+    assert (40.0, "white") in fillings
+    assert (50.0, pareto.COLOURS[0]) in fillings
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["stock", "random", "fastv"]

@@ -1,0 +1,172 @@
+"""Methods at their budgets as a figure: scores against FLOPs and seconds, and against random dropping; and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from pmod_cli.core.atomic import write_text
+from pmod_cli.evaluation import score_report, score_tables
+from pmod_cli.profiling.plots import STYLE, save, to_svg
+from pmod_cli.reporting import plain_table, report_page
+
+PICTURE, PAGE = "pareto.png", "report.html"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#5e3c99")  # Okabe-Ito and two
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+RANDOM, STOCK, FRONT = "#9a9a9a", "#000000", "#4a4a4a"
+APART = 0.5  # percent of the stock FLOPs between two intervals, so that none hides another
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model on one benchmark.
+
+    Attributes:
+        flops: Of the decoder's prefill, percent of the stock model's.
+        seconds: In `generate`, a question; None where no time was taken.
+        score, low, high: With its interval; the bounds are None where there is none.
+        gain: Difference, low and high bound of it, to random dropping at the same FLOPs; None where there is none.
+    """
+
+    flops: float
+    seconds: float | None
+    score: float
+    low: float | None
+    high: float | None
+    gain: tuple[float, float | None, float | None] | None
+
+    @property
+    def beats_random(self) -> bool:
+        """Whether the interval of the difference is above zero; what is not compared is not beaten."""
+        return self.gain is None or (self.gain[1] is not None and self.gain[1] > 0)
+
+
+def curves(results: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """By method, or by label of a model that runs under none: its points on a benchmark, the cheapest first."""
+    found: dict[str, list[Point]] = {}
+    for label, model in results["models"].items():
+        entry = task["scores"].get(label, {})
+        if entry.get("score") is None:
+            continue
+        gain = entry.get("over_random")
+        point = Point(
+            flops=100 * (model.get("cost") or {"flops": 1.0})["flops"],
+            seconds=_seconds(entry),
+            score=entry["score"],
+            low=entry.get("low"),
+            high=entry.get("high"),
+            gain=gain and (gain["difference"], gain["low"], gain["high"]),
+        )
+        found.setdefault(model.get("method") or label, []).append(point)
+    return {name: sorted(points, key=lambda point: point.flops) for name, points in found.items()}
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, score) pairs that no other one beats by costing no more and scoring no less, the cheapest first."""
+    ordered = sorted(set(points), key=lambda point: (point[0], -point[1]))
+    best = accumulate((score for _, score in ordered), max, initial=float("-inf"))
+    return [point for point, before in zip(ordered, best, strict=False) if point[1] > before]
+
+
+def figure(results: Mapping[str, Any]) -> Figure:
+    """A row a benchmark: score over FLOPs, difference to random over FLOPs, and score over seconds where measured.
+
+    A mark without filling does not beat random at the same FLOPs. The stepped line joins what nothing cheaper beats.
+    """
+    shown = [(task, own) for task in results["tasks"] if (own := curves(results, task))]
+    timed = any(point.seconds for _, own in shown for points in own.values() for point in points)
+    names = list(dict.fromkeys(name for _, own in shown for name in own))
+    looks = _looks(names, results)
+    with matplotlib.rc_context(STYLE):
+        drawn = Figure(figsize=(3.4 * (2 + timed) + 0.4, 2.5 * len(shown) + 0.8), layout="constrained")
+        grid = drawn.subplots(len(shown), 2 + timed, squeeze=False)
+        for (task, own), row in zip(shown, grid, strict=True):
+            for axes, cost in zip(row[::2], ("flops", "seconds"), strict=False):
+                _scores(axes, own, looks, cost)
+                axes.set_ylabel(f"{task['title']}, score")
+            _gains(row[1], own, looks)
+            row[1].set_ylabel("score − random")
+        grid[0][1].set_title("filled: beats random at the same FLOPs", fontsize=9)
+        for axes, words in zip(
+            grid[-1], ("FLOPs, % of stock", "FLOPs, % of stock", "seconds a question"), strict=False
+        ):
+            axes.set_xlabel(words)
+        legend = [Line2D([], [], color=look[0], marker=look[1], linestyle=look[2]) for look in looks.values()]
+        drawn.legend(legend, list(looks), loc="outside upper center", ncols=5)
+    return drawn
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes the figure and the page, which has the tables and what the text says of random too."""
+    picture = figure(results)
+    save(picture, folder / PICTURE)
+    listed = score_tables.rows(results)
+    columns, (headings, lines) = score_tables.score_columns(results, listed), score_tables.cost_rows(results)
+    tables = [plain_table("Scores", *columns), plain_table("Cost", *headings)]
+    for table, shown in zip(tables, ([[cell(row) for cell in columns.values()] for row in listed], lines), strict=True):
+        for line in shown:
+            table.add_row(*line)
+    words = "Scores against FLOPs and seconds, and the difference to random dropping at the same FLOPs"
+    lead = ". ".join([*score_report.warnings(results), words])
+    title = f"{next(iter(results['models']))} and methods at equal FLOPs"
+    page = report_page(title, lead, [(words, to_svg(picture))], tables, score_report.notes(results))
+    write_text(folder / PAGE, page)
+
+
+def _seconds(entry: Mapping[str, Any]) -> float | None:
+    return entry["generate_seconds"] / entry["questions"] if entry.get("generate_seconds") else None
+
+
+def _looks(names: Sequence[str], results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line of each curve: black what runs under no method, grey random."""
+    looks, methods = {}, 0
+    for name in sorted(names, key=lambda name: (name not in results["models"], name != "random")):
+        if name in results["models"]:
+            looks[name] = (STOCK, "*d<>"[len(looks) % 4], "")
+        elif name == "random":
+            looks[name] = (RANDOM, "o", "--")
+        else:
+            looks[name] = (COLOURS[methods % len(COLOURS)], MARKERS[methods % len(MARKERS)], "-")
+            methods += 1
+    return looks
+
+
+def _scores(axes: Axes, own: Mapping[str, list[Point]], looks: Mapping[str, Any], cost: str) -> None:
+    """Scores over one of the two costs, and what nothing cheaper beats; budgets are met to a percent."""
+    pairs = []
+    for name, points in own.items():
+        colour, marker, line = looks[name]
+        known = [(getattr(point, cost), point) for point in points if getattr(point, cost) is not None]
+        axes.plot([place for place, _ in known], [point.score for _, point in known], line, color=colour, linewidth=1.0)
+        for place, point in known:
+            _mark(axes, place, point.score, colour, marker, point)
+            pairs.append((round(place) if cost == "flops" else place, point.score))
+    axes.step(*zip(*front(pairs), strict=True), where="post", color=FRONT, linewidth=0.8, linestyle=":", zorder=0)
+
+
+def _gains(axes: Axes, own: Mapping[str, list[Point]], looks: Mapping[str, Any]) -> None:
+    """Differences to random at the same FLOPs with their paired intervals, side by side."""
+    axes.axhline(0, color=RANDOM, linewidth=1, linestyle="--")
+    compared = [name for name, points in own.items() if any(point.gain for point in points)]
+    for number, name in enumerate(compared):
+        colour, marker, _ = looks[name]
+        for point in own[name]:
+            if point.gain is None:
+                continue
+            place, (points_of, low, high) = point.flops + APART * (number - (len(compared) - 1) / 2), point.gain
+            if low is not None and high is not None:
+                axes.plot([place] * 2, [low, high], color=colour, linewidth=1.0)
+            _mark(axes, place, points_of, colour, marker, point)
+
+
+def _mark(axes: Axes, x: float, y: float, colour: str, marker: str, point: Point) -> None:
+    filling = colour if point.beats_random else "white"
+    axes.plot(x, y, marker, color=colour, markerfacecolor=filling, markersize=5)

@@ -11,7 +11,7 @@ import typer
 
 from pmod_cli.commands import common
 from pmod_cli.core import output
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PARTIAL, PmodError
 from pmod_cli.core.text import one_of
 from pmod_cli.model.registry import SELECTIONS
 
@@ -85,7 +85,12 @@ def visualize(
         ),
     ] = None,
     against_question: Annotated[
-        str | None, _compare(metavar="TEXT", help="The same model on another question.")
+        str | None,
+        _compare(
+            metavar="TEXT",
+            help="The same model on another question, with <image> in both: a question behind the image changes "
+            "nothing, all is in common.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -137,7 +142,9 @@ def visualize(
         targets = visualization.folder_targets(items, folder, ending, beside)
     else:
         targets = visualization.one_target(items[0], out, ending, beside)
-    visualization.check_pictures(items)
+    faults = visualization.check_pictures(items)
+    readable = [(item, target) for item, target in zip(items, targets, strict=True) if item.path not in faults]
+    items, targets = [item for item, _ in readable], [target for _, target in readable]
     visualization.check_saved(items, saved_other, settings)
     subject: LoadedModel | None = None
     other: LoadedModel | Path | None = saved_other
@@ -151,6 +158,8 @@ def visualize(
             visualization.check_pair(found, found_other)
             other = visualization.load_checkpoint(found_other, against, **loading)
         subject = visualization.load_checkpoint(found, name, **loading)
+        for line in subject.notes:
+            output.note(f"{subject.name}: {line}")
         if against in SELECTIONS:
             other = replace(subject, name=f"{subject.name}, {against}", selection=against)
         if "untrained" in (subject.router_state, getattr(other, "router_state", None)):
@@ -160,6 +169,8 @@ def visualize(
 
     run = visualization.run(items, settings, targets, subject=subject, against=other, beside=beside)
     _report(run, len(items), folder / STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
+    if faults:
+        raise visualization.summed_up(faults, PARTIAL)
 
 
 def _check_comparison(mode: str, against: str | None, against_question: str | None) -> None:
@@ -182,15 +193,16 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
     from pmod_cli.core.atomic import write_json
 
     described: list[dict[str, Any]] = []
-    numbers, models, warned = [], set(), False
+    numbers, models, warned = [], set(), set()
     with output.progress() as bar:
         task = bar.add_task("drawing", total=total, visible=statistics is not None)
         for drawn in run:
             numbers.append(visualization.image_statistics(drawn.record))
             models.add(drawn.record.model)
-            if drawn.against and not warned and visualization.asked_blindly(drawn.record, drawn.against):
-                output.warn(f"{visualization.BLIND} Put <image> behind the text: --question 'What is red in <image>?'")
-                warned = True
+            for warning in _warnings(drawn):
+                if warning not in warned:
+                    output.warn(warning)
+                    warned.add(warning)
             layers = drawn.layers
             if as_json:
                 described.append(visualization.describe(drawn))
@@ -213,6 +225,23 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
         for line in visualization.summary_lines(summary):
             output.stdout.print(line, markup=False, soft_wrap=True)
         output.stdout.print(f"wrote {total} pictures and {statistics}", markup=False, soft_wrap=True)
+
+
+def _warnings(drawn: Drawn) -> Iterator[str]:
+    """What a reader of the picture should know before it is believed; each is said once."""
+    from pmod_cli import visualization
+    from pmod_cli.checkpoints import toy
+
+    record = drawn.record
+    if drawn.against and visualization.asked_blindly(record, drawn.against):
+        yield f"{visualization.BLIND} Put <image> behind the text: --question 'What is red in <image>?'"
+    if toy.NOTE in record.notes and not toy.is_document(record.image):
+        yield toy.FOREIGN
+    if boxes := visualization.undrawable(record.question, record.answer, record.model):
+        yield (
+            f"no installed font has {boxes[:20]}: pictures show boxes in their place. Install a font that has them, "
+            "such as Noto Sans CJK; pages of --html take the fonts of the browser"
+        )
 
 
 def _render(drawn: Drawn) -> None:

@@ -14,8 +14,17 @@ from pmod_cli.visualization.ask import (
     select,
 )
 from pmod_cli.visualization.figure import BLIND, MODES, PARTS, asked_blindly, draw
+from pmod_cli.visualization.fonts import undrawable
 from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
-from pmod_cli.visualization.inputs import Item, check_pictures, find_items, folder_targets, one_target, short_name
+from pmod_cli.visualization.inputs import (
+    Item,
+    check_pictures,
+    find_items,
+    folder_targets,
+    one_target,
+    short_name,
+    summed_up,
+)
 from pmod_cli.visualization.job import Drawn, DrawSettings, check_saved, describe, layer_table, run, summary_lines
 from pmod_cli.visualization.page import check_format, save
 from pmod_cli.visualization.selection_page import html_page, save_html

@@ -38,6 +38,7 @@ class LoadedModel:
         name: what pictures call it.
         router_state: "stock" for a model whose attention is read, instead of a router's choice.
         selection: what chooses its tokens; None is the checkpoint's own.
+        notes: what a caption says of the model.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LoadedModel:
     processor: ProcessorMixin
     router_state: str
     selection: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str) -> None:
@@ -78,13 +80,14 @@ def check_pair(first: Resolved, second: Resolved) -> None:
 
 def load_checkpoint(found: Resolved, name: str, *, dtype: str, device: str) -> LoadedModel:
     """Load a checkpoint; a stock one with eager attention, the only kind that gives its maps away."""
-    from pmod_cli.checkpoints import load_model, router_state
+    from pmod_cli.checkpoints import load_model, router_state, toy
 
     state = router_state(found.path)
     attention = "eager" if state == "stock" else "sdpa"
     model, processor = load_model(found.path, dtype=dtype, device=device, attn_implementation=attention)
     shown = found.path.resolve().name if found.origin == "folder" else name
-    return LoadedModel(printable(shown), model, processor, state)
+    notes = (toy.NOTE,) if toy.is_toy(model.config) else ()
+    return LoadedModel(printable(shown), model, processor, state, notes=notes)
 
 
 def _config(path: Path) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.geometry import Layout, Part
 from pmod_cli.visualization.charts import schedule_chart
 from pmod_cli.visualization.image_selection import ImageSelection
-from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, prepare
+from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, hides, prepare
 from pmod_cli.visualization.page import ALERT, INK, QUIET
 from pmod_cli.visualization.sheet import REGION, ColourBar, Notes, Sheet
 from pmod_cli.visualization.statistics import in_common
@@ -217,7 +217,10 @@ def _legend(record: ImageSelection, groups: list[list[Part]], mode: str, answer_
     kept, skipped = (f"#{bytes(colour).hex()}" for colour in (KEPT, SKIPPED))
     legend: list[tuple[dict, str]] = []
     if mode == "weights":
-        legend.append(({"facecolor": "white", "edgecolor": kept}, "patch kept by the layer"))
+        merged = " in the whole image or in the tiles" if len(groups[0]) > 1 else ""
+        hatch = {"facecolor": "#123570", "edgecolor": "white", "hatch": "////////", "linewidth": 0}
+        legend.append(({"facecolor": "white", "edgecolor": kept}, f"framed: patch kept by the layer{merged}"))
+        legend.append((hatch, "hatched: patch skipped"))
     elif mode != "depth":
         legend.append(({"facecolor": "white", "edgecolor": kept}, "patch kept by the layer"))
         legend.append(({"facecolor": skipped, "edgecolor": skipped}, "patch skipped"))
@@ -229,12 +232,12 @@ def _legend(record: ImageSelection, groups: list[list[Part]], mode: str, answer_
         legend.append(coloured if mode in ("weights", "depth") else in_strip)
     if record.regions:
         legend.append(({"edgecolor": REGION, "linestyle": (0, (2, 1))}, "box given with the picture"))
-    layout, seen = record.layout, record.layout.boxes()
+    layout = record.layout
     if canvas(layout) != (0, 0, layout.width, layout.height):
         legend.append(({"facecolor": "white", "edgecolor": INK}, "outside the dark frame: padding"))
-    unseen = *np.nanmin(seen[:, :2], axis=0), *(layout.width, layout.height) - np.nanmax(seen[:, 2:], axis=0)
-    if max(unseen) >= 1:
-        legend.append(({"facecolor": "white", "edgecolor": skipped, "hatch": "//////"}, "cut off, never seen"))
+    if any(hides(layout, group) for group in groups):
+        style = {"facecolor": "white", "edgecolor": skipped, "hatch": "//////"}
+        legend.append((style, "grey stripes: cut off, never seen by the model"))
     return legend
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.core import json_text
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import BAD_INPUT, PmodError
 from pmod_cli.core.folders import check_writable
 from pmod_cli.core.images import load_image, pictures_in
 from pmod_cli.data.conversation import BadRow, inside
@@ -58,23 +58,35 @@ def find_items(paths: Sequence[Path], image_folder: Path | None = None) -> list[
     return list(_named_apart(items))
 
 
-def check_pictures(items: Iterable[Item]) -> None:
+def check_pictures(items: Sequence[Item]) -> dict[Path, PmodError]:
     """Decode every image once, before anything is started.
 
+    Returns:
+        The errors of those that cannot be read, by path.
+
     Raises:
-        PmodError: naming up to ten of those that cannot be read.
+        PmodError: None can be read.
     """
-    faults = []
+    faults = {}
     for path in dict.fromkeys(item.path for item in items if not item.is_saved):
         try:
             load_image(path)
         except PmodError as error:
-            faults.append(error)
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        told = "; ".join(fault.what for fault in faults[:10])
-        raise PmodError(f"{len(faults)} pictures cannot be read: {told}", hint="remove them, or name the others")
+            faults[path] = error
+    if faults and all(item.path in faults for item in items):
+        raise summed_up(faults, BAD_INPUT)
+    return faults
+
+
+def summed_up(faults: dict[Path, PmodError], code: int) -> PmodError:
+    """One error for all pictures that cannot be read; up to ten are named."""
+    first, *others = faults.values()
+    if not others:
+        return PmodError(first.what, hint=first.hint, code=code)
+    told = "; ".join(fault.what for fault in [first, *others][:10])
+    return PmodError(
+        f"{len(faults)} pictures cannot be read: {told}", hint="remove them, or name the others", code=code
+    )
 
 
 def short_name(name: str) -> str:

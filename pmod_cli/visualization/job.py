@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,7 @@ def _ask(
     return select(
         model.model,
         model.processor,
-        picture,
+        replace(picture, notes=(*picture.notes, *model.notes)),
         question,
         max_new_tokens=settings.max_new_tokens,
         name=model.name,

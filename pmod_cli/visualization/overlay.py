@@ -15,6 +15,8 @@ SKIPPED = np.array([205, 205, 205], dtype=np.uint8)
 GHOST = 0.22  # how much of a skipped patch shines through
 INK = 0.3  # how much of the image shines through a heat map
 OUTLINE_PX = 2  # at most a quarter of a cell, else the outlines of small patches cover them
+INNER_LINE_FROM = 5  # pixels of a patch
+HATCH_PX, HATCH_LINE_PX = 7, 2  # from line to line over patches that are skipped, and the width of one
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Panel:
         cells: int64 (P, height, width), for each of P parts the index into the V vision tokens; -1 where none looks.
         newline: int64 (height,), the token that ends each drawn line's row; empty where the part has none.
         outline_px: width of the line around kept patches.
+        has_inner_line: whether they are large enough for a second line.
     """
 
     clear: np.ndarray
@@ -33,6 +36,7 @@ class Panel:
     cells: np.ndarray
     newline: np.ndarray
     outline_px: int
+    has_inner_line: bool
 
     def draw_kept(self, kept: np.ndarray) -> np.ndarray:
         """uint8 (height, width, 3): kept tokens, bool (V,), clear and framed; of two parts, half clear for one."""
@@ -43,14 +47,25 @@ class Panel:
         return self._outlined(drawn, share > 0)
 
     def draw_heat(self, colours: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray:
-        """uint8 (height, width, 3): each token's colour, uint8 (V, 3), over a trace of the image; kept ones framed."""
+        """uint8 (height, width, 3): each token's colour, uint8 (V, 3), over a trace of the image.
+
+        Args:
+            kept: bool (V,). Kept patches are framed and all others hatched, so that the sides of a frame differ.
+        """
         seen = self.cells >= 0  # (P, height, width)
         heat = (colours[self.cells].astype(np.float32) * seen[..., None]).sum(0) / seen.sum(0).clip(1)[..., None]
         ink = self.clear.mean(-1, dtype=np.float32, keepdims=True) / 255
         drawn = (heat * (1 - INK + INK * ink)).round().astype(np.uint8)  # light paper leaves the colour as it is
         nowhere = ~seen.any(0)
         drawn[nowhere] = self.greyed[nowhere]
-        return drawn if kept is None else self._outlined(drawn, self._over_parts(kept) > 0)
+        if kept is None:
+            return drawn
+        shown = self._over_parts(kept) > 0
+        y, x = np.ogrid[: shown.shape[0], : shown.shape[1]]
+        hatched = ((x + y) % HATCH_PX < HATCH_LINE_PX) & ~shown & ~nowhere
+        lines = np.where(drawn[hatched].mean(-1, keepdims=True) < 128, 255, 0)
+        drawn[hatched] = _blend(lines, drawn[hatched], 0.6)
+        return self._outlined(drawn, shown)
 
     def draw_strip(self, colours: np.ndarray) -> np.ndarray:
         """uint8 (height, 1, 3): the strip of `image_newline` tokens at the rows' ends, in their colours, (V, 3)."""
@@ -66,6 +81,10 @@ class Panel:
         return (values[self.cells] * seen).sum(0, dtype=np.float32) / seen.sum(0, dtype=np.float32).clip(1)
 
     def _outlined(self, drawn: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """Draw the frame outside kept patches, and a white line inside it: one of both is seen on every picture."""
+        if self.has_inner_line:
+            seen = (self.cells >= 0).any(0)
+            drawn[_grow(~shown & seen, 1) & shown] = 255
         drawn[_grow(shown, self.outline_px) & ~shown] = KEPT
         return drawn
 
@@ -78,6 +97,19 @@ def canvas(layout: Layout) -> tuple[float, float, float, float]:
         x0, y0 = np.minimum((x0, y0), boxes[:, :2].min(axis=0))
         x1, y1 = np.maximum((x1, y1), boxes[:, 2:].max(axis=0))
     return float(x0), float(y0), float(x1), float(y1)
+
+
+def hides(layout: Layout, parts: Sequence[Part]) -> bool:
+    """Whether a panel of these parts shows a strip of the picture that none of their tokens looks at."""
+    x0, y0, x1, y1 = canvas(layout)
+    for (low, high), spans in (
+        ((x0, x1), [part.column_spans for part in parts]),
+        ((y0, y1), [part.row_spans for part in parts]),
+    ):
+        least = (high - low) / 1000  # less than a drawn pixel
+        if min(span.min() for span in spans) - low > least or high - max(span.max() for span in spans) > least:
+            return True
+    return False
 
 
 def prepare(image: Image.Image, layout: Layout, parts: Sequence[Part], width: int, height: int) -> Panel:
@@ -109,7 +141,8 @@ def prepare(image: Image.Image, layout: Layout, parts: Sequence[Part], width: in
     cells = np.stack(cells)
     nowhere = (cells < 0).all(0)
     greyed[nowhere] = _stripes(height, width)[nowhere]
-    return Panel(clear, greyed, cells, newline, max(1, min(OUTLINE_PX, int(smallest / 4))))
+    outline_px = max(1, min(OUTLINE_PX, int(smallest / 4)))
+    return Panel(clear, greyed, cells, newline, outline_px, has_inner_line=smallest >= INNER_LINE_FROM)
 
 
 def _blend(front: np.ndarray, back: np.ndarray, share: np.ndarray | float) -> np.ndarray:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
+from pmod_cli.visualization.fonts import families
 
 FORMATS = ("png", "svg")
 MARGIN = 0.08  # inches
@@ -55,7 +56,8 @@ class Page:
     def text(self, x: float, y: float, words: str, colour: str = INK, size: float = TEXT_PT, **style: Any) -> None:
         """One line; (x, y) is its top left corner, unless the style aligns it otherwise."""
         # parse_math: an answer of "$5 and $6" is no formula
-        drawn: dict[str, Any] = {"color": colour, "fontsize": size, "va": "top", "parse_math": False} | style
+        drawn: dict[str, Any] = {"color": colour, "fontsize": size, "va": "top", "parse_math": False}
+        drawn |= {"fontfamily": families(words)} | style
         self.figure.text(x, y, words, transform=self._inches, **drawn)
 
     def picture(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
@@ -122,7 +124,8 @@ def measure(line: str, size: float = TEXT_PT) -> float:
     """Width in inches of a line of text."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        points, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=size), ismath=False)
+        font = FontProperties(family=families(line), size=size)
+        points, _, _ = text_to_path.get_text_width_height_descent(line, font, ismath=False)
     return points / 72
 
 
@@ -141,7 +144,7 @@ def encode(figure: Figure, kind: str) -> bytes:
     # Hinting fits letters to the pixels of a screen; at the resolution of print it only takes time. With the salt and
     # without a date, the same figure gives the same SVG.
     with warnings.catch_warnings(), rc_context({"text.hinting": "no_hinting", "svg.hashsalt": "pmod"}):
-        # Letters that the font lacks are drawn as boxes; a line of log for each of them helps nobody.
+        # Letters that no font has are drawn as boxes, and the command says so once; matplotlib would for each.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         if kind == "svg":
             figure.savefig(buffer, format="svg", metadata={"Date": None})

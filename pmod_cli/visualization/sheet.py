@@ -19,6 +19,8 @@ PANEL_MAX = 2.2  # inches
 PAGE_MIN = 2.6  # inches; the caption needs some width
 GAP = 0.1
 ROW_LABEL, ROW_MIN = 0.2, 0.7  # inches; a row of panels is at least as high as its label is long
+COUNT = "8888 of 8888"  # as wide as what stands below a panel
+SWATCH = 0.16  # of the legend, with the gap to its words
 STRIP, STRIP_GAP = 0.05, 0.025  # the newline tokens beside the tiles
 REGION = "#0072b2"  # blue of the Okabe-Ito palette
 
@@ -87,15 +89,22 @@ class Sheet:
         )
         self._pitch = max(self._width + (STRIP + STRIP_GAP) * strip, words) + GAP
         self._columns = min(len(headings), MAX_COLUMNS)
-        self._left = MARGIN + (ROW_LABEL if any(rows) else 0)
+        # Beside a row of flat panels there is no room for an upright label: it stands below, before the counts.
+        below = any(rows) and self._height < ROW_MIN <= self._pitch
+        below = below and max(measure(f"{row}: {COUNT}", SMALL_PT) for row in rows) < self._pitch
+        self._label_below = below
+        self._left = MARGIN + (ROW_LABEL if any(rows) and not below else 0)
         self._inset = max(0.0, (words - self._width) / 2)  # a narrow panel stands under the middle of its heading
         self._head = (max(map(len, headings)) + 0.3) * LINE
         self._under = LINE if any(rows) else 0
-        self._row = max(self._height, ROW_MIN if any(rows) else 0) + self._under + GAP / 2
+        self._row = max(self._height, ROW_MIN if any(rows) and not below else 0) + self._under + GAP / 2
         self._block = self._head + len(rows) * self._row + GAP
         blocks = -(-len(headings) // self._columns)
 
-        width = max(self._left + self._columns * self._pitch - GAP + MARGIN, PAGE_MIN)
+        legend = max((measure(words, SMALL_PT) for _, words in notes.legend), default=0.0)
+        width = max(
+            self._left + self._columns * self._pitch - GAP + MARGIN, PAGE_MIN, legend + SWATCH + 2 * MARGIN + 0.02
+        )
         caption = [line for text, colour in notes.caption for line in wrap(text, width - 2 * MARGIN, colour)]
         lines = len(notes.legend) + len(caption) + 0.5 + (2.3 if notes.bar else 0)
         dpi = DPI if blocks == 1 else SHEET_DPI
@@ -128,7 +137,9 @@ class Sheet:
         """
         x, y = self._corner(column)
         y += self._head + row * self._row
-        if self._rows[row] and column % self._columns == 0:
+        if self._label_below:
+            under = f"{self._rows[row]}: {under}" if under else self._rows[row]
+        elif self._rows[row] and column % self._columns == 0:
             style = {"rotation": 90, "ha": "right", "va": "center"}
             self.page.text(self._left - 0.06, y + self._height / 2, self._rows[row], QUIET, SMALL_PT, **style)
         self.page.picture(pixels, x, y, self._width, self._height)
@@ -168,7 +179,7 @@ class Sheet:
             top += 2.3 * LINE
         for style, words in notes.legend:
             self.page.frame(MARGIN, top + 0.015, 0.09, 0.09, **{"linewidth": 0.8} | style)
-            self.page.text(MARGIN + 0.16, top + LINE / 2, words, QUIET, SMALL_PT, va="center_baseline")
+            self.page.text(MARGIN + SWATCH, top + LINE / 2, words, QUIET, SMALL_PT, va="center_baseline")
             top += LINE
         top += LINE / 2
         for words, colour in caption:

@@ -8,9 +8,13 @@ import pytest
 from PIL import Image
 
 from pmod_cli import checkpoints, cli
+from pmod_cli.checkpoints import toy
+from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
+from tests.conftest import ROOT
 
 SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.15))
+SETTINGS_OF_32 = PmodSettings()
 
 
 def call(*arguments: object) -> int:
@@ -117,6 +121,57 @@ def test_bad_input_is_a_sentence(ready, stock_model, capsys, arguments, what, hi
     assert what in message
     assert hint in message
     assert names(ready) == before
+
+
+def test_one_broken_picture_leaves_the_others(ready, capsys):
+    (ready / "broken.png").write_text("no picture")
+    options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0, "--layers", 3)
+    assert call("visualize", "img.png", "broken.png", *options, "-o", "drawn") == 3
+    written = capsys.readouterr()
+    assert names(ready / "drawn") == ["img-pmod.png", "statistics.json"]
+    assert written.out.splitlines()[-1] == "wrote 1 pictures and drawn/statistics.json"
+    assert "error: broken.png is not an image" in " ".join(written.err.split())
+    assert call("visualize", "img.png", "broken.png", *options, "-o", "drawn", "--json") == 3
+    written = capsys.readouterr()
+    assert [Path(image["image"]).name for image in json.loads(written.out)["images"]] == ["img.png"]
+    assert call("visualize", "broken.png", *options) == 2
+
+
+def test_the_bundled_model_says_what_it_reads(workdir, capsys):
+    """Its own documents are read in silence, but for one line and the caption; other pictures give one warning."""
+    checkpoints.convert(checkpoints.resolve("tiny-llava-next").path, workdir / "toy", SETTINGS_OF_32)
+    options = ("--model", "toy", "--device", "cpu", "--max-new-tokens", 0, "--layers", 3, "-o", "drawn")
+    assert call("visualize", ROOT / "samples", *options) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "toy: a toy model, which reads its own synthetic documents and nothing else" in err
+    assert "means nothing; samples/" not in err
+    for name in ("a.png", "b.png"):
+        Image.effect_noise((96, 64), 90).convert("RGB").save(name)
+    assert call("visualize", "a.png", "b.png", *options, "--json") == 0
+    written = capsys.readouterr()
+    assert " ".join(written.err.split()).count("means nothing; samples/") == 1
+    assert all("a toy model" in image["notes"][-1] for image in json.loads(written.out)["images"])
+
+
+def test_samples_are_documents_of_unseen_seeds():
+    rows = json.loads((ROOT / "samples" / "rows.json").read_text())
+    assert {row["image"] for row in rows} == {path.name for path in (ROOT / "samples").glob("*.png")}
+    for row, task in zip(rows, ("doc", "chart", "attribute", "dearer"), strict=True):
+        document = draw(task, seed_of("test", 0))
+        with Image.open(ROOT / "samples" / row["image"]) as picture:
+            assert picture.convert("RGB").tobytes() == document.image.tobytes()
+            assert toy.is_document(picture)
+        question, answer = (turn["value"] for turn in row["conversations"])
+        assert (question, answer, row["boxes"][0]) in [
+            (turn.question, turn.answer, list(turn.region or ())) for turn in document.turns
+        ]
+
+
+def test_letters_without_a_font_are_told_once(ready, capsys):
+    options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0, "--layers", 3, "-o", "drawn")
+    Image.new("RGB", (64, 64)).save(ready / "b.png")
+    assert call("visualize", "img.png", "b.png", "--question", "what is \U000e0fff?", *options) == 0
+    assert " ".join(capsys.readouterr().err.split()).count("no installed font has \U000e0fff") == 1
 
 
 def test_names_of_any_bytes_and_length(ready, capfd):

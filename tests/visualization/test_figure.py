@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.figure import MODES, draw
+from pmod_cli.visualization.fonts import families, undrawable
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, prepare
 from pmod_cli.visualization.page import Page, save
 from tests.visualization.records import anyres_record, cropped_record, padded_record
@@ -50,6 +52,34 @@ def test_cut_off_and_padded_regions():
     clear = panel.draw_kept(np.ones(144, dtype=bool))
     assert clear[20, 100].tolist() == [255, 255, 255]
     assert clear[126, 100].tolist() == BLUE
+
+
+@pytest.mark.parametrize("parts", [[0], [1], [0, 1]])
+def test_weights_tell_kept_from_skipped_on_both_sides_of_a_frame(parts):
+    """Every patch has one weight here: without the marks, a frame would stand between equal colours."""
+    record = anyres_record(84, 168)
+    base, tiles = record.layout.parts
+    kept = np.zeros(record.layout.size, dtype=bool)
+    kept[base.tokens[:, :6]] = kept[tiles.tokens[:, : tiles.tokens.shape[1] // 2]] = True
+    panel = prepare(record.image, record.layout, [(base, tiles)[part] for part in parts], 336, 168)
+    drawn = panel.draw_heat(np.full((record.layout.size, 3), 120, dtype=np.uint8), kept)
+    colours = [{tuple(colour) for colour in half.reshape(-1, 3)} for half in (drawn[:, 8:160], drawn[:, 176:])]
+    assert len(colours[0]) == 1  # plain
+    assert len(colours[1]) == 2  # hatched
+    share = (drawn[8:160, 176:328] != drawn[20, 80]).any(-1).mean()
+    assert 0.15 < share < 0.5
+
+
+@pytest.mark.parametrize("colour", [tuple(KEPT.tolist()), (255, 0, 0), (255, 255, 255), (0, 0, 0), (205, 205, 205)])
+def test_a_frame_is_seen_on_a_picture_of_any_colour(colour):
+    """Beside the border there is a line that differs from the picture by a third of the scale in some channel."""
+    record = anyres_record(84, 168, image=Image.new("RGB", (168, 84), colour))
+    base = record.layout.parts[0]
+    kept = np.zeros(record.layout.size, dtype=bool)
+    kept[base.tokens[:, :6]] = True
+    drawn = prepare(record.image, record.layout, [base], 336, 168).draw_kept(kept)
+    line = drawn[84, 160:176].astype(int)
+    assert abs(line - colour).max(axis=1).max() >= 85
 
 
 RECORDS = {
@@ -141,6 +171,44 @@ def test_heat_shows_each_tokens_colour():
         for token in part.tokens.ravel():
             x0, y0, x1, y1 = 2 * record.layout.boxes()[token]
             assert drawn[int((y0 + y1) / 2), int((x0 + x1) / 2)].tolist() == colours[token].tolist()  # no ink on white
+
+
+def words_of(figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+@pytest.mark.parametrize("mode", ["kept", "weights", "depth", "compare", "grid"])
+@pytest.mark.parametrize("name", ["cropped", "tall", "square", "padded"])
+def test_stripes_have_a_legend_where_a_panel_has_them(name, mode):
+    record = RECORDS.get(name) or anyres_record(100, 37)  # its tiles miss a strip, the whole image does not
+    striped = False
+    for part in record.layout.parts:
+        striped |= bool((prepare(record.image, record.layout, [part], 300, 300).cells < 0).all(0).any())
+    assert striped == (name in ("cropped", "tall"))
+    words = words_of(draw(record, [3], mode, against=record if mode == "compare" else None))
+    assert ("grey stripes: cut off, never seen by the model" in words) == striped
+
+
+def test_a_banner_has_no_empty_rows():
+    """The labels of flat panels stand below them, and the rows are as high as their panels."""
+    figure = draw(anyres_record(12, 250), [2, 3])
+    assert any(text.startswith("whole image: ") for text in words_of(figure))
+    (boxes,) = (artist.boxes for artist in figure.artists if hasattr(artist, "boxes"))
+    tops = sorted({(top, bottom) for _, top, _, bottom in boxes})
+    gap = (tops[1][0] - tops[0][1]) / figure.dpi
+    assert gap < 0.3  # inches: a line of text
+
+
+def test_letters_that_the_usual_font_lacks_come_from_another():
+    circled = "Ⓐ"  # of matplotlib's own STIX, and not of its DejaVu Sans
+    assert families("plain") == ("sans-serif",)
+    assert families(f"a {circled}")[0] == "sans-serif"
+    assert len(families(f"a {circled}")) == 2
+    assert undrawable(circled, "plain ü", None) == ""
+    assert undrawable("x\U000e0fff\U000e0fffy") == "\U000e0fff"  # no font has it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, of a letter that is a box
+        draw(anyres_record(84, 84, question=circled), [3]).canvas.draw()
 
 
 def test_depth_and_weights_name_their_ends():

@@ -93,9 +93,11 @@ def test_every_bad_picture_is_named_at_once(tmp_path):
     picture(tmp_path / "good.png")
     for name in ("bad.png", "worse.png"):
         (tmp_path / name).write_text("no picture")
+    bad = [tmp_path / "bad.png", tmp_path / "worse.png"]
+    assert list(check_pictures(find_items([tmp_path]))) == bad
     with pytest.raises(PmodError, match=r"2 pictures cannot be read: .*bad\.png.*worse\.png"):
-        check_pictures(find_items([tmp_path]))
-    check_pictures(find_items([tmp_path / "good.png"]))
+        check_pictures(find_items(bad))
+    assert check_pictures(find_items([tmp_path / "good.png"])) == {}
 
 
 def test_long_names_leave_room_for_an_ending(tmp_path):

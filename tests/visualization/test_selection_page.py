@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli.visualization.selection_page import html_page, save_html
-from tests.visualization.records import anyres_record, padded_record, record_of
+from tests.visualization.records import anyres_record, cropped_record, padded_record, record_of
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -148,9 +148,71 @@ def test_slider_hover_texts_and_screenshot(open_page, tmp_path):
         pixel = page.evaluate(
             """([across, down]) => { const c = document.querySelector("canvas[data-part=base]");
             return [...c.getContext("2d").getImageData(across * c.width, down * c.height, 1, 1).data]; }""",
-            [(column + 0.5) / 12, (row + 0.5) / 12],
+            [(column + 0.5) / 12 / 1.045, (row + 0.5) / 12],  # the strip at the right is 0.045 as wide
         )
         assert (pixel[:3] == [0, 0, 255]) == record.kept[3, token], (row, column, pixel)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2400, 120), (2000, 480), (120, 2400), (7, 9), (480, 640)])
+def test_panels_stand_in_line_and_no_caption_lies_over_another(open_page, height, width):
+    page = open_page(anyres_record(height, width))
+    page.set_viewport_size({"width": 1100, "height": 800})
+    canvases = [part.bounding_box() for part in page.locator("canvas[data-part]").all()]
+    captions = [caption.bounding_box() for caption in page.locator("figcaption span").all()]
+    assert len(canvases) == 2
+    beside = canvases[0]["x"] != canvases[1]["x"]
+    assert canvases[0]["y"] == canvases[1]["y"] if beside else canvases[0]["x"] == canvases[1]["x"]
+    for key in ("width", "height"):
+        assert abs(canvases[0][key] - canvases[1][key]) <= 1
+    apart = width / height if width / height < 3 else 0  # the strip beside a banner is a larger share
+    if apart:
+        assert abs(canvases[0]["width"] / canvases[0]["height"] / apart / 1.045 - 1) < 0.1
+    boxes = canvases + captions
+    for place, one in enumerate(boxes):
+        for other in boxes[place + 1 :]:
+            across = min(one["x"] + one["width"], other["x"] + other["width"]) - max(one["x"], other["x"])
+            down = min(one["y"] + one["height"], other["y"] + other["height"]) - max(one["y"], other["y"])
+            assert across <= 0.5 or down <= 0.5, (one, other)
+
+
+def colours_at(page, part: str, x: slice, y: slice) -> set[tuple[int, ...]]:
+    """The colours that a panel has between these percents of its picture."""
+    pixels = page.evaluate(
+        """([part, x0, x1, y0, y1]) => { const c = document.querySelector(`canvas[data-part=${part}]`);
+        const at = (share, size) => Math.round(share / 100 * size);
+        return [...c.getContext("2d").getImageData(at(x0, c.width), at(y0, c.height), at(x1 - x0, c.width),
+          at(y1 - y0, c.height)).data]; }""",
+        [part, x.start, x.stop, y.start, y.stop],
+    )
+    return {tuple(colour) for colour in np.reshape(pixels, (-1, 4))[:, :3].tolist()}
+
+
+def test_what_the_model_never_saw_is_striped(open_page):
+    record = cropped_record(84, 252)  # the middle third is seen
+    page = open_page(record)
+    for show in ("kept", "weights", "depth"):
+        page.select_option("#show", show)
+        assert "Striped: cut off" in page.inner_text("#scale")
+        for ends in (slice(2, 30), slice(70, 98)):
+            found = colours_at(page, "image", ends, slice(5, 95))
+            assert (0, 0, 255) not in found
+            assert max(max(colour) - min(colour) for colour in found) < 8  # white and grey
+    page = open_page(anyres_record(84, 84))
+    assert "Striped" not in page.inner_text("#scale")
+
+
+def test_weights_hatch_what_is_skipped(open_page):
+    record = anyres_record(84, 168)
+    base = record.layout.parts[0]
+    kept = np.zeros(record.layout.size, dtype=bool)
+    kept[base.tokens[:, :6]] = True
+    flat = np.ones((4, record.layout.size), dtype=np.float32)
+    page = open_page(replace(record, kept=np.where(record.routed[:, None], kept, True), weight=flat))
+    page.select_option("#show", "weights")
+    assert "Framed: kept. Hatched: skipped." in page.inner_text("#scale")
+    left, right = (colours_at(page, "base", half, slice(5, 95)) for half in (slice(5, 40), slice(55, 90)))
+    assert len(left) == 1
+    assert len(right) > 5
 
 
 def test_keyboard_and_themes(open_page):

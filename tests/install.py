@@ -3,9 +3,10 @@
     python tests/install.py            # the lock, pmod itself, and what torch lacks
     python tests/install.py lock       # writes requirements.lock anew from what is installed
 
-Everything but torch has to match a digest in the lock. torch comes in several builds of one version (with CUDA,
-without, from pytorch.org's own index), whose digests no single index lists, so only its version is held. A build with
-CUDA needs libraries that are packages of their own: they are installed only where `import torch` asks for them.
+Everything but torch and torchvision has to match a digest in the lock. They come in several builds of one version (with
+CUDA, without, from pytorch.org's own index), whose digests no single index lists, so only their versions are held. A
+build with CUDA needs libraries that are packages of their own: they are installed only where `import torch` asks for
+them. The operators of torchvision are compiled for one build of torch: beside another it is made to do without.
 """
 
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import urllib.request
 from importlib.metadata import distributions, requires
@@ -26,15 +28,21 @@ PIP = [sys.executable, "-m", "pip"]
 
 def install() -> None:
     lock = LOCK.read_text(encoding="utf-8")
-    torch = re.search(r"^torch==\S+", lock, re.MULTILINE)[0]
+    builds = re.findall(r"^torch(?:vision)?==\S+", lock, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         hashed = Path(folder) / LOCK.name
-        hashed.write_text(lock.replace(torch, ""), encoding="utf-8")
+        hashed.write_text(re.sub(r"^torch(?:vision)?==\S+", "", lock, flags=re.MULTILINE), encoding="utf-8")
         _pip("install", "--quiet", "--no-deps", "--require-hashes", "--requirement", str(hashed))
-    _pip("install", "--quiet", "--no-deps", *(["--index-url", INDEX] if INDEX else []), torch)
+    _pip("install", "--quiet", "--no-deps", *(["--index-url", INDEX] if INDEX else []), *builds)
     _pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
-    if (error := _import_error("torch")) is None:
-        return
+    if (error := _import_error("torch")) is not None:
+        _complete_torch(error)
+    if (error := _import_error("torchvision")) is not None:
+        _spare_operators(error)
+
+
+def _complete_torch(error: str) -> None:
+    """Installs the libraries that a build of torch with CUDA needs."""
     missing = _missing("torch")
     if not missing:
         sys.exit(f"torch does not run on this machine: {error}")
@@ -49,6 +57,27 @@ def install() -> None:
     _pip("install", "--quiet", *missing)
     if (error := _import_error("torch")) is not None:
         sys.exit(f"torch still does not run on this machine: {error}")
+
+
+UNCOMPILED = """
+
+# Written by pmod's `make setup`: this build's operators are compiled for another build of torch. Declared, they let the
+# package be imported; its transforms, which are all that image and video processors use, are plain Python.
+if not _has_ops():
+    _declared = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _declared.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def _spare_operators(error: str) -> None:
+    """Lets torchvision be imported beside a torch that its compiled operators do not fit."""
+    file = Path(sysconfig.get_path("purelib"), "torchvision", "extension.py")
+    if "operator torchvision::" in error and file.is_file() and UNCOMPILED not in file.read_text(encoding="utf-8"):
+        file.write_text(file.read_text(encoding="utf-8") + UNCOMPILED, encoding="utf-8")
+        error = _import_error("torchvision")
+    if error is not None:
+        sys.exit(f"torchvision does not run on this machine: {error}")
 
 
 def _pip(*arguments: str) -> None:
@@ -110,7 +139,7 @@ def lock() -> None:
         hashed = subprocess.run(command, input="\n".join(pins), capture_output=True, text=True)
     if hashed.returncode:
         sys.exit(f"uv could not write the lock: {hashed.stderr}")
-    pinned = re.sub(r"^(torch==\S+)(?: \\\n +--hash=\S+)+", r"\1", hashed.stdout, flags=re.MULTILINE)
+    pinned = re.sub(r"^(torch(?:vision)?==\S+)(?: \\\n +--hash=\S+)+", r"\1", hashed.stdout, flags=re.MULTILINE)
     new = LOCK.with_suffix(".lock.new")
     new.write_text("".join(re.findall(r"^#.*\n", old, re.MULTILINE)) + pinned, encoding="utf-8")
     new.replace(LOCK)

@@ -14,7 +14,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import BadRow
 from pmod_cli.data.dataset import RowEncoder
-from pmod_cli.data.templates import IGNORED
+from pmod_cli.data.rendered import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pmod_cli.calibration.asked import Batch
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.templates import IGNORED
+from pmod_cli.data.rendered import IGNORED
 from pmod_cli.families import family_of
 from pmod_cli.model import PmodSettings, Routing
 

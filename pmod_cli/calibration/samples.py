@@ -13,8 +13,9 @@ from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import pictures_in
-from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn, open_image
+from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn
 from pmod_cli.data.documents import DRAWN, TASKS, draw, seed_of
+from pmod_cli.data.pictures import open_image
 from pmod_cli.data.sources import open_source
 
 TINY = "tiny"

@@ -98,15 +98,20 @@ def load_processor(path: Path) -> ProcessorMixin:
         PmodError: one of its files is missing or damaged, or it makes other pictures than the vision tower takes.
     """
     refuse_bytes(path)
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        if not type(getattr(processor, "image_processor", None)).__name__.endswith(("Pil", "NoneType")):
+            # Pillow's, so that what a picture becomes does not depend on whether torchvision is installed.
+            processor.image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
     except Exception as error:  # on a damaged file tokenizers raises a plain Exception, transformers nearly anything
         raise PmodError(
             f"the tokenizer or the image processor in {path} cannot be loaded: {type(error).__name__}: "
             f"{first_line(error):.300}",
-            hint="fetch or convert the checkpoint again",
+            hint="this family's processor needs it, also for still images: pip install torchvision"
+            if isinstance(error, ImportError) and "torchvision" in str(error).lower()
+            else "fetch or convert the checkpoint again",
         ) from error
     check_processor(processor, read_json(path / CONFIG), path)
     return processor
@@ -152,6 +157,9 @@ def check_processor(processor: ProcessorMixin, config: dict[str, Any], path: Pat
     if images is None or getattr(processor, "tokenizer", None) is None:
         raise PmodError(f"{path} has no image processor or no tokenizer beside its config", hint=HINT)
     side, patch = tower.get("image_size"), tower.get("patch_size")
+    if hasattr(images, "merge_size"):
+        _check_cells(images, tower, path)
+        return
     for what, length, is_result in _lengths(images):
         if type(length) is not int or not 0 < length**2 <= MOST_SEEN:
             _refuse(path, f"{what} {length!r:.40} in its processor", f"at most {MOST_SEEN / 1e6:.0f} megapixels")
@@ -161,6 +169,22 @@ def check_processor(processor: ProcessorMixin, config: dict[str, Any], path: Pat
     if cut is not None and (type(cut) is not int or cut < 1 or (type(patch) is int and cut != patch)):
         _refuse(path, f"patch_size {cut!r:.40} in its processor", f"patch_size {patch} in its vision_config")
     _check_grid(getattr(images, "image_grid_pinpoints", None), config.get("image_grid_pinpoints"), path)
+
+
+def _check_cells(images: Any, tower: dict[str, Any], path: Path) -> None:
+    """Of a processor that cuts a picture of any size into cells: the size of a cell, and how many pixels it makes."""
+    for ours, key in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")):
+        given, expected = getattr(images, ours, None), tower.get(key)
+        if type(given) is not int or given < 1 or (expected is not None and given != expected):
+            _refuse(path, f"{ours} {given!r:.40} in its processor", f"{expected}, the {key} of its vision_config")
+    size = dict(getattr(images, "size", None) or {})
+    least, most = size.get("shortest_edge"), size.get("longest_edge")
+    if type(least) is not int or type(most) is not int or not 0 < least <= most <= MOST_SEEN:
+        _refuse(
+            path,
+            f"a size of {least!r:.20} to {most!r:.20} pixels in its processor",
+            f"two rising numbers of at most {MOST_SEEN:,}",
+        )
 
 
 def _check_grid(pinpoints: Any, of_config: Any, path: Path) -> None:

@@ -9,10 +9,13 @@ from torch.utils.data import Sampler
 
 from pmod_cli.data.conversation import from_messages
 from pmod_cli.data.dataset import RowEncoder
-from pmod_cli.data.templates import IGNORED
+from pmod_cli.data.rendered import IGNORED
+from pmod_cli.data.vision import joined, token_kinds
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
+
+OF_TEXT = ("input_ids", "labels")
 
 
 class ModalityBatches(Sampler[int]):
@@ -79,8 +82,6 @@ class Collator:
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Batch of B rows, N tokens: ``input_ids``, ``attention_mask``, ``labels`` int64 (B, N), and the pixels.
 
-        Images of LLaVA-NeXT have different numbers of tiles; missing ones are zeros, which the model drops.
-
         Raises:
             BadRow: a row whose ``<image>`` places and images do not match in number.
             PmodError: rows have to be encoded here, and the chat template does not mark the answers.
@@ -92,23 +93,11 @@ class Collator:
         for place, row in enumerate(rows):
             length = len(row["input_ids"])
             ids[place, :length], labels[place, :length], mask[place, :length] = row["input_ids"], row["labels"], 1
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        for name in ("pixel_values", "image_sizes"):
-            found = [row[name] for row in rows if name in row]
-            if found:
-                batch[name] = _joined(found)
-        return batch
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, **token_kinds(self.processor, ids)}
+        pixels = [{name: value for name, value in row.items() if name not in OF_TEXT} for row in rows]
+        return batch | joined(pixels)
 
     def _encode(self, row: dict) -> dict[str, torch.Tensor]:
         if self._encoder is None:
             self._encoder = RowEncoder(self.processor)
         return self._encoder(from_messages(row))
-
-
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenation along the images, the second axis (tiles) filled up with zeros where it differs."""
-    most = max(tensor.shape[1] for tensor in tensors)
-    if all(tensor.shape[1] == most for tensor in tensors):
-        return torch.cat(tensors)
-    filled = [torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
-    return torch.cat(filled)

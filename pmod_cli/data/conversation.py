@@ -1,22 +1,15 @@
-"""One row of training data: who says what, which images go where, and how these are opened."""
+"""One row of training data: who says what, and which images and videos go where."""
 
-import copy
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from PIL import Image
+from typing import Any, Literal
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.images import as_rgb, load_image
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
 
 IMAGE = "<image>"  # stands in a turn's text where an image goes
+VIDEO = "<video>"  # the same of a video
+MARKS = re.compile(f"({IMAGE}|{VIDEO})")
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -40,7 +33,7 @@ class BadRow(PmodError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; ``<image>`` marks the places of images in ``text``."""
+    """What one side says; ``<image>`` and ``<video>`` mark the places of images and videos in ``text``."""
 
     role: Role
     text: str
@@ -48,46 +41,74 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns, and in the order of their places the images: file names, encoded bytes or PIL images."""
+    """The turns, and in the order of their places the images and the videos.
+
+    Attributes:
+        turns: Who says what.
+        images: File names, encoded bytes or PIL images.
+        videos: Names of files or of folders of frames, or lists of the names of frames.
+    """
 
     turns: tuple[Turn, ...]
     images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
+
+
+def from_row(row: Any, *, answered: bool = True) -> Conversation:
+    """A row of a file: LLaVA's own, or one with ``messages`` as LLaMA-Factory, ms-swift and TRL write them.
+
+    Args:
+        answered: Whether it has to hold an answer, to learn from.
+
+    Raises:
+        BadRow: what is missing or wrong in it.
+    """
+    is_llava = not isinstance(row, Mapping) or "conversations" in row or not ({"messages", "prompt"} & set(row))
+    return (from_llava if is_llava else from_messages)(row, answered=answered)
 
 
 def from_llava(row: Any, *, answered: bool = True) -> Conversation:
     """A row of LLaVA's own JSON: ``{"image": name or names, "conversations": [{"from": …, "value": …}, …]}``.
 
     As in the published code (``preprocess_multimodal``), the image of a turn is moved to its front, on a line of its
-    own. A turn with several images keeps them where they are.
-
-    Args:
-        answered: Whether it has to hold an answer, to learn from.
+    own. A turn with several images keeps them where they are. ``video`` names a video, or several, in the places of
+    ``<video>``; where a row has a video and no image, ``<image>`` marks its place too, as in LLaVA-Video's own data.
+    ``images`` and ``videos``, as LLaMA-Factory has them, are the same.
 
     Raises:
         BadRow: what is missing or wrong in it.
     """
     turns = _turns(row, "conversations", "from", "value")
-    images = row.get("image")
-    images = () if images is None else (images,) if isinstance(images, str) else images
-    if not isinstance(images, list | tuple) or not all(isinstance(name, str) and name for name in images):
-        raise BadRow(f"'image': expected a file name or a list of them, found {row['image']!r:.60}")
-    if images:
+    images, videos = (_names(row, key) for key in ("image", "video"))
+    if videos and not images and not any(VIDEO in turn.text for turn in turns):
+        turns = [Turn(turn.role, turn.text.replace(IMAGE, VIDEO)) for turn in turns]
+    if images or videos:
         turns = [Turn(turn.role, _image_first(turn.text)) for turn in turns]
-    return _checked(turns, images, answered)
+    return _checked(turns, images, videos, answered)
 
 
 def from_messages(row: Any, *, answered: bool = True) -> Conversation:
-    """A row with ``messages`` (``content``: text, or parts of type ``image`` and ``text``) and ``images``.
+    """A row with ``messages``, and ``images`` and ``videos`` in the order of their places.
 
-    Args:
-        answered: Whether it has to hold an answer, to learn from.
+    ``content`` is text with ``<image>`` and ``<video>`` (LLaMA-Factory, ms-swift), or parts of type ``text``,
+    ``image`` and ``video`` (TRL), which may name their picture themselves. Where no place is marked, pictures stand
+    in front of the first question. TRL's ``prompt`` and ``completion`` are one conversation.
 
     Raises:
         BadRow: what is missing or wrong in it.
     """
-    turns = _turns(row, "messages", "role", "content")
-    images = row.get("images") or ()
-    return _checked(turns, images if isinstance(images, list | tuple) else [images], answered)
+    if isinstance(row, Mapping) and "messages" not in row and "prompt" in row:
+        row = {**row, "messages": _joined(row)}
+    named: dict[str, list[Any]] = {IMAGE: [], VIDEO: []}
+    turns = _turns(row, "messages", "role", "content", named)
+    images = [*named[IMAGE]] or _listed(row, "images")
+    videos = [*named[VIDEO]] or _listed(row, "videos")
+    if (images or videos) and not any(MARKS.search(turn.text) for turn in turns):
+        marks = f"{IMAGE}\n" * len(images) + f"{VIDEO}\n" * len(videos)
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        if first is not None:
+            turns[first] = Turn("user", marks + turns[first].text)
+    return _checked(turns, images, videos, answered)
 
 
 def length_of(conversation: Mapping, said: str, text: str, images: bool) -> int:
@@ -105,43 +126,85 @@ def length_of(conversation: Mapping, said: str, text: str, images: bool) -> int:
     return max(words, 1) * (1 if images else -1)
 
 
-def _turns(row: Any, key: str, role_key: str, text_key: str) -> list[Turn]:
+def _joined(row: Mapping) -> Any:
+    prompt, completion = row["prompt"], row.get("completion")
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise BadRow("'prompt' and 'completion': expected two lists of messages")
+    if any(isinstance(turn, Mapping) and turn.get("role") == "assistant" for turn in prompt):
+        raise BadRow("'prompt' holds an answer; only conversations all of whose answers are learned can be read")
+    return [*prompt, *completion]
+
+
+def _names(row: Mapping, key: str) -> Sequence[Any]:
+    """The value of ``key``, or of ``key`` with an s, as a list of file names; a video may be a list of its frames."""
+    found = row.get(key) if row.get(key) is not None else row.get(f"{key}s")
+    found = () if found is None else (found,) if isinstance(found, str) else found
+    if not isinstance(found, list | tuple) or not all(_is_name(name, key) for name in found):
+        raise BadRow(f"'{key}': expected a file name or a list of them, found {found!r:.60}")
+    return found
+
+
+def _is_name(value: Any, key: str) -> bool:
+    if key == "video" and isinstance(value, list) and value:
+        return all(isinstance(name, str) and name for name in value)
+    return isinstance(value, str) and bool(value)
+
+
+def _listed(row: Mapping, key: str) -> Sequence[Any]:
+    found = row.get(key) or ()
+    found = found if isinstance(found, list | tuple) else [found]
+    return [_payload(each) for each in found]
+
+
+def _payload(picture: Any) -> Any:
+    """A name or bytes that stand in an object, as data sets of the hub and ms-swift have them."""
+    if not isinstance(picture, Mapping):
+        return picture
+    return picture.get("bytes") or picture.get("path") or picture
+
+
+def _turns(row: Any, key: str, role_key: str, text_key: str, named: dict[str, list[Any]] | None = None) -> list[Turn]:
     if not isinstance(row, Mapping):
         raise BadRow(f"expected an object, found {_kind(row)}")
     if not isinstance(said := row.get(key), list):
         raise BadRow(f"'{key}': expected a list, found {_kind(said)}")
-    return [_turn(number, turn, role_key, text_key) for number, turn in enumerate(said)]
+    return [_turn(number, turn, role_key, text_key, named) for number, turn in enumerate(said)]
 
 
-def _turn(number: int, turn: Any, role_key: str, text_key: str) -> Turn:
+def _turn(number: int, turn: Any, role_key: str, text_key: str, named: dict[str, list[Any]] | None) -> Turn:
     if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
         raise BadRow(f"turn {number}: expected an object with '{role_key}' and '{text_key}'")
     role, text = turn[role_key], turn[text_key]
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"turn {number}: unknown role {role!r:.40}; expected one of {', '.join(ROLES)}")
     if isinstance(text, list):
-        text = "".join(_part(number, part) for part in text)
+        text = "".join(_part(number, part, named) for part in text)
     if not isinstance(text, str):
         raise BadRow(f"turn {number}: '{text_key}': expected text, found {_kind(text)}")
     return Turn(ROLES[role], text)
 
 
-def _part(number: int, part: Any) -> str:
+def _part(number: int, part: Any, named: dict[str, list[Any]] | None) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        return f"{IMAGE}\n"
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    raise BadRow(f"turn {number}: expected parts of type image or text, found {kind or _kind(part)}")
+    if kind in ("image", "video"):
+        mark = IMAGE if kind == "image" else VIDEO
+        picture = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+        if picture is not None and named is not None:
+            named[mark].append(_payload(picture))
+        return f"{mark}\n"
+    raise BadRow(f"turn {number}: expected parts of type image, video or text, found {kind or _kind(part)}")
 
 
 def _image_first(text: str) -> str:
-    if text.count(IMAGE) != 1:
+    marks = MARKS.findall(text)
+    if len(marks) != 1:
         return text
-    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+    return f"{marks[0]}\n{text.replace(marks[0], '').strip()}".strip()
 
 
-def _checked(turns: list[Turn], images: Sequence[Any], answered: bool) -> Conversation:
+def _checked(turns: list[Turn], images: Sequence[Any], videos: Sequence[Any], answered: bool) -> Conversation:
     """The row, begun by its user: an answer before the first question is dropped, as in the published code."""
     if not turns:
         raise BadRow("the conversation is empty")
@@ -152,12 +215,13 @@ def _checked(turns: list[Turn], images: Sequence[Any], answered: bool) -> Conver
         del turns[first]
     if answered and not any(turn.role == "assistant" for turn in turns):
         raise BadRow("the assistant says nothing, so there is nothing to learn")
-    places = sum(turn.text.count(IMAGE) for turn in turns)
-    if places != len(images):
-        raise BadRow(
-            f"the row has {_number(len(images), 'image')}, and {_number(places, f'{IMAGE} place')} in its turns"
-        )
-    return Conversation(tuple(turns), tuple(images))
+    for mark, what, pictures in ((IMAGE, "image", images), (VIDEO, "video", videos)):
+        places = sum(turn.text.count(mark) for turn in turns)
+        if places != len(pictures) and (what == "image" or pictures):
+            raise BadRow(
+                f"the row has {_number(len(pictures), what)}, and {_number(places, f'{mark} place')} in its turns"
+            )
+    return Conversation(tuple(turns), tuple(images), tuple(videos))
 
 
 def _number(count: int, what: str) -> str:
@@ -166,82 +230,3 @@ def _number(count: int, what: str) -> str:
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__
-
-
-LONGEST_PADDED_SIDE = 8192  # pixels: a longer side is reduced before padding, since a square of it is huge
-
-
-def open_image(source: Any, folder: Path | None = None) -> Image.Image:
-    """An RGB image, opened as in every other verb (`pmod_cli.core.images`).
-
-    Args:
-        source: a file name below ``folder``, encoded bytes, or a PIL image.
-
-    Raises:
-        BadRow: no such file, one outside the folder, not an image, cut off, or too large to decode safely.
-    """
-    if isinstance(source, Image.Image):
-        return as_rgb(source)
-    try:
-        if isinstance(source, str):
-            return load_image(find_image(source, folder), source).pixels
-        if isinstance(source, bytes):
-            return load_image(source, "its image").pixels
-        raise BadRow(f"expected an image, its bytes or a file name, found {type(source).__name__}")
-    except BadRow:
-        raise
-    except PmodError as error:
-        raise BadRow(error.what) from None
-
-
-def find_image(name: str, folder: Path | None) -> Path:
-    """The file ``name`` of the image folder.
-
-    Raises:
-        BadRow: there is none, or it lies outside the folder.
-    """
-    path = inside(name, folder)
-    if not os.path.exists(path):  # False for a name that is too long, where `Path.exists` raises
-        raise BadRow(f"no such image: {name}, in {folder}")
-    return path
-
-
-def inside(name: str, folder: Path | None) -> Path:
-    """The path of ``name`` in the image folder, there or not. Raises BadRow where it lies outside."""
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise BadRow(f"{name} lies outside the image folder")
-    return (folder or Path()) / relative
-
-
-def reduced(image: Image.Image, padded: bool) -> Image.Image:
-    """The image, smaller by a whole factor where padding it to a square would take gigabytes."""
-    longest = max(image.size)
-    if not padded or longest <= LONGEST_PADDED_SIDE:
-        return image
-    factor = -(-longest // LONGEST_PADDED_SIDE)
-    return image.resize([max(1, side // factor) for side in image.size], Image.Resampling.BICUBIC)
-
-
-def is_anyres(processor: "ProcessorMixin") -> bool:
-    """Whether the processor cuts images into tiles (LLaVA-NeXT)."""
-    return hasattr(processor.image_processor, "image_grid_pinpoints")
-
-
-def padding_processor(processor: "ProcessorMixin") -> "ProcessorMixin":
-    """A LLaVA-1.5 processor that pads images to a square with their mean colour, as LLaVA-1.5 was trained.
-
-    The processors of the Hugging Face LLaVA-1.5 checkpoints crop the centre instead. Save the one returned here with
-    the trained model, so that it sees in use what it saw in training. LLaVA-NeXT's is returned as it is.
-    """
-    images = processor.image_processor
-    if is_anyres(processor) or getattr(images, "do_pad", False):
-        return processor
-    if type(images).__name__.endswith("Pil"):
-        from transformers import LlavaImageProcessorPil as Padding
-    else:
-        from transformers import LlavaImageProcessor as Padding
-    settings = {key: value for key, value in images.to_dict().items() if hasattr(Padding, key)}
-    padding = copy.copy(processor)
-    padding.image_processor = Padding(**{**settings, "do_pad": True})
-    return padding

@@ -1,11 +1,13 @@
 """Conversation rows as tokens, labels and pixels: ``build_dataset`` is what the trainer calls.
 
-A row is a dictionary of ``input_ids`` and ``labels`` int64 (N,), and where it has images ``pixel_values`` float32
-(images, [tiles,] 3, side, side), and for LLaVA-NeXT ``image_sizes`` int64 (images, 2), height before width.
+A row is a dictionary of ``input_ids`` and ``labels`` int64 (N,), and where it has images or videos what its processor
+makes of them: ``pixel_values`` float32 (images, [tiles,] 3, side, side) of a LLaVA, with ``image_sizes`` int64
+(images, 2), height before width, where it cuts tiles; (patches, numbers of a patch) of a Qwen-VL, with
+``image_grid_thw`` int64 (images, 3); and the same of videos.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,9 +17,12 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.conversation import BadRow, Conversation, is_anyres, open_image, padding_processor, reduced
+from pmod_cli.data.conversation import BadRow, Conversation
+from pmod_cli.data.pictures import is_square, open_image, open_video, padding_processor, reduced
+from pmod_cli.data.rendered import IGNORED, Encoded, encode
 from pmod_cli.data.sources import RowSource, open_source
-from pmod_cli.data.templates import IGNORED, encode, renderer
+from pmod_cli.data.templates import renderer
+from pmod_cli.data.vision import frames_of, image_lengths, image_tensors, video_tensors
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -34,6 +39,8 @@ class DataSettings(Protocol):
     images: str | None
     template: str
     max_length: int | None
+    video_fps: float
+    video_frames: int
     on_bad_row: Literal["error", "skip"]
 
 
@@ -51,7 +58,7 @@ def build_dataset(data: DataSettings, processor: "ProcessorMixin", *, skipped: P
         PmodError: missing file, folder or columns, not JSON, or a template that does not fit the tokenizer.
     """
     source = open_source(data.kind, data.path, data.images)
-    encoder = RowEncoder(processor, data.template, data.max_length)
+    encoder = RowEncoder(processor, data.template, data.max_length, data.video_fps, data.video_frames)
     return Rows(source, encoder, skip_bad=data.on_bad_row == "skip", skipped=skipped)
 
 
@@ -59,26 +66,35 @@ class RowEncoder:
     """Turns a conversation into tokens, labels and pixels.
 
     Args:
-        processor: of LLaVA-1.5 (which then pads images to a square) or LLaVA-NeXT (which tiles them).
+        processor: of a model; LLaVA-1.5's then pads images to a square.
         template: one of ``pmod_cli.data.templates.TEMPLATES``.
         max_length: tokens of a row, vision tokens included; longer rows are cut.
+        video_fps: frames of a video that are taken a second.
+        video_frames: of one video at most.
 
     Raises:
         PmodError: a template that does not fit the tokenizer.
     """
 
-    def __init__(self, processor: "ProcessorMixin", template: str = "auto", max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: "ProcessorMixin",
+        template: str = "auto",
+        max_length: int | None = None,
+        video_fps: float = 2.0,
+        video_frames: int = 32,
+    ) -> None:
         self.processor = padding_processor(processor)
         self.render = renderer(template, processor)
         self.max_length = max_length
-        self.image_token = processor.image_token_id
+        self.frames = frames_of(processor, video_fps, video_frames)
 
     def __call__(self, conversation: Conversation, folder: Path | None = None) -> dict[str, torch.Tensor]:
         """One row, as described at the top of this file.
 
         Raises:
-            BadRow: an image that cannot be used, turns that the template cannot hold, or images that end behind
-                ``max_length``.
+            BadRow: an image or a video that cannot be used, turns that the template cannot hold, or images that end
+                behind ``max_length``.
         """
         return self.encode(conversation, folder)[0]
 
@@ -87,37 +103,66 @@ class RowEncoder:
     ) -> "tuple[dict[str, torch.Tensor], Tokens]":
         """The same, and the tokens with what is known about them."""
         images = [self._open(image, folder) for image in conversation.images]
-        tokens = self.tokens(conversation, [image.size[::-1] for image in images])
-        tensors = {"input_ids": torch.from_numpy(tokens.ids), "labels": torch.from_numpy(tokens.labels)}
+        videos, tensors = self._videos(conversation, folder)
+        tokens = self.tokens(conversation, [image.size[::-1] for image in images], videos)
         if images:
-            pixels = self.processor.image_processor(images=images, return_tensors="pt")
-            tensors |= {name: pixels[name] for name in ("pixel_values", "image_sizes") if name in pixels}
-        return tensors, tokens
+            tensors = image_tensors(self.processor, images) | tensors
+        return {"input_ids": torch.from_numpy(tokens.ids), "labels": torch.from_numpy(tokens.labels)} | tensors, tokens
 
     def check(self, conversation: Conversation, folder: Path | None = None) -> "Tokens":
         """As calling it, every image decoded, without making pixels of them."""
-        return self.tokens(conversation, [self._open(image, folder).size[::-1] for image in conversation.images])
+        sizes = [self._open(image, folder).size[::-1] for image in conversation.images]
+        return self.tokens(conversation, sizes, self._videos(conversation, folder)[0])
 
-    def tokens(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> "Tokens":
-        """Tokens and labels of a row whose images have ``sizes``, height before width."""
+    def tokens(
+        self, conversation: Conversation, sizes: list[tuple[int, int]], videos: Sequence[np.ndarray] = ()
+    ) -> "Tokens":
+        """Tokens and labels of a row.
+
+        Args:
+            sizes: height and width of each of its images.
+            videos: the tokens of each of its videos.
+        """
         text = encode(self.render(conversation.turns), self.processor.tokenizer, self.max_length)
-        vision = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
-        if len(text.images) != len(sizes):
-            raise BadRow(f"the template has places for {len(text.images)} of its {len(sizes)} images")
-        repeats: np.ndarray = np.ones(len(text.ids), dtype=np.int64)
-        repeats[text.images] = vision
-        ids = text.ids.copy()
-        ids[text.images] = self.image_token
-        ids, labels = ids.repeat(repeats), text.labels.repeat(repeats)
+        lengths = image_lengths(self.processor, sizes)
+        images: list[np.ndarray] = [
+            np.full(length, self.processor.image_token_id, dtype=np.int64) for length in lengths
+        ]
+        for what, places, count in (("images", text.images, len(images)), ("videos", text.videos, len(videos))):
+            if len(places) != count:
+                raise BadRow(f"the template has places for {len(places)} of its {count} {what}")
+        ids, labels, behind = _filled(text, [*images, *videos])
         if self.max_length is None or len(ids) <= self.max_length:
             return Tokens(ids, labels, len(ids))
-        last = int(repeats[: text.images[-1] + 1].sum()) if sizes else 0
-        if last > self.max_length:
-            raise BadRow(f"its images end at token {last}, behind data.max_length {self.max_length}")
+        if behind > self.max_length:
+            raise BadRow(f"its images end at token {behind}, behind data.max_length {self.max_length}")
         return Tokens(ids[: self.max_length], labels[: self.max_length], len(ids))
 
+    def _videos(self, conversation: Conversation, folder: Path | None) -> tuple[list[np.ndarray], dict]:
+        """The tokens of each video, and the tensors of all."""
+        if not conversation.videos:
+            return [], {}
+        if getattr(self.processor, "video_processor", None) is None:
+            raise BadRow("it has a video, and this model takes images alone")
+        return video_tensors(
+            self.processor, [open_video(source, folder, self.frames) for source in conversation.videos]
+        )
+
     def _open(self, image: Any, folder: Path | None) -> Any:
-        return reduced(open_image(image, folder), padded=not is_anyres(self.processor))
+        return reduced(open_image(image, folder), padded=is_square(self.processor))
+
+
+def _filled(text: Encoded, inserted: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens and labels with `inserted` in the places of images, then of videos; and their number up to the last."""
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    last = behind = 0
+    for place, tokens in sorted(zip([*text.images, *text.videos], inserted, strict=True), key=lambda pair: pair[0]):
+        ids += [text.ids[last:place], tokens]
+        labels += [text.labels[last:place], np.full(len(tokens), IGNORED, dtype=np.int64)]
+        last = place + 1
+        behind = sum(map(len, ids))
+    return np.concatenate([*ids, text.ids[last:]]), np.concatenate([*labels, text.labels[last:]]), behind
 
 
 @dataclass(frozen=True)

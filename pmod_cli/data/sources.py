@@ -1,4 +1,4 @@
-"""Where rows come from: LLaVA's own JSON or JSONL with a folder of images, or a Hugging Face data set."""
+"""Where rows come from: a JSON or JSONL file with a folder of images, or a Hugging Face data set."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError, first_line
-from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_messages, length_of
+from pmod_cli.data.conversation import BadRow, Conversation, from_messages, from_row, length_of
 from pmod_cli.data.index import open_index
 
 
@@ -40,7 +40,7 @@ class RowSource(Protocol):
 
 
 class LlavaFile:
-    """Rows of a JSON array or a JSONL file in LLaVA's layout; see ``pmod_cli.data.conversation.from_llava``.
+    """Rows of a JSON array or a JSONL file; see ``pmod_cli.data.conversation.from_row`` for their layouts.
 
     Args:
         images: the folder of its images; by default the file's own.
@@ -70,7 +70,7 @@ class LlavaFile:
     def __getitem__(self, row: int) -> Conversation:
         start, size, _ = self._index[row].tolist()
         try:
-            return from_llava(json_text.loads(os.pread(self._descriptor(), size, start)), answered=self.answered)
+            return from_row(json_text.loads(os.pread(self._descriptor(), size, start)), answered=self.answered)
         except ValueError as error:
             raise BadRow(f"not JSON: {error}") from None
 
@@ -119,7 +119,16 @@ class HubRows:
 
 
 def _llava_length(row: Any) -> int:
-    return length_of(row, "conversations", "value", isinstance(row, Mapping) and bool(row.get("image")))
+    if not isinstance(row, Mapping):
+        return length_of(row, "conversations", "value", images=False)
+    pictured = any(row.get(key) for key in ("image", "images", "video", "videos"))
+    if "conversations" in row:
+        return length_of(row, "conversations", "value", pictured)
+    said = row.get("messages") or row.get("prompt")
+    parts = [turn.get("content") for turn in said if isinstance(turn, Mapping)] if isinstance(said, list) else []
+    own = (part.get("type") for content in parts if isinstance(content, list) for part in content if part)
+    pictured = pictured or any(kind in ("image", "video") for kind in own)
+    return length_of({"messages": said}, "messages", "content", pictured)
 
 
 def _words(row: Mapping) -> dict[str, int]:

@@ -6,25 +6,24 @@ The templates and the labels are those of the published LLaVA code (``llava/conv
 - ``vicuna_v1`` and ``mistral`` cut the text at its separators. Where that does not come out even (a separator inside
   somebody's words, a question or an empty answer at the end), the whole row is given no label.
 - ``llama3`` and ``qwen`` also learn the assistant's header, and the special tokens of every turn.
+- ``auto`` learns what the processor's own ``{% generation %}`` blocks hold. Where a template has none, as Qwen-VL's, it
+  learns what each answer adds to the text, its end of turn included.
 - An empty answer in the middle of a ``vicuna_v1`` or ``mistral`` conversation has no end-of-turn token.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import IMAGE, BadRow, Turn
+from pmod_cli.data.own_template import OwnTemplate
+from pmod_cli.data.rendered import Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-IGNORED = -100  # the label cross-entropy skips
 TEMPLATES = ("auto", "vicuna_v1", "mistral", "llama3", "qwen", "plain")
 
 VICUNA_SYSTEM = (
@@ -38,40 +37,6 @@ LLAMA3_SYSTEM = (
 QWEN_SYSTEM = "You are a helpful assistant."
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text.
-
-    Attributes:
-        text: with ``<image>`` in the places of images.
-        learned: [start, end) character ranges that are learned.
-        broken_at: from here on the text cannot be cut into rounds; None where all of it can.
-        always_learned: tokens that are learned wherever they stand.
-        begins: whether the tokenizer's beginning-of-sequence token has to be put before it.
-    """
-
-    text: str
-    learned: list[tuple[int, int]]
-    broken_at: int | None = None
-    always_learned: frozenset[int] = field(default_factory=frozenset)
-    begins: bool = False
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A conversation as N tokens, each image one ``image`` token yet.
-
-    Attributes:
-        ids: int64 (N,).
-        labels: int64 (N,), -100 where nothing is learned.
-        images: positions of the images.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-
-
 def renderer(name: str, processor: "ProcessorMixin") -> Callable[[Sequence[Turn]], Rendered]:
     """How the template ``name``, one of ``TEMPLATES``, turns a conversation into text.
 
@@ -81,7 +46,13 @@ def renderer(name: str, processor: "ProcessorMixin") -> Callable[[Sequence[Turn]
     """
     tokenizer = processor.tokenizer
     if name == "auto":
-        return _Own(processor)
+        return OwnTemplate(processor)
+    if processor.image_token != IMAGE:
+        raise PmodError(
+            f"template {name} is one of LLaVA models, whose images stand at {IMAGE}; this one has "
+            f"{processor.image_token}",
+            hint="set data.template to auto: the processor's own chat template",
+        )
     if name in ("vicuna_v1", "mistral"):
         _require(tokenizer, name, ["</s>"])
         return _vicuna if name == "vicuna_v1" else _mistral
@@ -99,44 +70,6 @@ def renderer(name: str, processor: "ProcessorMixin") -> Callable[[Sequence[Turn]
         learned += tokenizer("\n", add_special_tokens=False).input_ids
         return partial(_headed, style=QWEN, learned=learned)
     raise PmodError(f"unknown conversation template {name!r}: expected one of {', '.join(TEMPLATES)}")
-
-
-def encode(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", limit: int | None = None) -> Encoded:
-    """Tokens and labels of a conversation.
-
-    The pieces between images are tokenized each for itself, as in the published code.
-
-    Args:
-        tokenizer: a fast one, since it has to tell where in the text each token comes from.
-        limit: ``max_length`` of the run. A text that breaks only beyond it keeps the labels before.
-    """
-    pieces = rendered.text.split(IMAGE)
-    offsets = accumulate((len(piece) + len(IMAGE) for piece in pieces[:-1]), initial=0)
-    ids, starts, images = [], [], []
-    if rendered.begins:
-        ids += tokenizer("").input_ids
-        starts += [-1] * len(ids)
-    # A tokenizer may not tell where in an empty text a token comes from.
-    found = tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for number, (piece_ids, piece_offsets, offset) in enumerate(
-        zip(found.input_ids, found.offset_mapping, offsets, strict=True)
-    ):
-        if number:
-            images.append(len(ids))
-            ids.append(-1)
-            starts.append(offset - 1)
-        ids += piece_ids
-        starts += [offset + start for start, _ in piece_offsets]
-    ids, starts = np.array(ids, dtype=np.int64), np.array(starts, dtype=np.int64)
-    bounds = [edge for span in rendered.learned for edge in span]
-    learned = np.searchsorted(bounds, starts, side="right") % 2 == 1
-    if rendered.always_learned:
-        learned |= np.isin(ids, list(rendered.always_learned))
-    learned[images] = False
-    if rendered.broken_at is not None:
-        whole = int((starts < rendered.broken_at).sum())
-        learned[whole if limit is not None and whole >= limit else 0 :] = False
-    return Encoded(ids, np.where(learned, ids, IGNORED), np.array(images, dtype=np.int64))
 
 
 class _Text:
@@ -224,42 +157,6 @@ def _headed(turns: Sequence[Turn], style: _Headers, learned: Sequence[int]) -> R
         said = turn.text.strip() if style.strip else turn.text
         text.add(style.head.format(turn.role) + said + style.end, learned=turn.role == "assistant")
     return Rendered(text.text, text.learned, always_learned=frozenset(learned))
-
-
-class _Own:
-    """The processor's own chat template; ``{% generation %}`` blocks mark what is learned."""
-
-    def __init__(self, processor: "ProcessorMixin") -> None:
-        self.template = processor.chat_template or ""
-        self.variables = processor.tokenizer.special_tokens_map
-        self.begin = processor.tokenizer.bos_token
-        if "{% generation %}" not in self.template.replace("{%-", "{%"):
-            raise PmodError(
-                "the chat template of this processor does not mark the assistant's words",
-                hint="choose data.template, or put {% generation %} … {% endgeneration %} around them in "
-                "chat_template.jinja",
-            )
-
-    def __call__(self, turns: Sequence[Turn]) -> Rendered:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
-        texts, spans = chat.rendered(
-            lambda: render_jinja_template(
-                conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.variables,
-            ),
-            text_of=lambda made: made[0][0],
-        )
-        return Rendered(texts[0], list(spans[0]), begins=not (self.begin and texts[0].startswith(self.begin)))
-
-
-def _parts(text: str) -> list[dict[str, Any]]:
-    """Chat templates put the images of a turn before its text."""
-    rest = text.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
-    return [{"type": "image"}] * text.count(IMAGE) + ([{"type": "text", "text": rest}] if rest else [])
 
 
 def _split(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:

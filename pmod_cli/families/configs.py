@@ -58,6 +58,15 @@ def filled(part: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
     return {**defaults, **said}
 
 
+def vision_token_ids(config: object) -> list[int]:
+    """Ids of the tokens of images, and of videos where the family takes them.
+
+    Args:
+        config: A whole configuration of transformers.
+    """
+    return [getattr(config, key) for key in known_family(config).vision_tokens]
+
+
 def small_side(config: object) -> int:
     """Side in pixels of a square image that costs little: one tile, or four cells of a tower that reads grids.
 

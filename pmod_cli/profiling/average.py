@@ -13,7 +13,8 @@ from rich.table import Table
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import image_size
 from pmod_cli.core.text import GIGA, MIB, TERA, percent
-from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, find_image
+from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
+from pmod_cli.data.pictures import find_image
 from pmod_cli.data.sources import LlavaFile
 from pmod_cli.families.sizes import Sizes, image_tokens
 from pmod_cli.profiling.count import formulas

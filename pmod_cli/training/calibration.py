@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.model import kept_tokens
 
 RIDGE = 1e-2  # of the mean feature variance
@@ -34,23 +35,15 @@ def calibrate_routers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) ->
     moments = {i: _Moments() for i in layers}
     was_training = model.training
     model.eval()
+    model.model.routes = False  # every layer is plain
     with _eager(model):
         for batch in batches:
-            vision = batch["input_ids"] == config.image_token_id  # (B, N)
+            vision = torch.isin(batch["input_ids"], torch.tensor(vision_token_ids(config)))  # (B, N)
             with _watch(layers, config.retention, vision, moments):
-                embeds = _merged(model, batch, vision)
-                # No token is declared a vision token, so every layer is plain.
-                model.model(inputs_embeds=embeds, vision_mask=torch.zeros_like(vision), use_cache=False)
+                model.model(**batch, use_cache=False)
+    model.model.routes = True
     model.train(was_training)
     return {i: moments[i].fit(layers[i].router) for i in layers}
-
-
-def _merged(model: nn.Module, batch: dict[str, Tensor], vision: Tensor) -> Tensor:
-    """`(B, N, D)`: text embeddings with the image features in their places."""
-    images = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
-    features = torch.cat(model.get_image_features(**images, return_dict=True).pooler_output)
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    return embeds.masked_scatter(vision.unsqueeze(-1), features.to(embeds))
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from pmod_cli.families.configs import known_family
 from pmod_cli.training.run_settings import PARTS, TrainArgs
 
 if TYPE_CHECKING:
     from torch import nn
 
+MERGER = re.compile(r"\.visual\.(merger|deepstack_merger_list)\.")  # of a Qwen-VL: its tower holds its projector
 TOWER_LAYER = re.compile(r"vision_tower\..*layers\.(\d+)\.")
 
 
@@ -27,10 +29,10 @@ def part_of(name: str) -> str:
     """Which of ``PARTS`` a parameter belongs to, by its name in the model."""
     if ".router." in name:
         return "router"
-    if "vision_tower." in name:
-        return "vision_tower"
-    if "multi_modal_projector." in name or name.endswith("image_newline"):
+    if "multi_modal_projector." in name or name.endswith("image_newline") or MERGER.search(name):
         return "projector"
+    if "vision_tower." in name or ".visual." in name:
+        return "vision_tower"
     return "language_model"
 
 
@@ -58,18 +60,22 @@ def repeat_in_backward(model: PreTrainedModel, frozen: Iterable[str]) -> None:
     llava = getattr(model, "get_base_model", lambda: model)().model
     llava.language_model.activation_checkpointing_enable()
     if "vision_tower" not in frozen:
-        llava.vision_tower.activation_checkpointing_enable()
+        tower = llava.vision_tower if known_family(llava.config).tiled else llava.visual
+        tower.activation_checkpointing_enable()
 
 
-def _used_tower_layers(config) -> int:
+def _used_tower_layers(config) -> int | None:
+    """How many layers of the tower lead to the features; None: all of it."""
+    if not known_family(config).tiled:
+        return None
     depth = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
     return max(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
 
 
-def _above(name: str, used: int) -> bool:
-    if part_of(name) != "vision_tower":
+def _above(name: str, used: int | None) -> bool:
+    if used is None or part_of(name) != "vision_tower":
         return False
     layer = TOWER_LAYER.search(name)
     return int(layer[1]) >= used if layer else "post_layernorm" in name or ".head." in name

@@ -14,6 +14,7 @@ from pmod_cli.checkpoints import load_model, load_processor
 from pmod_cli.checkpoints.tokenizer_files import carry_model_file
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
+from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, copy_adapter, fold
 from pmod_cli.training.calibration import calibrate_routers
@@ -113,7 +114,7 @@ def _run(
         model=model,
         args=arguments,
         train_dataset=data.rows,
-        data_collator=Counting(data.collate, data.processor, model.config.image_token_id),
+        data_collator=Counting(data.collate, data.processor, vision_token_ids(model.config)),
     )
     parameters = count(model)
     try:
@@ -198,7 +199,7 @@ def calibration_batches(data: Data, images: int, device: str) -> Iterator[dict[s
     for start in range(0, total, CALIBRATION_BATCH):
         batch = data.collate([data.rows[i] for i in range(start, min(start + CALIBRATION_BATCH, total))])
         if "pixel_values" in batch:
-            names = [name for name in ("input_ids", "pixel_values", "image_sizes") if name in batch]
+            names = [name for name in batch if name not in ("attention_mask", "labels")]
             yield {name: batch[name].to(device) for name in names}
 
 

@@ -7,6 +7,8 @@ from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 from accelerate import PartialState
+from torch import isin
+from torch import tensor as as_tensor
 from torch.utils.data import Dataset, Sampler
 
 from pmod_cli.checkpoints import load_processor
@@ -42,16 +44,18 @@ class Counting:
     Args:
         collate: makes a batch with ``input_ids`` and ``attention_mask`` of rows.
         processor: of the model.
-        image_token: id of the image token.
+        vision_tokens: ids of the tokens of images and videos.
     """
 
-    def __init__(self, collate: Callable[[Sequence], dict], processor: "ProcessorMixin", image_token: int) -> None:
-        self.collate, self.processor, self.image_token = collate, processor, image_token
+    def __init__(
+        self, collate: Callable[[Sequence], dict], processor: "ProcessorMixin", vision_tokens: Sequence[int]
+    ) -> None:
+        self.collate, self.processor, self.vision_tokens = collate, processor, as_tensor(list(vision_tokens))
 
     def __call__(self, rows: Sequence) -> dict:
         """The batch, with ``COUNTS``."""
         batch = self.collate(rows)
-        vision = (batch["input_ids"] == self.image_token).sum(dim=1).tolist()
+        vision = isin(batch["input_ids"], self.vision_tokens).sum(dim=1).tolist()
         return {**batch, COUNTS: Counts(int(batch["attention_mask"].sum()), tuple(vision))}
 
 

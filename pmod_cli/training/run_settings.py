@@ -134,12 +134,14 @@ class DataArgs:
     """What it is trained on.
 
     Attributes:
-        kind: synthetic documents, drawn as they are needed; llava, a JSON or JSONL file in LLaVA's layout; hub, a
-            Hugging Face data set with columns ``messages`` and ``images``.
+        kind: synthetic documents, drawn as they are needed; llava, a JSON or JSONL file in LLaVA's layout or with
+            ``messages``; hub, a Hugging Face data set with columns ``messages`` and ``images``.
         path: the file, or the name of the data set.
         images: the folder that the image paths of the rows start from.
         template: how a conversation becomes text: auto asks the processor's own chat template.
         max_length: tokens of a row, vision tokens included; longer ones are cut behind the image; null cuts nothing.
+        video_fps: frames that are taken of a second of a video; the pictures of a folder are so many a second.
+        video_frames: frames of a video at most; models that read a frame as a tile are given so many of each.
         on_bad_row: whether a row that cannot be used ends the run, or is left out and written to a file.
         group_by_modality: batches of images only or of text only, of similar length.
         rows: synthetic: number of different images, after which they repeat; null is as many as the run uses. Of other
@@ -155,6 +157,8 @@ class DataArgs:
     images: str | None = None
     template: Literal["auto", "vicuna_v1", "mistral", "llama3", "qwen", "plain"] = "auto"
     max_length: int | None = at_least(1, None)
+    video_fps: float = at_least(0.01, 2.0)
+    video_frames: int = at_least(1, 32)
     on_bad_row: Literal["error", "skip"] = "error"
     group_by_modality: bool = False
     rows: int | None = at_least(1, None)

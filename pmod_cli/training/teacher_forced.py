@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.data.rendered import IGNORED
 from pmod_cli.data.rows import row
-from pmod_cli.data.templates import IGNORED
 
 TURNS = 3  # questions asked about each image
 

@@ -18,7 +18,7 @@ from transformers.utils import is_torch_tf32_available
 
 from pmod_cli import recipe_files
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.data.templates import IGNORED
+from pmod_cli.data.rendered import IGNORED
 from pmod_cli.families.configs import known_family, small_side
 from pmod_cli.training.distillation import divergence, stock_logits
 from pmod_cli.training.folder import STATE
@@ -50,7 +50,8 @@ class BlankImage:
             return None
         self.wanted = False
         embeds = named["inputs_embeds"]
-        features = self.llava.get_image_features(**self._inputs(embeds), return_dict=True).pooler_output
+        made = self.llava.get_image_features(**self._inputs(embeds), return_dict=True)
+        features = [*made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
         return arguments, {**named, "inputs_embeds": embeds + 0.0 * sum(image.sum() for image in features)}
 
     def _inputs(self, embeds: Tensor) -> dict[str, Tensor]:

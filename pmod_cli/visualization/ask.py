@@ -12,7 +12,7 @@ from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.core.text import printable
-from pmod_cli.data.conversation import is_anyres, reduced
+from pmod_cli.data.pictures import is_square, reduced
 from pmod_cli.families.configs import known_family
 from pmod_cli.families.geometry import Layout
 from pmod_cli.visualization.image_selection import IMAGE_MARK, ImageSelection, parse_layers
@@ -123,7 +123,7 @@ def select(
     Raises:
         PmodError: the processor has no chat template, or its image tokens do not match the image's layout.
     """
-    pads = bool(getattr(processor.image_processor, "do_pad", False)) and not is_anyres(processor)
+    pads = bool(getattr(processor.image_processor, "do_pad", False)) and is_square(processor)
     image = reduced(picture.pixels, padded=pads)  # as training does
     notes = picture.notes
     if image is not picture.pixels:

@@ -13,7 +13,8 @@ from pmod_cli.core import json_text
 from pmod_cli.core.errors import BAD_INPUT, PmodError
 from pmod_cli.core.folders import check_writable
 from pmod_cli.core.images import load_image, pictures_in
-from pmod_cli.data.conversation import BadRow, inside
+from pmod_cli.data.conversation import BadRow
+from pmod_cli.data.pictures import inside
 from pmod_cli.visualization.archive import check_regions
 from pmod_cli.visualization.page import check_format
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import MOST_PIXELS, as_rgb, image_size, load_image
-from pmod_cli.data.conversation import open_image
+from pmod_cli.data.pictures import open_image
 from pmod_cli.profiling.average import _size
 
 RED = (255, 0, 0)

@@ -19,10 +19,11 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data import index as index_module
 from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator, ModalityBatches
-from pmod_cli.data.conversation import BadRow, from_llava, from_messages, open_image
+from pmod_cli.data.conversation import BadRow, from_llava, from_messages
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.index import open_index
-from pmod_cli.data.templates import IGNORED
+from pmod_cli.data.pictures import open_image
+from pmod_cli.data.rendered import IGNORED
 from tests import factories
 from tests.data.tokenizers import processor_of
 from tests.factories import KINDS
@@ -30,6 +31,7 @@ from tests.factories import KINDS
 
 def settings(path, images=None, **changes):
     values = {"kind": "llava", "template": "vicuna_v1", "max_length": None, "on_bad_row": "error"}
+    values |= {"video_fps": 2.0, "video_frames": 4}
     return SimpleNamespace(path=str(path), images=None if images is None else str(images), **{**values, **changes})
 
 
@@ -283,8 +285,8 @@ def test_messages_with_parts():
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A dog."}]}
     conversation = from_messages(row | {"images": [image]})
     assert [turn.text for turn in conversation.turns] == ["<image>\nWhat?", "A dog."]
-    with pytest.raises(BadRow, match="turn 0: expected parts of type image or text, found video"):
-        from_messages({"messages": [{"role": "user", "content": [{"type": "video"}]}]})
+    with pytest.raises(BadRow, match="turn 0: expected parts of type image, video or text, found audio"):
+        from_messages({"messages": [{"role": "user", "content": [{"type": "audio"}]}]})
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,7 +7,8 @@ import pytest
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow, Conversation, Turn, from_llava
 from pmod_cli.data.dataset import RowEncoder
-from pmod_cli.data.templates import IGNORED, encode, renderer
+from pmod_cli.data.rendered import IGNORED, encode
+from pmod_cli.data.templates import renderer
 from tests.data import published
 from tests.data.tokenizers import processor_of
 from tests.factories import KINDS

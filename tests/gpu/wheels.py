@@ -24,7 +24,7 @@ THERE = """
     attrs xxhash lxml hf-xet pytest pluggy iniconfig pytest-xdist execnet
 """
 LEFT_OUT = """
-    decord tensorboard tensorboard-data-server grpcio absl-py werkzeug markdown hatchling pathspec trove-classifiers
+    decord torchvision tensorboard tensorboard-data-server grpcio absl-py werkzeug markdown hatchling pathspec trove-classifiers
     editables playwright greenlet pyee ruff mypy mypy_extensions librt ast_serialize types-pyyaml coverage pytest-cov
     chardet
 """

@@ -219,7 +219,7 @@ def test_the_vision_tokens_counted_are_those_the_layers_keep(routed, tmp_path):
     settings = run_settings(routed)
     model, processor = load_model(routed)
     trainer = trainer_for(model, settings, tmp_path)
-    collate = Counting(Collator(processor), processor, model.config.image_token_id)
+    collate = Counting(Collator(processor), processor, [model.config.image_token_id])
     batch = collate([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
     trainer.watch.count(batch.pop("counts"))
     with capture_selection(model) as record:

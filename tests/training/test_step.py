@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_those_of_the_published_code(cases, tmp_path, cas
     expected, model = golden(case), our_model(case)
     trainer = trainer_of(model, tmp_path)
     batch = dict(cases[case, prefix])
-    count = Counting(lambda rows: batch, None, model.config.image_token_id)
+    count = Counting(lambda rows: batch, None, [model.config.image_token_id])
     loss = trainer.training_step(model, count(None))
     # The published code computes the loss of a text-only row over a dummy image's position as well: not ours to copy.
     torch.testing.assert_close(loss, expected[f"{prefix}.loss"].squeeze(), atol=1e-4, rtol=0)
@@ -107,7 +107,7 @@ def test_a_step_costs_what_its_flops_say(pair, tmp_path):
 
 
 def _step(trainer, batch, image_token) -> float:
-    inputs = Counting(lambda rows: dict(batch), None, image_token)(None)
+    inputs = Counting(lambda rows: dict(batch), None, [image_token])(None)
     assert COUNTS in inputs
     started = time.process_time()
     trainer.training_step(trainer.model, inputs)

@@ -12,7 +12,7 @@ from pmod_cli.checkpoints import load_model, resolve
 from pmod_cli.core.atomic import locked
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
-from pmod_cli.data.templates import IGNORED
+from pmod_cli.data.rendered import IGNORED
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.ablation_sweep import Cell, cells_of, markdown, sweep, table
 from pmod_cli.training.recipe import load_settings

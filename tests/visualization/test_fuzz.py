@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.cli import main
-from pmod_cli.data.conversation import BadRow, open_image
+from pmod_cli.data.conversation import BadRow
+from pmod_cli.data.pictures import open_image
 from pmod_cli.visualization.archive import npz_bytes
 from tests.visualization.hostile import picture, selection
 from tests.visualization.records import anyres_record, padded_record

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli import checkpoints, cli
-from pmod_cli.data import conversation
+from pmod_cli.data import pictures
 from pmod_cli.model import PmodSettings
 from tests.factories import KINDS
 
@@ -126,19 +126,19 @@ def test_a_strip_that_a_crop_would_blow_up_is_refused(ready, capsys):
 
 def test_a_strip_is_reduced_before_it_is_padded_as_in_training(ready, monkeypatch):
     """LLaVA-1.5 after training pads to a square: of 20,000 × 10 pixels that would be a gigabyte. Here of 500 × 20."""
-    monkeypatch.setattr(conversation, "LONGEST_PADDED_SIDE", 100)
+    monkeypatch.setattr(pictures, "LONGEST_PADDED_SIDE", 100)
     from pmod_cli.visualization import draw, load_image, load_npz, save_npz, select
 
     Image.effect_noise((500, 20), 90).convert("RGB").save(ready / "img.png")
     model, processor = checkpoints.load_model(ready / "llava")
     record = select(
         model,
-        conversation.padding_processor(processor),
+        pictures.padding_processor(processor),
         load_image(ready / "img.png"),
         max_new_tokens=0,
         regions=((100.0, 5.0, 200.0, 15.0),),
     )
-    expected = conversation.reduced(conversation.open_image("img.png", ready), padded=True)
+    expected = pictures.reduced(pictures.open_image("img.png", ready), padded=True)
     assert record.image.tobytes() == expected.tobytes()
     assert record.notes == ("reduced to 100 × 4 before it is padded to a square",)
     (box,) = record.regions

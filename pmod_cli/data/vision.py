@@ -1,0 +1,93 @@
+"""What a processor makes of the images and videos of a row: how many tokens, which tensors. The stock code decides."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pmod_cli.core.videos import Frames, Video
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+Tensors = dict[str, torch.Tensor]
+
+
+def frames_of(processor: "ProcessorMixin", per_second: float, most: int) -> Frames:
+    """Which frames of a video a processor is given: of tiled models always `most`, since a batch holds equal ones."""
+    return Frames(per_second, most, exact=not hasattr(getattr(processor, "video_processor", None), "merge_size"))
+
+
+def image_lengths(processor: "ProcessorMixin", sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Vision tokens of each image of a row.
+
+    Args:
+        sizes: (height, width) of each in pixels.
+    """
+    if not sizes:
+        return []
+    if len(sizes) > 1 and _joins_images(processor):
+        marks = processor.replace_image_token({"batch_num_images": [len(sizes)]}, 0)
+        return [marks.count(processor.image_token)] * len(sizes)
+    return processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+
+
+def image_tensors(processor: "ProcessorMixin", images: Sequence[Any]) -> Tensors:
+    """What the model takes of the images of a row, ``pixel_values`` float32 and what belongs to them."""
+    given = [list(images)] if _joins_images(processor) else list(images)
+    return dict(processor.image_processor(images=given, return_tensors="pt"))
+
+
+def video_tensors(processor: "ProcessorMixin", videos: Sequence[Video]) -> tuple[list[np.ndarray], Tensors]:
+    """The tokens of each video of a row, int64, timestamps included; and ``pixel_values_videos`` float32."""
+    metadata = [
+        {
+            "total_num_frames": len(video.pixels),
+            "fps": video.per_second,
+            "frames_indices": list(range(len(video.pixels))),
+        }
+        for video in videos
+    ]
+    tensors, texts = processor._process_videos(
+        [torch.from_numpy(video.pixels).permute(0, 3, 1, 2) for video in videos],
+        video_metadata=metadata,
+        do_sample_frames=False,
+        return_metadata=True,
+        return_tensors="pt",
+    )
+    ids = processor.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    kept = {name: value for name, value in tensors.items() if name in processor.model_input_names}
+    return [np.array(each, dtype=np.int64) for each in ids], {
+        name: torch.as_tensor(value) for name, value in kept.items()
+    }
+
+
+def token_kinds(processor: "ProcessorMixin", ids: torch.Tensor) -> Tensors:
+    """``mm_token_type_ids``, (B, N) as `ids`, where the model wants it: 1 at tokens of images, 2 at those of videos."""
+    if not getattr(processor, "return_mm_token_type_ids", False):
+        return {}
+    images, videos = ids == processor.image_token_id, ids == processor.video_token_id
+    return {"mm_token_type_ids": images.long() + 2 * videos.long()}
+
+
+def joined(rows: Sequence[Tensors]) -> Tensors:
+    """The pixels of several rows, one after another.
+
+    Images of LLaVA-NeXT have different numbers of tiles; missing ones are zeros, which the model drops.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: _concatenated([row[name] for row in rows if name in row]) for name in names}
+
+
+def _concatenated(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Along the images, the second axis (tiles) filled up with zeros where it differs."""
+    if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        most = max(tensor.shape[1] for tensor in tensors)
+        tensors = [torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
+    return torch.cat(tensors)
+
+
+def _joins_images(processor: "ProcessorMixin") -> bool:
+    """Whether several images of a row are seen otherwise than one (LLaVA-OneVision: a tile each)."""
+    return hasattr(processor, "vision_aspect_ratio")

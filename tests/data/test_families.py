@@ -1,0 +1,236 @@
+"""Rows of the families that take several images and videos, held to each processor's own `apply_chat_template`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pmod_cli.core.errors import PmodError
+from pmod_cli.core.videos import Frames, load_video
+from pmod_cli.data.collator import Collator
+from pmod_cli.data.conversation import BadRow, from_llava, from_messages, from_row
+from pmod_cli.data.dataset import RowEncoder
+from pmod_cli.data.rendered import IGNORED
+from pmod_cli.data.sources import LlavaFile
+from pmod_cli.data.templates import renderer
+from tests.films import write_avi
+from tests.visual_processors import KINDS, processor
+
+QWEN = ("qwen2_5_vl", "qwen3_vl")
+FRAMES = 4
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two images of unlike shape, and a folder of eight frames."""
+    random = np.random.default_rng(0)
+
+    def picture(width, height):
+        return Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+    picture(20, 12).save(tmp_path / "wide.png")
+    picture(8, 16).save(tmp_path / "high.png")
+    (tmp_path / "clip").mkdir()
+    for number in range(8):
+        picture(16, 12).save(tmp_path / "clip" / f"{number}.png")
+    return tmp_path
+
+
+def said(question="<video>", **pictures):
+    """A row of LLaVA's JSON."""
+    return {**pictures, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "that"}]}
+
+
+def parts(*content):
+    return [{"type": "text", "text": each} if each not in ("image", "video") else {"type": each} for each in content]
+
+
+def conversations(kind):
+    """Messages of each form, with the pictures that they ask for: `(messages, images, videos)`."""
+    answer = {"role": "assistant", "content": parts("a dog")}
+    one = [{"role": "user", "content": parts("image", "what is it?")}, answer]
+    several = [{"role": "user", "content": parts("image", "image", "which one?")}, answer]
+    rounds = [*one, {"role": "user", "content": parts("and now?")}, {"role": "assistant", "content": parts("the same")}]
+    found = [
+        (one, ["wide.png"], []),
+        (several, ["wide.png", "high.png"], []),
+        (rounds, ["high.png"], []),
+        ([{"role": "system", "content": parts("be brief")}, *rounds], ["high.png"], []),
+        ([{"role": "user", "content": parts("hello")}, answer], [], []),
+        ([{"role": "user", "content": parts("video", "what happens?")}, answer], [], ["clip"]),
+        ([{"role": "user", "content": parts("image", "video", "is it there?")}, answer], ["wide.png"], ["clip"]),
+    ]
+    if kind in QWEN:
+        inline = [{"role": "user", "content": parts("look:", "image", "and", "image", "!")}, answer]
+        found.append((inline, ["wide.png", "high.png"], []))
+    return found
+
+
+def given(messages, images, videos, folder):
+    """The same messages, each picture named in its place, as transformers reads them."""
+    names = {"image": iter(images), "video": iter(videos)}
+
+    def of(part):
+        if part["type"] == "text":
+            return part
+        name = next(names[part["type"]])
+        if part["type"] == "image":
+            return {"type": "image", "image": Image.open(folder / name)}
+        frames = [np.asarray(Image.open(folder / name / f"{number}.png")) for number in (0, 2, 5, 7)]
+        return {"type": "video", "video": np.stack(frames)}
+
+    return [{**message, "content": [of(part) for part in message["content"]]} for message in messages]
+
+
+def stock(kind, messages, images, videos, folder, **options):
+    """What the processor makes of the messages itself, its metadata of a clip those of frames at one a second."""
+    metadata = {"total_num_frames": FRAMES, "fps": 1.0, "frames_indices": [0, 1, 2, 3]}
+    return processor(kind).apply_chat_template(
+        given(messages, images, videos, folder),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"video_metadata": [metadata], "do_sample_frames": False} if videos else {},
+        **options,
+    )
+
+
+def encoded(kind, messages, images, videos, folder):
+    row = {"messages": messages, "images": images, "videos": videos}
+    return RowEncoder(processor(kind), video_frames=FRAMES)(from_messages(row), folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_pixels_are_those_of_the_processor(kind, pictures):
+    for messages, images, videos in conversations(kind):
+        ours, theirs = (make(kind, messages, images, videos, pictures) for make in (encoded, stock))
+        assert ours["input_ids"].tolist() == theirs["input_ids"][0].tolist()
+        names = set(theirs) - {"input_ids", "attention_mask", "mm_token_type_ids"}
+        assert set(ours) - {"input_ids", "labels"} == names
+        for name in names:
+            torch.testing.assert_close(ours[name], torch.as_tensor(theirs[name]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_the_assistant_mask_or_what_an_answer_adds(kind, pictures):
+    """A template with marks: transformers' own mask. One without: the tokens that each answer adds."""
+    for messages, images, videos in conversations(kind):
+        labels = encoded(kind, messages, images, videos, pictures)["labels"]
+        whole = stock(kind, messages, images, videos, pictures)["input_ids"][0]
+        if kind in QWEN:
+            learned = torch.zeros(len(whole), dtype=torch.bool)
+            for number, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    before = stock(kind, messages[:number], images, videos, pictures, add_generation_prompt=True)
+                    after = stock(kind, messages[: number + 1], images, videos, pictures)
+                    learned[before["input_ids"].shape[1] : after["input_ids"].shape[1]] = True
+        else:
+            made = stock(kind, messages, images, videos, pictures, return_assistant_tokens_mask=True)
+            learned = torch.as_tensor(made["assistant_masks"])[0].bool()
+        assert learned.any()
+        assert labels.tolist() == torch.where(learned, whole, IGNORED).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_what_the_processor_makes_of_all_rows(kind, pictures):
+    rows = [row for row in conversations(kind) if row[0][0]["role"] == "user"]
+    batch = Collator(processor(kind))([encoded(kind, *row, pictures) for row in rows])
+    singles = [stock(kind, *row, pictures) for row in rows]
+    for place, single in enumerate(singles):
+        real = batch["attention_mask"][place].bool()
+        for name in ("input_ids", "mm_token_type_ids"):
+            assert (name in batch) == (name in single)
+            if name in single:
+                assert torch.equal(batch[name][place][real], single[name][0])
+    for name in ("pixel_values_videos", "image_grid_thw", "video_grid_thw", "batch_num_images", "image_sizes"):
+        found = [torch.as_tensor(single[name]) for single in singles if name in single]
+        assert (name in batch) == bool(found)
+        if found:
+            assert torch.equal(batch[name], torch.cat(found))
+
+
+def test_layouts_of_other_tools_are_the_same_conversation():
+    """LLaVA's JSON, LLaMA-Factory's and ms-swift's text with marks, TRL's parts, pictures named in either place."""
+    text = "<image>\n<video>\nwhich?"
+    answer = {"role": "assistant", "content": "that"}
+    named = {"images": ["a.png"], "videos": ["b"]}
+    marked = {"messages": [{"role": "user", "content": text}, answer], **named}
+    inside = [{"type": "image", "image": "a.png"}, {"type": "video", "video": "b"}, {"type": "text", "text": "which?"}]
+    outside = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "which?"}]
+    rows = [
+        said(text, image="a.png", video="b"),
+        said(text, **named),
+        marked,
+        {**marked, "images": [{"path": "a.png", "bytes": None}]},
+        {"messages": [{"role": "user", "content": inside}, answer]},
+        {**marked, "messages": [{"role": "user", "content": outside}, answer]},
+        {**marked, "messages": [{"role": "user", "content": "which?"}, answer]},
+        {**named, "prompt": [{"role": "user", "content": outside}], "completion": [answer]},
+    ]
+    assert len({repr(from_row(row)) for row in rows}) == 1
+    assert from_llava(said("<image>\nwhat?", video="b.mp4")).turns[0].text == "<video>\nwhat?"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "a"}],
+          "videos": ["a", "b"]}, "2 videos, and 1 <video> place"),
+        ({"prompt": [{"role": "assistant", "content": "a"}], "completion": []}, "'prompt' holds an answer"),
+        ({"prompt": "what?", "completion": "that"}, "expected two lists of messages"),
+        ({"video": 3, "conversations": []}, "'video': expected a file name"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_read_say_why(row, reason):
+    with pytest.raises(BadRow) as caught:
+        from_row(row)
+    assert reason in caught.value.what
+
+
+def test_a_file_tells_rows_with_pictures_from_others(tmp_path):
+    words = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    own = [
+        {"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "a b"}]},
+        words[1],
+    ]
+    rows = [{"messages": words}, {"messages": own}, {"messages": words, "videos": ["v"]}]
+    rows.append({"prompt": own[:1], "completion": words[1:]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert np.sign(LlavaFile(tmp_path / "rows.jsonl", None).lengths).tolist() == [-1, 1, 1, 1]
+
+
+def test_videos_that_cannot_be_used_are_bad_rows(pictures):
+    encode = RowEncoder(processor("qwen3_vl"))
+    Image.new("RGB", (4, 4)).save(pictures / "clip" / "0.png")
+    (pictures / "film.mp4").write_bytes(b"no film")
+    (pictures / "empty").mkdir()
+    for name, reason in (
+        ("none", "no such video"),
+        ("../clip", "outside"),
+        ("clip", "differ in size"),
+        ("film.mp4", "cannot be decoded"),
+        ("empty", "no picture in this folder"),
+    ):
+        with pytest.raises(BadRow, match=reason):
+            encode(from_llava(said(video=name)), pictures)
+
+
+def test_a_video_file_is_read_at_the_rate_that_is_asked_for(tmp_path):
+    """Two seconds, five frames each."""
+    shades = [Image.new("RGB", (64, 48), (25 * number, 0, 0)) for number in range(10)]
+    write_avi(tmp_path / "clip.avi", shades, per_second=5)
+    seen = load_video(tmp_path / "clip.avi", Frames(per_second=2.5))
+    assert np.allclose(seen.pixels[:, 20, 20, 0], [0, 50, 100, 175, 225], atol=6)
+    assert seen.per_second == 2.5
+    for rate, groups in ((1.0, 1), (5.0, 5)):
+        row = RowEncoder(processor("qwen3_vl"), video_fps=rate)(from_llava(said(video="clip.avi")), tmp_path)
+        assert row["video_grid_thw"][0, 0].item() == groups
+        assert processor("qwen3_vl").tokenizer.decode(row["input_ids"]).count(" seconds>") == groups
+
+
+def test_published_templates_are_those_of_llava_models():
+    with pytest.raises(PmodError, match=r"template qwen is one of LLaVA models.*<\|image_pad\|>"):
+        renderer("qwen", processor("qwen3_vl"))
+    assert renderer("qwen", processor("llava_onevision"))

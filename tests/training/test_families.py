@@ -1,0 +1,68 @@
+"""`pmod finetune` on the families that take several images and videos: rows of a file, to a checkpoint that loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pmod_cli import cli
+from pmod_cli.checkpoints import load_model
+from tests.visual_processors import KINDS, save_stock
+
+COLOURS = ("red", "green", "blue")
+
+
+def write_rows(folder):
+    """Twelve rows: one image, two, a clip, and words alone; what is seen decides the answer."""
+    rows = []
+    for number in range(12):
+        colour = COLOURS[number % 3]
+        picture = Image.new("RGB", (16 + 4 * (number % 2), 12), colour)
+        answer = {"role": "assistant", "content": colour}
+        row = {"messages": [{"role": "user", "content": "<image>which colour?"}, answer], "images": [f"{number}.png"]}
+        if number % 4 == 1:
+            row["messages"][0]["content"] = "<image><image>which colour?"
+            row["images"] *= 2
+        if number % 4 == 2:
+            row = {"video": f"clip{number}", "conversations": [{"from": "human", "value": "<video>\\nwhich colour?"}]}
+            row["conversations"].append({"from": "gpt", "value": colour})
+            (folder / f"clip{number}").mkdir()
+            for frame in range(2 + number):
+                picture.save(folder / f"clip{number}" / f"{frame:02}.png")
+        elif number % 4 == 3:
+            row = {"messages": [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}]}
+        else:
+            picture.save(folder / f"{number}.png")
+        rows.append(row)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_steps_lower_the_loss_and_leave_a_checkpoint(kind, workdir, capsys):
+    """Every kind of row in a batch; every part of the model is trained, and moves."""
+    save_stock(workdir / "stock", kind)
+    rows = write_rows(workdir)
+    settings = ["data.kind=llava", f"data.path={rows}", "data.video_frames=4", "train.max_steps=12"]
+    settings += ["train.batch_size=4", "train.learning_rate=5e-3", "train.log_steps=1", "train.report_to=none"]
+    settings += ["model.freeze=[]", "pmod.enabled=true", "train.warmup_steps=0"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    code = cli.main(["finetune", "--model", "stock", "-o", "run", "--device", "cpu", *sets])
+    assert code == 0, capsys.readouterr().err
+    log = [json.loads(line) for line in (workdir / "run" / "training_log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 12
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    assert any(line.get("vision_tokens_kept", 0) < line["vision_tokens"] for line in log if line.get("vision_tokens"))
+
+    trained, processor = load_model(workdir / "run", dtype="float32")
+    before, _ = load_model(workdir / "stock", dtype="float32")
+    assert type(trained).__name__ == f"Pmod{type(before).__name__}"
+    assert processor.video_processor is not None
+    old = dict(before.named_parameters())
+    moved = {name for name, value in trained.named_parameters() if name in old and not torch.equal(value, old[name])}
+    still = set(old) - moved
+    assert not [name for name in still if "post_layernorm" not in name and ".layers.2." not in name], still
+    assert any(layer.router.weight.any() for layer in trained.model.language_model.layers if layer.router is not None)

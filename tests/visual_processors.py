@@ -18,10 +18,10 @@ from tests.factories import fill
 from tests.model.visual import stock_config
 
 _PARTS = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}\
-{% for part in message['content'] %}\
+{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
 {% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}\
 {% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}\
-{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}\
+{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 QWEN2_5_VL = (
     """{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"""

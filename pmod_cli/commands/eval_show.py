@@ -101,8 +101,9 @@ def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None,
         table.add_column(title, justify="right" if title == "rows" else "left", no_wrap=title != "data set and split")
     for row in rows:
         repositories = ", ".join(name.rpartition("/")[2] for name in row["data"])
-        data_set = f"{repositories} {', '.join(row['split'])}" if repositories else "drawn here"
-        here = "yes" if row["here"] else "no"
+        own = "drawn here" if row["here"] else "fetched by lmms-eval"
+        data_set = f"{repositories} {', '.join(row['split'])}" if repositories else own
+        here = {True: "yes", False: "no"}.get(row["here"], "?")
         rows_of = f"{row['rows']:,}" if row["rows"] else "not known"
         table.add_row(row["name"], row["task"], data_set, rows_of, row["metric"] or "the first", here)
     output.stdout.print(table)

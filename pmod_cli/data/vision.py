@@ -35,12 +35,26 @@ def image_lengths(processor: "ProcessorMixin", sizes: Sequence[tuple[int, int]])
 
 def image_tensors(processor: "ProcessorMixin", images: Sequence[Any]) -> Tensors:
     """What the model takes of the images of a row, ``pixel_values`` float32 and what belongs to them."""
-    given = [list(images)] if _joins_images(processor) else list(images)
-    return dict(processor.image_processor(images=given, return_tensors="pt"))
+    return dict(processor.image_processor(images=as_given(processor, images), return_tensors="pt"))
+
+
+def as_given(processor: "ProcessorMixin", images: Sequence[Any]) -> list[Any]:
+    """The images of one row, as the processor is told that they belong together."""
+    return [list(images)] if _joins_images(processor) else list(images)
 
 
 def video_tensors(processor: "ProcessorMixin", videos: Sequence[Video]) -> tuple[list[np.ndarray], Tensors]:
     """The tokens of each video of a row, int64, timestamps included; and ``pixel_values_videos`` float32."""
+    tensors, texts = processor._process_videos(**clips(videos), return_metadata=True, return_tensors="pt")
+    ids = processor.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    kept = {name: value for name, value in tensors.items() if name in processor.model_input_names}
+    return [np.array(each, dtype=np.int64) for each in ids], {
+        name: torch.as_tensor(value) for name, value in kept.items()
+    }
+
+
+def clips(videos: Sequence[Video]) -> dict[str, Any]:
+    """Videos as arguments of a processor: their frames are chosen already, and when each was is said."""
     metadata = [
         {
             "total_num_frames": len(video.pixels),
@@ -49,18 +63,8 @@ def video_tensors(processor: "ProcessorMixin", videos: Sequence[Video]) -> tuple
         }
         for video in videos
     ]
-    tensors, texts = processor._process_videos(
-        [torch.from_numpy(video.pixels).permute(0, 3, 1, 2) for video in videos],
-        video_metadata=metadata,
-        do_sample_frames=False,
-        return_metadata=True,
-        return_tensors="pt",
-    )
-    ids = processor.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    kept = {name: value for name, value in tensors.items() if name in processor.model_input_names}
-    return [np.array(each, dtype=np.int64) for each in ids], {
-        name: torch.as_tensor(value) for name, value in kept.items()
-    }
+    frames = [torch.from_numpy(video.pixels).permute(0, 3, 1, 2) for video in videos]
+    return {"videos": frames, "video_metadata": metadata, "do_sample_frames": False}
 
 
 def token_kinds(processor: "ProcessorMixin", ids: torch.Tensor) -> Tensors:

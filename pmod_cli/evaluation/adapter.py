@@ -76,7 +76,7 @@ class PmodModel(lmms):
             model, processor = load_model(
                 resolve(str(pretrained)).path, dtype=dtype, device=device, attn_implementation=attn_implementation
             )
-        self.model, self.processor = model, processor
+        self.model, self.processor = model, prompts.as_asked(processor, model.config.model_type)
         self.name = str(pretrained or model.name_or_path)
         self.batch_size, self.halve = int(batch_size), halve
         self.selection, self.seed = selection, int(seed)
@@ -154,7 +154,9 @@ class PmodModel(lmms):
         question, _, doc_to_visual, doc_id, task, split = request.args
         try:
             images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            row = prompts.prepare(self._of_thread.processor, place, question, images)
+            row = prompts.prepare(self._of_thread.processor, place, question, images, self.model.config.model_type)
+        except SystemExit as gone:  # how lmms-eval's video tasks say that a file is missing
+            return place, Unanswered(f"{gone}".splitlines()[0])
         except UnidentifiedImageError:
             return place, Unanswered("its image is damaged, or of an unknown format")
         except Exception as error:

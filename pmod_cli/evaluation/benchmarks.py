@@ -1,4 +1,6 @@
-"""The benchmarks: the paper's fourteen and the tiny six, one entry each, and those that other packages register.
+"""The benchmarks: the paper's fourteen, those of several images and of video, and the tiny six, one entry each.
+
+Other packages register more.
 
 An entry says what lmms-eval's task is called, which of its numbers counts, and which data it reads. Nothing heavy is
 imported.
@@ -208,6 +210,17 @@ _text_rich("infovqa", "InfoVQA", "infovqa_val", "anls", "infovqa")
 _text_rich("okvqa", "OK-VQA", "ok_vqa_val2014", "exact_match", "ok_vqa")
 _text_rich("mmmu", "MMMU", "mmmu_val", "mmmu_acc", "mmmu", sums=_sums("mmmu"))
 _text_rich("sqa", "SQA", "scienceqa_img", "exact_match", "scienceqa")
+# lmms-eval fetches the data of these by itself: films are archives, which it unpacks below HF_HOME.
+_several, _video = (partial(_add, group, sums=_sums("options")) for group in ("multi-image", "video"))
+_several(
+    *("muirbench", "MuirBench", "muirbench", "muirbench_score_overall", "muirbench"),
+    filter="flexible-extract",
+    questions=2600,
+)
+_several("blink", "BLINK", "blink_groups", "blink_acc", "blink", questions=1901)
+_video("mvbench", "MVBench", "mvbench", "mvbench_accuracy", "mvbench", scale=1.0, questions=4000)
+_video("videomme", "Video-MME", "videomme", "videomme_perception_score", "videomme", scale=1.0, questions=2700)
+_video("egoschema", "EgoSchema", "egoschema_subset", "score", "egoschema", questions=500)  # the part with answers
 for _name, _metric, _own in (
     ("doc", "anls", None),
     ("chart", "relaxed_overall", None),

@@ -41,10 +41,11 @@ def downsample(model: Any, processor: Any, retention: float) -> dict[str, Any]:
     """
     from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
-    modules = model.model.vision_tower.modules()
+    found = getattr(model.model, "vision_tower", None) or model.model.visual
+    modules = found.modules()
     embeddings = next((module for module in modules if isinstance(module, CLIPVisionEmbeddings)), None)
     if embeddings is None:
-        tower = type(model.model.vision_tower).__name__
+        tower = type(found).__name__
         raise PmodError(f"`against=downsample` knows CLIP vision towers; this model has a {tower}")
     patch, whole = embeddings.patch_size, embeddings.image_size // embeddings.patch_size
     side = patches_per_side(retention, whole)

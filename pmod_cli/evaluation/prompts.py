@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,12 +16,17 @@ from PIL.Image import Image
 
 from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.videos import load_video
+from pmod_cli.data.vision import as_given, clips, frames_of, joined
+from pmod_cli.families import family_of
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
 
 
 IMAGE = "<image>"  # lmms-eval's mark for the place of an image, in tasks that interleave images and text
+FRAMES = 32  # of a video, at equal distances over the whole of it, as lmms-eval's own models take
+OF_TEXT = ("input_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Prompt:
     Attributes:
         index: Place of the question in the caller's list.
         prompt: The text that the model reads, image places not yet expanded.
-        inputs: What the processor made of it: `input_ids` (N,) int64, and the pixels, with their leading image axis.
+        inputs: What the processor made of it: `input_ids` (N,) int64, of some families `mm_token_type_ids` (N,), and
+            the pixels, with their leading image axis.
     """
 
     index: int
@@ -42,11 +50,15 @@ class Prompt:
         return self.inputs["input_ids"].shape[0]
 
 
-def render(processor: Any, question: str, images: int) -> str:
-    """The question in the checkpoint's own chat template, with `images` image places.
+def render(processor: Any, question: str, images: int, videos: int = 0, system: str | None = None) -> str:
+    """The question in the checkpoint's own chat template, with `images` image places and `videos` video places.
 
-    Images come first, each in its own place. Where the question itself marks the places (MMMU), they stay there,
-    unless the number of marks differs from the number of images.
+    Images come first, then videos, each in its own place. Where the question itself marks the places (MMMU), they stay
+    there, unless the number of marks differs from the number of images, or the model has another mark: then, as
+    lmms-eval's own models of the Qwen-VL families do, marks are taken out of the question.
+
+    Args:
+        system: What the system says first, see `families.record.Family.asked_as`.
 
     Raises:
         PmodError: the checkpoint has no chat template, or one that fails.
@@ -56,48 +68,81 @@ def render(processor: Any, question: str, images: int) -> str:
             "this checkpoint has no chat template, so nobody knows how a question is put to it",
             hint="add chat_template.jinja to its folder, as the stock repository has it",
         )
-    if question.count(IMAGE) == images > 0:
-        content = [{"type": "text", "text": question}]
+    content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "video"}] * videos
+    if processor.image_token != IMAGE:
+        content.append({"type": "text", "text": question.replace(IMAGE, "")})
+    elif question.count(IMAGE) == images > 0:
+        content = [*content[images:], {"type": "text", "text": question}]
     else:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question.replace(IMAGE, "").strip()}]
-    messages = [{"role": "user", "content": content}]
+        content.append({"type": "text", "text": question.replace(IMAGE, "").strip()})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     return chat.rendered(lambda: processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def prepare(processor: Any, index: int, question: str, images: Sequence[Image]) -> Prompt:
-    """Prompt and pixels of one question; no padding yet."""
-    prompt = render(processor, question, len(images))
-    encoded = processor(text=[prompt], images=list(images) or None, return_tensors="pt")
-    inputs = {name: value for name, value in encoded.items() if name not in ("input_ids", "attention_mask")}
-    return Prompt(index, prompt, {"input_ids": encoded["input_ids"][0], **inputs})
+def as_asked(processor: Any, model_type: str) -> Any:
+    """A processor that makes images as large as lmms-eval's own model of the family does, within its own limits.
+
+    It is another one where that differs; the one given stays as it is.
+    """
+    family = family_of(model_type)
+    if family is None or family.asked_pixels is None:
+        return processor
+    size = dict(processor.image_processor.size)
+    (least, most), own_most = family.asked_pixels, size["longest_edge"]
+    limits = {
+        "shortest_edge": least if least <= own_most else size["shortest_edge"],
+        "longest_edge": min(most, own_most),
+    }
+    asked = copy.copy(processor)
+    asked.image_processor = copy.copy(processor.image_processor)
+    asked.image_processor.size = type(processor.image_processor.size)(**limits)
+    return asked
+
+
+def prepare(processor: Any, index: int, question: str, visuals: Sequence[Image | str], model_type: str = "") -> Prompt:
+    """Prompt and pixels of one question; no padding yet.
+
+    Args:
+        visuals: Its images, and the paths of its videos.
+        model_type: Of the model, which says what the system says first.
+
+    Raises:
+        PmodError: a video for a model that takes images alone, or one that cannot be read.
+    """
+    images = [visual for visual in visuals if isinstance(visual, Image)]
+    paths = [visual for visual in visuals if isinstance(visual, str)]
+    if len(images) + len(paths) < len(visuals):
+        raise PmodError(f"a question with {type(visuals[0]).__name__}: expected images, or paths of videos")
+    family = family_of(model_type)
+    prompt = render(processor, question, len(images), len(paths), family.asked_as if family else None)
+    given: dict[str, Any] = {"images": as_given(processor, images)} if images else {}
+    if paths:
+        if getattr(processor, "video_processor", None) is None:
+            raise PmodError("it asks about a video, and this model takes images alone")
+        frames = frames_of(processor, per_second=1e6, most=FRAMES)
+        given |= clips([load_video(Path(path), frames) for path in paths])
+    encoded = processor(text=[prompt], return_tensors="pt", **given)
+    inputs = {
+        name: torch.as_tensor(value) for name, value in encoded.items() if name not in (*OF_TEXT, "attention_mask")
+    }
+    return Prompt(index, prompt, {name: encoded[name][0] for name in OF_TEXT if name in encoded} | inputs)
 
 
 def collate(rows: Sequence[Prompt], pad_id: int) -> dict[str, torch.Tensor]:
-    """One batch of B rows: `input_ids` and `attention_mask` (B, N) padded on the left, pixels joined along the images.
-
-    Images of LLaVA-NeXT have different numbers of tiles; the missing ones are zeros, which the model drops.
-    """
+    """One batch of B rows: `input_ids` and `attention_mask` (B, N) padded on the left, pixels one after another."""
     longest = max(row.length for row in rows)
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
+    batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    if "mm_token_type_ids" in rows[0].inputs:
+        batch["mm_token_type_ids"] = torch.zeros_like(ids)
     for place, row in enumerate(rows):
-        ids[place, longest - row.length :] = row.inputs["input_ids"]
-        mask[place, longest - row.length :] = 1
-    batch = {"input_ids": ids, "attention_mask": mask}
-    for name in sorted({name for row in rows for name in row.inputs} - {"input_ids"}):
-        batch[name] = _join([row.inputs[name] for row in rows if name in row.inputs])
-    return batch
-
-
-def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate along the first axis, the second padded with zeros where the shapes differ there (tiles)."""
-    if len({tensor.shape[1:] for tensor in tensors}) > 1:
-        most = max(tensor.shape[1] for tensor in tensors)
-        tensors = [
-            torch.cat([tensor, tensor.new_zeros(tensor.shape[0], most - tensor.shape[1], *tensor.shape[2:])], dim=1)
-            for tensor in tensors
-        ]
-    return torch.cat(tensors)
+        for name in OF_TEXT:
+            if name in batch:
+                batch[name][place, longest - row.length :] = row.inputs[name]
+        batch["attention_mask"][place, longest - row.length :] = 1
+    return batch | joined([{name: value for name, value in row.inputs.items() if name not in OF_TEXT} for row in rows])
 
 
 WINDOW = 8  # batches that are prepared and sorted by length together, while the window before them is answered

@@ -62,9 +62,12 @@ def machine(device: str) -> dict[str, Any]:
 
 def loaded(model: Any, processor: Any) -> dict[str, Any]:
     """What a score depends on, as far as it lies in the loaded model and its processor."""
+    from pmod_cli.evaluation.prompts import as_asked  # which imports torch
+
     config, text = model.config, model.config.get_text_config()
     retention = getattr(config, "retention", None)
-    image_processor = processor.image_processor
+    image_processor = as_asked(processor, config.model_type).image_processor
+    size = {name: length for name, length in dict(getattr(image_processor, "size", None) or {}).items() if length}
     return {
         "mean_retention": sum(retention) / len(retention) if retention else 1.0,
         "pmod": getattr(config, "pmod", None),
@@ -77,6 +80,7 @@ def loaded(model: Any, processor: Any) -> dict[str, Any]:
         "attention": config._attn_implementation,
         "device": str(model.device),
         "image_processor": type(image_processor).__name__,
+        "image_pixels": [size[edge] for edge in ("shortest_edge", "longest_edge")] if "longest_edge" in size else None,
         "image_backend": "Pillow" if "Pil" in type(image_processor).__name__ else "torchvision",
     }
 

@@ -30,6 +30,19 @@ def seed(records: Sequence[Record]) -> Summands:
     return means(records, lambda item: float(item["pred"].lower().strip() == item["answer"].lower().strip()))
 
 
+def options(records: Sequence[Record]) -> Summands:
+    """MuirBench, BLINK and the video benchmarks: the share of the right options, as each task notes it."""
+
+    def right(item: Any) -> float:
+        for verdict in ("is_correct", "score"):
+            if verdict in item:
+                return float(item[verdict])
+        said, meant = str(item["pred"]), str(item["answer"] if "answer" in item else item["ground_truth"])
+        return float(said.lower().strip() == meant.lower().strip())
+
+    return means(records, right)
+
+
 def mmmu(records: Sequence[Record]) -> Summands:
     """MMMU: the share of the right answers, as lmms-eval judges each."""
     from lmms_eval.tasks.mmmu.utils import evaluate_mmmu

@@ -116,6 +116,7 @@ QWEN2_5_VL = Family(
     image_processor=image_processor,
     tower=tower,
     tower_shapes=tower_shapes,
+    asked_pixels=(256 * 28 * 28, 2048 * 28 * 28),
     unfold=lambda config: grid.unfold(config, DECODER.name),
     vision_tokens=("image_token_id", "video_token_id"),
     small_config={

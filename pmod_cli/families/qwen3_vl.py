@@ -100,6 +100,8 @@ QWEN3_VL = Family(
     image_processor=qwen2_5_vl.image_processor,
     tower=tower,
     tower_shapes=tower_shapes,
+    asked_as="You are a helpful assistant.",
+    asked_pixels=(4 * 32 * 32, 16384 * 32 * 32),
     vision_tokens=("image_token_id", "video_token_id"),
     small_config={
         **qwen2_5_vl.QWEN2_5_VL.small_config,

@@ -171,6 +171,9 @@ class Family:
         high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
         tower: `(config)` to the sizes of a tower that is no CLIP or SigLIP, for `Sizes.tower`.
         tower_shapes: `(tower)` to names and shapes of its tensors, with all that leads to the decoder, below `visual.`.
+        asked_as: What lmms-eval's own model of the family lets the system say before a question, where its
+            chat template says nothing by itself.
+        asked_pixels: Least and most pixels of an image in lmms-eval's own model of the family.
         unfold: A config.json as older versions wrote it, in the form of today.
         module: Where the classes are imported from.
     """
@@ -196,6 +199,8 @@ class Family:
     frame_text: Callable[[int, float], int] = lambda frames, per_second: 0
     tower: Callable[[Any], Any] | None = None
     tower_shapes: Callable[[Any], dict[str, tuple[int, ...]]] | None = None
+    asked_as: str | None = None
+    asked_pixels: tuple[int, int] | None = None
     unfold: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     module: str = "transformers"
 

@@ -74,7 +74,7 @@ def test_one_failing_task_does_not_stop_the_others(converted, capsys, monkeypatc
     """A picture of one task cannot be read: its row says so, the other has its score, the exit code is 3."""
     prepare = adapter.prompts.prepare
 
-    def broken(processor, index, question, images):
+    def broken(processor, index, question, images, model_type):
         if "price" in question:
             raise OSError("image file is truncated")
         return prepare(processor, index, question, images)
@@ -164,7 +164,7 @@ def test_list_needs_no_extra(capsys, monkeypatch):
     assert evaluate("--list") == 0
     assert "ok_vqa_val2014" in capsys.readouterr().out
     assert evaluate("--list", "--json") == 0
-    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 20
+    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 25
 
 
 def test_dry_run_prints_a_plan(converted, capsys):

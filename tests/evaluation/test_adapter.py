@@ -142,7 +142,7 @@ def test_an_answer_says_how_it_came_about(stock_model):
 def test_a_picture_that_cannot_be_read_leaves_the_others(stock_model, monkeypatch):
     prepare = adapter.prompts.prepare
 
-    def broken(processor, index, question, images):
+    def broken(processor, index, question, images, model_type):
         if "price" in question:
             raise OSError("image file is truncated")
         return prepare(processor, index, question, images)

@@ -53,7 +53,10 @@ def test_task_metric_and_data_are_those_of_lmms_eval(benchmark):
     assert Path(folder).is_dir()
     manager = TaskManager("ERROR", [folder], include_defaults=False)
     assert benchmark.task in manager.all_tasks
-    config = manager._get_config(benchmark.task)
+    if benchmark.name == "videomme":
+        pytest.importorskip("cv2", reason="the task's own code imports it")
+    tagged = manager.task_index[benchmark.task]
+    config = tagged if tagged["type"] == "tag" else manager._get_config(benchmark.task)
     leaves = [manager._get_config(task) for task in config["task"]] if isinstance(config["task"], list) else [config]
     for leaf in leaves:
         assert benchmark.metric in [entry["metric"] for entry in leaf["metric_list"]]

@@ -24,9 +24,9 @@ THERE = """
     attrs xxhash lxml hf-xet pytest pluggy iniconfig pytest-xdist execnet
 """
 LEFT_OUT = """
-    decord torchvision tensorboard tensorboard-data-server grpcio absl-py werkzeug markdown hatchling pathspec trove-classifiers
+    decord tensorboard tensorboard-data-server grpcio absl-py werkzeug markdown hatchling pathspec trove-classifiers
     editables playwright greenlet pyee ruff mypy mypy_extensions librt ast_serialize types-pyyaml coverage pytest-cov
-    chardet
+    chardet torchvision qwen-vl-utils
 """
 SOURCE_ONLY = ["fvcore", "iopath"]
 BESIDE_THE_LOCK = ["deepspeed==0.19.8", "hjson==3.1.0"]  # needs a compiler only for kernels that are not used here

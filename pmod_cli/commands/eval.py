@@ -291,7 +291,7 @@ def _against(against: str | None, name: str, benchmarks: tuple[Benchmark, ...], 
     if against is not None:
         return [part.strip() for part in against.split(",") if part.strip() not in ("", "none")]
     path = resolve(name, offline=offline).path
-    if router_state(path) == "stock" or any(benchmark.group != "tiny" for benchmark in benchmarks):
+    if router_state(path) == "stock" or any(not benchmark.drawn for benchmark in benchmarks):
         return []
     if eval_models.stock_source(path) is None:
         output.note("no stock model beside it: the checkpoint does not say what it was made from; --against names one")

@@ -77,6 +77,8 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
         if not output.stdout.is_terminal:  # a file or a pipe has no width
             output.stdout.width = max(width, score_tables.WIDTH)
         output.stdout.print(score_tables.score_table(results), score_tables.answer_table(results))
+        if score_tables.has_kinds(results):
+            output.stdout.print(score_tables.kind_table(results))
         if score_tables.has_methods(results):
             output.stdout.print(score_tables.cost_table(results))
         output.stdout.width = width

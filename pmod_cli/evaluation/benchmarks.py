@@ -1,4 +1,4 @@
-"""The benchmarks: the paper's fourteen, those of several images and of video, and the tiny six, one entry each.
+"""The benchmarks: the paper's fourteen, those of several images and of video, and the tiny ones, one entry each.
 
 Other packages register more.
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TINY_TASKS = Path(__file__).with_name("tasks")
 TINY_QUESTIONS = 1000  # per tiny task
+KINDS = ("text-rich", "general", "hallucination", "grounding")  # of questions: where tokens matter differs
 OWNER = "lmms-lab-encoder"  # who keeps the data sets of lmms-eval 0.7.3 on the hub
 
 
@@ -74,6 +75,7 @@ class Benchmark:
         sums: From its answered questions to the sums that make its score, for the interval. None: the score is the mean
             of lmms-eval's items.
         weight: Of the score in the average of the group.
+        kind: Of its questions, one of `KINDS`, for the means by kind; empty: it is in none of them.
     """
 
     name: str
@@ -90,6 +92,12 @@ class Benchmark:
     units: Callable[[Any], Iterable[Hashable]] | None = None
     weight: float = 1.0
     sums: Sums | None = None
+    kind: str = ""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its questions are drawn here, about synthetic documents."""
+        return self.task.startswith("tiny_")
 
     @property
     def rows(self) -> int | None:
@@ -180,7 +188,8 @@ _DATA = {  # by benchmark
 
 
 def _add(group: str, name: str, title: str, task: str, metric: str, folder: str, **more: Any) -> None:
-    BENCHMARKS.add(Benchmark(name, title, task, metric, folder, _DATA.get(name, ()), group, **more))
+    kind = more.pop("kind", group if group in KINDS else "")
+    BENCHMARKS.add(Benchmark(name, title, task, metric, folder, _DATA.get(name, ()), group, kind=kind, **more))
 
 
 _general, _text_rich = partial(_add, "general"), partial(_add, "text-rich")
@@ -200,7 +209,7 @@ _general(
     units=_mmbench_questions,
     sums=_sums("mmbench"),
 )
-_general("pope", "POPE", "pope_full", "pope_f1_score", "pope", sums=_sums("f1"))
+_general("pope", "POPE", "pope_full", "pope_f1_score", "pope", sums=_sums("f1"), kind="hallucination")
 _general("gqa", "GQA", "gqa", "exact_match", "gqa")
 _general("ai2d", "AI2D", "ai2d", "exact_match", "ai2d", filter="flexible-extract")
 _text_rich("docvqa", "DocVQA", "docvqa_val", "anls", "docvqa")
@@ -221,13 +230,19 @@ _several("blink", "BLINK", "blink_groups", "blink_acc", "blink", questions=1901)
 _video("mvbench", "MVBench", "mvbench", "mvbench_accuracy", "mvbench", scale=1.0, questions=4000)
 _video("videomme", "Video-MME", "videomme", "videomme_perception_score", "videomme", scale=1.0, questions=2700)
 _video("egoschema", "EgoSchema", "egoschema_subset", "score", "egoschema", questions=500)  # the part with answers
-for _name, _metric, _own in (
-    ("doc", "anls", None),
-    ("chart", "relaxed_overall", None),
-    ("attribute", "exact_match", None),
-    ("presence", "pope_f1_score", _sums("f1")),
-    ("above", "exact_match", None),
-    ("dearer", "exact_match", None),
+for _group, _kind, _name, _metric, _own in (
+    ("tiny", "text-rich", "doc", "anls", None),
+    ("tiny", "text-rich", "chart", "relaxed_overall", None),
+    ("tiny", "general", "attribute", "exact_match", None),
+    ("tiny", "hallucination", "presence", "pope_f1_score", _sums("f1")),
+    ("tiny", "text-rich", "above", "exact_match", None),
+    ("tiny", "text-rich", "dearer", "exact_match", None),
+    ("grounding", "grounding", "where", "exact_match", None),  # the bundled model has not learnt it
 ):
     _task = f"tiny_{_name}"
-    _add("tiny", _task, f"tiny {_name}", _task, _metric, str(TINY_TASKS), questions=TINY_QUESTIONS, sums=_own)
+    _add(
+        *(_group, _task, f"tiny {_name}", _task, _metric, str(TINY_TASKS)),
+        questions=TINY_QUESTIONS,
+        sums=_own,
+        kind=_kind,
+    )

@@ -192,7 +192,7 @@ def fetch(
     from huggingface_hub import constants
 
     benchmarks = list(benchmarks)
-    if others := [benchmark.name for benchmark in benchmarks if not benchmark.data and benchmark.group != "tiny"]:
+    if others := [benchmark.name for benchmark in benchmarks if not benchmark.data and not benchmark.drawn]:
         raise PmodError(
             f"`fetch_data` knows the data of the paper's benchmarks, not that of {', '.join(others)}",
             hint="hf download REPOSITORY --repo-type dataset --local-dir DIR/REPOSITORY",

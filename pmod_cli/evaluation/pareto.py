@@ -49,11 +49,11 @@ class Point:
         return self.gain is None or (self.gain[1] is not None and self.gain[1] > 0)
 
 
-def curves(results: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """By method, or by label of a model that runs under none: its points on a benchmark, the cheapest first."""
+def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """By method, or by label of a model that runs under none: its points on a benchmark or kind, the cheapest first."""
     found: dict[str, list[Point]] = {}
     for label, model in results["models"].items():
-        entry = task["scores"].get(label, {})
+        entry = part["scores"].get(label, {})
         if entry.get("score") is None:
             continue
         gain = entry.get("over_random")
@@ -77,21 +77,22 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def figure(results: Mapping[str, Any]) -> Figure:
-    """A row a benchmark: score over FLOPs, difference to random over FLOPs, and score over seconds where measured.
+    """A row a kind of task, or a benchmark where there is one kind: score over FLOPs, difference to random, seconds.
 
     A mark without filling does not beat random at the same FLOPs. The stepped line joins what nothing cheaper beats.
     """
-    shown = [(task, own) for task in results["tasks"] if (own := curves(results, task))]
+    parts = results["kinds"] if score_tables.has_kinds(results) else results["tasks"]
+    shown = [(part, own) for part in parts if (own := curves(results, part))]
     timed = any(point.seconds for _, own in shown for points in own.values() for point in points)
     names = list(dict.fromkeys(name for _, own in shown for name in own))
     looks = _looks(names, results)
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(3.4 * (2 + timed) + 0.4, 2.5 * len(shown) + 0.8), layout="constrained")
         grid = drawn.subplots(len(shown), 2 + timed, squeeze=False)
-        for (task, own), row in zip(shown, grid, strict=True):
+        for (part, own), row in zip(shown, grid, strict=True):
             for axes, cost in zip(row[::2], ("flops", "seconds"), strict=False):
                 _scores(axes, own, looks, cost)
-                axes.set_ylabel(f"{task['title']}, score")
+                axes.set_ylabel(f"{part['title']}, score")
             _gains(row[1], own, looks)
             row[1].set_ylabel("score − random")
         grid[0][1].set_title("filled: beats random at the same FLOPs", fontsize=9)
@@ -109,10 +110,14 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     picture = figure(results)
     save(picture, folder / PICTURE)
     listed = score_tables.rows(results)
-    columns, (headings, lines) = score_tables.score_columns(results, listed), score_tables.cost_rows(results)
-    tables = [plain_table("Scores", *columns), plain_table("Cost", *headings)]
-    for table, shown in zip(tables, ([[cell(row) for cell in columns.values()] for row in listed], lines), strict=True):
-        for line in shown:
+    columns = score_tables.score_columns(results, listed)
+    shown = [("Scores", list(columns), [[cell(row) for cell in columns.values()] for row in listed])]
+    if score_tables.has_kinds(results):
+        shown.append(("Scores by kind of task", *score_tables.kind_rows(results)))
+    shown.append(("Cost", *score_tables.cost_rows(results)))
+    tables = [plain_table(title, *headings) for title, headings, _ in shown]
+    for table, (_, _, lines) in zip(tables, shown, strict=True):
+        for line in lines:
             table.add_row(*line)
     words = "Scores against FLOPs and seconds, and the difference to random dropping at the same FLOPs"
     lead = ". ".join([*score_report.warnings(results), words])

@@ -11,7 +11,7 @@ import numpy as np
 
 from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation.benchmarks import Benchmark, groups, sums_of
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, KINDS, Benchmark, groups, sums_of
 from pmod_cli.evaluation.intervals import UNKNOWN, Difference, Record, difference, interval, makes_up, summands
 from pmod_cli.evaluation.stored import SCHEMA_VERSION, read_records, read_run
 
@@ -35,6 +35,7 @@ class Report:
         self.differences: dict[str, dict[str, Difference]] = {benchmark.name: {} for benchmark in benchmarks}
         self._draws: dict[tuple[str, str], np.ndarray] = {}
         self._records: dict[str, Sequence[Record]] = {}  # of the first model
+        self._gains: dict[tuple[str, str], Difference] = {}  # over random dropping
         self._controls: dict[tuple[str, str], Sequence[Record]] = {}  # of random dropping at each budget
 
     def add_model(self, label: str, description: Mapping[str, Any]) -> None:
@@ -67,8 +68,9 @@ class Report:
         if (benchmark.name, control) in self._controls:
             scores = (entry["score"], self.entries[benchmark.name][control]["score"])
             beside = self._controls[benchmark.name, control]
-            gain = difference(records, beside, scores, sums=sums, scale=benchmark.scale, seed=seed).as_dict()
-            entry["over_random"] = {key: gain[key] for key in ("difference", "low", "high")}
+            gain = difference(records, beside, scores, sums=sums, scale=benchmark.scale, seed=seed)
+            self._gains[benchmark.name, label] = gain
+            entry["over_random"] = {key: gain.as_dict()[key] for key in ("difference", "low", "high")}
         first = next(iter(self.models))
         if label == first:
             self._records[benchmark.name] = records
@@ -88,6 +90,7 @@ class Report:
             "models": self.models,
             "tasks": [self._task(benchmark) for benchmark in self.benchmarks],
             "averages": [average for group in AVERAGED if (average := self._average(group)) is not None],
+            "kinds": [self._kind(kind) for kind in KINDS if any(each.kind == kind for each in self.benchmarks)],
             "failed": [
                 f"{label}: {benchmark.title}: {entry['error']}"
                 for benchmark in self.benchmarks
@@ -101,6 +104,7 @@ class Report:
             "name": benchmark.name,
             "title": benchmark.title,
             "group": benchmark.group,
+            "kind": benchmark.kind,
             "task": benchmark.task,
             "metric": benchmark.metric,
             "filter": benchmark.filter,
@@ -145,6 +149,29 @@ class Report:
             "differences": differences,
             "missing": missing,
         }
+
+    def _kind(self, kind: str) -> dict[str, Any]:
+        """Means over the benchmarks of a kind that were asked, for the models that have all their scores."""
+        members = [benchmark for benchmark in self.benchmarks if benchmark.kind == kind]
+        weights, scores = {benchmark.name: benchmark.weight for benchmark in members}, {}
+        for label in self.models:
+            entries = {name: self.entries[name].get(label) for name in weights}
+            if any(entry is None or entry["score"] is None for entry in entries.values()):
+                continue
+            low, high = self._interval_of_mean({name: self._draws.get((name, label)) for name in weights}, weights)
+            scores[label] = {
+                "score": _mean(weights[name] * entry["score"] for name, entry in entries.items()),
+                "low": low,
+                "high": high,
+                "questions": sum(entry["questions"] for entry in entries.values()),
+                "generate_seconds": sum(entry.get("generate_seconds") or 0.0 for entry in entries.values()),
+            }
+            gains = {name: gain for name in weights if (gain := self._gains.get((name, label))) is not None}
+            if len(gains) == len(weights) and all(gain.points is not None for gain in gains.values()):
+                low, high = self._interval_of_mean({name: gain.draws for name, gain in gains.items()}, weights)
+                points = _mean(weights[name] * gain.points for name, gain in gains.items())
+                scores[label]["over_random"] = {"difference": points, "low": low, "high": high}
+        return {"title": kind, "tasks": list(weights), "scores": scores}
 
     def _interval_of_mean(
         self, draws: Mapping[str, np.ndarray | None], weights: Mapping[str, float]
@@ -197,7 +224,8 @@ def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
     for _, results in opened:
         for task in results["tasks"]:
             fields = ("name", "title", "task", "metric", "group", "filter", "scale")
-            benchmarks.setdefault(task["name"], Benchmark(**{field: task[field] for field in fields}))
+            kind = known.kind if (known := BENCHMARKS.get(task["name"])) is not None else ""
+            benchmarks.setdefault(task["name"], Benchmark(**{field: task[field] for field in fields}, kind=kind))
     report = Report(list(benchmarks.values()), seed=seed)
     for label, _, inner, results in columns:
         report.add_model(label, results["models"][inner])

@@ -7,7 +7,16 @@ from typing import Any
 
 from pmod_cli import paper
 from pmod_cli.evaluation.intervals import rate_interval
-from pmod_cli.evaluation.score_tables import Row, answer_columns, cost_rows, has_methods, rows, score_columns
+from pmod_cli.evaluation.score_tables import (
+    Row,
+    answer_columns,
+    cost_rows,
+    has_kinds,
+    has_methods,
+    kind_rows,
+    rows,
+    score_columns,
+)
 from pmod_cli.reporting import escaped, markdown_table
 
 
@@ -20,6 +29,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         parts.append(
             markdown_table(list(columns), ([cell(row) for cell in columns.values()] for row in shown), words=2)
         )
+    if has_kinds(results):
+        parts.append(markdown_table(*kind_rows(results)))
     if has_methods(results):
         parts.append(markdown_table(*cost_rows(results)))
     parts.append("\n".join(f"- {escaped(line)}" for line in notes(results)))
@@ -67,6 +78,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         lines.append("layer 0, mean of layers: vision tokens that are processed; KV bytes: after the prefill")
     if any(row["over_random"] is not None for row in listed):
         lines += _no_better_than_random(listed)
+        lines += _no_better_by_kind(results["kinds"])
+    if has_kinds(results):
+        beside = "; in brackets: this − random" if has_methods(results) else ""
+        lines.append(f"by kind of task: means over the tasks that were asked{beside}")
     if any(row["paper_baseline"] is not None for row in listed):
         lines += _about_the_paper(results)
     lines += [f"{label}: {sentence}" for label in labels if (sentence := _batching(results, label))]
@@ -91,6 +106,19 @@ def _no_better_than_random(listed: Sequence[Row]) -> list[str]:
         failed = [row["model"] for row in mine if row["over_random_low"] is None or row["over_random_low"] <= 0]
         if mine:
             lines.append(f"{title}: do not beat random at the same FLOPs: {', '.join(failed) or 'none of them'}")
+    return lines
+
+
+def _no_better_by_kind(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same of means over several tasks."""
+    lines = []
+    for kind in kinds:
+        gains = {label: entry["over_random"] for label, entry in kind["scores"].items() if "over_random" in entry}
+        if gains and len(kind["tasks"]) > 1:
+            failed = [label for label, gain in gains.items() if gain["low"] is None or gain["low"] <= 0]
+            lines.append(
+                f"{kind['title']}: do not beat random at the same FLOPs: {', '.join(failed) or 'none of them'}"
+            )
     return lines
 
 

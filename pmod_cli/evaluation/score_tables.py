@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -106,10 +106,39 @@ def has_methods(results: Mapping[str, Any]) -> bool:
     return any(model.get("method") for model in results["models"].values())
 
 
+def has_kinds(results: Mapping[str, Any]) -> bool:
+    """Whether questions of several kinds were asked, so that their means differ from the scores."""
+    return len(results["kinds"]) > 1
+
+
+def kind_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the means by kind of task; in brackets the difference to random dropping."""
+
+    def cell(entry: Mapping[str, Any]) -> str:
+        row = _row("", "", entry, {}, {})
+        gain = _over_random(row)
+        return _score(row) + (f" ({gain})" if gain else "")
+
+    lines = [
+        [label, *(cell(kind["scores"][label]) if label in kind["scores"] else "" for kind in results["kinds"])]
+        for label in results["models"]
+    ]
+    return ["by kind of task", *(kind["title"] for kind in results["kinds"])], lines
+
+
+def kind_table(results: Mapping[str, Any]) -> Table:
+    """The means by kind of task."""
+    return _numbers(*kind_rows(results))
+
+
 def cost_table(results: Mapping[str, Any]) -> Table:
     """What each model costs under the four conventions, beside the time that all its answers took."""
+    return _numbers(*cost_rows(results))
+
+
+def _numbers(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """A name, and numbers beside it."""
     table = WholeTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    headings, lines = cost_rows(results)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
     for line in lines:

@@ -1,4 +1,4 @@
-"""The test questions of the six tiny tasks: drawn once from the test seeds, kept in a cache, never trained on."""
+"""The test questions of the tiny tasks: drawn once from the test seeds, kept in a cache, never trained on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(benchmarks: Iterable[Benchmark], on_wait: Callable[[Path], None]) -> No
         on_wait: Called once where another process is drawing them, with the folder, before it is waited for.
     """
     for benchmark in benchmarks:
-        if benchmark.group == "tiny":
+        if benchmark.drawn:
             folder(benchmark.task.removeprefix("tiny_"), on_wait=on_wait)
 
 
@@ -30,7 +30,7 @@ def folder(task: str, questions: int = QUESTIONS, on_wait: Callable[[Path], None
     """The data set of one tiny task as `datasets.load_from_disk` reads it, drawn on the first call.
 
     Args:
-        task: one of `pmod_cli.data.documents.TASKS`.
+        task: one of `pmod_cli.data.documents.DRAWN`.
         questions: Number of test documents, one question each.
         on_wait: As in `draw`.
     """

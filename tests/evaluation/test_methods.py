@@ -115,7 +115,7 @@ def test_what_is_drawn_of_a_result():
         (50.0, 0.5, True),
     ]
     assert [point.flops for point in found["stock"]] == [100.0]
-    figure = pareto.figure({"models": models, "tasks": [task]})
+    figure = pareto.figure({"models": models, "tasks": [task], "kinds": []})
     fillings = [
         (line.get_xdata()[0], line.get_markerfacecolor()) for line in figure.axes[0].lines if line.get_marker() == "o"
     ]

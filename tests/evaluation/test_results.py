@@ -145,6 +145,44 @@ def test_average_row_is_last():
     assert "1495.5" in text
 
 
+def test_means_by_kind_of_task():
+    """Two text-rich tasks and one of grounding: means, and their gain over random; none where one fails."""
+    benchmarks = suite.resolve(["tiny_doc", "tiny_chart", "tiny_where"])
+    report = Report(benchmarks, seed=0)
+    models = {
+        "stock": {},
+        "random@0.4": {"method": "random"},
+        "fastv@0.4": {"method": "fastv", "control": "random@0.4"},
+    }
+    right = {"stock": (4, 4, None), "random@0.4": (1, 2, 2), "fastv@0.4": (3, 2, 1)}
+    for label, model in models.items():
+        report.add_model(label, reports.STOCK | model)
+        for benchmark, number in zip(benchmarks, right[label], strict=True):
+            if number is None:
+                report.add(benchmark, label, reports.entry(None, error="no picture"), [])
+                continue
+            items = [1.0] * number + [0.0] * (4 - number)
+            found = reports.entry(25.0 * number, generate_seconds=2.0)
+            report.add(benchmark, label, found, reports.records(["x"] * 4, items))
+    results = report.results()
+    text, grounding = results["kinds"]
+    assert (text["title"], text["tasks"]) == ("text-rich", ["tiny_doc", "tiny_chart"])
+    assert {label: entry["score"] for label, entry in text["scores"].items()} == dict(
+        zip(models, (100.0, 37.5, 62.5), strict=True)
+    )
+    assert (text["scores"]["fastv@0.4"]["questions"], text["scores"]["fastv@0.4"]["generate_seconds"]) == (8, 4.0)
+    assert text["scores"]["fastv@0.4"]["over_random"]["difference"] == 25.0
+    assert text["scores"]["fastv@0.4"]["over_random"]["low"] < 25.0 < text["scores"]["fastv@0.4"]["over_random"]["high"]
+    assert "over_random" not in text["scores"]["random@0.4"]
+    assert list(grounding["scores"]) == ["random@0.4", "fastv@0.4"], "none where a task failed"
+    assert grounding["scores"]["fastv@0.4"]["over_random"]["difference"] == -25.0
+    table = printed(score_tables.kind_table(results))
+    assert re.search(r"by kind of task +text-rich +grounding", table)
+    assert re.search(r"fastv@0.4 +62.5 ± [\d.]+ \(\+25.0 ± [\d.]+\) +25.0 ± [\d.]+ \(−25.0 ± [\d.]+\)", table)
+    assert "by kind of task" in score_report.to_markdown(results)
+    assert {benchmark.kind for benchmark in groups()["paper"]} == {"general", "text-rich", "hallucination"}
+
+
 def test_average_interval_is_that_of_independent_benchmarks():
     """Seven benchmarks with a half width of h each: the average has h / √7."""
     report = Report(groups()["text-rich"], seed=0)
@@ -192,9 +230,10 @@ def test_results_are_plain_json():
     """Nothing that JSON cannot hold, numbers of known units, and the same object after a round trip."""
     results = reports.small().results()
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert {*results} == {"models", "tasks", "averages", "failed"}
+    assert {*results} == {"models", "tasks", "averages", "kinds", "failed"}
     task = results["tasks"][0]
-    assert {*task} == {"name", "title", "group", "task", "metric", "filter", "scale", "rows", "scores", "differences"}
+    named = {"name", "title", "group", "kind", "task", "metric", "filter", "scale", "rows", "scores", "differences"}
+    assert {*task} == named
 
 
 def test_flip_rate_is_summed_over_tasks():

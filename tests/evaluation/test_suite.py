@@ -29,6 +29,7 @@ def test_names_titles_tasks_and_groups():
     assert len(tasks_of("paper")) == 14
     assert tasks_of("general", "text-rich") == tasks_of("paper")
     assert tasks_of("tiny_doc", "tiny") == tasks_of("tiny")
+    assert tasks_of("grounding") == ["tiny_where"]
 
 
 def test_the_paper_wins_and_the_prefix_reaches_lmms_eval():

@@ -12,9 +12,9 @@ import numpy as np
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import retention_schedule
-from pmod_cli.profiling.count.formulas import attention_products, layer_matrix, lm_head
-from pmod_cli.profiling.count.workload import Row
-from pmod_cli.profiling.methods import PROMPT
+from pmod_cli.profiling.count import formulas
+from pmod_cli.profiling.count.workload import Routed, Row
+from pmod_cli.profiling.methods import PROMPT, dearest_within
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Budget:
         """Of one layer at this ratio, as a share of the whole stock model's."""
         if self.of == "retention":
             return ratio / self.sizes.decoder.layers
-        tokens = max(1, self.row.kept(self.target_tokens, ratio) + self.row.text_tokens)
-        return self._layer(tokens) / self._stock
+        return self._flops([ratio], [False]).layers / self._stock
 
     def total(self, ratios: Sequence[float], routers: int = 1) -> float:
         """Of a schedule, routers and lm_head included, as a share of the stock model's."""
@@ -54,8 +53,8 @@ class Budget:
         """What no ratio changes: lm_head and routers."""
         if self.of == "retention":
             return 0.0
-        decoder, tokens = self.sizes.decoder, self.row.tokens
-        return (lm_head(decoder, tokens) + routers * 2 * tokens * decoder.hidden) / self._stock
+        plain, routed = (self._flops([1.0], [router]) for router in (False, True))
+        return (plain.lm_head + routers * (routed.layers - plain.layers)) / self._stock
 
     def solve(self, groups: Sequence[tuple[int, float | None]], routers: int = 1) -> float | None:
         """The ratio of the open layers that spends the budget; None where even 0 is too much.
@@ -68,13 +67,9 @@ class Budget:
         count = sum(count for count, ratio in groups if ratio is None)
         if closed + count * self.cost(0.0) > self.share:
             return None
-        low, high = 0.0, 1.0
         if closed + count * self.cost(1.0) <= self.share:
             return 1.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if closed + count * self.cost(middle) <= self.share else (low, middle)
-        return low
+        return dearest_within(lambda ratio: closed + count * self.cost(ratio), self.share, 0.0, 1.0)
 
     def kept_cache(self, ratios: Sequence[float]) -> float:
         """Share of the stock model's K/V that a schedule keeps of the same prompt, its text included."""
@@ -89,13 +84,10 @@ class Budget:
         def ratios(shift: float) -> list[float]:
             return retention_schedule("cosine", layers, shift=shift)
 
-        low, high = -1.0, 1.5
-        if self.total(ratios(low)) > self.share:
+        least, most = -1.0, 1.5
+        if self.total(ratios(least)) > self.share:
             return None
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.total(ratios(middle)) <= self.share else (low, middle)
-        return ratios(low)
+        return ratios(dearest_within(lambda shift: self.total(ratios(shift)), self.share, least, most))
 
     def check(self) -> None:
         """Raises PmodError where no schedule is that cheap: layer 0 has to be whole for something to choose by."""
@@ -109,11 +101,11 @@ class Budget:
 
     @cached_property
     def _stock(self) -> float:
-        decoder, tokens = self.sizes.decoder, self.row.tokens
-        return decoder.layers * self._layer(tokens) + lm_head(decoder, tokens)
+        return formulas.prefill(self.sizes, [self.row]).decoder
 
-    def _layer(self, tokens: int) -> float:
-        return layer_matrix(self.sizes.decoder, tokens) + attention_products(self.sizes.decoder, tokens)
+    def _flops(self, ratios: Sequence[float], routers: Sequence[bool]) -> formulas.Prefill:
+        """Of a decoder of these layers alone: a prefill is the sum of its layers."""
+        return formulas.prefill(self.sizes, [self.row], Routed(ratios, self.target_tokens, routers))
 
 
 def best_ratios(losses: Sequence[Mapping[float, float]], budget: Budget, routers: int = 1) -> list[float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from pmod_cli.core.errors import PmodError
@@ -80,17 +80,18 @@ def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None =
     if METHODS[method].in_tower and (reason := _without_class_token(sizes)):
         raise PmodError(f"{method} cannot run on {sizes.family.title}: {reason}")
     rows = PROMPT.rows(sizes) if rows is None else rows
-    low, high, found = 0.0, 1.0, []
-    for _ in range(40):
-        mean = (low + high) / 2
+    found = []
+
+    def flops_at(mean: float) -> float:
         try:
             settings = PmodSettings(method=method, mean=mean)
             flops = cost_of(sizes, settings, rows).flops
-        except ValueError:  # a mean that the schedule cannot have
-            low = mean
-            continue
+        except ValueError:  # less than the schedule can have
+            return 0.0
         found.append((abs(flops - budget), flops, mean, settings))
-        low, high = (low, mean) if flops > budget else (mean, high)
+        return flops
+
+    dearest_within(flops_at, budget, 0.0, 1.0)
     away, flops, _, settings = min(found, key=lambda one: one[:3])
     if away > PRECISION * budget and flops > budget:
         raise PmodError(
@@ -98,6 +99,20 @@ def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None =
             hint=f"a budget of {flops + 0.01:.2f} or more",
         )
     return settings
+
+
+def dearest_within(cost: Callable[[float], float], budget: float, low: float, high: float) -> float:
+    """The largest setting between two that costs no more than a budget, to 1e-12 of their distance.
+
+    Args:
+        cost: Rises with the setting.
+        low: A setting within the budget.
+        high: One that is not.
+    """
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return low
 
 
 def _without_class_token(sizes: Sizes) -> str | None:

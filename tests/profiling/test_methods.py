@@ -49,7 +49,7 @@ def test_dropping_before_the_decoder_reaches_what_the_schedule_alone_cannot():
 
 @pytest.mark.parametrize("shift", [0.2, 0.5])
 def test_calibration_counts_the_same(shift):
-    """Its budget adds up layers, to search among schedules; the sum is what a method costs."""
+    """Its budget adds up layers, to search among schedules; the sum is what the whole costs."""
     sizes = Sizes.of(load_subject("llava-next-7b").stock)
     settings = PmodSettings(shift=shift)
     layers = sizes.decoder.layers

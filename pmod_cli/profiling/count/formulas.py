@@ -48,6 +48,11 @@ class Prefill:
         return self.matrix + self.lm_head
 
     @property
+    def layers(self) -> int:
+        """Decoder layers with their attention products and selectors."""
+        return self.decoder - self.lm_head
+
+    @property
     def decoder(self) -> int:
         """Decoder layers with their attention products and selectors, and lm_head."""
         return self.paper + self.attention_products + self.selector

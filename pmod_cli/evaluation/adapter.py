@@ -22,6 +22,9 @@ from pmod_cli.core.errors import PmodError, explain
 from pmod_cli.evaluation import prompts
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.prompts import windows
+from pmod_cli.families.configs import known_family
+from pmod_cli.model import PmodSettings
+from pmod_cli.profiling.methods import PromptBudget
 
 MAX_NEW_TOKENS = 1024  # where a task sets none; as lmms-eval's own LLaVA
 
@@ -46,6 +49,7 @@ class PmodModel(lmms):
         seed: Of the random selection, and of tasks that sample their answers.
         halve: Out of memory, halve the batch size and go on.
         model: A loaded model in evaluation mode, with its `processor`.
+        budget: A method whose settings are solved for each prompt; None: those of the model hold for all.
     """
 
     is_simple = True
@@ -63,6 +67,7 @@ class PmodModel(lmms):
         halve: bool = False,
         model: Any = None,
         processor: Any = None,
+        budget: PromptBudget | None = None,
     ) -> None:
         super().__init__()
         if model is None:
@@ -79,7 +84,9 @@ class PmodModel(lmms):
         self.model, self.processor = model, prompts.as_asked(processor, model.config.model_type)
         self.name = str(pretrained or model.name_or_path)
         self.batch_size, self.halve = int(batch_size), halve
-        self.selection, self.seed = selection, int(seed)
+        self.selection, self.seed, self.budget = selection, int(seed), budget
+        self._vision_ids = [getattr(model.config, key) for key in known_family(model.config).vision_tokens]
+        self._settings: PmodSettings | None = None  # of the method, those that the model has now
         if hasattr(model, "set_selection"):
             model.set_selection(selection, seed=self.seed)
         elif selection != "router":
@@ -142,10 +149,28 @@ class PmodModel(lmms):
             rows = sorted((row for _, row in prepared if isinstance(row, prompts.Prompt)), key=lambda row: -row.length)
             while rows:
                 size = 1 if _sampling(settings)["do_sample"] else min(self.batch_size, len(rows))
+                size, rows = self._at_budget(size, rows)
                 answered = self._answer_or_halve(rows[:size], settings)
                 if answered is not None:
                     yield [(row.index, answer) for row, answer in zip(rows[:size], answered, strict=True)]
                     rows = rows[size:]
+
+    def _at_budget(self, size: int, rows: list[prompts.Prompt]) -> tuple[int, list[prompts.Prompt]]:
+        """Gives the model what the first prompt may cost, and moves up those of the next that are asked beside it.
+
+        Returns:
+            How many are asked together, `size` at most, and the prompts.
+        """
+        if self.budget is None:
+            return size, rows
+        vision = [row.count(self._vision_ids) for row in rows]
+        found = [self.budget.settings(V, row.length - V) for V, row in zip(vision, rows, strict=True)]
+        if found[0] != self._settings:
+            self.model.set_method(found[0].to_dict())
+            self.model.set_selection(self.selection, seed=self.seed)
+            self._settings = found[0]
+        alike = [place for place, settings in enumerate(found) if settings == found[0]][:size]
+        return len(alike), [rows[place] for place in alike] + [row for i, row in enumerate(rows) if i not in alike]
 
     def _prepare(self, place: int, request: Instance) -> tuple[int, prompts.Prompt | Answer | Unanswered]:
         """Runs in a thread. A tokenizer is not safe to share between threads, so each has its own."""
@@ -164,7 +189,8 @@ class PmodModel(lmms):
             return place, Unanswered(known.what if known else f"{type(error).__name__}: {error}".splitlines()[0])
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and row.length >= context:
-            return place, Answer("", row.prompt, row.length, too_long=True)
+            vision = row.count(self._vision_ids)
+            return place, Answer("", row.prompt, row.length, too_long=True, vision_tokens=vision)
         return place, row
 
     def _answer_or_halve(self, rows: list[prompts.Prompt], settings: dict) -> list[Answer] | None:
@@ -203,7 +229,16 @@ class PmodModel(lmms):
                 text = text.split(stop)[0] if stop else text
             cut = length == limit
             answers.append(
-                Answer(text.strip(), row.prompt, row.length, length, cut, seconds=round(seconds, 6), batch=len(rows))
+                Answer(
+                    text.strip(),
+                    row.prompt,
+                    row.length,
+                    length,
+                    cut,
+                    seconds=round(seconds, 6),
+                    batch=len(rows),
+                    vision_tokens=row.count(self._vision_ids),
+                )
             )
         return answers
 

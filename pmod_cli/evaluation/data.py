@@ -239,7 +239,7 @@ def listing(benchmarks: Iterable[Benchmark] | None = None, data_root: Path | Non
             "metric": benchmark.metric,
             # Of data that lmms-eval fetches by itself nothing is known.
             "here": all(find(source, data_root) for source in benchmark.data)
-            if benchmark.data or benchmark.group == "tiny"
+            if benchmark.data or benchmark.drawn
             else None,
         }
         for benchmark in (BENCHMARKS.values() if benchmarks is None else benchmarks)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,10 @@ from pmod_cli.families import model_types
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.families.unsupported import why_not
 from pmod_cli.model import METHODS, SELECTIONS, PmodSettings
-from pmod_cli.profiling.methods import cost_of, solve
+from pmod_cli.profiling.methods import HARDLY_TEXT, PromptBudget, cost_of, nearest, prompt_of, solve
 
 if TYPE_CHECKING:
-    pass
+    from pmod_cli.evaluation.outcome import Record
 
 
 DOWNSAMPLE, ROUTER = "downsample", "router"
@@ -43,6 +44,7 @@ class EvalModel:
         tokens_left: Share of the vision tokens that the model's pictures are downsampled to; None: as they are.
         method: Settings of a method that the model runs under in the place of its own; None: as it is.
         control: Label of random dropping at the same budget, which a method has to beat.
+        share: What the method costs on each prompt: a share of the stock model's FLOPs, or as much as these settings.
     """
 
     label: str
@@ -53,6 +55,7 @@ class EvalModel:
     tokens_left: float | None = None
     method: PmodSettings | None = None
     control: str | None = None
+    share: float | PmodSettings | None = None
 
 
 def choose(name: str, against: Iterable[str], *, revision: str | None = None, offline: bool = False) -> list[EvalModel]:
@@ -128,7 +131,7 @@ def at_budgets(
 
     Args:
         name: The model.
-        methods: Names, or `all`.
+        methods: Names, or `all`. Left out is what meets a budget on no prompt, or what the model cannot have.
         budgets: Shares of the stock model's prefill FLOPs, as they were written.
         offline: Look nothing up on the hub.
 
@@ -146,7 +149,7 @@ def at_budgets(
         for method in dict.fromkeys(["random", *listed]):
             asked = methods_named(f"{method}@{budget}")
             try:
-                solve(method, (asked and asked[1]) or 1.0, sizes)
+                solve(method, (asked and asked[1]) or 1.0, sizes, HARDLY_TEXT.rows(sizes))
             except PmodError as error:
                 left_out.append(error.what)
             else:
@@ -162,7 +165,7 @@ def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: b
         raise PmodError(
             f"`against={method}`: {main.path} is a plain LLaVA, whose cost is no budget", hint=f"`against={method}@0.4`"
         )
-    share = cost_of(sizes, PmodSettings.from_dict(config.get("pmod") or {})).flops if budget is None else budget
+    share = PmodSettings.from_dict(config.get("pmod") or {}) if budget is None else budget
     stock = main
     if main.routers != "stock":
         source = stock_source(main.path)
@@ -174,8 +177,12 @@ def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: b
         stock = _eval_model(source, None, offline)
     label = method if budget is None else f"{method}@{budget:g}"
     control = None if method == "random" else f"random@{budget:g}" if budget is not None else None
-    settings = solve(method, share, sizes)
-    return replace(stock, label=label, selection=settings.selection, method=settings, control=control)
+    rows = HARDLY_TEXT.rows(sizes)
+    if isinstance(share, PmodSettings):
+        settings, _ = nearest(method, cost_of(sizes, share, rows).flops, sizes, rows)
+    else:
+        settings = solve(method, share, sizes, rows)
+    return replace(stock, label=label, selection=settings.selection, method=settings, control=control, share=share)
 
 
 def _mean_retention(path: Path) -> float:
@@ -244,11 +251,42 @@ class Loaded:
             "downsampled": self.downsampled,
         }
         if eval_model.method is not None:
+            share = eval_model.share
             described |= {"method": eval_model.method.method, "control": eval_model.control}
+            described["budget"] = share.to_dict() if isinstance(share, PmodSettings) else share
         described["cost"] = _cost(self.model.config)
         if self.downsampled is not None:
             described["mean_retention"] = self.downsampled["tokens_left"]
         return described
+
+    def budget(self, eval_model: EvalModel) -> PromptBudget | None:
+        """What a column's method may cost on each prompt; None where it runs under no method."""
+        if eval_model.method is None or eval_model.share is None:
+            return None
+        return PromptBudget(Sizes.of(self.model.config), eval_model.method.method, eval_model.share)
+
+    def cost_of_prompts(self, eval_model: EvalModel, records: Sequence[Record]) -> dict[str, Any]:
+        """For the entry of a benchmark; empty where the settings do not tell it.
+
+        Returns:
+            `cost`, the mean of `MethodCost` over the prompts; with a budget `off_budget`, on how many it is not met.
+        """
+        budget, config = self.budget(eval_model), self.model.config
+        own = getattr(config, "settings", None)
+        if not records or (budget is None and (own is None or (own.target_tokens, own.quota) != ("vision_all", "row"))):
+            return {}
+        sizes, totals = Sizes.of(config), Counter[str]()
+        prompts = Counter(
+            (record["vision_tokens"], record["input_tokens"] - record["vision_tokens"]) for record in records
+        )
+        for (vision, text), times in prompts.items():
+            settings = own if budget is None else budget.settings(vision, text)
+            for name, share in cost_of(sizes, settings, prompt_of(vision, text)).as_dict().items():
+                totals[name] += share * times
+        found: dict[str, Any] = {"cost": {name: total / len(records) for name, total in totals.items()}}
+        if budget is not None:
+            found["off_budget"] = sum(times for prompt, times in prompts.items() if not budget.is_met(*prompt))
+        return found
 
 
 def _cost(config: Any) -> dict[str, float] | None:

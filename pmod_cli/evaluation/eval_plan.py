@@ -60,6 +60,7 @@ def run_identity(eval_models: Sequence[EvalModel], settings: EvalSettings) -> di
                 "selection": eval_model.selection,
                 "tokens_left": eval_model.tokens_left,
                 **({"method": eval_model.method.to_dict()} if eval_model.method is not None else {}),
+                **({"budget": eval_model.share} if isinstance(eval_model.share, float) else {}),
             }
             for eval_model in eval_models
         },

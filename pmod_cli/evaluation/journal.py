@@ -31,6 +31,7 @@ class Answer:
         too_long: The prompt does not fit the model's context, so the question was not put and the answer is empty.
         seconds: Its share of the time that its batch spent in `generate`.
         batch: Rows of its batch.
+        vision_tokens: Of the prompt.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Answer:
     too_long: bool = False
     seconds: float = 0.0
     batch: int = 1
+    vision_tokens: int = 0
 
     @property
     def empty(self) -> bool:

@@ -38,6 +38,7 @@ class Record(TypedDict):
         item: lmms-eval's score of this answer under the headline metric; None where the row is no part of it.
         prompt: What the model read, image places not expanded.
         input_tokens: Tokens of the prompt, vision tokens included.
+        vision_tokens: Of the prompt.
         output_tokens: Generated tokens, without the end token.
         cut: The answer reached the task's length limit.
         too_long: The prompt did not fit the model's context: the question was not put, and the answer is empty.
@@ -54,6 +55,7 @@ class Record(TypedDict):
     item: Any
     prompt: str
     input_tokens: int
+    vision_tokens: int
     output_tokens: int
     cut: bool
     too_long: bool

@@ -49,6 +49,10 @@ class Prompt:
         """Tokens of the prompt, vision tokens included."""
         return self.inputs["input_ids"].shape[0]
 
+    def count(self, ids: Sequence[int]) -> int:
+        """How many of its tokens are one of these."""
+        return int(torch.isin(self.inputs["input_ids"], torch.tensor(ids)).sum())
+
 
 def render(processor: Any, question: str, images: int, videos: int = 0, system: str | None = None) -> str:
     """The question in the checkpoint's own chat template, with `images` image places and `videos` video places.

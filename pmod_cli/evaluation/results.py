@@ -53,6 +53,7 @@ class Report:
         self.entries[benchmark.name][label] = entry
         if entry["score"] is None:
             return
+        self._add_costs(label)
         seed = [self.seed, crc32(benchmark.name.encode())]
         sums = sums_of(benchmark, benchmark.metric or entry["metric"])
         entry["low"], entry["high"] = UNKNOWN
@@ -83,6 +84,15 @@ class Report:
                 scale=benchmark.scale,
                 seed=seed,
             )
+
+    def _add_costs(self, label: str) -> None:
+        """What the model costs on the prompts of all benchmarks so far, in the place of the paper's prompt."""
+        known = [entry for of in self.entries.values() if (entry := of.get(label)) and entry.get("cost")]
+        if known:
+            questions = [entry["questions"] for entry in known]
+            names = known[0]["cost"]
+            means = {name: np.average([entry["cost"][name] for entry in known], weights=questions) for name in names}
+            self.models[label]["cost"] = {name: float(mean) for name, mean in means.items()}
 
     def results(self) -> dict[str, Any]:
         """Everything so far."""

@@ -101,6 +101,7 @@ def _evaluate(
             halve=settings.halve,
             model=loaded.model,
             processor=loaded.processor,
+            budget=loaded.budget(eval_model),
         )
         for benchmark in benchmarks:
             on_progress(eval_model.label, benchmark.title, 0, 1)
@@ -109,7 +110,8 @@ def _evaluate(
             outcome = _outcome(asked, benchmark, settings, by, journal, processes, folder.log(processes.rank), show)
             if not processes.first:
                 continue
-            report.add(benchmark, eval_model.label, outcome.entry(), outcome.samples)
+            entry = outcome.entry() | loaded.cost_of_prompts(eval_model, outcome.samples)
+            report.add(benchmark, eval_model.label, entry, outcome.samples)
             _write_lines(folder.answers(eval_model.label, benchmark.name), outcome.samples)
             if eval_model.label in report.differences[benchmark.name]:
                 changed = report.differences[benchmark.name][eval_model.label].changed

@@ -74,8 +74,9 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     if len(labels) > 1:
         lines.append(f"first − this: {labels[0]} minus the row's model, same questions; changed: answers that differ")
     if has_methods(results):
-        lines.append("FLOPs: of the decoder's prefill on the paper's prompt; of them ranking: what chooses the tokens")
+        lines.append("FLOPs: of the decoder's prefill, mean over the prompts; of them ranking: what chooses the tokens")
         lines.append("layer 0, mean of layers: vision tokens that are processed; KV bytes: after the prefill")
+        lines += _off_budget(results)
     if any(row["over_random"] is not None for row in listed):
         lines += _no_better_than_random(listed)
         lines += _no_better_by_kind(results["kinds"])
@@ -96,6 +97,17 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     }
     lines += [text for kind, text in explained.items() if any(row[kind] for row in listed)]
     return lines + list(results["failed"])
+
+
+def _off_budget(results: Mapping[str, Any]) -> list[str]:
+    """On how many prompts a budget is not met to a percent: short ones have few tokens, and text cannot be dropped."""
+    lines = []
+    for label in results["models"]:
+        entries = [task["scores"].get(label, {}) for task in results["tasks"]]
+        missed, asked = (sum(entry.get(key) or 0 for entry in entries) for key in ("off_budget", "questions"))
+        if missed:
+            lines.append(f"{label}: on {missed:,} of {asked:,} prompts its cost is not within 1 % of the budget")
+    return lines
 
 
 def _no_better_than_random(listed: Sequence[Row]) -> list[str]:

@@ -145,6 +145,7 @@ def _record(task: str, row: int, sample: dict[str, Any], metric: str, answer: An
         "item": sample.get(metric),
         "prompt": answer.prompt,
         "input_tokens": answer.input_tokens,
+        "vision_tokens": answer.vision_tokens,
         "output_tokens": answer.output_tokens,
         "cut": answer.cut,
         "too_long": answer.too_long,

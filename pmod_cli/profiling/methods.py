@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families.sizes import Sizes
+from pmod_cli.families.sizes import ImageTokens, Sizes
 from pmod_cli.model.methods import METHODS
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas
@@ -14,6 +16,8 @@ from pmod_cli.profiling.count.workload import Routed, Row, Workload, layer_token
 
 PROMPT = Workload(image_sizes=((672, 672),), text_tokens=58)
 """The paper's prompt, on which a budget is solved unless another one is given."""
+HARDLY_TEXT = Workload(text_tokens=1)
+"""A budget that is not met here, where vision tokens are nearly all, is met on no prompt."""
 PRECISION = 0.01  # of the budget, where the method is not made of whole steps larger than that
 
 
@@ -75,6 +79,21 @@ def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None =
     Raises:
         PmodError: No such method, the model cannot have it, or it does not reach the budget.
     """
+    settings, flops = nearest(method, budget, sizes, rows)
+    if flops > (1 + PRECISION) * budget:
+        raise PmodError(
+            f"{method} cannot cost {budget:g} of the stock model: it comes as near as {flops:.3f}",
+            hint=f"a budget of {flops + 0.01:.2f} or more",
+        )
+    return settings
+
+
+def nearest(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None = None) -> tuple[PmodSettings, float]:
+    """As `solve`, but what comes nearest is taken however far it is; and its share of the stock model's FLOPs.
+
+    Raises:
+        PmodError: No such method, or the model cannot have it.
+    """
     if method not in METHODS:
         raise PmodError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
     if METHODS[method].in_tower and (reason := _without_class_token(sizes)):
@@ -91,25 +110,64 @@ def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None =
         found.append((abs(flops - budget), flops, mean, settings))
         return flops
 
-    dearest_within(flops_at, budget, 0.0, 1.0)
-    away, flops, _, settings = min(found, key=lambda one: one[:3])
-    if away > PRECISION * budget and flops > budget:
-        raise PmodError(
-            f"{method} cannot cost {budget:g} of the stock model: it comes as near as {flops:.3f}",
-            hint=f"a budget of {flops + 0.01:.2f} or more",
-        )
-    return settings
+    dearest_within(flops_at, budget, 0.0, 1.0, steps=20)
+    _, flops, _, settings = min(found, key=lambda one: one[:3])
+    return settings, flops
 
 
-def dearest_within(cost: Callable[[float], float], budget: float, low: float, high: float) -> float:
-    """The largest setting between two that costs no more than a budget, to 1e-12 of their distance.
+@dataclass(frozen=True)
+class PromptBudget:
+    """A method whose settings meet a budget on every prompt.
+
+    Args:
+        sizes: The model.
+        method: A name in `METHODS`.
+        share: Of the stock decoder's prefill FLOPs on the same prompt; or settings, which cost as much there.
+    """
+
+    sizes: Sizes
+    method: str
+    share: float | PmodSettings
+
+    def settings(self, vision: int, text: int) -> PmodSettings:
+        """For a prompt of so many tokens. Prompts of about one shape get the same, so that they share a batch."""
+        return _for_prompt(self, vision, text)[0]
+
+    def is_met(self, vision: int, text: int) -> bool:
+        """Whether the settings cost the budget to `PRECISION`; a short prompt has few tokens, and large steps."""
+        return _for_prompt(self, vision, text)[1]
+
+
+def prompt_of(vision: int, text: int) -> list[Row]:
+    """A prompt of which no more is known than how many vision and text tokens it has."""
+    image = ImageTokens(0, 0, tiles=0, base=vision, high_resolution=0, patches_per_tile=0)
+    return [Row((image,) if vision else (), text)]
+
+
+@lru_cache(maxsize=2**16)
+def _for_prompt(budget: PromptBudget, vision: int, text: int) -> tuple[PmodSettings, bool]:
+    sizes, share, rows = budget.sizes, budget.share, prompt_of(vision, text)
+    share = cost_of(sizes, share, rows).flops if isinstance(share, PmodSettings) else share
+    settings, flops = nearest(budget.method, share, sizes, rows)
+    away = abs(flops - share)
+    with suppress(ValueError):  # a mean that the schedule cannot have
+        rounded = replace(settings, mean=float(f"{settings.mean:.3g}"))
+        off = abs(cost_of(sizes, rounded, rows).flops - share)
+        if off <= max(PRECISION / 2 * share, away):
+            settings, away = rounded, off
+    return settings, away <= PRECISION * share
+
+
+def dearest_within(cost: Callable[[float], float], budget: float, low: float, high: float, steps: int = 40) -> float:
+    """The largest setting between two that costs no more than a budget.
 
     Args:
         cost: Rises with the setting.
         low: A setting within the budget.
         high: One that is not.
+        steps: How often the distance between them is halved.
     """
-    for _ in range(40):
+    for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     return low

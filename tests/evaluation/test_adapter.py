@@ -11,7 +11,9 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import adapter, prompts
 from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.journal import Answer
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
+from pmod_cli.profiling.methods import PromptBudget
 from tests.factories import KINDS
 
 QUESTIONS = (
@@ -103,6 +105,30 @@ def test_batches_do_not_change_answers(stock_model, pmod_model, name, monkeypatc
     single = texts(asked(path))
     assert texts(asked(path, batch_size=4)) == single
     assert texts(asked(path, batch_size=16)) == single
+
+
+@pytest.mark.parametrize("method", ["divprune", "random"])
+def test_a_budget_is_solved_for_each_prompt_whatever_stands_beside_it(stock_model, method):
+    """Answers are those of the prompt alone under its own settings, and these differ from prompt to prompt."""
+    model, processor = load_model(stock_model(), dtype="float32", pmod={"method": method, "mean": 0.5})
+    budget = PromptBudget(Sizes.of(model.config), method, 0.6)
+
+    def answers(batch_size, given):
+        adapted = PmodModel("m", batch_size, selection=method, seed=3, model=model, processor=processor, budget=given)
+        adapted.task_dict["t"] = {"test": DOCS}
+        return dict(pair for batch in adapted.answers(requests(max_new_tokens=12)) for pair in batch)
+
+    found = answers(1, budget)
+    assert {place: answer.text for place, answer in answers(16, budget).items()} == {
+        place: answer.text for place, answer in found.items()
+    }
+    shapes = {place: (one.vision_tokens, one.input_tokens - one.vision_tokens) for place, one in found.items()}
+    assert shapes[4][0] == 0 < shapes[0][0]
+    settings = {place: budget.settings(*shape) for place, shape in shapes.items()}
+    assert len(set(settings.values())) > 2
+    for place in (0, 2, 3):
+        model.set_method(settings[place].to_dict())
+        assert answers(1, None)[place].text == found[place].text
 
 
 def test_random_selection_keeps_other_tokens(pmod_model):

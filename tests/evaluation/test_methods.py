@@ -11,7 +11,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import eval_models, pareto
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
-from pmod_cli.profiling.methods import cost_of
+from pmod_cli.profiling.methods import PromptBudget, cost_of, prompt_of
 
 
 @pytest.fixture
@@ -31,9 +31,13 @@ def test_a_method_runs_on_the_stock_weights_at_a_budget(converted):
     assert (control.method, control.path) == (None, main.path)  # without a budget: a selection of the p-MoD model
     config = json.loads((mine / "config.json").read_text())
     sizes = Sizes.of(config)
-    own = cost_of(sizes, PmodSettings.from_dict(config["pmod"])).flops
-    assert cost_of(sizes, fastv.method).flops == pytest.approx(own, rel=0.02)
-    assert cost_of(sizes, divprune.method).flops == pytest.approx(0.8, rel=0.02)
+    assert fastv.share == PmodSettings.from_dict(config["pmod"])
+    assert divprune.share == dropped.share == 0.8
+    for share in (0.8, fastv.share):
+        budget, rows = PromptBudget(sizes, "divprune", share), prompt_of(400, 30)
+        wanted = 0.8 if share == 0.8 else cost_of(sizes, share, rows).flops
+        assert budget.is_met(400, 30)
+        assert cost_of(sizes, budget.settings(400, 30), rows).flops == pytest.approx(wanted, rel=0.01)
 
 
 def test_what_cannot_be_asked(converted):

@@ -7,7 +7,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
 from pmod_cli.profiling import Workload, load_subject, profile
-from pmod_cli.profiling.methods import cost_of, solve
+from pmod_cli.profiling.methods import PromptBudget, cost_of, prompt_of, solve
 
 
 @pytest.mark.parametrize("before", [None, "divprune:0.33"])
@@ -37,6 +37,33 @@ def test_budgets_are_met_to_one_percent_by_every_method():
         solve("visionzip", 0.4, Sizes.of(load_subject("qwen2.5-vl-7b").stock))
     with pytest.raises(PmodError, match="unknown method 'best'"):
         solve("best", 0.4, sizes)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_budget_is_met_on_each_prompt(method):
+    """Prompts of a document, of a wide picture, and of much text; settings of the same cost are found as well."""
+    sizes = Sizes.of(load_subject("llava-next-7b").stock)
+    budget = PromptBudget(sizes, method, 0.54)
+    for vision, text in ((1700, 70), (2144, 400)):
+        settings = budget.settings(vision, text)
+        assert budget.is_met(vision, text)
+        assert cost_of(sizes, settings, prompt_of(vision, text)).flops == pytest.approx(0.54, rel=0.01)
+    alike = {budget.settings(2928, text) for text in (58, 59, 60, 61)}
+    assert len(alike) <= 2, "prompts of about one shape share a batch"
+    like = PmodSettings(shift=0.4)
+    settings = PromptBudget(sizes, method, like).settings(2144, 200)
+    wanted = cost_of(sizes, like, prompt_of(2144, 200)).flops
+    assert cost_of(sizes, settings, prompt_of(2144, 200)).flops == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_budget_that_a_prompt_cannot_meet_says_so():
+    """Text cannot be dropped, and a short prompt has few tokens."""
+    sizes = Sizes.of(load_subject("tiny-llava-next").stock)
+    budget = PromptBudget(sizes, "random", 0.15)
+    assert budget.is_met(198, 12)
+    assert not budget.is_met(198, 150)
+    assert not budget.is_met(0, 12)
+    assert cost_of(sizes, budget.settings(198, 150), prompt_of(198, 150)).flops > 0.3
 
 
 def test_dropping_before_the_decoder_reaches_what_the_schedule_alone_cannot():

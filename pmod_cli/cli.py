@@ -28,6 +28,7 @@ VERBS = {
     "finetune": "Train a p-MoD model, or the stock model for comparison, from a recipe.",
     "eval": "Score a model on benchmarks with lmms-eval.",
     "profile": "Count FLOPs, KV cache, latency and memory, p-MoD beside stock.",
+    "ask": "Ask a model about a picture, once or in a conversation.",
     "visualize": "Draw which image patches each layer keeps.",
     "demo": "Convert, train, evaluate, profile and draw the bundled model, into one folder.",
     "recipes": "List, show and copy the training recipes.",

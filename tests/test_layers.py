@@ -8,7 +8,7 @@ import pmod_cli
 ROOT = Path(pmod_cli.__file__).parent
 LAYERS = (  # a package imports what stands in its own line or in one below it
     ("cli", "__main__", "commands"),
-    ("training", "evaluation", "profiling", "visualization", "calibration", "reporting"),
+    ("training", "evaluation", "profiling", "visualization", "calibration", "serving", "reporting"),
     ("checkpoints", "data"),
     ("model",),
     ("families",),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 from pmod_cli.core.errors import PmodError, first_line
 
 _STATUS = Path("/proc/self/statm")
+_ALONE = threading.RLock()  # two threads that set the limit would each restore what the other has set
 
 
 @contextmanager
@@ -24,6 +26,11 @@ def at_most(extra: int) -> Iterator[None]:
     if not _STATUS.is_file():
         yield
         return
+    with _ALONE:
+        yield from _limited(extra)
+
+
+def _limited(extra: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(_STATUS.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + extra
     if soft != resource.RLIM_INFINITY:
@@ -41,24 +48,29 @@ HINT = "take chat_template.jinja of the stock repository"
 Prompt = TypeVar("Prompt")
 
 
-def rendered(render: Callable[[], Prompt], text_of: Callable[[Prompt], str] = str) -> Prompt:
+def rendered(
+    render: Callable[[], Prompt], text_of: Callable[[Prompt], str] = str, *, memory: int | None = MEMORY
+) -> Prompt:
     """What `render`, which runs a chat template in transformers' sandbox, returns.
 
     Args:
         text_of: From that to the prompt.
+        memory: Bytes that it may take; None: no limit, where other threads allocate meanwhile and would meet it too.
 
     Raises:
-        PmodError: the template is no template, is blocked by the sandbox, fails, takes more than `MEMORY`, or makes a
+        PmodError: the template is no template, is blocked by the sandbox, fails, takes more than `memory`, or makes a
             prompt longer than `LONGEST`.
     """
     try:
-        with at_most(MEMORY):
+        with nullcontext() if memory is None else at_most(memory):
             made = render()
     except PmodError:
         raise
     except MemoryError:
+        if memory is None:
+            raise
         raise PmodError(
-            f"the chat template takes more than {MEMORY >> 20:,} MB, which is the limit", hint=HINT
+            f"the chat template takes more than {memory >> 20:,} MB, which is the limit", hint=HINT
         ) from None
     except Exception as error:  # a template may fail in any way
         raise PmodError(

@@ -92,11 +92,7 @@ class PmodModel(lmms):
         elif selection != "router":
             raise PmodError(f"{self.name} is a plain LLaVA: it keeps every vision token, there is nothing to select")
         self._of_thread = threading.local()
-        ends = model.generation_config.eos_token_id
-        ends = processor.tokenizer.eos_token_id if ends is None else ends
-        self._end_ids = list(ends) if isinstance(ends, list | tuple) else [ends]
-        pad = processor.tokenizer.pad_token_id  # which token pads does not matter, since it is masked; some have none
-        self._pad_id = self._end_ids[0] if pad is None else pad
+        self._end_ids, self._pad_id = prompts.special_ids(model, processor)
 
     @property
     def device(self) -> torch.device:

@@ -67,11 +67,6 @@ def render(processor: Any, question: str, images: int, videos: int = 0, system: 
     Raises:
         PmodError: the checkpoint has no chat template, or one that fails.
     """
-    if not getattr(processor, "chat_template", None):
-        raise PmodError(
-            "this checkpoint has no chat template, so nobody knows how a question is put to it",
-            hint="add chat_template.jinja to its folder, as the stock repository has it",
-        )
     content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "video"}] * videos
     if processor.image_token != IMAGE:
         content.append({"type": "text", "text": question.replace(IMAGE, "")})
@@ -82,7 +77,27 @@ def render(processor: Any, question: str, images: int, videos: int = 0, system: 
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    return chat.rendered(lambda: processor.apply_chat_template(messages, add_generation_prompt=True))
+    return render_chat(processor, messages)
+
+
+def render_chat(processor: Any, messages: Sequence[dict[str, Any]], *, memory: int | None = chat.MEMORY) -> str:
+    """Turns in the checkpoint's own chat template, up to the place where its answer begins.
+
+    Args:
+        messages: Role, and content as a list of parts: `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        memory: Bytes that the template may take, see `chat.rendered`.
+
+    Raises:
+        PmodError: the checkpoint has no chat template, or one that fails.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise PmodError(
+            "this checkpoint has no chat template, so nobody knows how a question is put to it",
+            hint="add chat_template.jinja to its folder, as the stock repository has it",
+        )
+    return chat.rendered(
+        lambda: processor.apply_chat_template(list(messages), add_generation_prompt=True), memory=memory
+    )
 
 
 def as_asked(processor: Any, model_type: str) -> Any:
@@ -121,17 +136,37 @@ def prepare(processor: Any, index: int, question: str, visuals: Sequence[Image |
         raise PmodError(f"a question with {type(visuals[0]).__name__}: expected images, or paths of videos")
     family = family_of(model_type)
     prompt = render(processor, question, len(images), len(paths), family.asked_as if family else None)
-    given: dict[str, Any] = {"images": as_given(processor, images)} if images else {}
+    given: dict[str, Any] = {}
     if paths:
         if getattr(processor, "video_processor", None) is None:
             raise PmodError("it asks about a video, and this model takes images alone")
         frames = frames_of(processor, per_second=1e6, most=FRAMES)
-        given |= clips([load_video(Path(path), frames) for path in paths])
+        given = clips([load_video(Path(path), frames) for path in paths])
+    return encode(processor, index, prompt, images, **given)
+
+
+def encode(processor: Any, index: int, prompt: str, images: Sequence[Image], **given: Any) -> Prompt:
+    """What the processor makes of a rendered prompt and the images of its places.
+
+    Args:
+        given: What it is given besides, such as videos.
+    """
+    if images:
+        given["images"] = as_given(processor, images)
     encoded = processor(text=[prompt], return_tensors="pt", **given)
     inputs = {
         name: torch.as_tensor(value) for name, value in encoded.items() if name not in (*OF_TEXT, "attention_mask")
     }
     return Prompt(index, prompt, {name: encoded[name][0] for name in OF_TEXT if name in encoded} | inputs)
+
+
+def special_ids(model: Any, processor: Any) -> tuple[list[int], int]:
+    """The ids that end an answer, and the one that pads: which one does not matter, since it is masked."""
+    ends = model.generation_config.eos_token_id
+    ends = processor.tokenizer.eos_token_id if ends is None else ends
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    pad = processor.tokenizer.pad_token_id  # some tokenizers have none
+    return ends, ends[0] if pad is None else pad
 
 
 def collate(rows: Sequence[Prompt], pad_id: int) -> dict[str, torch.Tensor]:
@@ -173,7 +208,7 @@ def windows(
         by_settings[repr(request.args[1])].append(place)
     rows = max(batch_size, min(WINDOW * batch_size, MOST_ROWS))
     parts = [group[at : at + rows] for group in by_settings.values() for at in range(0, len(group), rows)]
-    pool = ThreadPoolExecutor(_workers(), thread_name_prefix="prepare")
+    pool = ThreadPoolExecutor(preparing_threads(), thread_name_prefix="prepare")
     try:
         ahead = [pool.submit(prepare, place) for place in parts[0]] if parts else []
         for number, part in enumerate(parts):
@@ -184,7 +219,7 @@ def windows(
         pool.shutdown(cancel_futures=True)
 
 
-def _workers() -> int:
+def preparing_threads() -> int:
     """Threads of this process: the cores are shared with the other processes of the machine, one answers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))

@@ -27,11 +27,14 @@ class Selection:
         in_tower: A method where it also works in the vision tower, `(TowerLayer, share, packed)` to the patches
             `(T, P, D)` in the place of the layer's own and their ranks `(T, P)`, which are at hand as `routing.ranks`;
             with `packed` the kept ones stand in front. See `model/tower.py`.
+        looks_ahead: Whether a score may depend on tokens behind its own, such as the question. Where it does not, a
+            conversation goes on from the cache as if it had been computed from its start.
     """
 
     finite = False
     attends = False
     in_tower = None
+    looks_ahead = True
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

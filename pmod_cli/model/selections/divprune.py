@@ -24,6 +24,7 @@ class DivPruneSelection(Selection):
     """Ranks by the order in which tokens are picked; what is never picked comes behind."""
 
     finite = True
+    looks_ahead = False
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """K for the first pick, 1 for the last, -1 elsewhere, `(B, N)`."""

@@ -13,6 +13,7 @@ class RandomSelection(Selection):
     """Ranks the V vision tokens of a row by numbers drawn for the layer and the seed."""
 
     finite = True
+    looks_ahead = False
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """One draw for each ordinal of a vision token, `(B, N)` in 0 ... 1."""

@@ -12,6 +12,7 @@ class RouterSelection(Selection):
     """Ranks by the weights that the layer's router has just given."""
 
     finite = True
+    looks_ahead = False
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """The layer's router weights, `(B, N)`."""

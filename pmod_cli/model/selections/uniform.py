@@ -19,6 +19,7 @@ class UniformSelection(Selection):
     """
 
     finite = True
+    looks_ahead = False
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """Above 1 for the K evenly spaced vision tokens, below 1 for the others, `(B, N)`."""

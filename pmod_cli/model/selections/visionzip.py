@@ -26,6 +26,7 @@ class VisionZipSelection(Selection):
     """Ranks by what the tower has picked. `contextual` is their share of all that is fed: 10 of 64, as published."""
 
     finite = True
+    looks_ahead = False
     contextual = 10 / 64
 
     def in_tower(self, layer: TowerLayer, share: float, packed: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,130 @@
+"""`pmod ask` as a user runs it: what is on stdout, what on stderr, exit codes."""
+
+import json
+import sys
+from io import StringIO
+
+import pytest
+from PIL import Image
+
+from pmod_cli import checkpoints, cli
+from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.model import PmodSettings
+
+SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.15))
+FOREIGN = "this is tiny-llava-next or made from it"
+
+
+def call(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def routed(tmp_path_factory, stock_model):
+    """A p-MoD checkpoint of four layers; its routers are untrained."""
+    folder = tmp_path_factory.mktemp("ask") / "routed"
+    checkpoints.convert(stock_model(), folder, SETTINGS)
+    return folder
+
+
+@pytest.fixture
+def ready(workdir):
+    """A directory with a document, whose questions are returned, and a picture that is none."""
+    document = draw("doc", seed_of("test", 0))
+    document.image.save(workdir / "doc.png")
+    Image.effect_noise((96, 64), 90).convert("RGB").save(workdir / "noise.png")
+    return document.turns
+
+
+def test_the_bundled_model_reads_its_documents(ready, pmod, workdir):
+    turn = ready[0]
+    run = pmod("ask", "doc.png", turn.question, "-m", "tiny-llava-next", "--device", "cpu", "--stats", cwd=workdir)
+    assert (run.returncode, run.stdout) == (0, f"{turn.answer}\n"), run.stderr
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("first token after ")
+    assert (
+        "3 new tokens; prompt of 204 tokens; a layer keeps 192.0 of 192 vision tokens (100%); KV cache 2.8 MiB" in line
+    )
+    assert sorted(path.name for path in workdir.iterdir()) == ["doc.png", "noise.png"]
+
+
+def test_a_conversation_goes_on_from_the_cache(ready, capsys, monkeypatch):
+    questions = "".join(f"{turn.question}\n" for turn in ready[1:4])
+    monkeypatch.setattr(sys, "stdin", StringIO(f"{questions}\n/image noise.png\n{ready[0].question}\n"))
+    assert call("ask", "doc.png", ready[0].question, "-i", "-m", "tiny-llava-next", "--device", "cpu", "--stats") == 0
+    written = capsys.readouterr()
+    assert written.out.splitlines()[:4] == [turn.answer for turn in ready[:4]]
+    numbers = [line for line in written.err.splitlines() if line.startswith("first token")]
+    assert ["from the cache" in line for line in numbers] == [False, True, True, True, False]
+    assert written.err.count(FOREIGN) == 1  # of the second picture
+    assert "the whole conversation is computed anew" in written.err
+
+
+def test_a_foreign_picture_is_said_once(ready, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", StringIO("what is it?\nwhat is it?\n"))
+    assert call("ask", "noise.png", "-i", "-m", "tiny-llava-next", "--device", "cpu", "--quiet") == 0
+    written = capsys.readouterr()
+    assert written.err.count(FOREIGN) == 1
+    assert len(written.out.splitlines()) == 2
+
+
+def test_beside_others(ready, routed, stock_model, capsys):
+    options = ("--device", "cpu", "--max-new-tokens", 4, "-m", routed)
+    assert call("ask", "doc.png", "what is it?", "--against", "stock,uniform", "--stats", *options) == 0
+    written = capsys.readouterr()
+    assert [line.split(":")[0] for line in written.out.splitlines()] == ["routed", "stock", "uniform"]
+    assert "the routers are untrained" in written.err
+    kept = [line.split("a layer keeps ")[1].split(" of ")[0] for line in written.err.splitlines() if "keeps" in line]
+    assert len(kept) == 3
+    assert kept[0] == kept[2] != kept[1]
+
+    assert call("ask", "doc.png", "what is it?", "--against", "stock", "--json", *options) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert set(written) == {"schema_version", "image", "question", "answers"}
+    ours, stock = written["answers"]
+    assert ours["kv_bytes"] < stock["kv_bytes"]
+    assert ours["vision_tokens"] == stock["kept_tokens"]
+    assert (ours["new_tokens"], ours["finish_reason"]) in {(4, "length"), (ours["new_tokens"], "stop")}
+
+
+def test_equal_seeds_give_equal_answers(ready, routed, capsys):
+    answers = []
+    for seed in (1, 1, 2, 3):
+        options = ("-m", routed, "--device", "cpu", "--temperature", 2, "--seed", seed, "--max-new-tokens", 8)
+        assert call("ask", "doc.png", "what is it?", *options) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "hint"),
+    [
+        (["doc.png"], "what is the question?", "-i to ask several"),
+        (["doc.png", "  "], "the question is empty", ""),
+        (["doc.png", "-i", "--json"], "--json is one object", "leave one of them out"),
+        (["none.png", "what?"], "none.png: no such image file", ""),
+        (["doc.png", "what is <image>?"], "the text holds <image>", "leave it out"),
+        (["doc.png", "a " * 2500], "tokens, those of its pictures included; the model takes 2,048", ""),
+        (["doc.png", "what?", "--against", "nothing-such"], "nothing-such", ""),
+        (["doc.png", "what?", "-m", "./nowhere"], "there is no folder ./nowhere", "pmod convert"),
+    ],
+)
+def test_bad_input_is_a_sentence(ready, routed, capsys, arguments, what, hint):
+    options = [] if "-m" in arguments else ["-m", routed]
+    assert call("ask", *arguments, *options, "--device", "cpu") == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    message = " ".join(written.err.split())
+    assert what in message
+    assert hint in message
+    assert "Traceback" not in message
+
+
+def test_a_question_that_fails_leaves_the_others_answered(ready, routed, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", StringIO("what is it?\n/image none.png\n/what\nwhat is it?\n"))
+    assert call("ask", "doc.png", "-i", "-m", routed, "--device", "cpu", "--max-new-tokens", 3) == 3
+    written = capsys.readouterr()
+    assert len(written.out.splitlines()) == 2
+    assert "none.png: no such image file" in written.err
+    assert "/what is no command" in written.err

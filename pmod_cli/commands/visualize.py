@@ -25,6 +25,8 @@ pmod visualize img.png --mode weights --layers 14,20,26 -o weights.svg
 pmod visualize img.png --against tiny-llava-next --layers 14,20,26
 pmod visualize photos/ --mode depth -o drawn/
 pmod visualize rows.json --image-folder images/ --max-new-tokens 0
+pmod visualize before.png after.png --together --question "What has changed?" -o drawn/
+pmod visualize clip.mp4 --video --layers 14,26
 """
 SCHEMA_VERSION = 2
 STATISTICS = "statistics.json"
@@ -71,6 +73,13 @@ def visualize(
     max_new_tokens: Annotated[int, _look(min=0, metavar="N", help="Length of the answer; 0 for no answer.")] = 32,
     answer_only: Annotated[
         bool, _look("--answer-only/--no-answer-only", help="Caption without question, legend and model.")
+    ] = False,
+    together: Annotated[
+        bool, _look("--together", help="All pictures in one prompt, as a model of several images takes them.")
+    ] = False,
+    video: Annotated[
+        bool,
+        _look("--video", help="IMAGE... are videos: files, or folders of frames. Frames stand side by side."),
     ] = False,
     image_folder: Annotated[
         Path | None,
@@ -131,7 +140,7 @@ def visualize(
     _check_comparison(settings.mode, against, against_question)
 
     # Everything that can be wrong is looked at before the weights are.
-    items = visualization.find_items(images, image_folder)
+    items = visualization.find_items(images, image_folder, together=together, film=video)
     saved_other = Path(against) if against and Path(against).suffix == ".npz" else None
     ending = "svg" if svg else "png"
     beside = [suffix for suffix, wanted in ((".html", html), (".npz", npz)) if wanted]

@@ -54,12 +54,14 @@ class Layout:
         width, height: size of the original image in pixels.
         parts: one grid for LLaVA-1.5; the base image, then the tiles, for LLaVA-NeXT.
         tile_grid: rows and columns of anyres tiles, None for LLaVA-1.5.
+        frames: of a film, whose frames stand side by side.
     """
 
     width: int
     height: int
     parts: tuple[Part, ...]
     tile_grid: tuple[int, int] | None = None
+    frames: int = 1
 
     @property
     def size(self) -> int:

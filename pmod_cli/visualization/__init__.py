@@ -12,6 +12,7 @@ from pmod_cli.visualization.ask import (
     check_pair,
     load_checkpoint,
     select,
+    select_together,
 )
 from pmod_cli.visualization.figure import BLIND, MODES, PARTS, asked_blindly, draw
 from pmod_cli.visualization.fonts import undrawable

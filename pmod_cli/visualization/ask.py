@@ -1,33 +1,35 @@
-"""Check and load a model, ask it about one image, and record what each layer kept or what a stock model attends to."""
+"""Check and load a model, ask it about pictures, and record what each layer kept or what a stock model attends to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.core.text import printable
+from pmod_cli.core.videos import Video
 from pmod_cli.data.pictures import is_square, reduced
-from pmod_cli.families.configs import known_family
-from pmod_cli.families.geometry import Layout
-from pmod_cli.visualization.image_selection import IMAGE_MARK, ImageSelection, parse_layers
+from pmod_cli.families.configs import known_family, vision_token_ids
+from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
+from pmod_cli.visualization.prompt import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from PIL import Image
     from torch import Tensor
-    from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
     from pmod_cli.checkpoints import Resolved
 
 DEFAULT_QUESTION = "What is shown in this image?"
 MAX_NEW_TOKENS = 32
+OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -104,51 +106,91 @@ def select(
     picture: LoadedImage,
     question: str = DEFAULT_QUESTION,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    name: str = "p-MoD",
-    selection: str | None = None,
-    regions: tuple[tuple[float, float, float, float], ...] = (),
+    regions: tuple[Box, ...] = (),
+    **more: Any,
 ) -> ImageSelection:
     """Run the prefill of one image and question, then answer greedily.
 
     Args:
-        model: a p-MoD LLaVA in eval mode, on any device.
+        regions: pixel boxes to keep with the record.
+        more: of `select_together`, which says what the rest is.
+
+    Raises:
+        PmodError: as `select_together`.
+    """
+    return select_together(model, processor, [picture], question, regions=[regions], **more)[0]
+
+
+def select_together(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pictures: Sequence[LoadedImage] | Video,
+    question: str = DEFAULT_QUESTION,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    name: str = "p-MoD",
+    selection: str | None = None,
+    regions: Sequence[tuple[Box, ...]] = (),
+    notes: tuple[str, ...] = (),
+) -> list[ImageSelection]:
+    """Run the prefill of one prompt with several images, or a film, then answer greedily.
+
+    Args:
+        model: a p-MoD model in eval mode, on any device.
         processor: its processor, with a chat template.
-        picture: from `load_image`.
-        question: stands behind the image, or around it where it holds `<image>`.
+        pictures: from `load_image`, in their order in the prompt; or a film from `load_video`.
+        question: stands behind the images, or around them where it holds an `<image>` for each.
         max_new_tokens: length limit of the answer; 0 for no answer, which costs the prefill alone.
         selection: what chooses the tokens, a name in `SELECTIONS`; None is the checkpoint's own.
-        regions: pixel boxes to keep with the record.
+        regions: for each picture, pixel boxes to keep with its record.
+        notes: what a caption says besides.
+
+    Returns:
+        A record a picture. K is of all pictures of the prompt together. Of a film one record, its frames side by side.
 
     Raises:
         PmodError: the processor has no chat template, or its image tokens do not match the image's layout.
     """
+    stills: Sequence[LoadedImage] = [] if isinstance(pictures, Video) else pictures
+    boxes = list(regions) or [()] * max(1, len(stills))
+    told = [(*picture.notes, *notes) for picture in stills] or [notes]
+    images: list[Image.Image] = []
     pads = bool(getattr(processor.image_processor, "do_pad", False)) and is_square(processor)
-    image = reduced(picture.pixels, padded=pads)  # as training does
-    notes = picture.notes
-    if image is not picture.pixels:
-        notes = (*notes, f"reduced to {image.width} × {image.height} before it is padded to a square")
-        by = [picture.pixels.width / image.width, picture.pixels.height / image.height] * 2
-        regions = tuple(tuple(edge / scale for edge, scale in zip(box, by, strict=True)) for box in regions)
-    inputs, layout = _prepare(model, processor, image, question)
+    for number, picture in enumerate(stills):
+        image = reduced(picture.pixels, padded=pads)  # as training does
+        if image is not picture.pixels:
+            told[number] += (f"reduced to {image.width} × {image.height} before it is padded to a square",)
+            across, down = picture.pixels.width / image.width, picture.pixels.height / image.height
+            boxes[number] = tuple((x0 / across, y0 / down, x1 / across, y1 / down) for x0, y0, x1, y1 in boxes[number])
+        images.append(image)
+    inputs, shown = prepare(model, processor, pictures if isinstance(pictures, Video) else images, question)
     chosen_by = selection or model.config.settings.selection
     model.set_selection(chosen_by)
     kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)
-    return ImageSelection(
-        image=image,
-        layout=layout,
-        kept=kept,
-        weight=weight,
-        routed=routed,
-        retention=np.array(model.config.retention),
-        question=question,
-        answer=processor.decode(new_tokens, skip_special_tokens=True).strip() if max_new_tokens else None,
-        router_state=model.config.router_state,
-        model=name,
-        chosen_by=chosen_by,
-        notes=notes,
-        regions=regions,
-    )
+    if isinstance(pictures, Video):
+        read, drawn = len(pictures.pixels), shown[0].layout.frames
+        told[0] += (
+            f"{read} frames, {pictures.per_second:.3g} a second" + (f", {drawn} drawn" if drawn < read else ""),
+        )
+    several = f"picture {{}} of {len(shown)} in the prompt" if len(shown) > 1 else ""
+    return [
+        ImageSelection(
+            image=each.image,
+            layout=each.layout,
+            kept=kept[:, each.tokens],
+            weight=weight[:, each.tokens],
+            routed=routed,
+            retention=np.array(model.config.retention),
+            question=question,
+            answer=processor.decode(new_tokens, skip_special_tokens=True).strip() if max_new_tokens else None,
+            router_state=model.config.router_state,
+            model=name,
+            chosen_by=chosen_by,
+            notes=(*own, several.format(number)) if several else own,
+            regions=own_boxes,
+        )
+        for number, (each, own, own_boxes) in enumerate(zip(shown, told, boxes, strict=True), start=1)
+    ]
 
 
 def run(
@@ -167,7 +209,7 @@ def run(
     from pmod_cli.model import capture_selection
 
     ids = inputs["input_ids"]  # (1, N)
-    is_vision = (ids[0] == model.config.image_token_id).cpu()  # (N,)
+    is_vision = _vision(model, ids)  # (N,)
     with torch.inference_mode(), capture_selection(model) as captured:
         if max_new_tokens:
             written = model.generate(
@@ -204,7 +246,8 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelec
 
     from pmod_cli.model.cache import CACHE_NAME
 
-    inputs, layout = _prepare(model, processor, beside.image, beside.question)
+    inputs, (shown,) = prepare(model, processor, [beside.image], beside.question)
+    layout = shown.layout
     num_layers = model.config.text_config.num_hidden_layers
     if (num_layers, layout.size) != beside.kept.shape:
         raise PmodError(
@@ -213,9 +256,9 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelec
             hint="compare with the checkpoint that this one was converted from",
         )
     ids = inputs["input_ids"]
-    is_vision = (ids[0] == model.config.image_token_id).cpu()
+    is_vision = _vision(model, ids)
     with torch.inference_mode():
-        head = {**inputs, "input_ids": ids[:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
+        head = {name: value[:, :-1] if name in OF_TEXT else value for name, value in inputs.items()}
         cache = model(**head, use_cache=True, logits_to_keep=1)[CACHE_NAME]
         last = model(input_ids=ids[:, -1:], output_attentions=True, **{CACHE_NAME: cache})
     weight = np.stack([layer[0, :, 0].float().mean(0).cpu()[is_vision].numpy() for layer in last.attentions])  # (L, V)
@@ -238,35 +281,8 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelec
     )
 
 
-def _prepare(
-    model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, question: str
-) -> tuple[BatchFeature, Layout]:
-    """The model's inputs, and where their vision tokens lie."""
-    place = known_family(model.config).place_tokens
-    layout = place(processor.image_processor, processor.patch_size, image.height, image.width)
-    inputs = _prompt(processor, image, question).to(model.device, model.dtype)
-    num_vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    if layout.size != num_vision:
-        raise PmodError(
-            f"the image has {num_vision} vision tokens in the prompt, and {layout.size} places in the image; "
-            "patch size, vision_feature_select_strategy or grid of the processor are not those of a stock LLaVA",
-            hint="compare processor_config.json with the checkpoint this one was converted from",
-        )
-    return inputs, layout
+def _vision(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Bool (N,) on the host, the vision tokens of the one row."""
+    import torch
 
-
-def _prompt(processor: ProcessorMixin, image: Image.Image, question: str) -> BatchFeature:
-    if not processor.chat_template:
-        raise PmodError(
-            "the processor has no chat template, so the prompt's form is not known",
-            hint="add chat_template.jinja of the stock checkpoint to the model's folder",
-        )
-    if question.count(IMAGE_MARK) > 1:
-        raise PmodError(f"the question holds {IMAGE_MARK} more than once: {question!r}", hint="ask about one image")
-    # Stock templates put images before all text, wherever they stand in the message; text stays where it is.
-    content = [{"type": "text", "text": question.replace(IMAGE_MARK, processor.image_token)}]
-    if IMAGE_MARK not in question:
-        content.insert(0, {"type": "image"})
-    messages = [{"role": "user", "content": content}]
-    text = chat.rendered(lambda: processor.apply_chat_template(messages, add_generation_prompt=True))
-    return processor(images=image, text=text, return_tensors="pt")
+    return torch.isin(ids[0], torch.tensor(vision_token_ids(model.config), device=ids.device)).cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pmod_cli.core import json_text
 from pmod_cli.core.errors import BAD_INPUT, PmodError
 from pmod_cli.core.folders import check_writable
 from pmod_cli.core.images import load_image, pictures_in
+from pmod_cli.core.videos import Frames, Video, load_video
 from pmod_cli.data.conversation import BadRow
 from pmod_cli.data.pictures import inside
 from pmod_cli.visualization.archive import check_regions
@@ -22,6 +24,7 @@ Region = tuple[float, float, float, float]
 ROWS = (".json", ".jsonl")
 SAVED = ".npz"
 LONGEST_STEM = 220  # bytes
+FILM_FRAMES, FILM_PER_SECOND = 8, 2.0
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,18 @@ class Item:
         name: what its outputs are called; each name once.
         question: of the row it came from, None elsewhere.
         regions: pixel boxes of the row.
+        together: all pictures of the prompt, this one among them; none where it is the only one.
+        place: its place among them.
+        is_film: whether it is a video: a file, or a folder of frames.
     """
 
     path: Path
     name: str
     question: str | None = None
     regions: tuple[Region, ...] = ()
+    together: tuple[Path, ...] = ()
+    place: int = 0
+    is_film: bool = False
 
     @property
     def is_saved(self) -> bool:
@@ -46,16 +55,28 @@ class Item:
         return self.path.suffix.lower() == SAVED
 
 
-def find_items(paths: Sequence[Path], image_folder: Path | None = None) -> list[Item]:
+def find_items(
+    paths: Sequence[Path], image_folder: Path | None = None, *, together: bool = False, film: bool = False
+) -> list[Item]:
     """The pictures that `paths` name, in order; a folder's own pictures by name, a JSON file's rows in its order.
 
     Args:
         image_folder: where the rows' image files are; by default beside the JSON file.
+        together: all of them stand in one prompt.
+        film: each path is a video, a file or a folder of its frames.
 
     Raises:
         PmodError: a path that is not there, a folder or JSON file without pictures, a row that cannot be read.
     """
-    items = [item for path in paths for item in _expand(path, image_folder)]
+    if film:
+        items = [Item(path, short_name(path.stem), is_film=True) for path in paths]
+    else:
+        items = [item for path in paths for item in _expand(path, image_folder)]
+    if together:
+        if film or any(item.is_saved or item.question is not None for item in items):
+            raise PmodError("`together` takes pictures, not films, rows or saved selections", hint="leave it out")
+        files = tuple(item.path for item in items)
+        items = [replace(item, together=files, place=place) for place, item in enumerate(items)]
     return list(_named_apart(items))
 
 
@@ -68,15 +89,22 @@ def check_pictures(items: Sequence[Item]) -> dict[Path, PmodError]:
     Raises:
         PmodError: None can be read.
     """
-    faults = {}
-    for path in dict.fromkeys(item.path for item in items if not item.is_saved):
+    faults: dict[Path, PmodError] = {}
+    for item in dict.fromkeys(items):
+        if item.is_saved or item.path in faults:
+            continue
         try:
-            load_image(path)
+            load_film(item.path) if item.is_film else load_image(item.path)
         except PmodError as error:
-            faults[path] = error
+            faults |= dict.fromkeys(item.together or (item.path,), error)  # a prompt needs all of its pictures
     if faults and all(item.path in faults for item in items):
         raise summed_up(faults, BAD_INPUT)
     return faults
+
+
+def load_film(path: Path) -> Video:
+    """A few frames of a video, at equal distances: what a strip has room for."""
+    return load_video(path, Frames(per_second=FILM_PER_SECOND, most=FILM_FRAMES))
 
 
 def summed_up(faults: dict[Path, PmodError], code: int) -> PmodError:
@@ -107,23 +135,34 @@ def _expand(path: Path, image_folder: Path | None) -> Iterator[Item]:
 
 
 def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
-    """Rows with an image: `{"image": FILE, "conversations": [{"from": "human", "value": TEXT}, …], "boxes": [[…]]}`."""
+    """Rows with pictures: `{"image": FILE, "conversations": [{"from": "human", "value": TEXT}, …], "boxes": [[…]]}`.
+
+    `image` may be a list of files, which stand in one prompt, and `video` names a film.
+    """
     found = False
     for number, row in _read_rows(path):
         where = f"{path}, row {number}"
         if not isinstance(row, dict):
             raise PmodError(f"{where}: expected an object, found {type(row).__name__}")
-        image = row.get("image")
-        if image is None:  # a row of text alone
+        film = row.get("image") is None and row.get("video") is not None
+        key = "video" if film else "image"
+        names = row.get(key)
+        if names is None:  # a row of text alone
             continue
-        if not isinstance(image, str):
-            raise PmodError(f"{where}: `image` is expected to be one file name, found {json.dumps(image)[:60]}")
+        names = names if isinstance(names, list) and not film else [names]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise PmodError(f"{where}: `{key}` is expected to be a file name, found {json.dumps(row[key])[:60]}")
         found = True
         try:
-            file = inside(image, image_folder)
+            files = tuple(inside(name, image_folder) for name in names)
         except BadRow as error:
             raise PmodError(f"{where}: {error.what}", hint="`image_folder` names the folder of the images") from None
-        yield Item(file, short_name(file.stem), _question(row, where), _regions(row, where))
+        question = _question(row, where)
+        if len(files) == 1:
+            yield Item(files[0], short_name(files[0].stem), question, _regions(row, where), is_film=film)
+            continue
+        for place, file in enumerate(files):
+            yield Item(file, short_name(file.stem), question, together=files, place=place)
     if not found:
         raise PmodError(f"{path}: no row has an image", hint='a row is {"image": "a.png", "conversations": [...]}')
 
@@ -145,7 +184,7 @@ def _question(row: dict, where: str) -> str | None:
     turns = row.get("conversations") or []
     try:
         text = next((turn["value"] for turn in turns if turn["from"] in ("human", "user")), None)
-        return text and text.strip().removeprefix("<image>").strip()
+        return text and re.sub(r"^(<image>|<video>|\s)+", "", text).strip()
     except (TypeError, KeyError, AttributeError) as error:
         raise PmodError(f'{where}: a turn is {{"from": "human" or "gpt", "value": TEXT}}') from error
 

@@ -12,11 +12,12 @@ from pmod_cli.core.atomic import write_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.core.text import printable
+from pmod_cli.core.videos import Video
 from pmod_cli.visualization.archive import load_npz, npz_bytes
-from pmod_cli.visualization.ask import DEFAULT_QUESTION, MAX_NEW_TOKENS, LoadedModel, attend, select
+from pmod_cli.visualization.ask import DEFAULT_QUESTION, MAX_NEW_TOKENS, LoadedModel, attend, select_together
 from pmod_cli.visualization.figure import ALL_LAYERS, MODES, PARTS, draw
 from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
-from pmod_cli.visualization.inputs import Item, Region
+from pmod_cli.visualization.inputs import Item, load_film
 from pmod_cli.visualization.page import check_format, encode
 from pmod_cli.visualization.selection_page import html_page
 from pmod_cli.visualization.statistics import in_common
@@ -103,12 +104,16 @@ def run(
         against: what `compare` compares with: a model or a saved selection.
         beside: endings of files to write beside each picture: `.html` for the page, `.npz` for the arrays.
     """
+    asked: dict[Any, list[ImageSelection]] = {}
     for item, target in zip(items, targets, strict=True):
         if item.is_saved or subject is None:
             record = load_npz(item.path)
         else:
             question = settings.question or item.question or DEFAULT_QUESTION
-            record = _ask(subject, load_image(item.path), question, settings, item.regions)
+            prompt = (item.together or item.path, question)
+            if prompt not in asked:
+                asked = {prompt: _ask(subject, item, question, settings)}  # one prompt: its pictures come in a row
+            record = asked[prompt][item.place]
         other = _other(record, item, settings, subject, against) if settings.mode == "compare" else None
         layers = parse_layers(settings.layers, record.num_layers)
         figure = draw(
@@ -124,17 +129,24 @@ def run(
 
 
 def _ask(
-    model: LoadedModel, picture: LoadedImage, question: str, settings: DrawSettings, regions: tuple[Region, ...]
-) -> ImageSelection:
-    return select(
+    model: LoadedModel, item: Item, question: str, settings: DrawSettings, picture: LoadedImage | None = None
+) -> list[ImageSelection]:
+    """A record for each picture of the item's prompt; `picture` is its picture where that is at hand."""
+    pictures: list[LoadedImage] | Video
+    if picture is not None:
+        pictures = [picture]
+    else:
+        pictures = load_film(item.path) if item.is_film else [load_image(path) for path in item.together or [item.path]]
+    return select_together(
         model.model,
         model.processor,
-        replace(picture, notes=(*picture.notes, *model.notes)),
+        pictures,
         question,
         max_new_tokens=settings.max_new_tokens,
         name=model.name,
         selection=model.selection,
-        regions=regions,
+        regions=[] if item.together else [item.regions],
+        notes=model.notes,
     )
 
 
@@ -149,12 +161,19 @@ def _other(
     if isinstance(against, Path):
         return load_npz(against)
     if subject is not None and settings.against_question:
-        return _ask(subject, load_image(item.path), settings.against_question, settings, item.regions)
+        return _ask(subject, item, settings.against_question, settings)[item.place]
     if against is None:
         return None
+    several = item.is_film or bool(item.together)
     if against.router_state == "stock":
+        if several:
+            raise PmodError(
+                "the attention of a stock model is drawn for one picture alone, not for several or a film",
+                hint="`against=random`, or another p-MoD checkpoint",
+            )
         return attend(against.model, against.processor, record, name=against.name)
-    return _ask(against, LoadedImage(record.image, record.notes), record.question, settings, record.regions)
+    again = None if several else LoadedImage(record.image, record.notes)
+    return _ask(against, replace(item, regions=record.regions), record.question, settings, again)[item.place]
 
 
 def layer_table(drawn: Drawn) -> Table:

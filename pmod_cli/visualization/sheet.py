@@ -16,6 +16,7 @@ DPI, SHEET_DPI = 300, 200  # of one row of panels, as print wants it, and of sev
 MAX_COLUMNS = 8
 PANEL_AREA, SMALL_AREA = 0.85, 0.5  # square inches: three square panels fill a paper column of 3.4 inches
 PANEL_MAX = 2.2  # inches
+FILM_MAX = 6.5  # inches: a strip of frames has a line of the page for itself
 PAGE_MIN = 2.6  # inches; the caption needs some width
 GAP = 0.1
 ROW_LABEL, ROW_MIN = 0.2, 0.7  # inches; a row of panels is at least as high as its label is long
@@ -79,7 +80,8 @@ class Sheet:
         x0, y0, x1, y1 = canvas(layout)
         aspect = (x1 - x0) / (y1 - y0)
         area = SMALL_AREA if small else PANEL_AREA
-        self._width = min((area * aspect) ** 0.5, PANEL_MAX, PANEL_MAX * aspect)
+        film = layout.frames > 1
+        self._width = FILM_MAX if film else min((area * aspect) ** 0.5, PANEL_MAX, PANEL_MAX * aspect)
         self._height = self._width / aspect
         self._scale = self._width / (x1 - x0)  # inches a pixel of the image
         words = max(
@@ -88,7 +90,7 @@ class Sheet:
             for number, line in enumerate(heading)
         )
         self._pitch = max(self._width + (STRIP + STRIP_GAP) * strip, words) + GAP
-        self._columns = min(len(headings), MAX_COLUMNS)
+        self._columns = 1 if film else min(len(headings), MAX_COLUMNS)
         # Beside a row of flat panels there is no room for an upright label: it stands below, before the counts.
         below = any(rows) and self._height < ROW_MIN <= self._pitch
         below = below and max(measure(f"{row}: {COUNT}", SMALL_PT) for row in rows) < self._pitch
@@ -150,6 +152,9 @@ class Sheet:
         image = (0, 0, self._layout.width, self._layout.height)
         if (x0, y0, x1, y1) != image:  # padding is drawn too: a line around what is image
             self._box(x, y, image, edgecolor=INK, linewidth=0.8)
+        for number in range(self._layout.frames if self._layout.frames > 1 else 0):
+            step = self._layout.width / self._layout.frames
+            self._box(x, y, (number * step, 0, (number + 1) * step, self._layout.height), edgecolor=INK, linewidth=0.6)
         for region in regions:
             self._box(x, y, region, edgecolor=REGION, linewidth=0.9, linestyle=(0, (2, 1)))
         if under:

@@ -65,7 +65,7 @@ def test_a_row_may_hold_the_other_line_separators(tmp_path):
         ("{}", "expected a list of rows, found dict"),
         ("[]", "no row has an image"),
         ("[3]", "row 0: expected an object, found int"),
-        ('[{"image": ["a.png", "b.png"]}]', "`image` is expected to be one file name"),
+        ('[{"image": ["a.png", 3]}]', "`image` is expected to be a file name"),
         ('[{"image": "a.png", "conversations": ["hm"]}]', "row 0: a turn is"),
         ('[{"image": "a.png", "conversations": 3}]', "row 0: a turn is"),
         ('[{"image": "a.png", "boxes": [[1, 2, 3]]}]', "row 0: `boxes` is expected"),

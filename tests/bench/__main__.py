@@ -6,7 +6,8 @@
 
 Random weights, 2,928 + 58 tokens, one thread, CPU time (GPU: CUDA events), both models in turn; a ratio is the median
 over rounds of p-MoD's time over the stock model's. Vision tokens, text and heads are LLaVA-NeXT's; width, depth and
-vocabulary are small, in the 7B's proportions. Bounds: docs/design.md, "Speed".
+vocabulary are small, in the 7B's proportions. Bounds: docs/design.md, "Speed". In brackets behind a method, not in its
+ratio: what ranking takes.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from pmod_cli.model import METHODS
 from pmod_cli.profiling.count.workload import Workload
 from pmod_cli.profiling.latency_report import predicted_cache
 from pmod_cli.profiling.measure.clock import interleaved, peak_bytes, threads
@@ -33,6 +35,7 @@ from pmod_cli.profiling.measure.phases import (
 )
 from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import load_subject, scaled
+from tests.bench.methods import BOUNDS, overheads
 from tests.bench.start import start_ratio
 
 UNEQUAL = ((672, 672), (336, 336), (672, 336), (336, 1008))
@@ -62,7 +65,7 @@ class Row:
         limit = "-" if self.limit is None else f"{self.limit:.4f}"
         beyond = "-" if self.limit is None else f"{self.ratio / self.limit:.3f}"
         sign = ">=" if self.at_least else "<="
-        return f"{self.name:28}{self.ratio:8.4f}{limit:>9}{beyond:>9}  {sign} {self.bound:.4f}  {self.verdict}"
+        return f"{self.name:34}{self.ratio:8.4f}{limit:>9}{beyond:>9}  {sign} {self.bound:.4f}  {self.verdict}"
 
     @property
     def verdict(self) -> str:
@@ -141,6 +144,10 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         if wanted(phase):
             limit = one.flop_limit(phase)
             yield Row(f"{phase} b1", one.time_ratio(phase, rounds), 1.07 * limit, limit)
+    if any(f"method {name}".startswith(start) for name in METHODS for start in options.only.split(",")):
+        for found in overheads(one, one.counted.rows, rounds, options.device, lambda name: wanted(f"method {name}")):
+            name = f"method {found.method} {found.share} (+{found.ranking:.4f})"
+            yield Row(name, found.ratio, BOUNDS[found.share] * found.limit, found.limit)
     if wanted("memory"):
         yield from memory(batches(64, 32, options), options.device)
     if wanted("start"):
@@ -188,7 +195,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    print(f"{'p-MoD over stock':28}{'ratio':>8}{'limit':>9}{'/ limit':>9}  bound")
+    print(f"{'p-MoD over stock':34}{'ratio':>8}{'limit':>9}{'/ limit':>9}  bound")
     failed = False
     with threads(1):
         for row in rows(options):

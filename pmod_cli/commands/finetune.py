@@ -100,7 +100,9 @@ def finetune(
     merge: Annotated[
         Path | None, typer.Option("--merge", metavar="DIR", help="Fold the adapters of a LoRA run into its weights.")
     ] = None,
-    check_data: Annotated[bool, _data("--check-data", help="Look at every row, report, and stop.")] = False,
+    check_data: Annotated[
+        bool, _data("--check-data", help="Look at every row, list bad ones in bad_rows.jsonl, and stop.")
+    ] = False,
     on_bad_row: Annotated[str | None, _data("--on-bad-row", metavar="WHAT", help="error or skip.")] = None,
     engine: Annotated[
         str | None, _processes("--engine", metavar="NAME", help="ddp, fsdp2, zero1, zero2 or zero3.")
@@ -195,7 +197,7 @@ def finetune(
         settings.model.name = _lasting_name(common.model_or_default(settings.model.name))
     require("train", "accelerate", "peft")
     if check_data:
-        _check_data(settings, as_json)
+        _check_data(settings, out or Path(), as_json)
         return
 
     from pmod_cli.training.launch import Distributed
@@ -268,11 +270,11 @@ def finetune(
     show_report(report, as_json, quiet)
 
 
-def _check_data(settings: Settings, as_json: bool) -> None:
+def _check_data(settings: Settings, folder: Path, as_json: bool) -> None:
     silence_transformers()
     from pmod_cli.training.run_data import check_all
 
-    show_check(check_all(settings), as_json, skips=settings.data.on_bad_row == "skip")
+    show_check(check_all(settings), folder, as_json, skips=settings.data.on_bad_row == "skip")
 
 
 def _merge(folder: Path, model: str | None, as_json: bool) -> None:

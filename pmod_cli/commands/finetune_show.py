@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +66,27 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def show_check(report: DataReport, as_json: bool, *, skips: bool) -> None:
-    """What a look at every row has found; bad ones end in an error, unless the run leaves them out."""
+BAD_ROWS = "bad_rows.jsonl"
+SHOWN_ROWS = 20  # that --json names; the file has all
+
+
+def show_check(report: DataReport, folder: Path, as_json: bool, *, skips: bool) -> None:
+    """What a look at every row has found; bad ones end in an error, unless the run leaves them out.
+
+    Args:
+        folder: where all bad rows are written, to `BAD_ROWS`. A list of an earlier look there is replaced.
+    """
+    from pmod_cli.core.atomic import write_text
     from pmod_cli.data.check import describe_bad, refuse_bad
 
+    file = folder / BAD_ROWS
+    faults = [{**fault._asdict(), "file": report.name} for fault in report.bad]
+    if faults or file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults))
     if as_json:
-        output.print_json({"schema_version": 1, **asdict(report)})
+        found = {**asdict(report), "num_bad": report.num_bad, "bad": faults[:SHOWN_ROWS]}
+        output.print_json({"schema_version": 2, **found, "bad_rows_file": str(file) if faults else None})
     else:
         table = Table(show_header=False)
         table.add_row("rows", f"{report.rows:,}")
@@ -81,6 +97,8 @@ def show_check(report: DataReport, as_json: bool, *, skips: bool) -> None:
         table.add_row("without a label", f"{report.without_labels:,}")
         table.add_row("cannot be used", f"{report.num_bad:,}")
         output.stdout.print(table)
+    if faults:
+        output.note(f"all rows that cannot be used: {file}")
     if skips and report.num_bad:
         output.warn(f"{describe_bad(report)}\n  the run leaves them out, as data.on_bad_row says")
     else:

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,17 @@ from pmod_cli.data.conversation import BadRow
 from pmod_cli.data.dataset import Rows
 
 SAMPLE = 64  # rows looked at before every run
-SHOWN = 20  # bad rows that a report names
+
+
+class Fault(NamedTuple):
+    """A row that cannot be used: its number from 0, why, and what its ``id`` says, if it has one."""
+
+    row: int
+    reason: str
+    id: str | None = None
+
+    def __str__(self) -> str:
+        return f"row {self.row}{'' if self.id is None else f' (id {self.id})'}: {self.reason}"
 
 
 @dataclass
@@ -30,8 +41,7 @@ class DataReport:
         without_labels: rows that teach nothing, since they do not come out even in the template or were cut.
         tokens: sum over the good rows, after cutting.
         longest: tokens of the longest row before cutting.
-        bad: (row, reason) of the bad rows, the first ``SHOWN`` of them.
-        num_bad: all bad rows.
+        bad: the bad rows, all of them.
     """
 
     name: str
@@ -42,8 +52,12 @@ class DataReport:
     without_labels: int = 0
     tokens: int = 0
     longest: int = 0
-    num_bad: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: list[Fault] = field(default_factory=list)
+
+    @property
+    def num_bad(self) -> int:
+        """How many."""
+        return len(self.bad)
 
     @property
     def tokens_per_row(self) -> float:
@@ -52,10 +66,10 @@ class DataReport:
 
     def add(self, other: "DataReport") -> None:
         """Take in what was found in later rows."""
-        for name in ("checked", "with_images", "cut", "without_labels", "tokens", "num_bad"):
+        for name in ("checked", "with_images", "cut", "without_labels", "tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
-        self.bad = (self.bad + other.bad)[:SHOWN]
+        self.bad += other.bad
 
 
 def check_rows(
@@ -96,7 +110,7 @@ def refuse_bad(report: DataReport) -> None:
 
 def describe_bad(report: DataReport) -> str:
     """Which rows cannot be used, and why; the first ones."""
-    lines = [f"row {row}: {reason}" for row, reason in report.bad[:5]]
+    lines = [str(fault) for fault in report.bad[:5]]
     if report.num_bad > len(lines):
         lines.append(f"and {report.num_bad - len(lines)} more")
     head = f"{report.num_bad} of {report.checked} rows looked at in {report.name} cannot be used:"
@@ -111,8 +125,7 @@ def _look(rows: Rows, chosen: np.ndarray) -> DataReport:
             conversation = rows.source[row]
             tokens = rows.encoder.check(conversation, rows.source.images)
         except BadRow as fault:
-            found.num_bad += 1
-            found.bad.append((row, fault.what))
+            found.bad.append(Fault(row, fault.what, rows.source.id_of(row)))
             continue
         found.with_images += bool(conversation.images)
         found.cut += tokens.is_cut

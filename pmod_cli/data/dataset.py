@@ -219,7 +219,9 @@ class Rows(Dataset):
                 row, tokens = self.encoder.encode(self.source[candidate], self.source.images)
             except BadRow as fault:
                 if not self.skip_bad:
-                    raise BadRow(f"row {candidate} of {self.source.name}: {fault.what}") from None
+                    own = self.source.id_of(candidate)
+                    named = f"row {candidate}{'' if own is None else f' (id {own})'}"
+                    raise BadRow(f"{named} of {self.source.name}: {fault.what}") from None
                 self._note(candidate, fault)
             else:
                 self._count(1, tokens.is_cut)
@@ -253,7 +255,8 @@ class Rows(Dataset):
         self._count(0, True)
         if self.skipped is not None:
             with open(self.skipped, "a", encoding="utf-8") as file:  # one short write: lines of workers do not mix
-                file.write(json.dumps({"row": row, "file": self.source.name, "reason": fault.what}) + "\n")
+                noted = {"row": row, "id": self.source.id_of(row), "file": self.source.name, "reason": fault.what}
+                file.write(json.dumps(noted) + "\n")
 
     def _count(self, column: int, happened: bool) -> None:
         if happened:

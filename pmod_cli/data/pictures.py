@@ -76,11 +76,15 @@ def find_image(name: str, folder: Path | None) -> Path:
 
 
 def inside(name: str, folder: Path | None) -> Path:
-    """The path of ``name`` in the image folder, there or not. Raises BadRow where it lies outside."""
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise BadRow(f"{name} lies outside the image folder")
-    return (folder or Path()) / relative
+    """The path of ``name`` in the image folder, there or not. An absolute one has to begin with that folder's own path.
+
+    Raises:
+        BadRow: It lies outside.
+    """
+    path, own = Path(name), folder or Path()
+    if ".." in path.parts or (path.is_absolute() and not path.is_relative_to(own.absolute())):
+        raise BadRow(f"{name} lies outside the image folder {own}")
+    return own / path
 
 
 def reduced(image: Image.Image, padded: bool) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError, first_line
-from pmod_cli.data.conversation import BadRow, Conversation, from_messages, from_row, length_of
+from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_messages, from_row, length_of
 from pmod_cli.data.index import open_index
 
 
@@ -37,6 +38,9 @@ class RowSource(Protocol):
 
     def __getitem__(self, row: int) -> Conversation:
         """One row; BadRow where it cannot be understood."""
+
+    def id_of(self, row: int) -> str | None:
+        """What the row's ``id`` says, where it has one."""
 
 
 class LlavaFile:
@@ -74,6 +78,14 @@ class LlavaFile:
         except ValueError as error:
             raise BadRow(f"not JSON: {error}") from None
 
+    def id_of(self, row: int) -> str | None:
+        """See `RowSource`."""
+        start, size, _ = self._index[row].tolist()
+        try:
+            return _id(json_text.loads(os.pread(self._descriptor(), size, start)))
+        except ValueError:
+            return None
+
     def _descriptor(self) -> int:
         """Each process opens the file for itself."""
         if self._file is None or self._file[0] != os.getpid():
@@ -85,7 +97,9 @@ class LlavaFile:
 
 
 class HubRows:
-    """Rows of a Hugging Face data set with the columns ``messages`` and ``images``, mapped from disk by ``datasets``.
+    """Rows of a Hugging Face data set, mapped from disk by ``datasets``.
+
+    Its columns are ``messages``, or ``conversations`` as LLaVA has them, and ``images`` or ``image``.
 
     Args:
         path: name of the data set on the hub, a folder of one, or one written by ``save_to_disk``; ``name:split``
@@ -99,14 +113,18 @@ class HubRows:
     def __init__(self, path: str, *, answered: bool = True) -> None:
         self.name, self.images, self.answered = path, None, answered
         rows = _load(path)
-        if "messages" not in rows.column_names:
+        self._said = next((name for name in ("messages", "conversations") if name in rows.column_names), "")
+        if not self._said:
             raise PmodError(
-                f"the data set {path} has the columns {', '.join(rows.column_names)}; expected messages and images",
+                f"the data set {path} has the columns {', '.join(rows.column_names)}; expected messages or "
+                "conversations, and images",
                 hint="rename the columns, or use data.kind llava",
             )
+        if "image" in rows.column_names and "images" not in rows.column_names:
+            rows = rows.rename_column("image", "images")
         self._rows = _undecoded(rows)
         # ``map`` keeps its result in the cache of ``datasets``.
-        words = self._rows.select_columns(["messages"]).map(_words, remove_columns=["messages"])
+        words = self._rows.select_columns([self._said]).map(_words, remove_columns=[self._said])
         self.lengths = np.asarray(words.with_format("numpy")["words"], dtype=np.int32) * _kinds(self._rows)
 
     def __len__(self) -> int:
@@ -114,8 +132,23 @@ class HubRows:
 
     def __getitem__(self, row: int) -> Conversation:
         found = self._rows[row]
-        images = [_payload(image) for image in found.get("images") or ()]
-        return from_messages({"messages": found["messages"], "images": images}, answered=self.answered)
+        images = found.get("images") or ()
+        images = [_payload(image) for image in (images if isinstance(images, list | tuple) else (images,))]
+        if self._said == "messages":
+            return from_messages({"messages": found["messages"], "images": images}, answered=self.answered)
+        names = [f"image {number}" for number in range(len(images))]  # in whose places the pictures are put
+        named = from_llava({"conversations": found["conversations"], "image": names}, answered=self.answered)
+        return replace(named, images=tuple(images))
+
+    def id_of(self, row: int) -> str | None:
+        """See `RowSource`."""
+        return _id(self._rows.select_columns(["id"])[row]) if "id" in self._rows.column_names else None
+
+
+def _id(row: Any) -> str | None:
+    """The ``id`` of a row, if it is a text or a number; no longer than a line of a message holds."""
+    found = row.get("id") if isinstance(row, Mapping) else None
+    return str(found)[:60] if isinstance(found, str | int) else None
 
 
 def _llava_length(row: Any) -> int:
@@ -132,7 +165,8 @@ def _llava_length(row: Any) -> int:
 
 
 def _words(row: Mapping) -> dict[str, int]:
-    return {"words": length_of(row, "messages", "content", images=True)}
+    said, text = ("messages", "content") if "messages" in row else ("conversations", "value")
+    return {"words": length_of(row, said, text, images=True)}
 
 
 def _kinds(rows: Any) -> np.ndarray:

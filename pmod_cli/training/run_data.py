@@ -11,7 +11,6 @@ from torch import isin
 from torch import tensor as as_tensor
 from torch.utils.data import Dataset, Sampler
 
-from pmod_cli.checkpoints import load_processor
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import DataReport, check_rows, refuse_bad
 from pmod_cli.data.collator import Collator, ModalityBatches
@@ -20,7 +19,7 @@ from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.rows import row
 from pmod_cli.training.folder import SKIPPED
 from pmod_cli.training.run_settings import DataArgs, Settings, processes
-from pmod_cli.training.start import source_of
+from pmod_cli.training.start import processor_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -111,8 +110,7 @@ def check_all(settings: Settings) -> DataReport:
     """
     if settings.data.kind == "synthetic":
         raise PmodError("data.kind: synthetic documents are drawn, there is nothing to check")
-    processor = load_processor(source_of(settings)[0])
-    return check_rows(build_dataset(settings.data, processor), sample=None)
+    return check_rows(build_dataset(settings.data, processor_of(settings)), sample=None)
 
 
 def _images(settings: Settings) -> int:

@@ -5,14 +5,20 @@ Imports no torch.
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from pmod_cli.checkpoints import Options, convert, resolve, router_state
+from pmod_cli.checkpoints import Options, convert, load_processor, read_source, resolve, router_state
 from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.resolve import find_here
+from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.run_settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 PROJECTOR = "mm_projector.bin"  # of a repository of the original authors
 
@@ -81,6 +87,24 @@ def starting_checkpoint(settings: Settings, converted: Path) -> Path:
     options = _options(settings, source, converted)
     convert(source, converted, PmodSettings.from_dict(settings.pmod.given), options, origin=origin)
     return converted
+
+
+def processor_of(settings: Settings) -> "ProcessorMixin":
+    """The processor that the run will have, without writing its starting checkpoint.
+
+    Raises:
+        PmodError: as ``starting_checkpoint``; there is no tokenizer.
+    """
+    source, _ = source_of(settings)
+    if settings.model.llm is None:
+        return load_processor(source)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = read_source(source, _options(settings, source, folder / "converted"))
+        if whole.write_processor is not None:
+            whole.write_processor(folder)
+        write_json(folder / CONFIG, whole.config)
+        return load_processor(folder)
 
 
 def _options(settings: Settings, source: Path, converted: Path) -> Options:

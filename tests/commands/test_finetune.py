@@ -219,7 +219,12 @@ def test_check_data_names_a_bad_row_and_trains_nothing(stock_model, workdir, cap
     assert call(*words, "--json") == 2
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["num_bad"]) == (3, 1)
-    assert sorted(workdir.rglob("*")) == before
+    bad = {"row": 1, "reason": "no such image: gone.png, in images", "id": "gone", "file": "rows.json"}
+    assert found["bad"] == [bad]
+    assert sorted(workdir.rglob("*")) == sorted([*before, workdir / "bad_rows.jsonl"])
+    assert [json.loads(line) for line in (workdir / "bad_rows.jsonl").read_text().splitlines()] == [bad]
+    assert "row 1 (id gone): no such image" in captured.err
+    assert "bad_rows.jsonl" in captured.err
 
     assert call(*words, "--on-bad-row", "skip") == 0  # what it would advise is what it was told
     skipped = capsys.readouterr().err
@@ -229,7 +234,7 @@ def test_check_data_names_a_bad_row_and_trains_nothing(stock_model, workdir, cap
 
     (workdir / "rows.json").write_text(json.dumps([rows[0], rows[2]]))
     assert call(*words) == 0
-    assert sorted(workdir.rglob("*")) == before
+    assert (workdir / "bad_rows.jsonl").read_text() == ""  # the list of the look before would be untrue
 
 
 def test_out_of_memory_says_what_to_lower_and_the_run_goes_on(stock_model, workdir, capsys, monkeypatch):

@@ -238,7 +238,7 @@ def test_every_kind_of_image_trains_or_is_named(tmp_path, pictures, kind):
     data = build_dataset(settings(path, pictures), processor)
     report = check_rows(data, None)
     assert report.num_bad == sum(reason is not None for reason in expected.values())
-    found = dict(report.bad)
+    found = {fault.row: fault.reason for fault in report.bad}
     model = factories.model(kind, vocab_size=len(processor.tokenizer))
     model.config.image_token_index = model.config.image_token_id = processor.image_token_id
     for row, (name, reason) in enumerate(expected.items()):
@@ -340,7 +340,7 @@ def test_the_check_looks_at_a_sample_or_at_all(tmp_path, pictures):
     assert (sample.rows, sample.checked, sample.num_bad) == (1000, 64, 0)
     whole = check_rows(data, None, workers=2, on_progress=lambda done, total: seen.append((done, total)))
     assert (whole.checked, whole.num_bad) == (1000, 1)
-    assert whole.bad == [(500, f"no such image: none.png, in {pictures}")]
+    assert whole.bad == [(500, f"no such image: none.png, in {pictures}", None)]
     assert seen[-1] == (1000, 1000)
     assert whole.tokens_per_row == pytest.approx(len(data[0]["input_ids"]))
     refuse_bad(sample)
@@ -352,6 +352,58 @@ def test_rows_that_teach_nothing_are_passed_over_and_counted(tmp_path, pictures)
     assert check_rows(data, None).without_labels == 1
     assert torch.equal(data[1]["input_ids"], data[0]["input_ids"])  # passed over
     assert data.counts() == {"skipped": 0, "cut": 0, "without_labels": 1}
+
+
+def test_absolute_names_of_images_are_taken_below_the_image_folder(tmp_path, pictures, monkeypatch):
+    """As some tools write them; the folder says what is allowed, and `/` allows all."""
+    name = str(pictures / "a.png")
+    path = write(tmp_path / "rows.json", [said(image=name), said(image=f"{pictures}/../images/b.png")])
+    processor = processor_of("vicuna_v1")
+    for folder in (pictures, tmp_path, "/"):
+        data = build_dataset(settings(path, folder), processor)
+        assert data[0]["pixel_values"].shape[0] == 1
+        with pytest.raises(BadRow, match="lies outside"):
+            data[1]
+    monkeypatch.chdir(tmp_path)
+    assert len(build_dataset(settings("rows.json", "images"), processor)[0]["pixel_values"]) == 1
+    (tmp_path / "other").mkdir()
+    with pytest.raises(BadRow, match=r"a\.png lies outside the image folder .*other"):
+        build_dataset(settings(path, tmp_path / "other"), processor)[0]
+
+
+def test_bad_rows_are_named_by_their_id(tmp_path, pictures):
+    rows = [{"id": id, **said(image="none.png")} for id in ("coco/1", 7, None, ["x"], "long" * 100)]
+    data = build_dataset(
+        settings(write(tmp_path / "rows.json", rows), pictures, on_bad_row="error"), processor_of("vicuna_v1")
+    )
+    report = check_rows(data, None)
+    assert [fault.id for fault in report.bad] == ["coco/1", "7", None, None, "long" * 15]
+    with pytest.raises(
+        PmodError, match=r"\n  row 0 \(id coco/1\): no such image.*\n  row 1 \(id 7\).*\n  row 2: no such"
+    ):
+        refuse_bad(report)
+    with pytest.raises(BadRow, match=r"^row 0 \(id coco/1\) of .*rows\.json: no such image"):
+        data[0]
+
+
+def test_a_hub_data_set_with_llavas_columns(tmp_path, pictures):
+    """`conversations` and one `image`, which rows of text lack: as the data of LLaVA-NeXT are published."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    turns = [{"from": Value("string"), "value": Value("string")}]
+    features = Features({"id": Value("string"), "conversations": turns, "image": ImageFeature()})
+    local = [{"id": "1", **said(image="a.png")}, {"id": "2", **said()}, {"id": "3", **said(image="b.png")}]
+    rows = [{**row, "image": str(pictures / row["image"]) if "image" in row else None} for row in local]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    processor = processor_of("vicuna_v1", "llava_next")
+    hub = build_dataset(settings(tmp_path / "saved", kind="hub"), processor)
+    own = build_dataset(settings(write(tmp_path / "rows.json", local), pictures), processor)
+    assert hub.lengths.tolist() == own.lengths.tolist()
+    for row in range(3):
+        assert hub[row].keys() == own[row].keys()
+        assert all(torch.equal(hub[row][name], own[row][name]) for name in hub[row])
+    assert hub.source.id_of(2) == "3"
 
 
 def test_a_hub_data_set_gives_the_rows_of_its_json(tmp_path, pictures):
@@ -372,7 +424,7 @@ def test_a_hub_data_set_gives_the_rows_of_its_json(tmp_path, pictures):
         assert hub[row].keys() == local[row].keys()
         assert all(torch.equal(hub[row][name], local[row][name]) for name in hub[row])
     Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "other")
-    with pytest.raises(PmodError, match="has the columns text; expected messages and images"):
+    with pytest.raises(PmodError, match="has the columns text; expected messages or conversations, and images"):
         build_dataset(settings(tmp_path / "other", kind="hub"), processor_of("vicuna_v1"))
 
 

@@ -90,11 +90,12 @@ def rows(folder: Path, draw: random.Random, capsys) -> tuple[str, str]:
 
 def _train_on(path: Path) -> bool:
     settings = SimpleNamespace(
-        kind="llava", path=str(path), images=None, template="vicuna_v1", max_length=None, on_bad_row="error"
+        **{"kind": "llava", "path": str(path), "images": None, "template": "vicuna_v1", "max_length": None},
+        **{"on_bad_row": "error", "video_fps": 2.0, "video_frames": 4},
     )
     data = build_dataset(settings, _PROCESSOR[0])
     report = check_rows(data, None)
-    bad = {row for row, _ in report.bad}
+    bad = {fault.row for fault in report.bad}
     for number in range(min(len(data), 8)):
         if number not in bad:
             assert len(data.encoder(data.source[number], data.source.images)["input_ids"])

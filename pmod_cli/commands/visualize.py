@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ pmod visualize img.png --layers 8-31 --question "What does the sign say?" --html
 pmod visualize img.png --mode weights --layers 14,20,26 -o weights.svg
 pmod visualize img.png --against tiny-llava-next --layers 14,20,26
 pmod visualize photos/ --mode depth -o drawn/
+pmod visualize img.png --model tiny-llava-next --method divprune@0.4
 pmod visualize rows.json --image-folder images/ --max-new-tokens 0
 pmod visualize before.png after.png --together --question "What has changed?" -o drawn/
 pmod visualize clip.mp4 --video --layers 14,26
@@ -85,6 +87,15 @@ def visualize(
         Path | None,
         _look(metavar="DIR", help="Where the images of JSON rows are. (default: beside the file)", show_default=False),
     ] = None,
+    method: Annotated[
+        str | None,
+        _look(
+            metavar="NAME@SHARE",
+            help="Another method on these weights, of a stock LLaVA too, at a share of the stock model's FLOPs on this "
+            "prompt: fastv@0.4.",
+            show_default=False,
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         _compare(
@@ -138,6 +149,7 @@ def visualize(
         answer_only=answer_only,
     )
     _check_comparison(settings.mode, against, against_question)
+    asked = None if method is None else _method(method, settings.mode)
 
     # Everything that can be wrong is looked at before the weights are.
     items = visualization.find_items(images, image_folder, together=together, film=video)
@@ -160,19 +172,21 @@ def visualize(
     if not all(item.is_saved for item in items):
         name = common.model_or_default(model)
         found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
-        visualization.check_checkpoint(found, name, layers=layers, parts=parts)
-        loading = {"dtype": dtype, "device": common.pick_device(device)}
+        visualization.check_checkpoint(found, name, layers=layers, parts=parts, method=asked is not None)
+        loading: dict[str, Any] = {"dtype": dtype, "device": common.pick_device(device)}
         if against and not saved_other and against not in SELECTIONS:
             found_other = checkpoints.resolve(against, offline=offline, cache_dir=cache_dir)
             visualization.check_pair(found, found_other)
             other = visualization.load_checkpoint(found_other, against, **loading)
-        subject = visualization.load_checkpoint(found, name, **loading)
+        subject = visualization.load_checkpoint(found, name, method=asked, **loading)
         for line in subject.notes:
             output.note(f"{subject.name}: {line}")
         if against in SELECTIONS:
             other = replace(subject, name=f"{subject.name}, {against}", selection=against)
         if "untrained" in (subject.router_state, getattr(other, "router_state", None)):
             output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
+    elif asked:
+        raise PmodError("--method asks a model, and these selections are saved", hint="name a picture")
     elif against and not saved_other:
         raise PmodError(f"saved selections are compared with saved ones, not with {against}", hint="--against B.npz")
 
@@ -180,6 +194,21 @@ def visualize(
     _report(run, len(items), folder / STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
     if faults:
         raise visualization.summed_up(faults, PARTIAL)
+
+
+def _method(text: str, mode: str) -> tuple[str, float]:
+    """The method and the share of `fastv@0.4`."""
+    from pmod_cli.model import METHODS
+
+    known = [name for name in METHODS if not METHODS[name].routers]
+    name, _, share = text.partition("@")
+    if name not in known or not re.fullmatch(r"0?\.\d+|1|1\.0*", share) or not float(share):
+        raise PmodError(
+            f"--method {text}: expected a method and a share of the FLOPs: {one_of(known)}", hint="--method fastv@0.4"
+        )
+    if mode == "weights":
+        raise PmodError(f"--mode weights: {name} has no routers, whose weights could be drawn", hint="--mode kept")
+    return name, float(share)
 
 
 def _check_comparison(mode: str, against: str | None, against_question: str | None) -> None:

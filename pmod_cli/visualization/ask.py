@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
     from pmod_cli.checkpoints import Resolved
+    from pmod_cli.profiling.methods import PromptBudget
 
 DEFAULT_QUESTION = "What is shown in this image?"
 MAX_NEW_TOKENS = 32
@@ -38,9 +39,10 @@ class LoadedModel:
 
     Attributes:
         name: what pictures call it.
-        router_state: "stock" for a model whose attention is read, instead of a router's choice.
+        router_state: "stock" for a model whose attention is read, instead of a router's choice; "none" under a method.
         selection: what chooses its tokens; None is the checkpoint's own.
         notes: what a caption says of the model.
+        budget: a method in the place of the checkpoint's settings, and what it may cost on each prompt.
     """
 
     name: str
@@ -49,17 +51,21 @@ class LoadedModel:
     router_state: str
     selection: str | None = None
     notes: tuple[str, ...] = ()
+    budget: PromptBudget | None = None
 
 
-def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str) -> None:
+def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str, method: bool = False) -> None:
     """Can this checkpoint be drawn? Read from its configuration alone.
+
+    Args:
+        method: whether it runs under a method, as a stock one can.
 
     Raises:
         PmodError: a stock LLaVA, of which there is nothing to draw; layers or parts that the model does not have.
     """
     from pmod_cli.checkpoints import router_state
 
-    if router_state(found.path) == "stock":
+    if router_state(found.path) == "stock" and not method:
         raise PmodError(
             f"{name} is a stock LLaVA: each of its layers processes every token, so there is no selection to draw",
             hint=f"pmod convert {name}",
@@ -80,16 +86,34 @@ def check_pair(first: Resolved, second: Resolved) -> None:
         )
 
 
-def load_checkpoint(found: Resolved, name: str, *, dtype: str, device: str) -> LoadedModel:
-    """Load a checkpoint; a stock one with eager attention, the only kind that gives its maps away."""
+def load_checkpoint(
+    found: Resolved, name: str, *, dtype: str, device: str, method: tuple[str, float] | None = None
+) -> LoadedModel:
+    """Load a checkpoint; a stock one with eager attention, the only kind that gives its maps away.
+
+    Args:
+        method: a method in the place of the checkpoint's settings, and its share of the stock model's FLOPs.
+
+    Raises:
+        PmodError: the model cannot have the method.
+    """
     from pmod_cli.checkpoints import load_model, router_state, toy
+    from pmod_cli.families.sizes import Sizes
+    from pmod_cli.profiling.methods import PromptBudget, nearest
 
     state = router_state(found.path)
-    attention = "eager" if state == "stock" else "sdpa"
-    model, processor = load_model(found.path, dtype=dtype, device=device, attn_implementation=attention)
     shown = found.path.resolve().name if found.origin == "folder" else name
-    notes = (toy.NOTE,) if toy.is_toy(model.config) else ()
-    return LoadedModel(printable(shown), model, processor, state, notes=notes)
+    options: dict[str, Any] = {"attn_implementation": "eager" if state == "stock" and not method else "sdpa"}
+    if method:
+        settings, _ = nearest(*method, Sizes.of(_config(found.path)))
+        options |= {"pmod": settings.to_dict()} if state == "stock" else {}
+    model, processor = load_model(found.path, dtype=dtype, device=device, **options)
+    notes: tuple[str, ...] = (toy.NOTE,) if toy.is_toy(model.config) else ()
+    if method is None:
+        return LoadedModel(printable(shown), model, processor, state, notes=notes)
+    notes += (f"{method[0]} at {100 * method[1]:.3g} % of the stock FLOPs",)
+    budget = PromptBudget(Sizes.of(model.config), *method)
+    return LoadedModel(printable(shown), model, processor, "none", notes=notes, budget=budget)
 
 
 def _config(path: Path) -> PreTrainedConfig:
@@ -132,6 +156,7 @@ def select_together(
     selection: str | None = None,
     regions: Sequence[tuple[Box, ...]] = (),
     notes: tuple[str, ...] = (),
+    budget: PromptBudget | None = None,
 ) -> list[ImageSelection]:
     """Run the prefill of one prompt with several images, or a film, then answer greedily.
 
@@ -144,6 +169,7 @@ def select_together(
         selection: what chooses the tokens, a name in `SELECTIONS`; None is the checkpoint's own.
         regions: for each picture, pixel boxes to keep with its record.
         notes: what a caption says besides.
+        budget: a method that the model runs under instead, its settings solved for this prompt.
 
     Returns:
         A record a picture. K is of all pictures of the prompt together. Of a film one record, its frames side by side.
@@ -164,6 +190,10 @@ def select_together(
             boxes[number] = tuple((x0 / across, y0 / down, x1 / across, y1 / down) for x0, y0, x1, y1 in boxes[number])
         images.append(image)
     inputs, shown = prepare(model, processor, pictures if isinstance(pictures, Video) else images, question)
+    if budget is not None:
+        ids = inputs["input_ids"][0].tolist()
+        vision = sum(ids.count(getattr(model.config, key)) for key in known_family(model.config).vision_tokens)
+        model.set_method(budget.settings(vision, len(ids) - vision).to_dict())
     chosen_by = selection or model.config.settings.selection
     model.set_selection(chosen_by)
     kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)

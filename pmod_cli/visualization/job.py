@@ -147,6 +147,7 @@ def _ask(
         selection=model.selection,
         regions=[] if item.together else [item.regions],
         notes=model.notes,
+        budget=model.budget,
     )
 
 

@@ -247,6 +247,36 @@ def test_what_is_compared(ready, stock_model, capsys):
     assert [layer["in_common"] for layer in image["against"]["layers"]] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["stock", "routed"])
+def test_a_method_is_drawn_at_a_share_of_the_flops(ready, stock_model, capsys, name):
+    """On stock weights or on a p-MoD's; beside random tokens of the same numbers."""
+    (ready / "stock").symlink_to(stock_model())
+    options = ("--model", name, "--device", "cpu", "--max-new-tokens", 0, "--json", "-o", "a.png")
+    assert call("visualize", "img.png", "--method", "divprune@0.7", "--against", "random", *options) == 0
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    kept = [layer["kept_tokens"] for layer in image["layers"]]
+    assert len(set(kept)) == 1, "one choice in front of all layers"
+    assert (image["chosen_by"], image["against"]["chosen_by"]) == ("divprune", "random")
+    assert [layer["kept_tokens"] for layer in image["against"]["layers"]] == kept
+    assert "divprune at 70 % of the stock FLOPs" in image["notes"]
+    assert call("visualize", "img.png", "--method", "divprune@0.9", *options) == 0
+    (dearer,) = json.loads(capsys.readouterr().out)["images"]
+    assert dearer["layers"][0]["kept_tokens"] > kept[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "best@0.4"], "expected a method and a share of the FLOPs: fastv, "),
+        (["--method", "fastv"], "--method fastv@0.4"),
+        (["--method", "fastv@0.4", "--mode", "weights"], "fastv has no routers, whose weights could be drawn"),
+    ],
+)
+def test_a_method_that_cannot_be_drawn(ready, capsys, words, said):
+    assert call("visualize", "img.png", "--model", "routed", *words) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_question_before_the_image_is_no_blind_one(ready, capsys):
     options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0, "-o", "a.png")
     asked = ("--question", "what is red in <image>?", "--against-question", "what is blue in <image>?")

@@ -1,25 +1,30 @@
-"""What a processor makes of the images and videos of a row: how many tokens, which tensors. The stock code decides."""
+"""What a processor makes of the images and videos of a row: how many tokens, which tensors. The stock code decides.
+
+torch is imported where tensors are made: prompts are checked without it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pmod_cli.core.videos import Frames, Video
 
 if TYPE_CHECKING:
+    import torch
     from transformers import ProcessorMixin
 
-Tensors = dict[str, torch.Tensor]
+    Tensors = dict[str, torch.Tensor]
 
 
-def frames_of(processor: "ProcessorMixin", per_second: float, most: int) -> Frames:
+def frames_of(processor: ProcessorMixin, per_second: float, most: int) -> Frames:
     """Which frames of a video a processor is given: of tiled models always `most`, since a batch holds equal ones."""
     return Frames(per_second, most, exact=not hasattr(getattr(processor, "video_processor", None), "merge_size"))
 
 
-def image_lengths(processor: "ProcessorMixin", sizes: Sequence[tuple[int, int]]) -> list[int]:
+def image_lengths(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Vision tokens of each image of a row.
 
     Args:
@@ -33,18 +38,20 @@ def image_lengths(processor: "ProcessorMixin", sizes: Sequence[tuple[int, int]])
     return processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
 
 
-def image_tensors(processor: "ProcessorMixin", images: Sequence[Any]) -> Tensors:
+def image_tensors(processor: ProcessorMixin, images: Sequence[Any]) -> Tensors:
     """What the model takes of the images of a row, ``pixel_values`` float32 and what belongs to them."""
     return dict(processor.image_processor(images=as_given(processor, images), return_tensors="pt"))
 
 
-def as_given(processor: "ProcessorMixin", images: Sequence[Any]) -> list[Any]:
+def as_given(processor: ProcessorMixin, images: Sequence[Any]) -> list[Any]:
     """The images of one row, as the processor is told that they belong together."""
     return [list(images)] if _joins_images(processor) else list(images)
 
 
-def video_tensors(processor: "ProcessorMixin", videos: Sequence[Video]) -> tuple[list[np.ndarray], Tensors]:
+def video_tensors(processor: ProcessorMixin, videos: Sequence[Video]) -> tuple[list[np.ndarray], Tensors]:
     """The tokens of each video of a row, int64, timestamps included; and ``pixel_values_videos`` float32."""
+    import torch
+
     tensors, texts = processor._process_videos(**clips(videos), return_metadata=True, return_tensors="pt")
     ids = processor.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     kept = {name: value for name, value in tensors.items() if name in processor.model_input_names}
@@ -55,6 +62,8 @@ def video_tensors(processor: "ProcessorMixin", videos: Sequence[Video]) -> tuple
 
 def clips(videos: Sequence[Video]) -> dict[str, Any]:
     """Videos as arguments of a processor: their frames are chosen already, and when each was is said."""
+    import torch
+
     metadata = [
         {
             "total_num_frames": len(video.pixels),
@@ -67,7 +76,7 @@ def clips(videos: Sequence[Video]) -> dict[str, Any]:
     return {"videos": frames, "video_metadata": metadata, "do_sample_frames": False}
 
 
-def token_kinds(processor: "ProcessorMixin", ids: torch.Tensor) -> Tensors:
+def token_kinds(processor: ProcessorMixin, ids: torch.Tensor) -> Tensors:
     """``mm_token_type_ids``, (B, N) as `ids`, where the model wants it: 1 at tokens of images, 2 at those of videos."""
     if not getattr(processor, "return_mm_token_type_ids", False):
         return {}
@@ -86,12 +95,14 @@ def joined(rows: Sequence[Tensors]) -> Tensors:
 
 def _concatenated(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Along the images, the second axis (tiles) filled up with zeros where it differs."""
+    import torch
+
     if len({tensor.shape[1:] for tensor in tensors}) > 1:
         most = max(tensor.shape[1] for tensor in tensors)
         tensors = [torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
     return torch.cat(tensors)
 
 
-def _joins_images(processor: "ProcessorMixin") -> bool:
+def _joins_images(processor: ProcessorMixin) -> bool:
     """Whether several images of a row are seen otherwise than one (LLaVA-OneVision: a tile each)."""
     return hasattr(processor, "vision_aspect_ratio")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pmod_cli.model import SELECTIONS
+from pmod_cli.model import METHODS, SELECTIONS
 from tests import notebooks
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -12,10 +12,11 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 @pytest.fixture
 def _registered_here():
-    before = set(SELECTIONS)
+    before = {registry: set(registry) for registry in (SELECTIONS, METHODS)}
     yield
-    for name in set(SELECTIONS) - before:
-        SELECTIONS.unregister(name)
+    for registry, names in before.items():
+        for name in set(registry) - names:
+            registry.unregister(name)
 
 
 @pytest.mark.slow

@@ -2,15 +2,17 @@
 
 import importlib
 import json
+import tomllib
 
 import pytest
 from PIL import Image
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import Options, convert, load_model
-from pmod_cli.model import SCHEDULES, SELECTIONS, PmodSettings, registry, retention_schedule
+from pmod_cli.model import METHODS, SCHEDULES, SELECTIONS, PmodSettings, registry, retention_schedule
 from pmod_cli.visualization.archive import load_npz
 from tests import factories
+from tests.conftest import ROOT
 
 PACKAGE = '''
 from pmod_cli.model import Selection
@@ -139,6 +141,50 @@ def test_a_selection_is_timed_beside_the_routers(package, tiny_config, capsys):
     assert run("profile", "--model", tiny_config, *words, "--phases", "prefill", "--json", "--device", "cpu") == 0
     phases = json.loads(capsys.readouterr().out)["latency"]["phases"]
     assert [row["model"] for row in phases] == ["stock", "p-mod", "louder"]
+
+
+def code_of(page: str, heading: str) -> tuple[str, str]:
+    """The first Python and the first TOML block below a heading of a page of docs/."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+    return tuple(text.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "toml"))
+
+
+@pytest.fixture
+def documented_method(package, monkeypatch):
+    """The package that docs/method.md shows, installed."""
+    code, toml = code_of("method.md", "A method of your own")
+    assert len([line for line in (code + toml).splitlines() if line.strip()]) <= 30
+    (package / "my_method.py").write_text(code)
+    info = package / "my_method-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-method\nVersion: 1.0\n")
+    points = tomllib.loads(toml)["project"]["entry-points"]
+    lines = (
+        f"[{group}]\n" + "".join(f"{name} = {where}\n" for name, where in of.items()) for group, of in points.items()
+    )
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    registry._entry_points.cache_clear()
+    yield
+    for known in (METHODS, SELECTIONS):
+        known._known.pop("outliers", None)
+
+
+def test_the_method_of_the_documentation(documented_method, stock_model, workdir, capsys):
+    """Its 30 lines are all it takes: scored beside random at the same FLOPs, counted, and drawn."""
+    assert "outliers" in METHODS
+    words = ("--methods", "outliers", "--budgets", "0.8", "--against", "none", "-t", "tiny_presence", "--limit", 2)
+    assert run("eval", "-m", stock_model(), *words, "-o", "scored", "-q") == 0
+    models = json.loads((workdir / "scored" / "results.json").read_text())["models"]
+    mine = models["outliers@0.8"]
+    assert (mine["method"], mine["selection"], mine["control"]) == ("outliers", "outliers", "random@0.8")
+    assert mine["cost"]["flops"] == pytest.approx(0.8, rel=0.02)
+    assert mine["cost"]["selector"] > 0 == models["random@0.8"]["cost"]["selector"]
+    Image.effect_noise((96, 64), 90).convert("RGB").save("img.png")
+    capsys.readouterr()
+    drawn = ("--method", "outliers@0.8", "--max-new-tokens", 0, "--json")
+    assert run("visualize", "img.png", "-m", stock_model(), *drawn) == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["chosen_by"] == "outliers"
+    assert run("profile", "--model", stock_model(), "--method", "outliers", "--target-retention", "0.5", "--json") == 0
 
 
 def test_plain_transformers_gets_the_ratios(package, stock_model, tmp_path):

@@ -29,6 +29,7 @@ VERBS = {
     "eval": "Score a model on benchmarks with lmms-eval.",
     "profile": "Count FLOPs, KV cache, latency and memory, p-MoD beside stock.",
     "ask": "Ask a model about a picture, once or in a conversation.",
+    "serve": "Serve a model behind the HTTP interface of OpenAI.",
     "visualize": "Draw which image patches each layer keeps.",
     "demo": "Convert, train, evaluate, profile and draw the bundled model, into one folder.",
     "recipes": "List, show and copy the training recipes.",

@@ -81,7 +81,7 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
-def image_size(source: Path | str, name: str | None = None) -> tuple[int, int]:
+def image_size(source: Path | str | bytes, name: str | None = None) -> tuple[int, int]:
     """Width and height in pixels of what `load_image` would give, from the header: nothing is decoded.
 
     An orientation that a PNG states behind its pixels is not seen.

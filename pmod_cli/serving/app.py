@@ -1,0 +1,258 @@
+"""The server: OpenAI's chat completions over HTTP, in front of the worker that runs the model.
+
+An aiohttp application. Handlers read and check a request, threads decode its pictures and make its prompt, the worker
+answers it; pieces come back through a queue of the handler's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hmac
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aiohttp import web
+
+from pmod_cli.core.errors import PmodError
+from pmod_cli.evaluation.prompts import Prompt, preparing_threads
+from pmod_cli.serving.conversation import check_length, conversation_prompt
+from pmod_cli.serving.generation import Answerer
+from pmod_cli.serving.media import Media, decode
+from pmod_cli.serving.metrics import Metrics
+from pmod_cli.serving.requests import BadRequest, ChatRequest, parse
+from pmod_cli.serving.worker import Piece, Ticket, Worker
+
+LARGEST_BODY = 32 * 2**20  # bytes; base64 takes 4 for 3
+CHARACTERS_A_TOKEN = 64  # a text with more than these for each token of the context is not even tokenized
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How requests are taken.
+
+    Attributes:
+        name: of the model, for clients.
+        max_batch: rows that are answered together.
+        max_queue: requests that may wait besides; one more is answered with 429.
+        max_tokens: longest answer that a client may ask for; None: as the context allows.
+        api_key: what clients have to send; None: nothing.
+        media: where pictures may come from.
+    """
+
+    name: str
+    max_batch: int = 16
+    max_queue: int = 64
+    max_tokens: int | None = None
+    api_key: str | None = field(default=None, repr=False)
+    media: Media = field(default_factory=Media)
+
+
+class Service:
+    """One model and its requests.
+
+    Args:
+        answerer: The model; its worker is the only one that runs it.
+        settings: How requests are taken.
+    """
+
+    def __init__(self, answerer: Answerer, settings: ServeSettings) -> None:
+        self.answerer, self.settings, self.metrics = answerer, settings, Metrics()
+        self.worker = Worker(answerer, max_batch=settings.max_batch, metrics=self.metrics)
+        self._taken = 0
+        self._pool = ThreadPoolExecutor(preparing_threads(), thread_name_prefix="prepare")
+        self._of_thread, self._created = threading.local(), int(time.time())
+
+    def app(self) -> web.Application:
+        """The application; its start and clean-up start and end the worker."""
+        app = web.Application(middlewares=[self._errors, self._key], client_max_size=LARGEST_BODY)
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/metrics", self._show_metrics),
+                web.get("/v1/models", self._models),
+                web.post("/v1/chat/completions", self._chat),
+            ]
+        )
+        app.on_startup.append(self._start)
+        app.on_cleanup.append(self._close)
+        return app
+
+    async def _start(self, _: web.Application) -> None:
+        self.worker.start()
+
+    async def _close(self, _: web.Application) -> None:
+        await asyncio.to_thread(self.worker.close)
+        self._pool.shutdown(cancel_futures=True)
+
+    @web.middleware
+    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Every fault as OpenAI's clients read it."""
+        try:
+            response = await handler(request)
+        except BadRequest as error:
+            response = _fault(error.what, error.status, param=error.param, code=error.code)
+        except web.HTTPRequestEntityTooLarge:
+            response = _fault(f"a request may have {LARGEST_BODY // 2**20} MiB", 413)
+        except web.HTTPException as error:
+            response = _fault(f"{request.method} {request.path:.80}: {error.reason}", error.status)
+        if request.path == "/v1/chat/completions":
+            self.metrics.requests.labels(response.status).inc()
+        return response
+
+    @web.middleware
+    async def _key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        key = self.settings.api_key
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        if key is not None and request.path != "/health" and not hmac.compare_digest(given.encode(), key.encode()):
+            raise BadRequest("the API key is missing or wrong", status=401, code="invalid_api_key")
+        return await handler(request)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        if self.worker.alive:
+            return web.json_response({"status": "ok"})
+        return web.json_response({"status": "the model's thread has ended"}, status=503)
+
+    async def _show_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        model = {"id": self.settings.name, "object": "model", "created": self._created, "owned_by": "pmod"}
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        if self._taken >= self.settings.max_batch + self.settings.max_queue:
+            raise BadRequest("too many requests wait already; try again later", status=429, code="queue_full")
+        if request.content_type != "application/json":  # also what keeps a web page from posting here unasked
+            raise BadRequest("the request is expected to be of the type application/json", status=415)
+        self._taken += 1
+        came, ticket = time.perf_counter(), None
+        try:
+            asked = parse(await request.read(), served=self.settings.name)
+            prompt = await self._prepare(asked)
+            limit = check_length(self.answerer, prompt, asked.sampling)
+            limit = min(limit, self.settings.max_tokens or limit)
+            pieces: asyncio.Queue[Piece] = asyncio.Queue()
+            ticket = Ticket(prompt, replace(asked.sampling, max_new_tokens=limit), asked.stop, _into(pieces), came=came)
+            self.worker.submit(ticket)
+            answer = _Answer(self.settings.name, prompt)
+            if not asked.stream:
+                return await self._whole(answer, pieces)
+            return await self._stream(request, answer, pieces, asked.include_usage)
+        except PmodError as error:
+            raise BadRequest(error.what) from None
+        except (asyncio.CancelledError, ConnectionError):  # the client has left
+            self.metrics.disconnects.inc()
+            raise
+        finally:
+            self._taken -= 1
+            if ticket is not None:
+                ticket.left = True
+
+    async def _prepare(self, asked: ChatRequest) -> Prompt:
+        """The prompt, made in a thread; a file or an address is read here."""
+        texts = sum(len(part["text"]) for each in asked.messages for part in each["content"] if part["type"] == "text")
+        context = self.answerer.context
+        if context is not None and texts > CHARACTERS_A_TOKEN * context:
+            raise BadRequest(f"the messages have {texts:,} characters; the model takes {context:,} tokens")
+        sources = [await self.settings.media.fetch(url, where) for url, where in asked.images]
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, asked, sources)
+
+    def _encode(self, asked: ChatRequest, sources: list) -> Prompt:
+        if not hasattr(self._of_thread, "processor"):  # tokenizers are not safe to share between threads
+            self._of_thread.processor = copy.deepcopy(self.answerer.processor)
+        images = decode(sources, [where for _, where in asked.images])
+        processor = self._of_thread.processor
+        return conversation_prompt(self.answerer, asked.messages, images, processor=processor, memory=None)
+
+    async def _whole(self, answer: _Answer, pieces: asyncio.Queue[Piece]) -> web.Response:
+        text = ""
+        async for piece in _until_end(pieces):
+            if piece.error:
+                raise BadRequest(piece.error, status=500)
+            text += piece.text
+        return web.json_response(answer.whole(text, piece))
+
+    async def _stream(
+        self, request: web.Request, answer: _Answer, pieces: asyncio.Queue[Piece], include_usage: bool
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        )
+        await response.prepare(request)
+        await response.write(_event(answer.chunk({"role": "assistant", "content": ""})))
+        async for piece in _until_end(pieces):
+            if piece.error:
+                await response.write(_event(_error_body(piece.error, 500)))
+                break
+            if piece.text:
+                await response.write(_event(answer.chunk({"content": piece.text})))
+            if piece.finished:
+                await response.write(_event(answer.chunk({}, piece.finished)))
+                if include_usage:
+                    await response.write(_event({**answer.chunk({}), "choices": [], "usage": answer.usage(piece)}))
+                await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+
+class _Answer:
+    """The bodies of one answer."""
+
+    def __init__(self, model: str, prompt: Prompt) -> None:
+        self._prompt = prompt
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def usage(self, last: Piece) -> dict[str, int]:
+        counts = {"prompt_tokens": self._prompt.length, "completion_tokens": last.new_tokens}
+        return {**counts, "total_tokens": sum(counts.values())}
+
+    def whole(self, text: str, last: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": last.finished, "logprobs": None}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": self.usage(last)}
+
+    def chunk(self, delta: Mapping[str, str], finished: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finished, "logprobs": None}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def _into(pieces: asyncio.Queue[Piece]) -> Callable[[Piece], None]:
+    """Delivers from the worker's thread into a handler's queue."""
+    loop = asyncio.get_running_loop()
+
+    def deliver(piece: Piece) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    return deliver
+
+
+async def _until_end(pieces: asyncio.Queue[Piece]) -> AsyncIterator[Piece]:
+    while True:
+        piece = await pieces.get()
+        yield piece
+        if piece.finished or piece.error:
+            return
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n\n"
+
+
+def _error_body(what: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+    kind = kinds.get(status, "invalid_request_error")
+    return {"error": {"message": what, "type": kind, "param": param, "code": code}}
+
+
+def _fault(what: str, status: int, *, param: str | None = None, code: str | None = None) -> web.Response:
+    headers = {"Retry-After": "1"} if status == 429 else None
+    return web.json_response(_error_body(what, status, param, code), status=status, headers=headers)

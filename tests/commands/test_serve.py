@@ -1,0 +1,85 @@
+"""`pmod serve` as its operator runs it: a process that listens, answers and ends on SIGTERM."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from pmod_cli import checkpoints, cli
+from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.model import PmodSettings
+from tests.conftest import ROOT
+from tests.serving.conftest import body, data_url
+
+
+def call(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def post(address: str, sent: dict) -> dict:
+    data = json.dumps(sent).encode()
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
+    request = urllib.request.Request(f"{address}/v1/chat/completions", data, headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def test_it_answers_and_ends_when_it_is_told_to(workdir):
+    document = draw("doc", seed_of("test", 0))
+    command = [sys.executable, "-m", "pmod_cli", "serve", "-m", "tiny-llava-next", "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PMOD_API_KEY": "s3cret"}
+    with subprocess.Popen(
+        command, cwd=workdir, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as server:
+        address = server.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:")
+        for turn in document.turns[:2]:
+            found = post(address, body(turn.question, data_url(document.image), model="tiny-llava-next"))
+            assert found["choices"][0]["message"]["content"] == turn.answer
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=60)
+    assert (server.returncode, out) == (0, "")
+    assert f"serving tiny-llava-next; POST {address}/v1/chat/completions" in err
+    assert "those in progress are answered" in err
+    assert "s3cret" not in err
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def routed(workdir, stock_model):
+    checkpoints.convert(stock_model(), workdir / "routed", PmodSettings(schedule="cosine"))
+    return workdir / "routed"
+
+
+def test_a_port_that_is_taken(routed, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert call("serve", "-m", routed, "--device", "cpu", "--port", other.getsockname()[1]) == 1
+    written = capsys.readouterr()
+    assert "cannot be listened on" in written.err
+    assert "--port 0" in written.err
+    assert "the routers are untrained" in written.err
+    assert written.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--media-root", "nowhere"], "--media-root nowhere: there is no such folder"),
+        (["--api-key", " "], "the API key is empty"),
+        (["--port", "99999"], "--port"),
+        (["-m", "./nowhere"], "there is no folder ./nowhere"),
+    ],
+)
+def test_bad_options_are_sentences(workdir, capsys, arguments, told):
+    assert call("serve", *arguments, *([] if "-m" in arguments else ["-m", "tiny-llava-next"])) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_other_machines_without_a_key_is_warned_of(workdir, capsys):
+    assert call("serve", "--host", "0.0.0.0", "-m", "./nowhere") == 2
+    assert "warning: whoever reaches 0.0.0.0 may ask" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""A server in the test's own process, and what clients send to it."""
+
+import asyncio
+import base64
+import io
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from PIL import Image
+
+from pmod_cli.serving.app import ServeSettings, Service
+from pmod_cli.serving.generation import Answerer
+from tests import factories
+from tests.model.models import pmod_model
+
+
+def data_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def body(question: str, *urls: str, **more: Any) -> dict[str, Any]:
+    """A request with pictures in front of a question."""
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 6, **more}
+
+
+@pytest.fixture(scope="session")
+def answerer() -> Answerer:
+    """A p-MoD model with random routers, in float64: no rounding error may decide between two tokens."""
+    return Answerer(pmod_model().double(), factories.processor())
+
+
+@pytest.fixture
+def serve(answerer) -> Callable[..., Any]:
+    """`serve(use, **settings)` runs `await use(client)` beside a server, and returns what it returns."""
+
+    def run(use: Callable[[TestClient], Awaitable[Any]], *, model: Answerer = answerer, **settings: Any) -> Any:
+        async def both() -> Any:
+            service = Service(model, ServeSettings("tiny", **settings))
+            server = TestServer(service.app())
+            async with TestClient(server) as client:
+                client.service = service
+                return await asyncio.wait_for(use(client), 60)
+
+        return asyncio.run(both())
+
+    return run

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 
 from pmod_cli.data.glyphs import HEIGHT, WIDTH, glyph
 
-TASKS = ("doc", "chart", "attribute", "presence", "above", "dearer")  # those the bundled model has learnt
-GROUNDING = ("where",)  # drawn too, for models that are taught it
+TASKS = ("doc", "chart", "attribute", "presence", "above", "dearer", "where")  # those the bundled model has learnt
+GROUNDING = ()  # drawn too, for models that are taught it
 DRAWN = TASKS + GROUNDING
 SPLITS = ("train", "test")
 CELL = 8  # pixels: glyphs are set on this grid, one cell per patch of the bundled model, jittered inside the cell

@@ -67,7 +67,8 @@ def tiny(machine: Machine) -> None:
     """`pmod finetune --recipe tiny` and `pmod eval --tasks tiny`, as a user types them."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        train = ["--set", "train.max_steps=2", "--set", "train.batch_size=2", *QUICK] if machine.cpu else []
+        train = ["--set", "train.report_to=none"]
+        train += ["--set", "train.max_steps=2", "--set", "train.batch_size=2", *QUICK] if machine.cpu else []
         ask = ["--limit", "2", "-b", "4"] if machine.cpu else ["-b", "256"]
         device = ["--device", machine.device]
         _pmod(["convert", "tiny-llava-next"], place)

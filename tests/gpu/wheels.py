@@ -26,7 +26,8 @@ THERE = """
 LEFT_OUT = """
     decord tensorboard tensorboard-data-server grpcio absl-py werkzeug markdown hatchling pathspec trove-classifiers
     editables playwright greenlet pyee ruff mypy mypy_extensions librt ast_serialize types-pyyaml coverage pytest-cov
-    chardet torchvision qwen-vl-utils
+    chardet torchvision qwen-vl-utils mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps babel backrefs colorama ghp-import
+    mergedeep paginate pymdown-extensions pyyaml-env-tag watchdog
 """
 SOURCE_ONLY = ["fvcore", "iopath"]
 BESIDE_THE_LOCK = ["deepspeed==0.19.8", "hjson==3.1.0"]  # needs a compiler only for kernels that are not used here

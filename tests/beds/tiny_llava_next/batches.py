@@ -3,8 +3,8 @@
 The collator gives the same tokens, labels and pixels (tested), but takes twenty times as long.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from random import Random
 
@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import LlavaNextProcessor
 
 from pmod_cli.data.collator import IGNORED
 from pmod_cli.data.documents import CELL, Box, Document, Turn, draw, seed_of
+
+
+TEXT, NEWLINE = -1, -2
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class LookUps:
     tokens: Tensor
     looked_at: Tensor
 
+    def to(self, device: str) -> "LookUps":
+        """The same on another device."""
+        return LookUps(self.tokens.to(device), self.looked_at.to(device))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,23 +46,32 @@ class Batch:
     Attributes:
         inputs: what the model takes: input_ids int64 (B, N), pixel_values float32 (B, tiles, 3, side, side),
             image_sizes int64 (B, 2).
+        patches: int64 (B, N), which patch of the row's views a vision token is, counted through all of them; NEWLINE
+            where it ends a row of patches, TEXT where it is none.
         labels: int64 (B, N), -100 outside answers.
         weights: float32 (B, N), how much each label counts.
-        belongs, above: int64 (B, N), word ids of the fields of ``Mark`` on vision tokens, -100 elsewhere.
+        shows, belongs, above: int64 (B, N), word ids of the fields of ``Mark`` on vision tokens, -100 elsewhere.
         tells: int64 (B, N), the first word id of ``Look.tells`` on a word of a question, -100 elsewhere.
         up, first, last: the look-ups from a label to the one above it, those that come before the answer's, and the
             answer's.
     """
 
     inputs: dict[str, Tensor]
+    patches: Tensor
     labels: Tensor
     weights: Tensor
+    shows: Tensor
     belongs: Tensor
     above: Tensor
     tells: Tensor
     up: LookUps
     first: LookUps
     last: LookUps
+
+    def to(self, device: str) -> "Batch":
+        """The same on another device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "inputs"}
+        return replace(self, inputs={name: value.to(device) for name, value in self.inputs.items()}, **moved)
 
 
 class TinyBatches:
@@ -78,10 +95,16 @@ class TinyBatches:
             documents.append(draw(mix[index % len(mix)], seed, (96, 48) if wide else (96, 96)))
         return documents
 
+    def steps(self, steps: range, mix: Sequence[str], workers: int = 0) -> Iterator[Batch]:
+        """The batches of some steps in order, drawn ahead by ``workers`` processes; the batches do not depend on them."""
+        loader = DataLoader(_Steps(self, mix), batch_size=None, sampler=steps, num_workers=workers)
+        return iter(loader)
+
     def __call__(self, documents: list[Document]) -> Batch:
         """Tokens, pixels and grounding targets of some documents."""
         rows = [_Row(self, document) for document in documents]
-        length = max(len(row.ids) for row in rows)
+        multiple = self.recipe["pad_to_multiple_of"]
+        length = -(-max(len(row.ids) for row in rows) // multiple) * multiple
         pad = self.tokenizer.pad_token_id
 
         def column(name: str, fill: float) -> Tensor:
@@ -100,8 +123,10 @@ class TinyBatches:
                 "pixel_values": self.pixels([document.image for document in documents]),
                 "image_sizes": torch.tensor([document.image.size[::-1] for document in documents]),
             },
+            patches=column("patches", TEXT),
             labels=column("labels", IGNORED),
             weights=column("weights", 0.0),
+            shows=column("shows", IGNORED),
             belongs=column("belongs", IGNORED),
             above=column("above", IGNORED),
             tells=column("tells", IGNORED),
@@ -130,6 +155,17 @@ class TinyBatches:
         return ((views / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """The batch of each step, for a loader."""
+
+    batches: TinyBatches
+    mix: Sequence[str]
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.batches(self.batches.documents(step, self.mix))
+
+
 class _Row:
     """One document as tokens, built turn by turn."""
 
@@ -140,6 +176,8 @@ class _Row:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.weights: list[float] = []
+        self.patches: list[int] = []
+        self.shows: list[int] = []
         self.belongs: list[int] = []
         self.above: list[int] = []
         self.tells: list[int] = []
@@ -148,11 +186,13 @@ class _Row:
         self.last: list[tuple[int, list[int]]] = []
 
         self._say([batches.tokenizer.bos_token_id, *self.encode("USER:")])
-        self.start = len(self.ids) + (batches.tile // CELL) ** 2  # where the tiles' tokens start, after the base view's
-        image = self.encode("<image>")
-        self._say(image * (self.start - len(self.ids) + rows * (self.columns + 1)))
+        side = batches.tile // CELL  # patches to a tile
+        self.start = len(self.ids) + side**2  # where the tiles' tokens start, after the base view's
+        self._say(self.encode("<image>") * (side**2 + rows * (self.columns + 1)))
+        self.patches[self.start - side**2 :] = _places(side, self.columns, rows)
         for mark in document.marks:
             for token in self._tokens(mark.box):
+                self.shows[token] = self.encode(mark.shows)[0]
                 self.belongs[token] = self.encode(mark.belongs)[0]
                 if mark.above:
                     self.above[token] = self.encode(mark.above)[0]
@@ -170,7 +210,8 @@ class _Row:
     def _say(self, ids: list[int]) -> None:
         self.ids += ids
         self.weights += [0.0] * len(ids)
-        for values in (self.labels, self.belongs, self.above, self.tells):
+        self.patches += [TEXT] * len(ids)
+        for values in (self.labels, self.shows, self.belongs, self.above, self.tells):
             values += [IGNORED] * len(ids)
 
     def _answer(self, turn: Turn) -> None:
@@ -191,6 +232,20 @@ class _Row:
             for y in range(y0, max(y1, y0 + 1))
             for x in range(x0, max(x1, x0 + 1))
         ]
+
+
+@lru_cache(maxsize=None)
+def _places(side: int, columns: int, rows: int) -> list[int]:
+    """``Batch.patches`` of an image: the base view, then the rows of its tiles, each with a newline at its end."""
+    across = columns // side
+    cell = [
+        [
+            side**2 * (1 + y // side * across + x // side) + y % side * side + x % side if x < columns else NEWLINE
+            for x in range(columns + 1)
+        ]
+        for y in range(rows)
+    ]
+    return [*range(side**2), *(place for row in cell for place in row)]
 
 
 def _slices(box: Box, count: int) -> list[Box]:

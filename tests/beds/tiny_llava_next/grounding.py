@@ -1,10 +1,10 @@
 """Grounding: losses, in pre-training only, that make reading emerge in minutes on a tiny model.
 
-Plain cross-entropy on answers stays at its priors for a long time. So the first layer that looks is probed for what a
-patch belongs to and what stands above it; a head of each grounded layer is
-told where to look, early ones from the words of a question and late ones from the answer; and between the two, the
-words of a question are probed for what they have found. The probes are thrown away after training, so the saved model
-is a stock LLaVA-NeXT.
+Plain cross-entropy on answers stays at its priors for a long time. So an early layer is probed for what a patch shows;
+the first layer that looks, for what a patch belongs to and what stands above it; a head of each grounded layer is told
+where to look, early ones from the words of a question and late ones from the answer; and between the two, the words of
+a question are probed for what they have found. The probes are thrown away after training, so the saved model is a stock
+LLaVA-NeXT.
 """
 
 from collections.abc import Mapping
@@ -18,23 +18,24 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from tests.beds.tiny_llava_next.batches import Batch, LookUps
 
 LOOKS = ("up", "first", "last")
-LOSSES = ("belongs", "above", "tells", "looks")
+LOSSES = ("shows", "belongs", "above", "tells", "looks")
 
 
 class Grounding(nn.Module):
     """Collects what the model computes on its way, by forward hooks, and turns it into the losses."""
 
     def __init__(self, model: LlavaNextForConditionalGeneration, settings: Mapping):
-        """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``probed``, the layer
-        before which words are probed; and a weight for each of ``LOSSES``."""
+        """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``shown`` and ``probed``, the
+        layers before which patches and words are probed; and a weight for each of ``LOSSES``."""
         super().__init__()
         text = model.config.text_config
         self.settings = settings
-        self.probes = nn.ModuleDict({name: _probe(text) for name in ("belongs", "above", "tells")})
+        self.probes = nn.ModuleDict({name: _probe(text) for name in ("shows", "belongs", "above", "tells")})
         self._seen: dict = {}
         self._hooks = []
         decoder = model.model.language_model
-        for index in {settings["probed"], *(layer for which in LOOKS for layer, _ in settings[which])}:
+        self.layers = {settings["shown"], settings["probed"], *(i for which in LOOKS for i, _ in settings[which])}
+        for index in self.layers:
             attention = decoder.layers[index].self_attn
             self._hooks.append(attention.register_forward_pre_hook(self._see(index), with_kwargs=True))
 
@@ -51,6 +52,7 @@ class Grounding(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of the forward pass just done, one of each of ``LOSSES``; scalars, unweighted."""
+        shown = self._seen[self.settings["shown"]][1]["hidden_states"]
         early = self._seen[min(layer for layer, _ in self.settings["first"])][1]["hidden_states"]
         late = self._seen[self.settings["probed"]][1]["hidden_states"]
         looks = [
@@ -59,6 +61,7 @@ class Grounding(nn.Module):
             for layer, head in self.settings[which]
         ]
         return {
+            "shows": self._probed("shows", shown, batch.shows),
             "belongs": self._probed("belongs", early, batch.belongs),
             "above": self._probed("above", early, batch.above),
             "tells": self._probed("tells", late, batch.tells),
@@ -89,7 +92,7 @@ class Grounding(nn.Module):
         # index_select, not keys[row]: with several threads the latter's gradient is summed in any order.
         scores = torch.einsum("qd,qnd->qn", queries[row, 0, position], keys[:, 0].index_select(0, row))
         scores = scores.float() * attention.scaling
-        scores = scores.masked_fill(torch.arange(N) > position[:, None], float("-inf"))
+        scores = scores.masked_fill(torch.arange(N, device=position.device) > position[:, None], float("-inf"))
         there = scores.masked_fill(~looks.looked_at, float("-inf"))
         return (scores.logsumexp(-1) - there.logsumexp(-1)).mean()
 

@@ -43,6 +43,7 @@ def prompts(processor: ProcessorMixin, documents: list[Document], blank: bool = 
 @torch.inference_mode()
 def answers(model: PreTrainedModel, processor: ProcessorMixin, inputs: dict[str, Tensor]) -> list[str]:
     """What the model says to each prompt, greedily, six tokens at most."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -70,14 +71,14 @@ def hidden_vision(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
 
     def hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         states, cache = args[0] if args else kwargs["hidden_states"], kwargs[CACHE_NAME]
-        mask, new = kwargs.get("attention_mask"), states.shape[1]
+        mask, new, device = kwargs.get("attention_mask"), states.shape[1], states.device
         past = cache.get_seq_length(module.self_attn.layer_idx)
         if mask is None:
-            mask = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None]
-        keys = torch.zeros(rows, past + new, dtype=torch.bool)
-        keys[:, :length] = hidden
+            mask = torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)[None, None]
+        keys = torch.zeros(rows, past + new, dtype=torch.bool, device=device)
+        keys[:, :length] = hidden.to(device)
         queries = keys[:, past:]  # a hidden token still sees itself, lest its row of attention be empty
-        own = torch.eye(new, past + new, dtype=torch.bool).roll(past, 1) & queries[:, :, None]
+        own = torch.eye(new, past + new, dtype=torch.bool, device=device).roll(past, 1) & queries[:, :, None]
         shut = (keys[:, None] & ~own)[:, None]
         mask = mask & ~shut if mask.dtype == torch.bool else mask.masked_fill(shut, torch.finfo(mask.dtype).min)
         return args, kwargs | {"attention_mask": mask}
@@ -138,15 +139,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1000, help="documents a task")
     parser.add_argument("--controls-count", type=int, default=1000, help="documents a task of the controls")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model.to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
     for control, count in (
         (None, arguments.count),
         ("blank", arguments.controls_count),
         ("hidden", arguments.controls_count),
     ):
-        found = measure(model, processor, count, control)
+        found = measure(model, processor, count, control, arguments.batch_size)
         print(json.dumps({"condition": control or "as it is", "questions": count, **found}), flush=True)
 
 

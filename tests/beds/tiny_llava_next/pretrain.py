@@ -1,8 +1,8 @@
 """Pre-trains the bundled tiny LLaVA-NeXT: ``python -m tests.beds.tiny_llava_next.pretrain --out DIR``.
 
-It starts from the split layers of the predecessor (``start.py``), and stages follow one another as the recipe says.
-Killed at any moment, the same command goes on from the last checkpoint; steps, not clocks, decide, so a recipe and its
-seed give the same model on the same machine.
+It starts from random weights, on a GPU where there is one, and stages follow one another as the recipe says. Killed at
+any moment, the same command goes on from the last checkpoint; steps, not clocks, decide, so a recipe and its seed give
+the same model on the same machine.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from pmod_cli.core import yaml_text
-from tests.beds.tiny_llava_next.batches import Batch, TinyBatches
+from tests.beds.tiny_llava_next.batches import NEWLINE, TEXT, Batch, TinyBatches
 from tests.beds.tiny_llava_next.grounding import LOSSES, Grounding
+from tests.beds.tiny_llava_next.muon import StackedMuon
 from tests.beds.tiny_llava_next.processor import build_processor
-from tests.beds.tiny_llava_next.start import start_model, strengthen
+from tests.beds.tiny_llava_next.start import build_model
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -36,17 +37,16 @@ def pretrain(recipe: dict, out: Path, report=print) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     processor = build_processor(recipe["image"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     previous = None
     first_step = 0
     for number, stage in enumerate(recipe["stages"]):
         folder = out / f"stage-{number}"
         if not folder.exists():
             torch.manual_seed(recipe["seed"] + number)
-            model = start_model(recipe, processor, out) if previous is None else load(previous)
-            if "strengthen" in stage:
-                strengthen(model, **stage["strengthen"])
+            model = (build_model(recipe, processor) if previous is None else load(previous)).to(device)
             run_stage(model, processor, recipe, number, first_step, out, report)
-            save(model, processor, folder)
+            save(model.cpu(), processor, folder)
             (out / "checkpoint.pt").unlink(missing_ok=True)
         previous = folder
         first_step += stage["steps"]
@@ -64,10 +64,15 @@ def run_stage(
 ) -> None:
     """Train ``model`` in place through stage ``number``; batches are numbered on from ``first_step``."""
     stage = recipe["stages"][number]
-    model.set_attn_implementation({"text_config": "eager"})  # in bfloat16 on a CPU, the backward pass of SDPA is slow
-    model.model.vision_tower.requires_grad_(False)
+    device = model.device.type
+    if device == "cpu":
+        model.set_attn_implementation({"text_config": "eager"})  # the backward pass of SDPA is slow in bfloat16
     batches = TinyBatches(processor, recipe)
-    grounding = Grounding(model, stage["grounding"]) if "grounding" in stage else None
+    grounding = Grounding(model, stage["grounding"]).to(device) if "grounding" in stage else None
+    if device == "cuda":  # a CPU gains nothing by it
+        for index, layer in enumerate(model.model.language_model.layers):
+            if not grounding or index not in grounding.layers:  # hooks would be compiled along
+                layer.compile()
     masters = Masters(model)
     optimizers = make_optimizers(masters, grounding, recipe)
     parts = {"model": masters, "muon": optimizers[0], "adamw": optimizers[1]} | (
@@ -78,13 +83,13 @@ def run_stage(
     masters.write()
     model.train()
     started, since = time.monotonic(), step
-    while step < stage["steps"]:
+    ahead = batches.steps(range(first_step + step, first_step + stage["steps"]), stage["mix"], recipe["workers"])
+    for batch in ahead:
         rate = learning_rate(step, stage)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * rate
-        batch = batches(batches.documents(first_step + step, stage["mix"]))
-        losses = compute_losses(model, grounding, batch, stage, step)
+        losses = compute_losses(model, grounding, batch.to(device), stage, step)
         sum(losses[name] * weight for name, weight in loss_weights(stage, step).items()).backward()
         masters.take_gradients()
         nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
@@ -129,22 +134,21 @@ class Masters(nn.Module):
     def take_gradients(self) -> None:
         """Move the gradients of the model to the weights here."""
         for name, parameter in self.of.items():
-            self[name].grad = parameter.grad.float()
-            parameter.grad = None
+            if parameter.grad is not None:  # the tower's last layer is not used
+                self[name].grad = parameter.grad.float()
+                parameter.grad = None
 
     @torch.no_grad()
     def write(self) -> None:
         """Copy the weights into the model, in its type."""
-        for name, parameter in self.of.items():
-            parameter.copy_(self[name])
+        torch._foreach_copy_(list(self.of.values()), [self[name] for name in self.of])
 
 
 def compute_losses(
     model: LlavaNextForConditionalGeneration, grounding: Grounding | None, batch: Batch, stage: dict, step: int
 ) -> dict[str, Tensor]:
     """The weighted answer loss, ``right`` (share of answer tokens predicted, no gradient) and the grounding losses."""
-    inputs = batch.inputs | {"pixel_values": batch.inputs["pixel_values"].to(model.dtype)}
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    hidden = model.model.language_model(inputs_embeds=embeddings(model, batch), use_cache=False).last_hidden_state
     labels, weights = batch.labels[:, 1:], batch.weights[:, 1:]
     labelled = labels >= 0
     logits = model.lm_head(hidden[:, :-1][labelled]).float()
@@ -156,6 +160,20 @@ def compute_losses(
     words = labels[labelled] != model.config.text_config.eos_token_id
     losses["right"] = (logits.argmax(-1) == labels[labelled])[words].float().mean()
     return losses
+
+
+def embeddings(model: LlavaNextForConditionalGeneration, batch: Batch) -> Tensor:
+    """What the decoder is given, (B, N, D). The stock model does the same image by image (tested), in many more steps."""
+    pixels = batch.inputs["pixel_values"].to(model.dtype)
+    rows, views = pixels.shape[:2]
+    seen = model.model.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states
+    patches = model.model.multi_modal_projector(seen[model.config.vision_feature_layer][:, 1:])
+    newline = model.model.image_newline.expand(rows, 1, -1).to(patches)
+    table = torch.cat([patches.unflatten(0, (rows, views)).flatten(1, 2), newline], dim=1)
+    index = torch.where(batch.patches == NEWLINE, table.shape[1] - 1, batch.patches).clamp(min=0)
+    vision = table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
+    text = model.get_input_embeddings()(batch.inputs["input_ids"])
+    return torch.where((batch.patches == TEXT)[..., None], text, vision)
 
 
 def loss_weights(stage: dict, step: int) -> dict[str, float]:
@@ -178,7 +196,7 @@ def make_optimizers(masters: Masters, grounding: nn.Module | None, recipe: dict)
     """Muon for the matrices inside the network, AdamW for embeddings, the output layer, norms and biases."""
     matrices = [masters[name] for name in masters.inner]
     rest = [masters[name] for name in masters.of if name not in masters.inner]
-    muon = torch.optim.Muon(
+    muon = StackedMuon(
         [{"params": matrices, "base_lr": recipe["muon"]["lr"]}], momentum=recipe["muon"]["momentum"], weight_decay=0.0
     )
     groups = [{"params": rest, "base_lr": recipe["adamw"]["lr"]}]
@@ -199,7 +217,7 @@ def restore(path: Path, stage: int, parts: dict) -> int:
     """Load a checkpoint of this stage into ``parts`` and return its step; 0 where there is none."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if state["stage"] != stage:
         return 0
     for name, part in parts.items():

@@ -35,7 +35,7 @@ WORDS = [
     "yes",
     "no",
 ]
-LATER_WORDS = ["item", "above", "dearer", "or"]  # last in the vocabulary: the start weights do not have them
+LATER_WORDS = ["item", "above", "dearer", "or", "where"]  # last in the vocabulary: the start weights do not have them
 
 # LLaVA's own conversation form. The end of each answer is marked as labelled, so that training sets labels there.
 CHAT_TEMPLATE = """\

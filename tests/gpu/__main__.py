@@ -41,10 +41,10 @@ class Step(NamedTuple):
 STEPS = {  # in order of worth
     "prefill": Step("speed", 100),
     "decode": Step("speed", 100),
-    "memory": Step("memory", 70),
+    "memory": Step("memory", 100),
     "train": Step("speed", 90),
     "kernels": Step("kernels", 60),
-    "parity": Step("checks", 90),
+    "parity": Step("checks", 120),
     "tiny": Step("checks", 120),
     "engines": Step("checks", 150),
     "report": Step("checks", 60),

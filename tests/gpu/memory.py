@@ -50,12 +50,11 @@ def _largest(machine: Machine, one: Batch, name: str, peaks: dict[str, int]) -> 
         while _peak(machine, one, name, rows) > room:
             rows -= 1
         return rows
-    rows = max(1, int(torch.cuda.mem_get_info()[0] / peaks[name]))
-    while _fits(machine, one, name, rows):
-        rows += 1
-    while not _fits(machine, one, name, rows):
-        rows -= 1
-    return rows
+    low, high = 0, 2 * int(torch.cuda.mem_get_info()[0] / peaks[name])  # of a few rows, so it is no limit
+    while high - low > max(1, high // 50):  # a prefill of a full card takes seconds: to two in a hundred
+        rows = (low + high) // 2
+        low, high = (rows, high) if _fits(machine, one, name, rows) else (low, rows)
+    return low
 
 
 def _peak(machine: Machine, one: Batch, name: str, rows: int) -> int:

@@ -105,6 +105,7 @@ def _graphed(machine: Machine, model: PreTrainedModel, batch: Batch, name: str) 
         for _ in range(TOKENS):
             replay()
 
+    loop.reads = (ids, model)  # a graph reads addresses: what lay there would be freed with this frame
     return loop
 
 

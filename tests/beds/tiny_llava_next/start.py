@@ -1,4 +1,8 @@
-"""The random weights that training starts from."""
+"""The random weights that training starts from.
+
+Each layer begins by adding as much, relative to the residual stream, as any other: its outputs grow with depth as the
+stream does. With the usual small and equal outputs late layers learn to do little, and can be skipped.
+"""
 
 from collections.abc import Mapping
 
@@ -12,6 +16,9 @@ from transformers import (
 )
 
 from tests.beds.tiny_llava_next.processor import IMAGE
+
+STREAM = 0.5  # rms of an embedding
+SHARE, GROWTH = 0.4, 1.2  # variance that attention or MLP of layer l adds, over that of an embedding: SHARE * GROWTH ** l
 
 
 def build_model(recipe: Mapping, processor: LlavaNextProcessor) -> LlavaNextForConditionalGeneration:
@@ -38,11 +45,11 @@ def build_model(recipe: Mapping, processor: LlavaNextProcessor) -> LlavaNextForC
     model = LlavaNextForConditionalGeneration(config)
     for part in (model.model.vision_tower, model.model.multi_modal_projector, model.lm_head):
         _fan_in(part)
-    for layer in model.model.language_model.layers:
+    for index, layer in enumerate(model.model.language_model.layers):
         _fan_in(layer)
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):  # small outputs, the smaller the deeper the model
-            linear.weight.data.mul_(0.2 / (2 * decoder["num_hidden_layers"]) ** 0.5)
-    nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data.mul_(STREAM * (SHARE * GROWTH**index) ** 0.5)
+    nn.init.normal_(model.get_input_embeddings().weight, std=STREAM)
     return model
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import pictures_in
 from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn
-from pmod_cli.data.documents import DRAWN, TASKS, draw, seed_of
+from pmod_cli.data.documents import TASKS, draw, seed_of
 from pmod_cli.data.pictures import open_image
 from pmod_cli.data.sources import open_source
 
@@ -88,7 +88,7 @@ def read_samples(
 def tiny_tasks(data: str) -> tuple[str, ...]:
     """The synthetic tasks that a name stands for; none where it stands for something else."""
     names = [name.strip().removeprefix("tiny_") for name in data.split(",")]
-    return TASKS if data == TINY else tuple(names) if all(name in DRAWN for name in names) else ()
+    return TASKS if data == TINY else tuple(names) if all(name in TASKS for name in names) else ()
 
 
 def tiny_samples(task: str, count: int, seed: int = 0, split: str = "train") -> list[Sample]:

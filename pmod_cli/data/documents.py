@@ -16,9 +16,7 @@ from PIL import Image, ImageDraw
 
 from pmod_cli.data.glyphs import HEIGHT, WIDTH, glyph
 
-TASKS = ("doc", "chart", "attribute", "presence", "above", "dearer", "where")  # those the bundled model has learnt
-GROUNDING = ()  # drawn too, for models that are taught it
-DRAWN = TASKS + GROUNDING
+TASKS = ("doc", "chart", "attribute", "presence", "above", "dearer", "where")
 SPLITS = ("train", "test")
 CELL = 8  # pixels: glyphs are set on this grid, one cell per patch of the bundled model, jittered inside the cell
 FIELD = 32  # pixels: each object lies within one field of this grid, which ``where`` asks for
@@ -98,15 +96,15 @@ def draw(task: str, seed: int, size: tuple[int, int] = (96, 96)) -> Document:
     """Draw one document; the same task, seed and size give the same document.
 
     Args:
-        task: one of ``DRAWN``.
+        task: one of ``TASKS``.
         seed: any integer; see ``seed_of``.
         size: width and height in pixels, multiples of 8, at least 96 by 48.
 
     Raises:
         ValueError: an unknown task or a size that cannot hold a document.
     """
-    if task not in DRAWN:
-        raise ValueError(f"unknown task {task!r}: expected one of {DRAWN}")
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: expected one of {TASKS}")
     if size[0] < 96 or size[1] < 48 or size[0] % CELL or size[1] % CELL:
         raise ValueError(f"a document is at least 96x48 pixels and a multiple of {CELL} both ways, not {size}")
     canvas = _Canvas(Random(f"{task} {seed}"), size)

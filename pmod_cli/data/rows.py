@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.folders import staged_directory
-from pmod_cli.data.documents import DRAWN, Document, Turn, draw, seed_of
+from pmod_cli.data.documents import TASKS, Document, Turn, draw, seed_of
 
 Messages = list[dict]
 
@@ -73,7 +73,7 @@ def write_rows(folder: Path, task: str, count: int) -> None:
 def main() -> None:
     """The program `python -m pmod_cli.data.rows`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=DRAWN, required=True)
+    parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--count", type=int, default=100, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args()

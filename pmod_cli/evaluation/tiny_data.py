@@ -30,7 +30,7 @@ def folder(task: str, questions: int = QUESTIONS, on_wait: Callable[[Path], None
     """The data set of one tiny task as `datasets.load_from_disk` reads it, drawn on the first call.
 
     Args:
-        task: one of `pmod_cli.data.documents.DRAWN`.
+        task: one of `pmod_cli.data.documents.TASKS`.
         questions: Number of test documents, one question each.
         on_wait: As in `draw`.
     """

@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pmod_cli.data.documents import CELL, COLOURS, DRAWN, FIELD, LABELS, SHAPES, draw, seed_of
+from pmod_cli.data.documents import CELL, COLOURS, TASKS, FIELD, LABELS, SHAPES, draw, seed_of
 from pmod_cli.data.glyphs import glyph
 from pmod_cli.data.rows import conversation, question
 
 
-@pytest.mark.parametrize("task", DRAWN)
+@pytest.mark.parametrize("task", TASKS)
 def test_a_seed_names_one_document(task):
     first, again, other = draw(task, 7), draw(task, 7), draw(task, 8)
     assert np.array_equal(first.image, again.image)
@@ -27,7 +27,7 @@ def test_splits_share_no_seed():
         seed_of("validation", 0)
 
 
-@pytest.mark.parametrize("task", DRAWN)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("size", [(96, 96), (96, 48), (144, 48)])
 def test_regions_and_marks_lie_in_the_image(task, size):
     for index in range(40):

@@ -25,11 +25,11 @@ def test_names_titles_tasks_and_groups():
         "tiny_presence",
         "tiny_above",
         "tiny_dearer",
+        "tiny_where",
     ]
     assert len(tasks_of("paper")) == 14
     assert tasks_of("general", "text-rich") == tasks_of("paper")
     assert tasks_of("tiny_doc", "tiny") == tasks_of("tiny")
-    assert tasks_of("grounding") == ["tiny_where"]
 
 
 def test_the_paper_wins_and_the_prefix_reaches_lmms_eval():

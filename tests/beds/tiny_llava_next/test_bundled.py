@@ -52,7 +52,7 @@ def test_it_is_a_small_stock_checkpoint_of_32_layers(model):
 def test_it_reads_unseen_documents_and_cannot_without_the_image_or_what_is_asked(model, processor):
     share = {}
     for control in (None, "blank", "hidden"):
-        hits = {"doc": 0, "chart": 0, "chart, longest": 0, "attribute": 0, "presence": 0, "above": 0, "dearer": 0}
+        hits = dict.fromkeys((*TASKS, "chart, longest"), 0)
         for task in TASKS:
             documents = unseen_documents(task, UNSEEN)
             inputs = prompts(processor, documents, blank=control == "blank")
@@ -60,11 +60,10 @@ def test_it_reads_unseen_documents_and_cannot_without_the_image_or_what_is_asked
                 said = answers(model, processor, inputs)
             for answer, document in zip(said, documents, strict=True):
                 hits[kinds(document)] += answer == document.turns[0].answer
-        hardly_learnt = hits.pop("above")
-        share[control] = sum(hits.values()) / (UNSEEN * (len(TASKS) - 1))
+        share[control] = sum(hits.values()) / (UNSEEN * len(TASKS))
         if control == "hidden":
-            assert hits["doc"] + hardly_learnt <= 0.25 * 2 * UNSEEN, "a number that stands nowhere cannot be read"
-    assert share[None] >= 0.8
+            assert hits["doc"] + hits["above"] <= 0.25 * 2 * UNSEEN, "a number that stands nowhere cannot be read"
+    assert share[None] >= 0.85
     assert share["blank"] <= 0.4
     assert share["hidden"] <= 0.6
 
@@ -134,7 +133,7 @@ def test_the_collator_refuses_an_image_too_many_and_a_template_without_marks(pro
     with pytest.raises(PmodError, match="2 images, and 1 <image> place"):
         Collator(processor)([row(document) | {"images": [document.image] * 2}])
     unmarked = AutoProcessor.from_pretrained(bundled_path())
-    unmarked.chat_template = "{{ messages[0]['role'] }}"
+    unmarked.chat_template = "<image>{{ messages[0]['role'] }}"
     with pytest.raises(PmodError, match="does not mark"):
         Collator(unmarked)([row(document)])
 

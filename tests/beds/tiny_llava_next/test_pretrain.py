@@ -16,18 +16,27 @@ from tests.beds.tiny_llava_next import pretrain as module
 from tests.beds.tiny_llava_next.batches import TinyBatches
 from tests.beds.tiny_llava_next.grounding import LOSSES, Grounding
 from tests.beds.tiny_llava_next.measure import hidden_vision, prompts
-from tests.beds.tiny_llava_next.pretrain import RECIPE, Masters, compute_losses, keep, make_optimizers, pretrain
+from tests.beds.tiny_llava_next.muon import StackedMuon
+from tests.beds.tiny_llava_next.pretrain import (
+    RECIPE,
+    Masters,
+    compute_losses,
+    embeddings,
+    keep,
+    make_optimizers,
+    pretrain,
+)
 from tests.beds.tiny_llava_next.processor import build_processor
-from tests.beds.tiny_llava_next.start import fetch, shrink, split
+from tests.beds.tiny_llava_next.start import build_model
 
 
 @pytest.fixture(scope="module")
 def recipe():
     recipe = yaml.safe_load(RECIPE.read_text())
-    recipe |= {"batch_size": 6, "turns": 2, "log_every": 1, "save_every": 2}
+    recipe |= {"batch_size": 6, "turns": 2, "log_every": 1, "save_every": 2, "workers": 0, "pad_to_multiple_of": 1}
     stage = {"mix": TASKS, "steps": 4, "rate": 1.0, "warmup": 1, "decay": 0.5, "end": 0.0}
-    grounding = {"up": [[0, 1]], "first": [[0, 0]], "last": [[1, 1]], "probed": 1, "rate": 0.002, "fade": 0.5}
-    grounding |= {"belongs": 0.5, "above": 0.5, "tells": 0.5, "looks": 0.5}
+    grounding = {"shown": 0, "up": [[0, 1]], "first": [[0, 0]], "last": [[1, 1]], "probed": 1, "rate": 0.002, "fade": 0.5}
+    grounding |= {"shows": 0.5, "belongs": 0.5, "above": 0.5, "tells": 0.5, "looks": 0.5}
     return recipe | {"stages": [{**stage, "grounding": grounding}, stage]}
 
 
@@ -123,45 +132,56 @@ def newton_schulz(gradient):
     return x
 
 
-def test_parts_share_out_the_heads_and_units_of_their_layer(processor, model):
-    old = model.model.language_model.layers[1]
-    attention, mlp = old.self_attn.o_proj.weight.clone(), old.mlp.down_proj.weight.clone()
-    split(model, [[0, 1], [1, 3]])
-    layers = model.model.language_model.layers
-    assert model.config.text_config.num_hidden_layers == len(layers) == 4
-    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2, 3]
-    assert torch.equal(sum(layer.self_attn.o_proj.weight for layer in layers[1:]), attention)
-    assert torch.equal(sum(layer.mlp.down_proj.weight for layer in layers[1:]), mlp)
-    width = old.self_attn.head_dim
-    heads = [layer.self_attn.o_proj.weight.unflatten(1, (-1, width)).abs().sum((0, 2)) > 0 for layer in layers[1:]]
-    assert [part.nonzero().flatten().tolist() for part in heads] == [[2, 3], [1], [0]]
-    assert layers[3].self_attn.config is layers[0].self_attn.config
-
-
-def test_a_smaller_residual_stream_says_the_same(recipe, processor, model):
-    inputs = TinyBatches(processor, recipe)([draw("chart", 1)]).inputs
-    for layer in model.model.language_model.layers:  # far above the eps of the norms
-        layer.mlp.down_proj.weight.data.mul_(1000)
-    model.model.image_newline.data.zero_()
-    model.get_input_embeddings().weight.data.mul_(1000)
-    model.model.multi_modal_projector.linear_2.weight.data.mul_(1000)
+def test_each_layer_begins_by_adding_as_much_as_any_other(recipe, processor):
+    torch.manual_seed(0)
+    model = build_model(recipe, processor).eval()
+    added = []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_hook(
+            lambda _, inputs, output: added.append((output - inputs[0]).norm() / inputs[0].norm())
+        )
     with torch.no_grad():
-        before = model(**inputs).logits
-        shrink(model, 0.25)
-        after = model(**inputs).logits
-    assert (before - after).abs().max() < 1e-2 * before.abs().max()
+        model.model(**TinyBatches(processor, recipe)([draw("doc", 1)]).inputs)
+    assert len(added) == recipe["decoder"]["num_hidden_layers"] == 32
+    assert max(added) < 3 * min(added)
 
 
-def test_the_start_weights_are_in_the_history_or_the_error_says_how_to_get_it(recipe, tmp_path):
-    start = recipe["start"]
-    with pytest.raises(RuntimeError, match="unshallow"):
-        fetch(start | {"commit": "0" * 40}, tmp_path / "none")
-    try:
-        folder = fetch(start, tmp_path / "start")
-    except RuntimeError:
-        pytest.skip("a shallow clone")
-    text = AutoConfig.from_pretrained(folder).text_config
-    assert (text.num_hidden_layers, text.vocab_size) == (32, 153)
+def test_embeddings_are_what_the_stock_model_makes_of_each_image(recipe, processor, model):
+    batch = TinyBatches(processor, recipe)([draw(task, 3, size) for task in TASKS for size in ((96, 96), (96, 48))])
+    with torch.no_grad():
+        found = model.model.language_model(inputs_embeds=embeddings(model, batch), use_cache=False)
+        wanted = model.model(**batch.inputs, use_cache=False)
+    assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
+
+
+def test_batches_do_not_depend_on_who_draws_them(recipe, processor):
+    batches = TinyBatches(processor, recipe)
+    here, elsewhere = (list(batches.steps(range(3, 6), TASKS, workers)) for workers in (0, 2))
+    assert len(here) == 3
+    for one, other in zip(here, elsewhere, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
+        assert torch.equal(one.last.looked_at, other.last.looked_at)
+
+
+def test_stacked_muon_is_torchs():
+    torch.manual_seed(0)
+    shapes = [(12, 12)] * 3 + [(24, 12)] * 2 + [(12, 24)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    optimizers = StackedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        for one, other in zip(ours[1:], theirs[1:], strict=True):  # the first has no gradient
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[1], theirs[0])
+    held = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert held[0].keys() == held[1].keys()
+    assert all(held[0][key].keys() == held[1][key].keys() for key in held[0])
 
 
 def test_grounding_reaches_what_it_trains_and_leaves_no_hook(recipe, processor, model):
@@ -190,7 +210,7 @@ def test_a_fully_hidden_image_tells_nothing_and_a_shown_one_does(processor, mode
 
 
 def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "start_model", lambda *_: random_model(processor))
+    monkeypatch.setattr(module, "build_model", lambda *_: random_model(processor))
     whole = pretrain(recipe, tmp_path / "whole", report=lambda line: None)
 
     class Killed(Exception):

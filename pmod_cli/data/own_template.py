@@ -76,9 +76,10 @@ class OwnTemplate:
         """Whether the text of a conversation begins with that of its first turns: an answer is what is added."""
         asked, said = ({"role": role, "content": [{"type": "text", "text": "1"}]} for role in ("user", "assistant"))
         try:
-            return bool(self.template) and len(self._answers([asked, said, asked, said])) == 2
+            answers = self._answers([asked, said, asked, said]) if self.template else []
         except BadRow:
             return False
+        return len(answers) == 2 and all(start < end for start, end in answers)
 
     def _keeps_order(self) -> bool:
         """Whether the template writes images where they stand among the words, and not in front of them."""

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pmod_cli.data.documents import CELL, COLOURS, TASKS, FIELD, LABELS, SHAPES, draw, seed_of
+from pmod_cli.data.documents import CELL, COLOURS, FIELD, LABELS, SHAPES, TASKS, draw, seed_of
 from pmod_cli.data.glyphs import glyph
 from pmod_cli.data.rows import conversation, question
 

@@ -5,7 +5,7 @@ The collator gives the same tokens, labels and pixels (tested), but takes twenty
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import Random
 
 import numpy as np
@@ -17,7 +17,6 @@ from transformers import LlavaNextProcessor
 
 from pmod_cli.data.collator import IGNORED
 from pmod_cli.data.documents import CELL, Box, Document, Turn, draw, seed_of
-
 
 TEXT, NEWLINE = -1, -2
 
@@ -96,7 +95,7 @@ class TinyBatches:
         return documents
 
     def steps(self, steps: range, mix: Sequence[str], workers: int = 0) -> Iterator[Batch]:
-        """The batches of some steps in order, drawn ahead by ``workers`` processes; the batches do not depend on them."""
+        """The batches of some steps in order, drawn ahead by ``workers`` processes; the same for any number."""
         loader = DataLoader(_Steps(self, mix), batch_size=None, sampler=steps, num_workers=workers)
         return iter(loader)
 
@@ -234,7 +233,7 @@ class _Row:
         ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _places(side: int, columns: int, rows: int) -> list[int]:
     """``Batch.patches`` of an image: the base view, then the rows of its tiles, each with a newline at its end."""
     across = columns // side

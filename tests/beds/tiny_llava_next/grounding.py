@@ -25,8 +25,8 @@ class Grounding(nn.Module):
     """Collects what the model computes on its way, by forward hooks, and turns it into the losses."""
 
     def __init__(self, model: LlavaNextForConditionalGeneration, settings: Mapping):
-        """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``shown`` and ``probed``, the
-        layers before which patches and words are probed; and a weight for each of ``LOSSES``."""
+        """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``shown`` and ``probed``,
+        the layers before which patches and words are probed; and a weight for each of ``LOSSES``."""
         super().__init__()
         text = model.config.text_config
         self.settings = settings

@@ -8,7 +8,7 @@ import torch
 
 
 class StackedMuon(torch.optim.Muon):
-    """torch's Muon (tested to give the same), with thirty times fewer kernels: a small model on a GPU waits for those."""
+    """torch's Muon (tested to give the same), with thirty times fewer kernels: a small model waits for them."""
 
     @torch.no_grad()
     def step(self) -> None:

@@ -163,7 +163,7 @@ def compute_losses(
 
 
 def embeddings(model: LlavaNextForConditionalGeneration, batch: Batch) -> Tensor:
-    """What the decoder is given, (B, N, D). The stock model does the same image by image (tested), in many more steps."""
+    """What the decoder is given, (B, N, D). The stock model does the same image by image (tested)."""
     pixels = batch.inputs["pixel_values"].to(model.dtype)
     rows, views = pixels.shape[:2]
     seen = model.model.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states

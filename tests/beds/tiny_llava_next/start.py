@@ -18,7 +18,10 @@ from transformers import (
 from tests.beds.tiny_llava_next.processor import IMAGE
 
 STREAM = 0.5  # rms of an embedding
-SHARE, GROWTH = 0.4, 1.2  # variance that attention or MLP of layer l adds, over that of an embedding: SHARE * GROWTH ** l
+SHARE, GROWTH = (
+    0.4,
+    1.2,
+)  # variance that attention or MLP of layer l adds, over that of an embedding: SHARE * GROWTH ** l
 
 
 def build_model(recipe: Mapping, processor: LlavaNextProcessor) -> LlavaNextForConditionalGeneration:

@@ -35,7 +35,15 @@ def recipe():
     recipe = yaml.safe_load(RECIPE.read_text())
     recipe |= {"batch_size": 6, "turns": 2, "log_every": 1, "save_every": 2, "workers": 0, "pad_to_multiple_of": 1}
     stage = {"mix": TASKS, "steps": 4, "rate": 1.0, "warmup": 1, "decay": 0.5, "end": 0.0}
-    grounding = {"shown": 0, "up": [[0, 1]], "first": [[0, 0]], "last": [[1, 1]], "probed": 1, "rate": 0.002, "fade": 0.5}
+    grounding = {
+        "shown": 0,
+        "up": [[0, 1]],
+        "first": [[0, 0]],
+        "last": [[1, 1]],
+        "probed": 1,
+        "rate": 0.002,
+        "fade": 0.5,
+    }
     grounding |= {"shows": 0.5, "belongs": 0.5, "above": 0.5, "tells": 0.5, "looks": 0.5}
     return recipe | {"stages": [{**stage, "grounding": grounding}, stage]}
 

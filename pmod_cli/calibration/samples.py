@@ -136,7 +136,7 @@ def _of_conversation(task: str, conversation: Conversation, folder: Path | None)
     turns = [turn for turn in conversation.turns if turn.role != "system"]
     asked = [turn.text for turn in turns if turn.role == "user"][:MOST_QUESTIONS]
     said = [turn.text for turn in turns if turn.role == "assistant"][: len(asked)]
-    if asked[0].count(IMAGE) != len(conversation.images):
+    if conversation.videos or asked[0].count(IMAGE) != len(conversation.images):
         return None
     answers = tuple(said) if len(said) == len(asked) and all(said) else ()
     return Sample(task, conversation.images, tuple(asked), answers, folder)

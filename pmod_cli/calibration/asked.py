@@ -112,7 +112,8 @@ class Asked:
     def _generate(self, prompts: list[dict[str, Tensor]]) -> list[str]:
         longest = max(len(prompt["input_ids"]) for prompt in prompts)
         inputs = {name: tensor.to(self.model.device) for name, tensor in self.collate(prompts).items()}
-        for name in {"input_ids", "attention_mask", "mm_token_type_ids"} & set(inputs):  # generation continues at the right: padding goes to the left
+        # Generation continues at the right: padding goes to the left.
+        for name in {"input_ids", "attention_mask", "mm_token_type_ids"} & set(inputs):
             rows = [row.roll(longest - len(p["input_ids"])) for row, p in zip(inputs[name], prompts, strict=True)]
             inputs[name] = torch.stack(rows)
         del inputs["labels"]

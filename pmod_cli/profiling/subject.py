@@ -158,7 +158,8 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     """The same architecture at another size: what a model of random weights needs to be measured on a small machine.
 
     Width goes down in the decoder's proportions: MLP, heads and vision tower shrink with the hidden size, and the
-    vocabulary stays. Number and size of the images' tokens stay too.
+    vocabulary stays. Number and size of the images' tokens stay too. Positions in three parts (M-RoPE) keep the shares
+    that these have of a head.
 
     Args:
         hidden_size: D of the decoder, a multiple of 64. None leaves it.
@@ -169,11 +170,6 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     """
     if hidden_size is None and layers is None:
         return subject
-    if not (family := known_family(subject.stock)).tiled:
-        raise PmodError(
-            f"{family.title} is measured and counted at its own size: tower and positions go with its width",
-            hint="leave `hidden_size` and `layers` out",
-        )
     for name, number, least in (("hidden_size", hidden_size, 64), ("layers", layers, 2)):
         if number is not None and number < least:
             raise PmodError(f"`{name}={number}` is too small: expected {least} or more", hint="pmod profile --help")
@@ -194,6 +190,7 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
     if hidden_size is not None:
         share = hidden_size / text["hidden_size"]
         group = text["num_attention_heads"] // text["num_key_value_heads"]
+        whole = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         head = 128 if hidden_size % 128 == 0 and hidden_size // 128 % group == 0 else 64
         heads = hidden_size // head
         if heads % group:
@@ -208,12 +205,18 @@ def scaled(subject: Subject, *, hidden_size: int | None = None, layers: int | No
             "num_key_value_heads": heads // group,
             "head_dim": head,
         }
+        rope = text.get("rope_parameters") or {}
+        if "mrope_section" in rope:
+            text["rope_parameters"] = rope | {"mrope_section": [part * head // whole for part in rope["mrope_section"]]}
         width = max(64, round(vision["hidden_size"] * share / 64) * 64)
         vision |= {
             "intermediate_size": max(64, round(vision["intermediate_size"] * width / vision["hidden_size"])),
             "hidden_size": width,
-            "num_attention_heads": width // 64,
         }
+        if known_family(subject.stock).tiled:
+            vision["num_attention_heads"] = width // 64
+        else:
+            vision |= {"num_heads": width // 64, "out_hidden_size": hidden_size}
     stock = {key: value for key, value in shared.items() if key not in ("pmod", "router_state")}
     stock_class, pmod_class = _config_classes(known_family(subject.stock))
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pmod_cli.checkpoints.aliases import ALIASES
+from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
 from pmod_cli.checkpoints.files import encode_header
 from pmod_cli.checkpoints.layouts.shapes import expected_shapes, to_original
 from pmod_cli.families.towers import CLIP_L_336
@@ -36,11 +36,7 @@ def write(folder: Path, *, original: bool) -> Path:
             "unfreeze_mm_vision_tower": True,
         }
     (folder / "config.json").write_text(json.dumps(config))
-    shards: list[dict] = [{}]
-    for name, shape in shapes.items():
-        if sum(2 * int(np.prod(s)) for s in shards[-1].values()) + 2 * int(np.prod(shape)) > SHARD:
-            shards.append({})
-        shards[-1][name] = shape
+    shards = _shards(shapes)
     noise = np.random.default_rng(0).integers(0x3C00, 0x3D00, 16 * 2**20, dtype=np.uint16).tobytes()
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -54,6 +50,32 @@ def write(folder: Path, *, original: bool) -> Path:
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def write_sparse(folder: Path, alias: str) -> Path:
+    """The same of any alias in the Hugging Face layout, all weights zero: files with holes, which take no disk."""
+    folder.mkdir(parents=True)
+    config = builtin_config(alias).to_dict() | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shards, weight_map = _shards(expected_shapes(config, "7B")), {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header = encode_header({name: ("BF16", shape) for name, shape in shard.items()})
+        with open(folder / file, "wb") as out:
+            out.write(header)
+            out.truncate(len(header) + sum(2 * int(np.prod(shape)) for shape in shard.values()))
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def _shards(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    shards: list[dict] = [{}]
+    for name, shape in shapes.items():
+        if sum(2 * int(np.prod(s)) for s in shards[-1].values()) + 2 * int(np.prod(shape)) > SHARD:
+            shards.append({})
+        shards[-1][name] = shape
+    return shards
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling import Workload, prefill
 from pmod_cli.profiling.count.trace import decoder_cost, meta_model, vision_cost
-from pmod_cli.profiling.count.workload import Routed, Row
+from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
+from pmod_cli.profiling.measure.clock import shares_of_time
+from pmod_cli.profiling.measure.phases import FIRST_TOKEN, PMOD, STOCK, PhaseBench, prompt, random_pair
+from pmod_cli.profiling.subject import load_subject, scaled
 from tests.model import visual
 
 NEW = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
@@ -84,3 +87,34 @@ def test_timestamps_of_a_video_count_as_text(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["workload"]["text_tokens"] == 58 + 4 * 8
     assert report["workload"]["rows"][0]["vision_tokens"] == 4 * 15 * 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-vl-3b", "qwen3-vl-8b", "llava-onevision-0.5b", "llava-next-video-7b"])
+def test_a_narrow_model_takes_the_prompt_that_is_counted(name):
+    """`--hidden-size --layers --video` of each family: sizes that its model can have, and inputs that it accepts.
+
+    Models refuse placeholders that are not as many as the features. Kept tokens fill the cache to what is counted.
+    """
+    width = {"qwen2.5-vl-3b": 512, "llava-onevision-0.5b": 448}.get(name, 256)
+    subject = scaled(load_subject(name), hidden_size=width, layers=3)
+    for config in (subject.stock, subject.pmod):  # as small where nothing depends on it
+        config.image_token_id, config.video_token_id, config.text_config.vocab_size = 9, 10, 64
+        for part, value in (
+            ("depth", 2),
+            ("num_hidden_layers", 2),
+            ("fullatt_block_indexes", [1]),
+            ("deepstack_visual_indexes", [0]),
+        ):
+            if hasattr(config.vision_config, part):
+                setattr(config.vision_config, part, value)
+    sizes = Sizes.of(subject.stock)
+    rows = Workload(image_sizes=((64, 64),), videos=((4, 64, 64),)).rows(sizes)
+    pair = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
+    bench = PhaseBench(pair, prompt(subject.stock, rows, device="cpu", dtype=torch.float32), steps=1)
+    assert int(bench.prompt.vision_mask.sum()) == rows[0].vision_tokens
+    held = bench.filled_cache(PMOD).layers
+    counted = [tokens for _, tokens in layer_tokens(rows, Routed.of(subject.pmod))]
+    assert [layer.keys.shape[-2] for layer in held] == counted
+    shares = shares_of_time(pair[STOCK], bench.call(FIRST_TOKEN, STOCK), "cpu")
+    assert shares["vision tower"] > 0

@@ -189,9 +189,12 @@ def shares_of_time(model: PreTrainedModel, call: Callable[[], object], device: s
 def _parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """Modules that do not lie in one another, by part."""
     layers = model.model.language_model.layers
+    if hasattr(model.model, "visual"):  # of a Qwen-VL, which holds its mergers
+        seen = {"vision tower": [model.model.visual]}
+    else:
+        seen = {"vision tower": [model.model.vision_tower], "projector": [model.model.multi_modal_projector]}
     return {
-        "vision tower": [model.model.vision_tower],
-        "projector": [model.model.multi_modal_projector],
+        **seen,
         "attention": [layer.self_attn for layer in layers],
         "MLP": [layer.mlp for layer in layers],
         "router": [layer.router for layer in layers if getattr(layer, "router", None) is not None],

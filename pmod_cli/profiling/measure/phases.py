@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedCo
 import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes with the Auto classes
 from pmod_cli.checkpoints import load_model
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import ImageTokens
 from pmod_cli.families.configs import known_family
 from pmod_cli.model.cache import CACHE_NAME
 from pmod_cli.model.layer import Router
@@ -78,7 +79,8 @@ def twin(config: PreTrainedConfig, donor: PreTrainedModel, attention: str) -> Pr
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=donor.dtype, attn_implementation=attention).eval()
     known = model.state_dict(keep_vars=True).keys() | {name for name, _ in model.named_buffers()}
-    for tensors, table in ((donor.named_parameters(), "_parameters"), (donor.named_buffers(), "_buffers")):
+    named = donor.named_parameters(remove_duplicate=False)  # a tied lm_head is the embedding table
+    for tensors, table in ((named, "_parameters"), (donor.named_buffers(), "_buffers")):
         for name, tensor in tensors:
             module, _, leaf = name.rpartition(".")
             if name in known:
@@ -115,7 +117,7 @@ class PromptBatch:
     Args:
         input_ids: `(B, N)` int64.
         attention_mask: `(B, N)` int64, or None where nothing is padded.
-        pixels: `pixel_values`, random, and for LLaVA-NeXT `image_sizes`.
+        pixels: `pixel_values`, random, those of videos, and what the family takes besides.
         vision_mask: `(B, N)` bool.
     """
 
@@ -126,26 +128,47 @@ class PromptBatch:
 
 
 def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: torch.dtype) -> PromptBatch:
-    """A batch of random prompts: half of the text, the images, the other half."""
-    generator = torch.Generator().manual_seed(0)
+    """A batch of random prompts: half of the text, the images and videos, the other half."""
+    generator, family = torch.Generator().manual_seed(0), known_family(config)
     longest, image_token = max(row.tokens for row in rows), config.image_token_id
-    ids = torch.randint(3, min(image_token, 1000), (len(rows), longest), generator=generator)
+    video_token = config.video_token_id if family.video_tokens else image_token
+    ids = torch.randint(3, min(image_token, video_token, 1000), (len(rows), longest), generator=generator)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        start = longest - row.tokens + row.text_tokens // 2
-        ids[index, start : start + row.vision_tokens] = image_token
         mask[index, longest - row.tokens :] = 1
+        runs = [run for image in row.images for run in _runs(image, family.frames_apart)]
+        start = longest - row.tokens + max(0, row.text_tokens - len(runs)) // 2
+        for number, (is_video, length) in enumerate(runs):
+            apart = int(number > 0 and family.frames_apart and is_video)  # a token of text between two frames
+            ids[index, start + apart : start + apart + length] = video_token if is_video else image_token
+            start += apart + length
+    pixels: dict[str, Tensor] = {}
     images = [image for row in rows for image in row.images]
-    if any(image.video for image in images):
-        raise PmodError("time is measured on prompts with images, and this one has a video", hint="leave `video` out")
-    shape, others = known_family(config).pixel_inputs(config, [(image.height, image.width) for image in images])
-    pixels = {"pixel_values": torch.randn(*shape, generator=generator).to(device, dtype)}
-    pixels |= {name: torch.tensor(value, device=device) for name, value in others.items()}
+    for name, is_video in (("pixel_values", False), ("pixel_values_videos", True)):
+        if not (given := [image for image in images if image.video == is_video]):
+            continue
+        if is_video:
+            groups = getattr(config.vision_config, "temporal_patch_size", 1)
+            shape, others = family.video_inputs(
+                config, [(groups * image.frames, image.height, image.width) for image in given]
+            )
+        else:
+            shape, others = family.pixel_inputs(config, [(image.height, image.width) for image in given])
+        pixels[name] = torch.randn(*shape, generator=generator).to(device, dtype)
+        pixels |= {other: torch.tensor(value, device=device) for other, value in others.items()}
     padded = any(row.tokens < longest for row in rows)
     ids = ids.to(device)
-    if not known_family(config).tiled:  # whose positions are of rows and columns
-        pixels["mm_token_type_ids"] = (ids == image_token).int()
-    return PromptBatch(ids, mask.to(device) if padded else None, pixels, ids == image_token)
+    is_image, is_video = ids == image_token, (ids == video_token) & (video_token != image_token)
+    if not family.tiled:  # whose positions are of rows and columns
+        pixels["mm_token_type_ids"] = is_image.int() + 2 * is_video.int()
+    return PromptBatch(ids, mask.to(device) if padded else None, pixels, is_image | is_video)
+
+
+def _runs(image: ImageTokens, frames_apart: bool) -> list[tuple[bool, int]]:
+    """Whether it is a video, and how many vision tokens stand together."""
+    if not (image.video and frames_apart):
+        return [(image.video, image.tokens)]
+    return [(True, image.tokens // image.frames)] * image.frames
 
 
 PREFILL, FIRST_TOKEN, DECODE, TRAIN, CHECKPOINTED = "prefill", "first-token", "decode", "train", "train-checkpointed"
@@ -241,7 +264,8 @@ class PhaseBench:
     def _train(self, model: PreTrainedModel, checkpointed: bool) -> None:
         """With the vision tower frozen."""
         model.requires_grad_(True)
-        model.model.vision_tower.requires_grad_(False)
+        tower = model.model.vision_tower if known_family(model.config).tiled else model.model.visual
+        tower.requires_grad_(False)
         forward_and_backward(model, model.model.language_model, self.prompt, checkpointed)
 
 

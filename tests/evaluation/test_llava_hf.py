@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from pmod_cli.checkpoints import bundled_path, load_model
+from pmod_cli.checkpoints import bundled_path, load_model, load_processor
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.questions import load_tasks
@@ -40,7 +40,10 @@ def llava_hf(path):
     from lmms_eval.models.simple.llava_hf import LlavaHf
 
     # Its default device map is one that transformers refuses today.
-    return LlavaHf(str(path), device="cpu", device_map="cpu", dtype="float32", chat_template=TEMPLATE)
+    model = LlavaHf(str(path), device="cpu", device_map="cpu", dtype="float32", chat_template=TEMPLATE)
+    # Where torchvision is installed it would resize pictures by that; see docs/eval.md, "Image backend".
+    model._image_processor.image_processor = load_processor(path).image_processor
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -64,9 +64,9 @@ def with_ranks(stock: Callable) -> Callable:
 
     @wraps(stock)  # `generate` reads the signature
     def get_image_features(self, pixel_values, *args, **kwargs):
-        if (working := working_in_tower(self)) is None:
+        if not self.ranks_in_tower:  # a plain attribute: a traced graph cannot take settings apart
             return stock(self, pixel_values, *args, **kwargs)
-        (selection, share), config, seen = working, self.config, {}
+        (selection, share), config, seen = working_in_tower(self), self.config, {}
         place = config.vision_feature_layer
         layers = next(module.layers for module in self.vision_tower.modules() if hasattr(module, "layers"))
         attention = layers[place if place < 0 else place - 1].self_attn

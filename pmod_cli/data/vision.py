@@ -78,7 +78,7 @@ def clips(videos: Sequence[Video]) -> dict[str, Any]:
 
 def token_kinds(processor: ProcessorMixin, ids: torch.Tensor) -> Tensors:
     """``mm_token_type_ids``, (B, N) as `ids`, where the model wants it: 1 at tokens of images, 2 at those of videos."""
-    if not getattr(processor, "return_mm_token_type_ids", False):
+    if "mm_token_type_ids" not in processor.model_input_names:
         return {}
     images, videos = ids == processor.image_token_id, ids == processor.video_token_id
     return {"mm_token_type_ids": images.long() + 2 * videos.long()}

@@ -5,6 +5,7 @@ Names resolve on first use, so that counting layers or converting a checkpoint i
 """
 
 from importlib import import_module
+from typing import Any
 
 from pmod_cli.families import BUNDLED, FAMILIES, Family
 
@@ -29,7 +30,7 @@ def _classes_of(family: Family) -> dict[str, str]:
 __all__ = sorted([*_HOME_OF, *(name for family in BUNDLED for name in _classes_of(family))])
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     home = _HOME_OF.get(name)
     if home is None and name.startswith("Pmod"):
         home = next((homes[name] for homes in map(_classes_of, FAMILIES.values()) if name in homes), None)

@@ -1,5 +1,8 @@
 """The few rows of a layer's attention that a selection needs, computed ahead of the layer: never the whole square."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,6 +26,7 @@ def attention_rows(hidden_states: Tensor, routing: Routing, layer: nn.Module, qu
         `(B, Q, N)`, float32 or more.
     """
     attention, tables = layer.self_attn, routing.position_embeddings
+    assert tables is not None  # the layer that is about to choose has given them
     normed, rows = layer.input_layernorm(hidden_states), queries.unsqueeze(-1)
     keys = heads(attention, normed, "k", tables)  # (B, G, N, d)
     asked = [table.expand(len(normed), -1, -1).gather(1, rows.expand(-1, -1, table.shape[-1])) for table in tables]
@@ -35,7 +39,7 @@ def attention_rows(hidden_states: Tensor, routing: Routing, layer: nn.Module, qu
     return logits.masked_fill_(~seen.unsqueeze(1), torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=1)
 
 
-def heads(attention: nn.Module, states: Tensor, kind: str, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def heads(attention: nn.Module, states: Tensor, kind: str, tables: Sequence[Tensor] | None = None) -> Tensor:
     """Queries, keys or values of an attention module as it makes them itself, `(B, heads, T, d)`.
 
     Args:
@@ -55,7 +59,7 @@ def heads(attention: nn.Module, states: Tensor, kind: str, tables: tuple[Tensor,
     return projected * cosines + torch.cat([-second, first], dim=-1) * sines
 
 
-def attention_function(attention: nn.Module):
+def attention_function(attention: nn.Module) -> Callable[..., Any]:
     """The attention kernel that a module calls; `module, queries, keys, values, mask` to `(B, T, heads, d)`."""
     kind = attention.config._attn_implementation
     if kind != "eager":
@@ -64,7 +68,7 @@ def attention_function(attention: nn.Module):
 
 
 def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention as matrix products: what `eager` stands for in every decoder."""
     groups = query.shape[1] // key.shape[1]

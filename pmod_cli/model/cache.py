@@ -6,13 +6,15 @@ decoding stay stock. Tokens after a prefill (decode, later text) are appended by
 
 from collections.abc import Callable
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
+
+from .stock import Stock
 
 # What transformers calls the cache on its way through decoder and layers: `cache` since 5.24, `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
@@ -31,10 +33,10 @@ def take_cache(kwargs: dict) -> Cache | None:
     return old if new is None else new
 
 
-class _RoutedSlots:
+class _RoutedSlots(Stock):
     """Shared by both kinds: which slots are real, how many tokens were skipped, how many may be cropped."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.valid: Tensor | None = None  # (B, slots or more) bool, True ahead; None while every slot is real
         self.skipped = 0  # tokens of the sequence, padding included, that have no slot
@@ -46,7 +48,7 @@ class _RoutedSlots:
         """Announces the next `update`: validity of its slots, tokens left out, and croppable slots at its end."""
         self._incoming = (valid, skipped, croppable)
 
-    def own_mask(self, config, states: Tensor, valid: Tensor | None) -> Tensor | None:
+    def own_mask(self, config: Any, states: Tensor, valid: Tensor | None) -> Tensor | None:
         """Attention mask of `states` `(B, M, D)` over this layer's slots and their own; None where causality suffices.
 
         Args:
@@ -114,7 +116,7 @@ class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
     def view(self, arriving: int) -> "_Slots":
         return _Slots(self.slots, self.slots + arriving)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._incoming is None:
             self.croppable += key_states.shape[-2]
         else:
@@ -139,6 +141,7 @@ class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
 
     def _known(self, length: int) -> Tensor:
         """`valid` of the first `length` slots. Grows ahead by blocks, so that a decoded token copies nothing."""
+        assert self.valid is not None
         missing = length - self.valid.shape[1]
         if missing > 0:
             self.valid = F.pad(self.valid, (0, missing + 256), value=True)
@@ -150,6 +153,9 @@ class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
 
 class RoutedStaticLayer(_RoutedSlots, StaticLayer):
     """Preallocated: `max_cache_len` less the tokens that the first prefill skips; `valid` spans all slots."""
+
+    max_cache_len: int
+    cumulative_length: Tensor
 
     @property
     def slots(self) -> Tensor | int:
@@ -169,7 +175,7 @@ class RoutedStaticLayer(_RoutedSlots, StaticLayer):
         super().lazy_initialization(key_states, value_states)
         self.max_cache_len = full
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         first = not self.is_initialized
         if not first and self._incoming is not None:
             raise ValueError("a static cache takes one prefill: give images and padding with the first forward only")
@@ -207,7 +213,7 @@ class _Slots(NamedTuple):
         return self.total, 0
 
 
-def hides_the_future(config) -> bool:
+def hides_the_future(config: Any) -> bool:
     """Whether the attention kernel is causal by itself where it gets no mask and every key is one of the queries' own.
 
     `create_causal_mask` says the same at a cost in every layer, and builds the square where a model is exported.

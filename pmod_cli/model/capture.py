@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,10 @@ class SelectionRecord:
     layers: dict[int, LayerSelection] = field(default_factory=dict)
     vision_mask: Tensor | None = None
 
-    def add(self, layer: int, routing, gathered, weight: Tensor | None, logit: Tensor | None) -> None:
+    def add(self, layer: int, routing: Any, gathered: Any, weight: Tensor | None, logit: Tensor | None) -> None:
         """Called by a routed layer while it runs; `gathered` is None where it processes every token, and weights and
         logits where it has no router."""
-        if weight is None:
+        if weight is None or logit is None:
             weight, logit = torch.ones_like(routing.rank_base), torch.zeros_like(routing.rank_base)
         if gathered is None:
             kept = routing.rank_base >= 0

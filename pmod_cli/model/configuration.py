@@ -1,22 +1,24 @@
 """Configurations of p-MoD models: the stock ones plus `pmod` (the settings) and `router_state`, one a family."""
 
 from importlib import import_module
+from typing import Any
 
 from transformers import AutoConfig
 
 from pmod_cli.families import FAMILIES
 
 from .settings import PmodSettings
+from .stock import Stock
 
 ROUTER_STATES = ("untrained", "trained", "calibrated")
 CONFIGS: dict[str, type] = {}
 """Our configuration class, by the name of the family."""
 
 
-class RoutedConfig:
+class RoutedConfig(Stock):
     """Reads `pmod` as settings and refuses decoders whose attention the routing would change."""
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.pmod = self.settings.to_dict()
         if self.router_state not in ROUTER_STATES:
@@ -52,14 +54,14 @@ class RoutedConfig:
         return [layer for layer, has_router in enumerate(self.has_router) if has_router]
 
 
-def add_config(family) -> None:
+def add_config(family: Any) -> None:
     """Make and register the p-MoD configuration of a family: `LlavaConfig` becomes `PmodLlavaConfig`.
 
     Args:
         family: Its `Family`.
     """
     stock = getattr(import_module(family.module), f"{family.classes}Config")
-    config = type(
+    config: Any = type(
         f"Pmod{stock.__name__}",
         (RoutedConfig, stock),
         {

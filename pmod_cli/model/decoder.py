@@ -17,12 +17,13 @@ from .registry import SELECTIONS
 from .routing import Routing
 from .selection import Selection
 from .settings import PmodSettings
+from .stock import Stock
 
 _decoders: dict[str, tuple[type, type]] = {}
 """By the name of the decoder: our text model and our layer, as far as they have been asked for."""
 
 
-class RoutedDecoder:
+class RoutedDecoder(Stock):
     """Mixin in front of a stock text model whose layers are `RoutedLayer`s."""
 
     @torch.no_grad()
@@ -76,6 +77,7 @@ class RoutedDecoder:
 
     def _thinned(self, inputs_embeds: Tensor, routing: Routing) -> Routing:
         """The routing of what `before` leaves."""
+        assert self.before is not None
         selection, stage = self.before
         if routing.counts is None:
             raise ValueError("a model that drops tokens before the decoder cannot be traced: their number is not known")
@@ -85,7 +87,9 @@ class RoutedDecoder:
         fewer.prepare([1.0, *(layer.ratio for layer in self.layers if layer.selects)])
         return fewer
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
         """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -124,7 +128,7 @@ def route_layers(decoder: nn.Module, settings: PmodSettings) -> None:
     decoder.apply_settings(settings)
 
 
-def stock_class(record, end: str) -> type:
+def stock_class(record: Any, end: str) -> Any:
     """A stock class of a family or a decoder, by what its name ends with."""
     return getattr(import_module(record.module), f"{record.classes}{end}")
 
@@ -156,15 +160,15 @@ def routed_decoder(stock: type) -> tuple[type, type]:
     return _decoders[kind.name]
 
 
-def is_2d(mask) -> bool:
+def is_2d(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-def has_tokens(cache) -> bool:
+def has_tokens(cache: Any) -> bool:
     return cache is not None and any(layer.is_initialized for layer in cache.layers)
 
 
-def padding_of_step(attention_mask, cache, inputs_embeds: Tensor) -> Tensor | None:
+def padding_of_step(attention_mask: Any, cache: Any, inputs_embeds: Tensor) -> Tensor | None:
     """`(B, N)` bool of a later step of several tokens with padding; None in a prefill, in decode, without padding."""
     length = inputs_embeds.shape[1]
     if length == 1 or not has_tokens(cache) or not is_2d(attention_mask):

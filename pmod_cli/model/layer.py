@@ -9,6 +9,8 @@ The layer (paper, Section 3.2; PMOD.md, "The method"), with x the residual strea
 A layer that holds the choice of an earlier one has no router: w = 1.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -19,12 +21,13 @@ from .cache import CACHE_NAME, hides_the_future, routed_cache_layer, take_cache
 from .methods import METHODS
 from .routing import EVERYTHING, Gathered, Routing, token_weights
 from .settings import PmodSettings
+from .stock import Stock
 
 
 class Router(nn.Linear):
     """One linear map D -> 1 with bias, on the un-normalised residual stream. Starts at zero: all weights are equal."""
 
-    def __init__(self, hidden_size: int, **options):
+    def __init__(self, hidden_size: int, **options: Any) -> None:
         super().__init__(hidden_size, 1, **options)
 
     def reset_parameters(self) -> None:
@@ -32,7 +35,7 @@ class Router(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class RoutedLayer:
+class RoutedLayer(Stock):
     """Mixin in front of a stock decoder layer. Without vision tokens in the step, the layer is the stock one."""
 
     def add_router(self, routed: bool) -> None:
@@ -72,7 +75,7 @@ class RoutedLayer:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         routing: Routing | None = None,
         step_valid: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """`(B, N, D)` to `(B, N, D)`.
 
@@ -88,6 +91,7 @@ class RoutedLayer:
         if use_cache and cache is None:
             raise ValueError("this step is to be cached, and the layer got no cache: later steps would be wrong")
         if routing is not None and (self.weighs or self.selects or self.held or routing.thinned is not None):
+            assert position_embeddings is not None  # every stock decoder makes them
             return self._routed_forward(hidden_states, routing, attention_mask, position_embeddings, cache, **kwargs)
         if self.training and torch.is_grad_enabled() and self.router is not None:
             # Text-only step: the router takes part with weight zero, or distributed training would wait for it. Here,
@@ -95,7 +99,7 @@ class RoutedLayer:
             hidden_states = hidden_states + 0.0 * self.router(hidden_states[:, :1])
         if (self.selects or self.thins) and cache is not None and not self.keep_keys:
             cache_layer = routed_cache_layer(cache, self.self_attn.layer_idx)
-            if cache_layer.shift is not None:
+            if cache_layer.shift is not None and position_embeddings is not None:
                 position_embeddings = moved(position_embeddings, cache_layer.shift)
             if cache_layer.skipped or cache_layer.valid is not None:
                 attention_mask = cache_layer.own_mask(self.self_attn.config, hidden_states, step_valid)
@@ -118,7 +122,7 @@ class RoutedLayer:
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         cache: Cache | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         layer_idx = self.self_attn.layer_idx
         weights = logits = scale = None
@@ -174,6 +178,7 @@ class RoutedLayer:
             elif self.selects:
                 return routing.gather_plan(order, self.ratio)
         if self.selects:
+            assert self.chosen_at is not None  # a layer that keeps less is told by whose choice
             return routing.held_plan(self.chosen_at, self.ratio)
         return None if routing.thinned is None else routing.held_plan(EVERYTHING, 1.0)
 
@@ -193,7 +198,7 @@ class RoutedLayer:
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         cache: Cache | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """Attention and the weighted MLP, `(B, M, D)`."""
         attended, _ = self.self_attn(
@@ -215,7 +220,7 @@ class RoutedLayer:
         attention_mask: Tensor | None,
         tables: tuple[Tensor, Tensor],
         cache: Cache | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """The layer on M tokens, which see the keys and values of all N, `(B, M, D)`.
 

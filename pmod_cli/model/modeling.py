@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import reduce
 from itertools import accumulate
 from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +32,20 @@ from .registry import SELECTIONS
 from .routing import Routing
 from .selfcheck import check_release
 from .settings import PmodSettings
+from .stock import Stock
 from .tower import with_ranks, working_in_tower
 
-ONE_KIND = {"vision_image": ("image_token_id",), "vision_video": ("video_token_id",)}
+ONE_KIND: dict[str, tuple[str, ...]] = {"vision_image": ("image_token_id",), "vision_video": ("video_token_id",)}
 """Attributes of the configuration that hold the ids of vision tokens, where `target_tokens` asks for one kind."""
 _made: dict[str, tuple[type, type]] = {}
 """By family: our models without and with a language-model head, as far as they have been asked for."""
 
 
-class CheckedRelease:
+class CheckedRelease(Stock):
     """Mixin: loading weights under a transformers newer than any tested one checks a small model first."""
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """The stock method.
 
         Raises:
@@ -58,7 +60,7 @@ class CheckedRelease:
 class RoutedModel(CheckedRelease):
     """Mixin in front of a stock `...Model`: finds the vision tokens of a prefill."""
 
-    def __init__(self, config: RoutedConfig):
+    def __init__(self, config: RoutedConfig) -> None:
         super().__init__(config)
         self._route_decoder(config)
         self.post_init()
@@ -90,13 +92,13 @@ class RoutedModel(CheckedRelease):
 
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        vision_mask=None,
-        **kwargs,
-    ):
+        input_ids: Any = None,
+        pixel_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        vision_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """The stock forward, routed if the step has images.
 
         Args:
@@ -114,10 +116,10 @@ class RoutedModel(CheckedRelease):
             if self.spares_base_image or self.counts_each_image or self.ranks_in_tower:
                 outputs = self._features(pixel_values, kwargs)
                 pixel_values, kwargs = None, {**kwargs, "mm_encoder_outputs": outputs}
-                images, videos = (
-                    self._placeholders(input_ids, inputs_embeds, keys) if keys[0] in self.family.vision_tokens else None
-                    for keys in ONE_KIND.values()
-                )
+                image, video = (ONE_KIND[kind] for kind in ("vision_image", "vision_video"))
+                images, videos = self._placeholders(input_ids, inputs_embeds, image), None
+                if video[0] in self.family.vision_tokens:
+                    videos = self._placeholders(input_ids, inputs_embeds, video)
                 if self.spares_base_image and "image" in outputs:
                     lengths = [len(features) for features in outputs["image"].pooler_output]
                     vision_mask = vision_mask & (self.spare_base_images(images, lengths) | ~images)
@@ -166,11 +168,12 @@ class RoutedModel(CheckedRelease):
         if input_ids is not None:
             places = [input_ids == token for token in tokens]
         else:
+            assert inputs_embeds is not None
             rows = self.get_input_embeddings()(torch.tensor(tokens, device=inputs_embeds.device))
             places = [(inputs_embeds == row).all(-1) for row in rows]
         return reduce(or_, places)
 
-    def _features(self, pixel_values, kwargs: dict) -> dict:
+    def _features(self, pixel_values: Any, kwargs: dict) -> dict:
         """What the tower makes of images and videos, by kind, as `generate` would hand it on."""
         outputs, videos = dict(kwargs.pop("mm_encoder_outputs", None) or {}), kwargs.pop("pixel_values_videos", None)
 
@@ -237,7 +240,7 @@ class RoutedModel(CheckedRelease):
         return vision_mask.masked_scatter(vision_mask, routed)
 
 
-def _ranks(images: Tensor, outputs) -> Tensor:
+def _ranks(images: Tensor, outputs: Any) -> Tensor:
     """What the tower's selection found, `(B, N)` float32; -1 outside of images.
 
     Args:
@@ -263,7 +266,7 @@ def _first_of_each(mask: Tensor, lengths: list[int]) -> Tensor:
 class RoutedGeneration(CheckedRelease):
     """Mixin in front of the stock `...ForConditionalGeneration`: what `generate` must know."""
 
-    def __init__(self, config: RoutedConfig):
+    def __init__(self, config: RoutedConfig) -> None:
         super(self.stock_class, self).__init__(config)  # the stock constructor would build a plain model first
         self.model = self.body_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -302,8 +305,13 @@ class RoutedGeneration(CheckedRelease):
         self.config.pmod = settings.to_dict()
 
     def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, vision_mask=None, is_first_iteration=False, **kwargs
-    ):
+        self,
+        input_ids: Any,
+        inputs_embeds: Any = None,
+        vision_mask: Any = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Gives `vision_mask` to the prefill only: later tokens are text."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
@@ -312,7 +320,7 @@ class RoutedGeneration(CheckedRelease):
             inputs["vision_mask"] = vision_mask
         return inputs
 
-    def _prepare_generation_config(self, *args, **kwargs):
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
@@ -321,12 +329,12 @@ class RoutedGeneration(CheckedRelease):
         return generation_config, model_kwargs
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+    def create_masks_for_generate(config: Any, inputs_embeds: Any, attention_mask: Any, **kwargs: Any) -> Any:
         """The 2D mask, unchanged: layers hold different tokens, so each makes its own."""
         return attention_mask
 
 
-def routed_models(family) -> tuple[type, type]:
+def routed_models(family: Any) -> tuple[Any, Any]:
     """Our models of a `Family`: `PmodLlavaModel` and `PmodLlavaForConditionalGeneration`."""
     if family.name not in _made:
         stock_model, stock = (stock_class(family, end) for end in ("Model", "ForConditionalGeneration"))
@@ -349,14 +357,14 @@ def routed_models(family) -> tuple[type, type]:
     return _made[family.name]
 
 
-def _register(family, model: type, generation: type) -> None:
+def _register(family: Any, model: type, generation: type) -> None:
     config = CONFIGS[family.name]
     AutoModel.register(config, model, exist_ok=True)
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto.register(config, generation, exist_ok=True)
 
 
-def add_family(family) -> None:
+def add_family(family: Any) -> None:
     """Tells the Auto classes of a family. What they find stands in for our classes, which are made at the first load.
 
     Args:
@@ -364,10 +372,10 @@ def add_family(family) -> None:
     """
 
     def stand_in(place: int, name: str) -> type:
-        def load(cls, *args, **kwargs):
+        def load(cls: type, *args: Any, **kwargs: Any) -> Any:
             return routed_models(family)[place].from_pretrained(*args, **kwargs)
 
-        def build(cls, *args, **kwargs):
+        def build(cls: type, *args: Any, **kwargs: Any) -> Any:
             return routed_models(family)[place]._from_config(*args, **kwargs)
 
         found = {"config_class": CONFIGS[family.name], "from_pretrained": classmethod(load)}

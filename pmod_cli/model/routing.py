@@ -6,7 +6,7 @@ M tokens that a layer gathers from each row, D hidden size.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Routing:
     counts: list[tuple[int, int, int]] | None
     padded: bool
     rank_base: Tensor
-    recorder: object | None = None
+    recorder: Any = None
     weights: Tensor | None = None
     position_embeddings: tuple[Tensor, Tensor] | None = None
     standing: Tensor | None = None
@@ -96,7 +96,7 @@ class Routing:
     _plans: dict[tuple[int, float], Gathered] = field(default_factory=dict)  # of held choices, by layer and ratio
 
     @classmethod
-    def build(cls, vision: Tensor, attention_mask: Tensor | None, **options) -> "Routing":
+    def build(cls, vision: Tensor, attention_mask: Tensor | None, **options: Any) -> "Routing":
         """Args:
             vision: `(B, N)` bool, the vision tokens that are to be routed.
             attention_mask: `(B, N)`, nonzero for real tokens, or None if nothing is padded.
@@ -140,6 +140,12 @@ class Routing:
         return routing
 
     @property
+    def known_counts(self) -> list[tuple[int, int, int]]:
+        """`counts`, where no graph is traced."""
+        assert self.counts is not None
+        return self.counts
+
+    @property
     def any_target(self) -> bool:
         """Whether there is something to route; taken for granted while a graph is traced."""
         return self.counts is None or any(num_vision for num_vision, *_ in self.counts)
@@ -147,13 +153,13 @@ class Routing:
     @property
     def tail(self) -> int:
         """Tokens behind the last routed one, in the row where they are fewest: kept by every layer, so croppable."""
-        return min(tail for *_, tail in self.counts)
+        return min(tail for *_, tail in self.known_counts)
 
     def kept(self, ratio: float) -> list[int]:
         """K of each row at a retention ratio."""
         if self._unit_sizes is not None:
             return self._quotas(ratio).sum(dim=1).tolist()
-        return [kept_tokens(num_vision, ratio) for num_vision, *_ in self.counts]
+        return [kept_tokens(num_vision, ratio) for num_vision, *_ in self.known_counts]
 
     def prepare(self, ratios: Iterable[float]) -> None:
         """Counts, once, what each ratio keeps: layers then compute with tensors alone, and compile whole.
@@ -165,7 +171,7 @@ class Routing:
         if not ratios:
             return
         batch, length = self.target.shape
-        if self.counts is None:
+        if self._sizes is not None:
             # The product in float32, as in `kept_tokens`.
             shares = torch.tensor(ratios, dtype=torch.float32, device=self.target.device)
             ends = self._sizes[:, 1:] + (self._sizes[:, :1].float() * shares).long()  # (B, ratios)
@@ -176,7 +182,7 @@ class Routing:
             equal = batch == 1
             ends = ends.T
         else:
-            rows = [[row[1] + kept for row, kept in zip(self.counts, self.kept(r), strict=True)] for r in ratios]
+            rows = [[row[1] + kept for row, kept in zip(self.known_counts, self.kept(r), strict=True)] for r in ratios]
             longest = [max(*row, 1) for row in rows]  # of no token no layer can compute: then a filler stands there
             equal = all(min(row) == most for row, most in zip(rows, longest, strict=True))
             ends = None if equal else torch.tensor(rows, device=self.target.device)  # (ratios, B), copied at once
@@ -224,11 +230,14 @@ class Routing:
 
     def _quotas(self, ratio: float) -> Tensor:
         """`(B, units)` int64: K of each image or frame, with the product in float32 as in `kept_tokens`."""
+        assert self._unit_sizes is not None
         share = torch.tensor(ratio, dtype=torch.float32, device=self.target.device)
         return (self._unit_sizes.float() * share).long()
 
     def _best_of_each_unit(self, order: Tensor, ratio: float) -> Tensor:
         """A ranking with the K best of each image or frame in front of all other vision tokens."""
+        assert self.units is not None
+        assert self._unit_sizes is not None
         vision, padding = self.target.gather(1, order), (self.rank_base == -torch.inf).gather(1, order)
         unit = torch.where(vision, self.units.gather(1, order), self._unit_sizes.shape[1])  # the rest stands last
         grouped = unit.argsort(dim=1, stable=True)  # by unit, the best of each first

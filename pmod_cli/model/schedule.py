@@ -132,7 +132,8 @@ def solve_shift(kind: str, num_layers: int, mean: float, *, max_ratio: float = 0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_at(middle) < mean else (low, middle)
-    return round(min(low, high, key=lambda shift: abs(mean_at(shift) - mean)), 12)
+    nearest: float = min(low, high, key=lambda shift: abs(mean_at(shift) - mean))
+    return round(nearest, 12)
 
 
 @SCHEDULES.register("cosine")

@@ -8,6 +8,8 @@ next one hold its ranking, each with a K of its own.
 Other packages add theirs with `SELECTIONS.register(name)` or an entry point of the group `pmod_cli.selections`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class Selection:
 
     finite = False
     attends = False
-    in_tower = None
+    in_tower: Callable[..., tuple[Tensor, Tensor]] | None = None
     looks_ahead = True
 
     def __init__(self, seed: int = 0) -> None:

@@ -6,6 +6,7 @@ at ratio 0.5 a cached step equals the same step without a cache. Costs a second,
 
 import logging
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,10 +85,11 @@ def _require(holds: bool, otherwise: str) -> None:
         raise UnsupportedTransformers(f"{otherwise}, so routing on it cannot be trusted")
 
 
-def _small(cls: type[PreTrainedModel], decoder: type, family, **extra) -> PreTrainedModel:
+def _small(cls: Any, decoder: Any, family: Any, **extra: Any) -> PreTrainedModel:
     """Two decoder layers of width 16."""
     sizes = {"hidden_size": 16, "intermediate_size": 32}
-    text = sizes | {
+    text: dict[str, Any] = {
+        **sizes,
         "vocab_size": _VOCABULARY,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -127,7 +129,7 @@ def _fill(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _inputs(model: PreTrainedModel, family) -> dict[str, Tensor]:
+def _inputs(model: PreTrainedModel, family: Any) -> dict[str, Tensor]:
     """A prompt of text, one image and text."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(family.small_pixels, generator=generator)

@@ -66,7 +66,10 @@ def with_ranks(stock: Callable) -> Callable:
     def get_image_features(self, pixel_values, *args, **kwargs):
         if not self.ranks_in_tower:  # a plain attribute: a traced graph cannot take settings apart
             return stock(self, pixel_values, *args, **kwargs)
-        (selection, share), config, seen = working_in_tower(self), self.config, {}
+        working, config = working_in_tower(self), self.config
+        assert working is not None  # as `ranks_in_tower` says
+        selection, share = working
+        seen: dict[str, Tensor] = {}
         place = config.vision_feature_layer
         layers = next(module.layers for module in self.vision_tower.modules() if hasattr(module, "layers"))
         attention = layers[place if place < 0 else place - 1].self_attn
@@ -99,6 +102,7 @@ def _packed(model: nn.Module, ranks: Tensor, image_sizes: Tensor | None) -> list
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config = model.config
+    assert image_sizes is not None  # what packs tiles needs them
     tiles = [
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size in image_sizes

@@ -25,7 +25,7 @@ class AttentionSelection(Selection):
         """Mean attention of the last text tokens to every token, `(B, N)`."""
         places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         after = torch.where(routing.target, places, -1).amax(dim=1, keepdim=True)  # the last vision token
-        num_queries = min(MOST_QUERIES, max(tail for *_, tail in routing.counts) or 1)
+        num_queries = min(MOST_QUERIES, max(tail for *_, tail in routing.known_counts) or 1)
         queries = routing.last - torch.arange(num_queries, device=places.device)  # (B, Q)
         asks = ((queries > after) | (queries == routing.last)).unsqueeze(-1)
         shares = attention_rows(hidden_states, routing, layer, queries.clamp(min=0))

@@ -29,7 +29,7 @@ class DivPruneSelection(Selection):
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """K for the first pick, 1 for the last, -1 elsewhere, `(B, N)`."""
         candidates = routing.target & routing.alive
-        most, picks = max(row[0] for row in routing.counts), max(routing.kept(layer.ratio))
+        most, picks = max(row[0] for row in routing.known_counts), max(routing.kept(layer.ratio))
         places = (~candidates).byte().argsort(dim=1, stable=True)[:, :most]  # (B, V), candidates first
         real = candidates.gather(1, places)
         features = hidden_states.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))

@@ -18,5 +18,5 @@ class RandomSelection(Selection):
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """One draw for each ordinal of a vision token, `(B, N)` in 0 ... 1."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.self_attn.layer_idx)
-        longest = max(num_vision for num_vision, *_ in routing.counts)
+        longest = max(num_vision for num_vision, *_ in routing.known_counts)
         return torch.rand(longest, generator=generator).to(hidden_states.device)[routing.ordinals]

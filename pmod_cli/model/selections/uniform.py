@@ -24,7 +24,7 @@ class UniformSelection(Selection):
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """Above 1 for the K evenly spaced vision tokens, below 1 for the others, `(B, N)`."""
         ordinal, device = routing.ordinals, hidden_states.device
-        num_vision = torch.tensor([max(row[0], 1) for row in routing.counts], device=device)[:, None]
+        num_vision = torch.tensor([max(row[0], 1) for row in routing.known_counts], device=device)[:, None]
         kept = torch.tensor(routing.kept(layer.ratio), device=device)[:, None]
         before = ordinal * kept // num_vision  # chosen ones in front of a token
         chosen = (ordinal + 1) * kept // num_vision > before

@@ -14,7 +14,7 @@ from pmod_cli import checkpoints, cli
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from tests.conftest import ROOT
-from tests.serving.conftest import body, data_url
+from tests.serving.load import body, data_url
 
 
 def call(*arguments: object) -> int:

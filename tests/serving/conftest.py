@@ -1,31 +1,16 @@
 """A server in the test's own process, and what clients send to it."""
 
 import asyncio
-import base64
-import io
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from PIL import Image
 
 from pmod_cli.serving.app import ServeSettings, Service
 from pmod_cli.serving.generation import Answerer
 from tests import factories
 from tests.model.models import pmod_model
-
-
-def data_url(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def body(question: str, *urls: str, **more: Any) -> dict[str, Any]:
-    """A request with pictures in front of a question."""
-    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": question}]
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 6, **more}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pmod_cli.serving.conversation import Conversation
 from pmod_cli.serving.generation import Answerer, Sampling
 from pmod_cli.serving.media import Media
 from tests.model.models import image
-from tests.serving.conftest import body, data_url
+from tests.serving.load import body, data_url
 
 CHAT = "/v1/chat/completions"
 PICTURES = [image(64, 40, seed=3), image(32, 64, seed=4), image(64, 64, seed=5)]

@@ -146,3 +146,44 @@ def save_stock(folder: Path, kind: str, layers: int = 4, dtype: torch.dtype = to
     model(kind, layers).to(dtype).save_pretrained(folder)
     processor(kind).save_pretrained(folder)
     return folder
+
+
+def save_interleave(folder: Path) -> Path:
+    """A LLaVA-Interleave: a LLaVA-1.5 with a Qwen2 decoder and a SigLIP tower, which several images are given to."""
+    tokenizer = _tokenizer("llava_onevision")
+    made = transformers.LlavaProcessor(
+        image_processor=transformers.SiglipImageProcessorPil(size={"height": 8, "width": 8}),
+        tokenizer=tokenizer,
+        patch_size=2,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=LLAVA_ONEVISION,
+    )
+    config = stock_config(
+        "llava",
+        image_token_index=made.image_token_id,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    config.text_config = transformers.Qwen2Config(
+        **{key: getattr(config.text_config, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.vision_config = transformers.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=2,
+        vision_use_head=False,
+    )
+    stock = transformers.LlavaForConditionalGeneration(config).eval()
+    fill(stock, 0)
+    stock.save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder

@@ -106,10 +106,11 @@ def padding_processor(processor: "ProcessorMixin") -> "ProcessorMixin":
     """A LLaVA-1.5 processor that pads images to a square with their mean colour, as LLaVA-1.5 was trained.
 
     The processors of the Hugging Face LLaVA-1.5 checkpoints crop the centre instead. Save the one returned here with
-    the trained model, so that it sees in use what it saw in training. Others are returned as they are.
+    the trained model, so that it sees in use what it saw in training. Others are returned as they are, and so is one
+    that does not crop (SigLIP's, of LLaVA-Interleave).
     """
     images = processor.image_processor
-    if not is_square(processor) or getattr(images, "do_pad", False):
+    if not is_square(processor) or getattr(images, "do_pad", False) or not getattr(images, "do_center_crop", False):
         return processor
     if type(images).__name__.endswith("Pil"):
         from transformers import LlavaImageProcessorPil as Padding

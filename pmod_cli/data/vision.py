@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pmod_cli.core.videos import Frames, Video
+from pmod_cli.data.pictures import is_square
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,10 @@ def image_lengths(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -
     if len(sizes) > 1 and _joins_images(processor):
         marks = processor.replace_image_token({"batch_num_images": [len(sizes)]}, 0)
         return [marks.count(processor.image_token)] * len(sizes)
+    pixels = processor.image_processor
+    if is_square(processor) and not getattr(pixels, "crop_size", None):  # which the stock count asks for
+        blank = np.zeros((3, pixels.size["height"], pixels.size["width"]))
+        return [processor.replace_image_token({"pixel_values": [blank]}, 0).count(processor.image_token)] * len(sizes)
     return processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
 
 

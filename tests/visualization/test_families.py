@@ -12,9 +12,12 @@ from pmod_cli.checkpoints import convert, load_model
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.core.videos import Video
+from pmod_cli.data.conversation import from_messages
+from pmod_cli.data.dataset import RowEncoder
+from pmod_cli.evaluation import prompts
 from pmod_cli.model import PmodSettings
 from pmod_cli.visualization.prompt import prepare
-from tests.visual_processors import KINDS, save_stock
+from tests.visual_processors import KINDS, save_interleave, save_stock
 
 SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.15))
 QWEN = ("qwen2_5_vl", "qwen3_vl")
@@ -143,3 +146,22 @@ def test_a_film_for_a_model_of_images_alone_is_refused(stock_model, workdir):
     model, processor = load_model(workdir / "routed", dtype="float32")
     with pytest.raises(PmodError, match="takes images alone"):
         visualization.select_together(model, processor, Video(np.zeros((2, 8, 8, 3), np.uint8), 1.0), "what?")
+
+
+def test_llava_interleave_sees_several_images(tmp_path):
+    """A LLaVA-1.5 whose processor squashes and does not crop: rows for training, questions and pictures agree."""
+    convert(save_interleave(tmp_path / "stock"), tmp_path / "routed", SETTINGS)
+    model, processor = load_model(tmp_path / "routed", dtype="float32")
+    pictures = [noise(16, 12), noise(24, 16, 1)]
+    records = visualization.select_together(model, processor, list(map(LoadedImage, pictures)), "which?")
+    assert [record.layout.size for record in records] == [16, 16]
+    row = {"messages": [{"role": "user", "content": "<image><image>which?"}, {"role": "assistant", "content": "a"}]}
+    encoded = RowEncoder(processor)(from_messages({**row, "images": pictures}))
+    asked = prompts.prepare(processor, 0, "which?", pictures, "llava").inputs
+    assert torch.equal(encoded["pixel_values"], asked["pixel_values"])
+    length = len(asked["input_ids"])
+    assert (
+        encoded["input_ids"][: length - 1].tolist() == asked["input_ids"][:-1].tolist()
+    )  # "assistant\n" or "assistant "
+    with torch.no_grad():
+        model(input_ids=encoded["input_ids"][None], pixel_values=encoded["pixel_values"])

@@ -92,7 +92,9 @@ def run_sweep(
 
     cells = sweep.cells_of(group, range(seeds))
     if dry_run:
-        show_sweep(sweep.plan_sweep(cells, out, overrides=overrides, device=device), out, as_json, quiet)
+        from pmod_cli.training.sweep_plan import plan_sweep
+
+        show_sweep(plan_sweep(cells, out, overrides=overrides, device=device), out, as_json, quiet)
         return
     silence_transformers()
     output.note(f"{len(cells)} cells in {out}; run the same command again to go on, or beside this one to share them")

@@ -108,15 +108,19 @@ class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
 
     @property
     def slots(self) -> int:
+        """Tokens that K and V hold."""
         return super().get_seq_length()
 
     def get_seq_length(self) -> int:
+        """True length of the sequence, skipped tokens included."""
         return self.slots + self.skipped if self.is_initialized else 0
 
     def view(self, arriving: int) -> "_Slots":
+        """What a mask is made from, when `arriving` tokens come."""
         return _Slots(self.slots, self.slots + arriving)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the stock layer: takes K and V of a step, and returns those that its queries see."""
         if self._incoming is None:
             self.croppable += key_states.shape[-2]
         else:
@@ -159,15 +163,19 @@ class RoutedStaticLayer(_RoutedSlots, StaticLayer):
 
     @property
     def slots(self) -> Tensor | int:
+        """Tokens that K and V hold, as the stock layer counts them."""
         return super().get_seq_length()
 
     def get_seq_length(self) -> Tensor | int:
+        """True length of the sequence, skipped tokens included."""
         return self.slots + self.skipped if self.is_initialized else 0
 
     def view(self, arriving: int) -> "_Slots":
+        """What a mask is made from, when `arriving` tokens come."""
         return _Slots(self.slots, self.keys.shape[-2], True) if self.is_initialized else _Slots(0, arriving)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As the stock layer, without slots for what the first prefill skips."""
         full = self.max_cache_len
         if self._incoming is not None:
             self.max_cache_len -= self._incoming[1]
@@ -176,6 +184,11 @@ class RoutedStaticLayer(_RoutedSlots, StaticLayer):
         self.max_cache_len = full
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the stock layer: takes K and V of a step, and returns those that its queries see.
+
+        Raises:
+            ValueError: A second prefill.
+        """
         first = not self.is_initialized
         if not first and self._incoming is not None:
             raise ValueError("a static cache takes one prefill: give images and padding with the first forward only")

@@ -35,8 +35,13 @@ class SelectionRecord:
     vision_mask: Tensor | None = None
 
     def add(self, layer: int, routing: Any, gathered: Any, weight: Tensor | None, logit: Tensor | None) -> None:
-        """Called by a routed layer while it runs; `gathered` is None where it processes every token, and weights and
-        logits where it has no router."""
+        """Called by a routed layer while it runs.
+
+        Args:
+            layer: Its index.
+            gathered: None where it processes every token.
+            weight: `(B, N)`; None, as the logits, where it has no router.
+        """
         if weight is None or logit is None:
             weight, logit = torch.ones_like(routing.rank_base), torch.zeros_like(routing.rank_base)
         if gathered is None:

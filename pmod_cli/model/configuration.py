@@ -36,6 +36,7 @@ class RoutedConfig(Stock):
 
     @property
     def settings(self) -> PmodSettings:
+        """`pmod` as settings; the paper's where there are none."""
         return PmodSettings.from_dict(self.pmod or {})
 
     @property

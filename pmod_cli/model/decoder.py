@@ -161,10 +161,12 @@ def routed_decoder(stock: type) -> tuple[type, type]:
 
 
 def is_2d(mask: Any) -> bool:
+    """Whether an attention mask is a tensor `(B, N)`."""
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def has_tokens(cache: Any) -> bool:
+    """Whether a cache holds anything yet."""
     return cache is not None and any(layer.is_initialized for layer in cache.layers)
 
 

@@ -31,6 +31,7 @@ class Router(nn.Linear):
         super().__init__(hidden_size, 1, **options)
 
     def reset_parameters(self) -> None:
+        """Sets weight and bias to zero."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 

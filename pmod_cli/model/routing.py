@@ -46,8 +46,11 @@ class Gathered:
 
 
 class Lengths(NamedTuple):
-    """What a retention ratio leaves: tokens of the longest row (M); with fillers also which slots are none, `(B, M)`
-    bool, and what moves their positions behind all others, `(B, M)` int64."""
+    """What a retention ratio leaves.
+
+    Tokens of the longest row, M; with fillers also which slots are none, `(B, M)` bool, and what moves their positions
+    behind all others, `(B, M)` int64.
+    """
 
     longest: int
     valid: Tensor | None
@@ -97,7 +100,9 @@ class Routing:
 
     @classmethod
     def build(cls, vision: Tensor, attention_mask: Tensor | None, **options: Any) -> "Routing":
-        """Args:
+        """The routing of a prefill.
+
+        Args:
             vision: `(B, N)` bool, the vision tokens that are to be routed.
             attention_mask: `(B, N)`, nonzero for real tokens, or None if nothing is padded.
             options: `recorder`, `units`.

@@ -140,8 +140,10 @@ class PmodSettings:
         )
 
     def routed(self, num_layers: int) -> list[bool]:
-        """Which layers have a router: those of `select_at`; without it those that keep less than all, and all of them
-        if `max_ratio` is above 1. None of them where the method is not p-MoD's.
+        """Which layers have a router.
+
+        Those of `select_at`; without it those that keep less than all, and all of them if `max_ratio` is above 1.
+        None of them where the method is not p-MoD's.
 
         Raises:
             ValueError: As `chosen_at`.
@@ -181,8 +183,9 @@ class PmodSettings:
         return chosen
 
     def _dropping(self, ratios: Sequence[float]) -> tuple[int, ...]:
-        """The layers that choose what is dropped for good: those that keep less than the layer before, or, with a
-        method that ranks earlier, the layers in front of them.
+        """The layers that choose what is dropped for good.
+
+        Those that keep less than the layer before, or, with a method that ranks earlier, the layers in front of them.
 
         Raises:
             ValueError: A layer keeps more than the one before, or there is no layer to rank in.

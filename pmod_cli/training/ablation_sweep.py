@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter, process_time
-from typing import TYPE_CHECKING
 
 from pmod_cli import recipe_files
 from pmod_cli.core.atomic import Busy, locked, write_json
@@ -24,10 +23,6 @@ from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import flatten, load_settings
 from pmod_cli.training.run_settings import Settings
-
-if TYPE_CHECKING:
-    from pmod_cli.training.plan import DataShape
-
 
 CELLS = "cells"
 REFERENCE = "p-mod"  # the recipe that the others of a group change in one thing
@@ -265,77 +260,3 @@ def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | No
             hint=f"choose another `out`, or remove {out / CELLS / cell.name}.json",
         )
     return found
-
-
-def plan_sweep(
-    cells: Sequence[Cell], out: Path, *, overrides: Sequence[str] = (), images: int = IMAGES, device: str = "cpu"
-) -> dict:
-    """What ``sweep`` would do. No weights are read, and nothing is written.
-
-    Args:
-        cells: as ``sweep`` takes them, and so are the others.
-        overrides: ``key.path=value``.
-        images: unseen documents of each task that a cell is scored on.
-
-    Returns:
-        A row a recipe, and the sums: cells, those done and left, FLOPs and (where a cell is done) CPU seconds of those
-        left.
-
-    Raises:
-        PmodError: whatever ``sweep`` would refuse before its first cell.
-    """
-    wanted = prepared(cells, out, overrides, images, device)
-    shapes: dict[str, DataShape] = {}
-    rows, seconds = [], []
-    for recipe in dict.fromkeys(cell.recipe for cell in cells):
-        mine = [cell for cell in cells if cell.recipe == recipe]
-        found = {cell.seed: read_result(out, cell) for cell in mine}
-        done = [seed for seed, result in found.items() if result is not None]
-        seconds += [result["cpu_seconds"] for result in found.values() if result and "cpu_seconds" in result]
-        row = _row(wanted[mine[0]], shapes)
-        left = len(mine) - len(done)
-        rows.append(
-            {
-                "recipe": recipe.rpartition("/")[2],
-                "done": done,
-                "left": [cell.seed for cell in mine if cell.seed not in done],
-                **row,
-                "flops_left": row["flops_per_cell"] * left,
-            }
-        )
-    left = sum(len(row["left"]) for row in rows)
-    return {
-        "schema_version": 1,
-        "folder": str(out),
-        "device": device,
-        "cells": len(cells),
-        "done": len(cells) - left,
-        "left": left,
-        "flops_left": sum(row["flops_left"] for row in rows),
-        "cpu_seconds_left": round(mean(seconds) * left, 1) if seconds else None,
-        "rows": rows,
-    }
-
-
-def _row(settings: Settings, shapes: dict[str, "DataShape"]) -> dict:
-    """Of one cell. Its data are sampled once for all recipes that read the same."""
-    from pmod_cli.families.sizes import Sizes  # these import torch, which no refusal has to wait for
-    from pmod_cli.training.cost import run_flops
-    from pmod_cli.training.plan import data_shape, model_of
-
-    subject, routed, _ = model_of(settings)
-    sizes, per_step = Sizes.of(subject.stock), settings.rows_per_step()
-    read = repr((asdict(settings.data), settings.model.name, per_step))
-    if read not in shapes:
-        shapes[read] = data_shape(settings, sizes, per_step)
-    shape, steps = shapes[read], settings.steps(shapes[read].rows)
-    config, trained = subject.pmod if routed else subject.stock, steps * per_step
-    ratios = subject.pmod.retention if routed else [1.0]
-    tokens, vision = round(shape.tokens * trained), round(shape.vision_tokens * trained)
-    return {
-        "mean_retention": sum(ratios) / len(ratios),
-        "steps": steps,
-        "rows": trained,
-        "tokens": tokens,
-        "flops_per_cell": run_flops(settings, config, trained, tokens, vision),
-    }

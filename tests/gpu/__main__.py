@@ -68,7 +68,11 @@ def main() -> int:
     names = options.steps.split(",")
     if unknown := [name for name in names if name not in STEPS]:
         parser.error(f"no step is called {unknown[0]}: expected some of {','.join(STEPS)}")
-    return Run(options.out, options.cpu).all(names)
+    try:
+        run = Run(options.out, options.cpu)
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be a folder of results: {error.strerror}")
+    return run.all(names)
 
 
 def _inside(name: str, cpu: bool) -> int:

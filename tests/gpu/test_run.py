@@ -66,3 +66,13 @@ def test_what_changed_is_named():
         "prefill: b16: only in the old run",
         "prefill: b64: only in the new run",
     ]
+
+
+def test_an_out_that_is_no_folder_is_a_sentence(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        monkeypatch.setattr(sys, "argv", ["gpu", "--steps", "tiny", "-o", str(tmp_path / out)])
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        assert ended.value.code == 2
+        assert "cannot be a folder of results" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class BlankImage:
         self.wanted = False
         embeds = named["inputs_embeds"]
         made = self.llava.get_image_features(**self._inputs(embeds), return_dict=True)
-        features = [*made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
+        features = _tensors([made.pooler_output, getattr(made, "deepstack_features", None) or ()])
         return arguments, {**named, "inputs_embeds": embeds + 0.0 * sum(image.sum() for image in features)}
 
     def _inputs(self, embeds: Tensor) -> dict[str, Tensor]:
@@ -59,6 +60,15 @@ class BlankImage:
         shape, others = known_family(config).pixel_inputs(config, [(small_side(config),) * 2])
         pixels = zeros(shape, dtype=embeds.dtype, device=embeds.device)
         return {"pixel_values": pixels, **{name: as_tensor(o, device=embeds.device) for name, o in others.items()}}
+
+
+def _tensors(features: Any) -> Iterator[Tensor]:
+    """All tensors of nested lists: features are one an image, and with DeepStack one a layer and image."""
+    if isinstance(features, Tensor):
+        yield features
+    else:
+        for part in features:
+            yield from _tensors(part)
 
 
 class PmodTrainer(Trainer):

@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from pmod_cli import cli
-from pmod_cli.checkpoints import load_model
+from pmod_cli.checkpoints import Options, convert, load_model
+from pmod_cli.data.collator import Collator
+from pmod_cli.data.conversation import from_messages
+from pmod_cli.data.dataset import RowEncoder
+from pmod_cli.model import PmodSettings
+from pmod_cli.training.parts import freeze
+from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.trainer import PmodTrainer, training_arguments
+from pmod_cli.training.watch import Watch
 from tests.visual_processors import KINDS, save_stock
 
 COLOURS = ("red", "green", "blue")
@@ -66,3 +74,27 @@ def test_a_few_steps_lower_the_loss_and_leave_a_checkpoint(kind, workdir, capsys
     still = set(old) - moved
     assert not [name for name in still if "post_layernorm" not in name and ".layers.2." not in name], still
     assert any(layer.router.weight.any() for layer in trained.model.language_model.layers if layer.router is not None)
+
+
+@pytest.mark.parametrize("frozen", [[], pytest.param(["vision_tower"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_batch_reaches_every_trained_parameter(kind, frozen, tmp_path):
+    """Of text alone, of a film alone, of an image alone: a process that lacks a gradient would make others wait."""
+    convert(save_stock(tmp_path / "stock", kind), tmp_path / "routed", PmodSettings(), Options(router_init="normal:1"))
+    settings = load_settings(None, [f"model.name={tmp_path / 'routed'}", "train.max_steps=1", "train.report_to=none"])
+    model, processor = load_model(tmp_path / "routed", dtype="float32")
+    freeze(model, frozen)
+    arguments = training_arguments(settings, tmp_path / "run", "cpu")
+    trainer = PmodTrainer(train=settings.train, watch=Watch(), model=model.train(), args=arguments)
+    Image.new("RGB", (16, 12), "red").save(tmp_path / "a.png")
+    answer = {"role": "assistant", "content": "blue"}
+    encode, collate = RowEncoder(processor, video_frames=4), Collator(processor)
+    for pictures in ({}, {"videos": [["a.png", "a.png"]]}, {"images": ["a.png"]}):
+        row = {"messages": [{"role": "user", "content": "which?"}, answer], **pictures}
+        batch = collate([encode(from_messages(row), tmp_path)])
+        loss = trainer.compute_loss(model, dict(batch))
+        assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, (name, pictures)
+        model.zero_grad(set_to_none=True)

@@ -29,7 +29,7 @@ sys.meta_path.insert(0, NoPmod())
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 folder, out = sys.argv[1:]
 try:
@@ -45,6 +45,22 @@ inputs = processor(images=image, text="USER: <image>\\nwhat is this ASSISTANT:",
 with torch.no_grad():
     logits = model(**inputs).logits
 words = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+# Several prompts at once, padded on the left: each as alone.
+texts = ["USER: <image>\\nwhat is this ASSISTANT:", "USER: <image>\\nwhat is the price of ham and of tea? ASSISTANT:"]
+pictures = [image, image.resize((90, 30))]
+options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+batch = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+together = model.generate(**batch, **options)[:, -4:]
+for row, (picture, text) in enumerate(zip(pictures, texts)):
+    alone = model.generate(**processor(images=picture, text=text, return_tensors="pt"), **options)
+    assert torch.equal(together[row], alone[0, -4:]), row
+
+pipe = pipeline("image-text-to-text", model=model, processor=processor)
+(said,) = pipe(images=image, text=texts[0], generate_kwargs=options, return_full_text=False)
+whole = processor.decode(words[0], skip_special_tokens=True)
+assert said["generated_text"] and whole.endswith(said["generated_text"]), (whole, said)
+
 tensors = {"logits": logits, "words": words, **{f"inputs.{k}": v for k, v in inputs.items() if torch.is_tensor(v)}}
 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
 assert not any(name.startswith("pmod_cli") for name in sys.modules)

@@ -173,6 +173,7 @@ class Bench:
         moments, served = Moments(), schedule.served(chooser)
         for stream, importance in zip(streams, self.importance, strict=True):
             wanted = importance[target][served].sum(dim=0)
+            assert stream.routing is not None  # a sample has an image
             for row, vision in enumerate(stream.routing.target):
                 moments.add(stream.hidden[row][vision], wanted[row][vision])
         router = self._router()

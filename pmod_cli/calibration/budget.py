@@ -125,7 +125,8 @@ def best_ratios(losses: Sequence[Mapping[float, float]], budget: Budget, routers
     unit = 1e9
     capacity = int(np.floor((budget.share - budget.fixed(routers)) * unit + 1e-3))
     prices = {ratio: int(np.ceil(budget.cost(ratio) * unit)) for ratio in {r for layer in losses for r in layer}}
-    cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
+    cost: np.ndarray = np.zeros(1, dtype=np.int64)
+    loss: np.ndarray = np.zeros(1)
     steps: list[tuple[list[float], np.ndarray, np.ndarray]] = []
     for layer in losses:
         ratios = list(layer)

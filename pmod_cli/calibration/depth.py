@@ -9,7 +9,7 @@ This is the paper's Figure 3 without training. Three things are done to each lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,7 +69,7 @@ def measure_depth(
     sums: dict[str, dict[str, torch.Tensor]] = {}
     for batch in batches:
         stream = replay.begin(batch)
-        losses = {way: [] for way in WAYS}
+        losses: dict[str, list[torch.Tensor]] = {way: [] for way in WAYS}
         for layer in range(len(replay)):
             for way, loss in _without(replay, stream, layer):
                 losses[way].append(loss)
@@ -98,7 +98,7 @@ def over_tasks(found: Mapping[str, Depth]) -> dict[str, Depth]:
     return {**found, ALL: Depth(sum(task.tokens for task in tasks), base, rise)}
 
 
-def _without(replay: Replay, stream: Stream, layer: int):
+def _without(replay: Replay, stream: Stream, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
     """(way, losses `(A,)`) of a stream in front of `layer`; afterwards it is in front of the next one."""
     targets = stream.targets
     if stream.routing is not None:

@@ -75,7 +75,7 @@ def depth_figure(found: Mapping[str, Depth]) -> Figure:
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.6 + 1.7 * len(found)), layout="constrained")
-        rows = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
+        rows: list[Any] = list(figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0])
         for axes, (task, depth) in zip(rows, found.items(), strict=True):
             layers = list(range(len(depth.rise["skipped"])))
             axes.bar([x - 0.2 for x in layers], depth.rise["skipped"], width=0.4, color=STOCK, label="skipped by all")

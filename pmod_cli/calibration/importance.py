@@ -27,6 +27,7 @@ DRAWS = 4  # backward passes with random signs
 
 def received_attention(replay: Replay, stream: Stream) -> dict[str, Tensor]:
     """`attention` and `text` of a stream in front of layer 0, `(L, B, N)` float32; the stream stays as it is."""
+    assert stream.routing is not None  # a sample has an image
     valid = stream.routing.rank_base != float("-inf")
     text = valid & ~stream.routing.target
     found: dict[str, list[Tensor]] = {"attention": [], "text": []}

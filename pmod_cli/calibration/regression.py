@@ -49,7 +49,7 @@ class Moments:
         The bias centres the logits, so that weights lie about 1.
         """
         folds = [fold for fold in range(FOLDS) if self.count[fold]]
-        whole = sum(self.outer[fold] for fold in folds)
+        whole: Tensor = sum(self.outer[fold] for fold in folds)  # of one picture at least
         scale = (whole.diagonal() / sum(self.count)).sqrt().clamp(min=1e-12)
         found = torch.zeros(len(SHRINKAGE)).to(whole)
         if len(folds) > 1:
@@ -59,7 +59,8 @@ class Moments:
         direction = _solutions(whole, scale, (SHRINKAGE[best],))[0]
         spread = (direction @ whole[:-1, :-1] @ direction / sum(self.count)).sqrt().clamp(min=1e-12)
         router.weight.copy_((direction * SPREAD / spread).unsqueeze(0))
-        mean = sum(self.mean[fold] for fold in folds)[:-1] / self.pictures
+        summed: Tensor = sum(self.mean[fold] for fold in folds)
+        mean = summed[:-1] / self.pictures
         router.bias.fill_(-float(router.weight[0].to(mean) @ mean))
         return float(found[best]), SHRINKAGE[best]
 

@@ -103,8 +103,10 @@ class Replay:
             raise PmodError("this model adds image features behind several layers: they cannot be measured one by one")
         routing = front.get("routing")
         if routing is None and "pixel_values" in inputs:  # of a stock model
-            tokens = family_of(self.model.config.model_type).vision_tokens
-            vision = torch.stack([ids == getattr(self.model.config, token) for token in tokens]).any(dim=0)
+            family = family_of(self.model.config.model_type)
+            assert family is not None  # of a model that was loaded
+            own = [ids == getattr(self.model.config, token) for token in family.vision_tokens]
+            vision = torch.stack(own).any(dim=0)
             routing = Routing.build(vision, inputs["attention_mask"])
         if routing is not None:
             routing.hold(NOBODY, routing.rank_base.argsort(dim=1, descending=True, stable=True))

@@ -36,7 +36,7 @@ class DataReport:
         name: of the file or data set.
         rows: of the data set.
         checked: rows looked at, from the first to the last at equal distances.
-        with_images: of those, rows with images.
+        with_images: of those, rows with images or videos.
         cut: rows longer than ``max_length``.
         without_labels: rows that teach nothing, since they do not come out even in the template or were cut.
         tokens: sum over the good rows, after cutting.
@@ -127,7 +127,7 @@ def _look(rows: Rows, chosen: np.ndarray) -> DataReport:
         except BadRow as fault:
             found.bad.append(Fault(row, fault.what, rows.source.id_of(row)))
             continue
-        found.with_images += bool(conversation.images)
+        found.with_images += bool(conversation.images or conversation.videos)
         found.cut += tokens.is_cut
         found.without_labels += not tokens.teaches
         found.tokens += len(tokens.ids)

@@ -9,10 +9,13 @@ from PIL import Image
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import Options, convert, load_model
+from pmod_cli.checkpoints.aliases import builtin_config
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import from_messages
 from pmod_cli.data.dataset import RowEncoder
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
+from pmod_cli.training.cost import row_of
 from pmod_cli.training.parts import freeze
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
@@ -98,3 +101,13 @@ def test_every_batch_reaches_every_trained_parameter(kind, frozen, tmp_path):
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, (name, pictures)
         model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "llava-onevision-7b"])
+def test_a_plan_counts_the_tower_for_the_tokens_that_rows_have(name):
+    sizes = Sizes.of(builtin_config(name))
+    rows = [row_of(sizes, vision, vision + 40) for vision in (100, 400)]
+    assert [(row.vision_tokens, row.text_tokens) for row in rows] == [(100, 40), (400, 40)]
+    if name.startswith("qwen"):
+        patches = [sizes.tower.patches(row.images[0]) for row in rows]
+        assert patches == [4 * 100, 4 * 400]

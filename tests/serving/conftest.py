@@ -12,11 +12,23 @@ from pmod_cli.serving.generation import Answerer
 from tests import factories
 from tests.model.models import pmod_model
 
+UNKNOWN = 3  # the id of <unk>
+
+
+def talkative(pmod: dict | None = None, kind: str = "llava_next", **options: Any) -> Answerer:
+    """A p-MoD model with random routers, in float64: no rounding error may decide between two tokens.
+
+    A random model may end every answer at once; this one ends it at <unk>, which is no likelier than any other word.
+    """
+    model = pmod_model(kind, pmod=pmod, **options).double()
+    model.generation_config.eos_token_id = UNKNOWN
+    return Answerer(model, factories.processor(kind))
+
 
 @pytest.fixture(scope="session")
 def answerer() -> Answerer:
-    """A p-MoD model with random routers, in float64: no rounding error may decide between two tokens."""
-    return Answerer(pmod_model().double(), factories.processor())
+    """One for all tests."""
+    return talkative()
 
 
 @pytest.fixture

@@ -10,14 +10,11 @@ from pmod_cli.serving.conversation import Conversation, conversation_prompt
 from pmod_cli.serving.generation import Answerer, Sampling
 from tests import factories
 from tests.model import visual
-from tests.model.models import ROUTED_FROM_START, image, pmod_model
+from tests.model.models import ROUTED_FROM_START, image
+from tests.serving.conftest import talkative
 
 FASTV = {"method": "fastv", "mean": 0.6}
 QUESTIONS = ("what is the price of ham?", "which is dearer, ham or tea?", "is there a red ring?")
-
-
-def answerer(pmod=None, kind="llava_next", **options) -> Answerer:
-    return Answerer(pmod_model(kind, pmod=pmod, **options).double(), factories.processor(kind))
 
 
 def asked(conversation: Conversation, question: str, *pictures: Image.Image, count: int = 6) -> str:
@@ -49,12 +46,13 @@ def user(text: str, images) -> dict:
 @pytest.mark.parametrize("pmod", [ROUTED_FROM_START, {"schedule": "cosine", "selection": "uniform"}, FASTV])
 @pytest.mark.parametrize("kind", factories.KINDS)
 def test_later_questions_are_answered_as_from_the_start(pmod, kind):
-    model, shown = answerer(pmod, kind), image(64, 40, seed=3)
+    model, shown = talkative(pmod, kind), image(64, 40, seed=3)
     conversation, turns = Conversation(model), []
     for place, question in enumerate(QUESTIONS):
         new = [] if place else [shown]
         answer = asked(conversation, question, *new)
         assert answer == from_start(model, turns, question, new)
+        assert len(answer) > 5
         stats = conversation.stats
         # FastV chooses by what the question attends to, so it begins anew; a router does not.
         assert (stats.reused_tokens > stats.vision_tokens) == (place > 0 and pmod is not FASTV)
@@ -62,14 +60,14 @@ def test_later_questions_are_answered_as_from_the_start(pmod, kind):
 
 
 def test_a_cache_may_be_kept_where_that_changes_what_is_seen():
-    conversation = Conversation(answerer(FASTV), keep_cache=True)
+    conversation = Conversation(talkative(FASTV), keep_cache=True)
     asked(conversation, QUESTIONS[0], image(64, 40, seed=3))
     asked(conversation, QUESTIONS[1])
     assert conversation.stats.reused_tokens > conversation.stats.vision_tokens
 
 
 def test_a_later_picture_is_answered_as_from_the_start():
-    model, shown = answerer(), [image(64, 40, seed=3), image(32, 64, seed=4)]
+    model, shown = talkative(), [image(64, 40, seed=3), image(32, 64, seed=4)]
     conversation = Conversation(model)
     first = asked(conversation, QUESTIONS[0], shown[0])
     assert asked(conversation, QUESTIONS[1], shown[1]) == from_start(
@@ -97,7 +95,7 @@ def test_why_a_later_picture_begins_anew(quota):
 
 
 def test_statistics_are_counted():
-    model = answerer()
+    model = talkative()
     conversation = Conversation(model)
     asked(conversation, QUESTIONS[0], image(64, 40, seed=3))
     stats, vision = conversation.stats, conversation.stats.vision_tokens
@@ -108,7 +106,7 @@ def test_statistics_are_counted():
 
 
 def test_an_answer_that_is_not_read_to_its_end_is_forgotten():
-    model, shown = answerer(), image(64, 40, seed=3)
+    model, shown = talkative(), image(64, 40, seed=3)
     conversation = Conversation(model)
     expected = asked(conversation, QUESTIONS[0], shown)
     next(iter(conversation.ask(QUESTIONS[1], sampling=Sampling(6))))
@@ -117,7 +115,7 @@ def test_an_answer_that_is_not_read_to_its_end_is_forgotten():
 
 
 def test_what_cannot_be_asked_is_a_sentence():
-    model = answerer(max_position_embeddings=96)
+    model = talkative(max_position_embeddings=96)
     with pytest.raises(PmodError, match="the model takes 96"):
         asked(Conversation(model), QUESTIONS[0], image(64, 64, seed=1))
     with pytest.raises(PmodError, match="the mark of a picture's place"):

@@ -8,6 +8,7 @@ Names resolve on first use, so that formulas cost no import of torch.
 """
 
 from importlib import import_module
+from typing import Any
 
 from pmod_cli.families.sizes import Sizes as Sizes
 
@@ -26,7 +27,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["Sizes", *sorted(_HOME_OF)]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

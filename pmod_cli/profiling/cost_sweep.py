@@ -98,7 +98,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def sweep(
-    name: str, axis: Axis, workload: Workload, overrides: dict | None = None, dtype: str = "bfloat16", **source: object
+    name: str, axis: Axis, workload: Workload, overrides: dict | None = None, dtype: str = "bfloat16", **source: Any
 ) -> list[Point]:
     """Count every value of an axis.
 
@@ -120,14 +120,16 @@ def sweep(
             settings[KEYS.get(axis.name, axis.name)] = value
         subject = subject_of(found, settings)
         sizes = Sizes.of(subject.stock)
-        rows, both = batch.rows(sizes), (Routed.stock(sizes.decoder.layers), Routed.of(subject.pmod))
+        rows, stock, pmod = batch.rows(sizes), Routed.stock(sizes.decoder.layers), Routed.of(subject.pmod)
         points.append(
             Point(
                 value,
                 tuple(subject.pmod.retention),
                 max(row.vision_tokens for row in rows),
-                *(formulas.prefill(sizes, rows, which) for which in both),
-                *(kv_bytes(sizes, rows, dtype, batch.new_tokens, which) for which in both),
+                stock=formulas.prefill(sizes, rows, stock),
+                pmod=formulas.prefill(sizes, rows, pmod),
+                stock_kv=kv_bytes(sizes, rows, dtype, batch.new_tokens, stock),
+                pmod_kv=kv_bytes(sizes, rows, dtype, batch.new_tokens, pmod),
             )
         )
     return points

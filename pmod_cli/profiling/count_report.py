@@ -154,11 +154,11 @@ def kv_layers_table(result: Profile) -> Table:
 
 def _parts(result: Profile) -> dict[str, tuple[int, int]]:
     """FLOPs of the prefill by part, stock and p-MoD."""
-    both, vision = (result.stock, result.pmod), result.vision
+    stock, pmod, vision = result.stock, result.pmod, result.vision
     return {
-        "decoder_matrix_products": tuple(cost.matrix for cost in both),
-        "attention_products": tuple(cost.attention_products for cost in both),
-        "lm_head": tuple(cost.lm_head for cost in both),
+        "decoder_matrix_products": (stock.matrix, pmod.matrix),
+        "attention_products": (stock.attention_products, pmod.attention_products),
+        "lm_head": (stock.lm_head, pmod.lm_head),
         "vision_tower": (vision.tower,) * 2,
         "projector": (vision.projector,) * 2,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +11,7 @@ from rich.table import Table
 from pmod_cli.core.text import GIB, KIB, MIB, percent
 from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
 from pmod_cli.profiling.count.training import TrainingMemory, TrainingSetup, training_memory
+from pmod_cli.profiling.count.workload import Routed
 from pmod_cli.profiling.measure.devices import DEVICES, Device
 from pmod_cli.profiling.report import Profile
 from pmod_cli.reporting import plain_table
@@ -17,14 +19,14 @@ from pmod_cli.reporting import plain_table
 _UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")
 # Ways to train: the paper's engines, and adapters. Tower frozen, bfloat16 by autocast.
-_LOW = {"precision": "bfloat16", "checkpointing": True}
+_LOW = partial(TrainingSetup, precision="bfloat16", checkpointing=True)
 USUAL = {
     "all weights": TrainingSetup(precision="bfloat16"),
-    "all weights, checkpointing": TrainingSetup(**_LOW),
-    "the same, ZeRO-1 on 8 GPUs": TrainingSetup(**_LOW, engine="zero1", devices=8),
-    "the same, ZeRO-3 or FSDP2 on 8 GPUs": TrainingSetup(**_LOW, engine="zero3", devices=8),
-    "LoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="bfloat16"),
-    "QLoRA rank 128, checkpointing": TrainingSetup(**_LOW, lora_rank=128, frozen_dtype="nf4"),
+    "all weights, checkpointing": _LOW(),
+    "the same, ZeRO-1 on 8 GPUs": _LOW(engine="zero1", devices=8),
+    "the same, ZeRO-3 or FSDP2 on 8 GPUs": _LOW(engine="zero3", devices=8),
+    "LoRA rank 128, checkpointing": _LOW(lora_rank=128, frozen_dtype="bfloat16"),
+    "QLoRA rank 128, checkpointing": _LOW(lora_rank=128, frozen_dtype="nf4"),
 }
 
 
@@ -49,21 +51,22 @@ def predict(result: Profile, gpus: list[Device] | None = None) -> Memory:
     Args:
         gpus: GPUs to fill; some usual ones if None.
     """
-    both, new = (None, result.routed), result.workload.new_tokens
-    common = (result.sizes, result.longest, result.dtype)
+    sizes, rows, dtype, new = result.sizes, result.rows, result.dtype, result.workload.new_tokens
+
+    def held(routed: Routed | None) -> InferenceMemory:
+        return inference_memory(sizes, rows, dtype, new_tokens=new, routed=routed)
+
+    def filled(device: Device, routed: Routed | None) -> Fit:
+        return fit(sizes, result.longest, dtype, device.memory, new_tokens=new, routed=routed)
+
+    def trained(setup: TrainingSetup, routed: Routed | None) -> TrainingMemory:
+        return training_memory(sizes, rows, setup, routed)
+
     devices = gpus or [DEVICES[name] for name in USUAL_GPUS]
     return Memory(
-        inference=tuple(
-            inference_memory(result.sizes, result.rows, result.dtype, new_tokens=new, routed=which) for which in both
-        ),
-        fits=[
-            (device, *(fit(*common, device.memory, new_tokens=new, routed=which) for which in both))
-            for device in devices
-        ],
-        training={
-            name: tuple(training_memory(result.sizes, result.rows, setup, which) for which in both)
-            for name, setup in USUAL.items()
-        },
+        inference=(held(None), held(result.routed)),
+        fits=[(device, filled(device, None), filled(device, result.routed)) for device in devices],
+        training={name: (trained(setup, None), trained(setup, result.routed)) for name, setup in USUAL.items()},
     )
 
 

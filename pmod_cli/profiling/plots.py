@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -113,7 +114,7 @@ def sweep_figure(axis: Axis, points: Sequence[Point], scores: Scores | None = No
         if not numeric:
             axes.set_xticks(places, [str(point.value) for point in points])
         axes.set_xlabel(axis.name)
-        drawn = axes.get_legend_handles_labels()
+        handles, labels = axes.get_legend_handles_labels()
         if scores is not None:
             right = axes.twinx()
             right.spines["right"].set_visible(True)
@@ -121,8 +122,9 @@ def sweep_figure(axis: Axis, points: Sequence[Point], scores: Scores | None = No
             known = [(place, score) for place, score in zip(places, scores.at, strict=True) if score is not None]
             right.plot(*zip(*known, strict=True), "D:", color=SCORE, label="score")
             right.set_ylabel(f"mean score of {', '.join(scores.tasks)}" if len(scores.tasks) < 3 else "mean score")
-            drawn = [a + b for a, b in zip(drawn, right.get_legend_handles_labels(), strict=True)]
-        axes.legend(*drawn, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2)
+            more, names = right.get_legend_handles_labels()
+            handles, labels = handles + more, labels + names
+        axes.legend(handles, labels, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2)
     return figure
 
 
@@ -131,9 +133,9 @@ def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     out = io.BytesIO()
     kind = path.suffix.lower().lstrip(".")
-    options = {"metadata": {"Date": None}} if kind == "svg" else {}
+    metadata: Any = {"Date": None} if kind == "svg" else None  # no date, so that a picture is the same again
     with matplotlib.rc_context(STYLE):
-        figure.savefig(out, format=kind, dpi=200, **options)
+        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
     write_bytes(path, out.getvalue())
 
 

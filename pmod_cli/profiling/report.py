@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
@@ -167,7 +168,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
     )
 
 
-def cache_dtype(config: object) -> str:
+def cache_dtype(config: Any) -> str:
     """The checkpoint's dtype by name; bfloat16 where it names none that a cache is kept in."""
     name = str(config.dtype or config.text_config.dtype).removeprefix("torch.")
     return name if name in DTYPE_BYTES else "bfloat16"

@@ -171,7 +171,7 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
             layer.drop = None  # what came before is no part of what the layer costs
             thins = has_router or chosen_at is not None or routed.before < 1
             routing = batch_routing(rows, routed.target_tokens, routed.before) if thins else None
-            if chosen_at not in (None, index):
+            if routing is not None and chosen_at not in (None, index):
                 routing.hold(chosen_at, torch.empty(len(rows), longest, dtype=torch.int64, device="meta"))
             counts[alike] = _count_layer(decoder, index, len(rows), longest, routing)
         counted = counts[alike]

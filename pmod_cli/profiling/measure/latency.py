@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -260,7 +261,7 @@ def bytes_read(result: Profile, pair: ModelPair, name: str, steps: int) -> int:
     return weights + round(held.batch * keys * token)
 
 
-def cache_bytes(cache: object) -> int:
+def cache_bytes(cache: Any) -> int:
     """Bytes that the K and V of a cache keep in memory: of their storages, so that hidden copies would show."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()

@@ -148,6 +148,7 @@ def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: tor
         if not (given := [image for image in images if image.video == is_video]):
             continue
         if is_video:
+            assert family.video_inputs is not None  # a workload with videos is refused before for others
             groups = getattr(config.vision_config, "temporal_patch_size", 1)
             shape, others = family.video_inputs(
                 config, [(groups * image.frames, image.height, image.width) for image in given]

@@ -177,7 +177,7 @@ def test_dry_run_prints_a_plan(converted, capsys):
     assert plan["folder"].startswith("runs/eval-tiny-pmod-")
     assert [model["label"] for model in plan["models"]] == ["tiny-pmod", "stock", "random"]
     assert [model["selection"] for model in plan["models"]] == ["router", "router", "random"]
-    assert [task["questions"] for task in plan["tasks"]] == [10] * 6
+    assert [task["questions"] for task in plan["tasks"]] == [10] * 7
     assert plan["questions"] == 6 * 10 * 3
     assert plan["settings"]["seed"] == 0
     assert evaluate("--tasks", "tiny", "--against", "none", "--dry-run") == 0

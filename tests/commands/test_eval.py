@@ -178,10 +178,10 @@ def test_dry_run_prints_a_plan(converted, capsys):
     assert [model["label"] for model in plan["models"]] == ["tiny-pmod", "stock", "random"]
     assert [model["selection"] for model in plan["models"]] == ["router", "router", "random"]
     assert [task["questions"] for task in plan["tasks"]] == [10] * 7
-    assert plan["questions"] == 6 * 10 * 3
+    assert plan["questions"] == 7 * 10 * 3
     assert plan["settings"]["seed"] == 0
     assert evaluate("--tasks", "tiny", "--against", "none", "--dry-run") == 0
-    assert "6,000 questions in all to 1 model" in capsys.readouterr().out
+    assert "7,000 questions in all to 1 model" in capsys.readouterr().out
     assert evaluate("--tasks", "tiny_doc", "--limit", 0.25, "--against", "none", "--dry-run", "--format", "json") == 0
     assert json.loads(capsys.readouterr().out)["questions"] == 250
 

@@ -2,9 +2,9 @@
 
 Four tasks stand for the four kinds of benchmark the paper reports: ``doc`` for DocVQA, ``chart`` for ChartQA,
 ``attribute`` for GQA, ``presence`` for POPE. Two ask for two look-ups in a row: ``above`` for the price of the item one
-line above another, ``dearer`` for the dearer one of two. ``where`` is grounding: in which cell of a grid something
-stands. Answers sit on a few patches at places that vary, so they
-cannot be guessed, and a label always comes before its value in reading order, since a causal decoder cannot look ahead.
+line above another, ``dearer`` for the dearer one of two. ``where`` is grounding: in which field of a grid something
+stands. Answers sit on a few patches at places that vary, so they cannot be guessed, and a label always comes before its
+value in reading order, since a causal decoder cannot look ahead.
 """
 
 from dataclasses import dataclass

@@ -40,6 +40,12 @@ def cost_of_distances(sizes: Any, tokens: int, vision: int, kept: int) -> int:
     return 2 * vision * vision * sizes.decoder.hidden
 
 
+def cost_of_pivots(sizes: Any, tokens: int, vision: int, kept: int) -> int:
+    """What DART costs: the keys of all tokens, and the similarity of eight pivots to all vision tokens."""
+    decoder = sizes.decoder
+    return 2 * (tokens * decoder.hidden * decoder.kv_heads * decoder.head_size + 8 * vision * decoder.hidden)
+
+
 def cost_in_tower(sizes: Any, tokens: int, vision: int, kept: int) -> int:
     """What VisionZip costs: one row of attention for each tile, and products of the keys left with those of targets."""
     tower = sizes.tower
@@ -76,6 +82,7 @@ for _name, _method in {
     "pmod": Method("router", "cosine", returns=True, routers=True),
     "fastv": Method("fastv", "late", lead=1, cost=cost_of_rows()),
     "pyramiddrop": Method("pyramiddrop", "pyramid", cost=cost_of_rows()),
+    "dart": Method("dart", "late", cost=cost_of_pivots),
     "vtw": Method("vtw", "withdrawn"),
     "shortv": Method("shortv", "withdrawn", returns=True, keep_keys=True),
     "divprune": Method("divprune", "constant", cost=cost_of_distances),

@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pmod_cli.model import SELECTIONS, PmodSettings, Selection, capture_selection, kept_tokens
 from tests import factories
@@ -65,6 +66,37 @@ def test_uniform_choices_that_are_held_stay_spread():
     _, record = captured(model, batch("llava_next", ROWS[:1]))
     kept = record.layers[2].kept[0][record.vision_mask[0]].nonzero().flatten()
     assert kept.diff().max() <= 3 / 0.3
+
+
+@pytest.mark.parametrize("mean", [0.52, 0.6, 0.9])
+@pytest.mark.parametrize("words", ["hi", "what is the price of tea?"])
+def test_dart_is_its_rule(mean, words):
+    """Pivots by the L1 norm of stock's own keys, each taking in turn the tokens least like it, one token at a time."""
+    model = pmod_model(pmod={"method": "dart", "mean": mean})
+    inputs, states = batch("llava_next", [(words, [(300, 200)])]), []
+    decoder = model.model.language_model
+    layer = decoder.layers[2]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: states.append(args[0]), with_kwargs=True)
+    _, record = captured(model, inputs)
+    vision = record.vision_mask[0].nonzero().flatten().tolist()
+    with torch.no_grad():
+        normed = layer.input_layernorm(states[0])
+        keys = layer.self_attn.k_proj(normed).view(1, normed.shape[1], -1, layer.self_attn.head_dim).transpose(1, 2)
+        cosines, sines = decoder.rotary_emb(keys, torch.arange(normed.shape[1])[None])
+        norms = apply_rotary_pos_emb(keys, keys, cosines, sines)[0][0].abs().sum(dim=(0, 2)).tolist()
+        states = normed[0].double()
+    by_norm = sorted(range(len(norms)), key=lambda place: -norms[place])
+    most = kept_tokens(len(vision), model.config.retention[2])
+    pivots = [place for place in by_norm if place in vision][: min(4, most)]
+    kept = set(pivots)
+    pivots += [place for place in by_norm if place > max(vision)][:4]
+    left = most - len(kept)
+    for turn, pivot in enumerate(pivots):
+        for _ in range(left // len(pivots) + (turn < left % len(pivots))):
+            free = [place for place in vision if place not in kept]
+            kept.add(min(free, key=lambda place: float(torch.cosine_similarity(states[pivot], states[place], dim=0))))
+    for at in (2, 3):
+        assert set(record.layers[at].kept[0].nonzero().flatten().tolist()) & set(vision) == kept
 
 
 def test_a_held_layer_starts_fewer_kernels():

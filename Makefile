@@ -71,7 +71,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Types, where they are held: see [tool.mypy] in pyproject.toml.
+# Types of the whole package.
 types: setup
 	.venv/bin/mypy
 

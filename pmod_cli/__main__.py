@@ -14,7 +14,7 @@ def run() -> int:
     return main(on_ready=_raise_again)
 
 
-def _end(number, frame) -> None:
+def _end(number: int, frame: object) -> None:
     """Nothing has been started yet that would have to be cleaned up. An exception could be lost in an import."""
     os.write(sys.stderr.fileno(), b"error: interrupted\n  run the same command again\n")
     os._exit(130)

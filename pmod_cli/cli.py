@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None, *, on_ready: Callable[[], None]
 
 def _options_of(command: Any, verb: str | None) -> dict[str, str]:
     """The options of a verb by the names that the library knows them by: those of its arguments, and recipe keys."""
-    options = {}
+    options: dict[str, str] = {}
     for parameter in getattr(command, "commands", {verb: None}).get(verb, command).params:
         flags = [flag for flag in parameter.opts if flag.startswith("--")]
         options |= {flag[2:].replace("-", "_"): flag for flag in flags}

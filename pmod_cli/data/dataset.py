@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -32,16 +32,28 @@ SLOTS = 64  # DataLoader workers that count for themselves
 
 
 class DataSettings(Protocol):
-    """The keys of a recipe's ``data`` section that are read here."""
+    """The keys of a recipe's ``data`` section that are read here; ``training.run_settings`` says what they mean."""
 
-    kind: Literal["llava", "hub"]
-    path: str
     images: str | None
-    template: str
     max_length: int | None
     video_fps: float
     video_frames: int
-    on_bad_row: Literal["error", "skip"]
+
+    @property
+    def kind(self) -> str:
+        """``llava`` or ``hub``."""
+
+    @property
+    def path(self) -> str | None:
+        """Of the file, or name of the data set."""
+
+    @property
+    def template(self) -> str:
+        """One of ``templates.TEMPLATES``, or ``auto``."""
+
+    @property
+    def on_bad_row(self) -> str:
+        """``error`` or ``skip``."""
 
 
 def build_dataset(data: DataSettings, processor: "ProcessorMixin", *, skipped: Path | None = None) -> "Rows":
@@ -57,6 +69,8 @@ def build_dataset(data: DataSettings, processor: "ProcessorMixin", *, skipped: P
     Raises:
         PmodError: missing file, folder or columns, not JSON, or a template that does not fit the tokenizer.
     """
+    if data.path is None:
+        raise PmodError(f"`data.path` is not given: expected the file or data set of data.kind {data.kind}")
     source = open_source(data.kind, data.path, data.images)
     encoder = RowEncoder(processor, data.template, data.max_length, data.video_fps, data.video_frames)
     return Rows(source, encoder, skip_bad=data.on_bad_row == "skip", skipped=skipped)

@@ -138,12 +138,13 @@ def changed_answers(
     places = sorted(random.Random(f"flips/{seed}").sample(batched, min(questions, len(batched))))
     size, model.batch_size = model.batch_size, 1
     try:
-        alone = dict(pair for batch in model.answers([requests[place] for place in places]) for pair in batch)
+        batches = model.answers([requests[place] for place in places])
+        alone = {number: one.text for batch in batches for number, one in batch if isinstance(one, Answer)}
     finally:
         model.batch_size = size
     return {
         "questions": len(places),
-        "changed": sum(alone[number].text != answers[place].text for number, place in enumerate(places)),
+        "changed": sum(alone.get(number) != answers[place].text for number, place in enumerate(places)),
         "batch_size": max((answers[place].batch for place in places), default=1),
     }
 

@@ -103,7 +103,8 @@ class Benchmark:
     def rows(self) -> int | None:
         """Questions of the whole benchmark; None where it is not known."""
         asked = [split.rows for split in self.data if not split.pictures_of]
-        return self.questions if not asked or None in asked else sum(asked)
+        known = [rows for rows in asked if rows is not None]
+        return sum(known) if asked and len(known) == len(asked) else self.questions
 
 
 BENCHMARKS: PluginRegistry[Benchmark] = PluginRegistry("benchmark", "pmod_cli.benchmarks")

@@ -75,13 +75,12 @@ def _resize_positions(embeddings: nn.Module, side: int) -> None:
 
 def _shrink(image_processor: Any, side: int, whole: int, pixels: int) -> None:
     """Resize each picture first, then cut it into tiles of `pixels`. A subclass, so that nothing else changes."""
+    stock = type(image_processor)
 
-    class Shrinking(type(image_processor)):
-        def preprocess(self, images: Any, *args: Any, **named: Any) -> Any:
-            return super().preprocess(_each(images, side, whole), *args, **named)
+    def preprocess(self: Any, images: Any, *args: Any, **named: Any) -> Any:
+        return stock.preprocess(self, _each(images, side, whole), *args, **named)
 
-    Shrinking.__name__ = type(image_processor).__name__  # what results call it
-    image_processor.__class__ = Shrinking
+    image_processor.__class__ = type(stock.__name__, (stock,), {"preprocess": preprocess})  # results say its name
     for name in ("size", "crop_size"):
         setattr(image_processor, name, _tile(getattr(image_processor, name), pixels))
     if getattr(image_processor, "image_grid_pinpoints", None):

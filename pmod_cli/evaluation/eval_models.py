@@ -271,18 +271,22 @@ class Loaded:
         Returns:
             `cost`, the mean of `MethodCost` over the prompts; with a budget `off_budget`, on how many it is not met.
         """
-        budget, config = self.budget(eval_model), self.model.config
-        own = getattr(config, "settings", None)
-        if not records or (budget is None and (own is None or (own.target_tokens, own.quota) != ("vision_all", "row"))):
+        if not records:
             return {}
-        sizes, totals = Sizes.of(config), Counter[str]()
+        budget, config = self.budget(eval_model), self.model.config
+        own: PmodSettings | None = getattr(config, "settings", None)
+        if own is not None and (own.target_tokens, own.quota) != ("vision_all", "row"):
+            own = None
+        sizes, totals = Sizes.of(config), dict[str, float]()
         prompts = Counter(
             (record["vision_tokens"], record["input_tokens"] - record["vision_tokens"]) for record in records
         )
         for (vision, text), times in prompts.items():
             settings = own if budget is None else budget.settings(vision, text)
+            if settings is None:
+                return {}
             for name, share in cost_of(sizes, settings, prompt_of(vision, text)).as_dict().items():
-                totals[name] += share * times
+                totals[name] = totals.get(name, 0.0) + share * times
         found: dict[str, Any] = {"cost": {name: total / len(records) for name, total in totals.items()}}
         if budget is not None:
             found["off_budget"] = sum(times for prompt, times in prompts.items() if not budget.is_met(*prompt))

@@ -163,8 +163,9 @@ def _questions(benchmark: Benchmark, limit: float | None) -> int | None:
     Where they come in units, such as the pairs of MME, a run asks the whole of the last one: a few more.
     """
     asked = [split.rows for split in benchmark.data if not split.pictures_of] or [benchmark.rows]
-    if None in asked:
+    known = [rows for rows in asked if rows is not None]
+    if len(known) < len(asked):
         return None
     if limit is None:
-        return sum(asked)
-    return sum(math.ceil(rows * limit) if limit < 1 else min(int(limit), rows) for rows in asked)
+        return sum(known)
+    return sum(math.ceil(rows * limit) if limit < 1 else min(int(limit), rows) for rows in known)

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 DRAWS = 1000
-UNKNOWN = (None, None)
 CHUNK = 64  # draws made at once, to bound memory on benchmarks of ten thousand questions and more
+
+Interval = tuple[float, float] | tuple[None, None]
+UNKNOWN: Interval = (None, None)
 
 Record = Mapping[str, Any]  # one answered question: `task`, `doc_id` and lmms-eval's `item`
 Sums = Callable[[Sequence[Record]], "Summands"]  # a benchmark's; `score_sums` has those of the paper
@@ -45,7 +47,7 @@ class Summands:
         """The score over all units, in lmms-eval's units."""
         return float(self.score(self.columns.sum(axis=0)))
 
-    def resampled(self, seed: int) -> np.ndarray:
+    def resampled(self, seed: int | Sequence[int]) -> np.ndarray:
         """Scores of `DRAWS` resampled sets of units, (DRAWS,). Equal seeds and strata draw equal units."""
         random = np.random.default_rng(seed)
         members = [np.flatnonzero(self.strata == stratum) for stratum in np.unique(self.strata)]
@@ -59,7 +61,7 @@ class Summands:
         return self.score(sums)
 
 
-def interval(draws: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+def interval(draws: np.ndarray) -> Interval:
     """The 95 % percentile interval of resampled scores; `UNKNOWN` where all are equal, as if no answer is right."""
     if np.ptp(draws) == 0:
         return UNKNOWN
@@ -145,21 +147,28 @@ def difference(
     pairs = [(mine[name], theirs[name]) for name in common]
     changed = [_changed(a, b) for a, b in pairs if a["answer"] != b["answer"]]
     prompts = sum(a.get("prompt") != b.get("prompt") for a, b in pairs)
-    parts = [summands([pair[side] for pair in pairs], sums) for side in (0, 1)]
+    left, right = (summands([pair[side] for pair in pairs], sums) for side in (0, 1))
     everything = len(common) == len(mine) == len(theirs)
     if everything:
         points = scores[0] - scores[1]
-    elif None not in parts:
-        points = scale * (parts[0].value() - parts[1].value())
+    elif left is not None and right is not None:
+        points = scale * (left.value() - right.value())
     else:
         points = None
-    known = None not in parts and parts[0].units == parts[1].units and points is not None
-    if known and everything:  # summands that do not make up lmms-eval's own score are not those of this benchmark
-        known = all(makes_up(part.value() * scale, score, scale) for part, score in zip(parts, scores, strict=True))
-    if not known:
-        return Difference(points, *UNKNOWN, len(common), prompts, changed)
-    draws = scale * (parts[0].resampled(seed) - parts[1].resampled(seed))
-    return Difference(points, *interval(draws), len(common), prompts, changed, draws)
+    draws, (low, high) = None, UNKNOWN
+    # Summands that do not make up lmms-eval's own score are not those of this benchmark.
+    if (
+        left is not None
+        and right is not None
+        and left.units == right.units
+        and (
+            not everything
+            or all(makes_up(part.value() * scale, own, scale) for part, own in zip((left, right), scores, strict=True))
+        )
+    ):
+        draws = scale * (left.resampled(seed) - right.resampled(seed))
+        low, high = interval(draws)
+    return Difference(points, low, high, len(common), prompts, changed, draws)
 
 
 def makes_up(value: float, score: float, scale: float) -> bool:

@@ -88,7 +88,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
     looks = _looks(names, results)
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(3.4 * (2 + timed) + 0.4, 2.5 * len(shown) + 0.8), layout="constrained")
-        grid = drawn.subplots(len(shown), 2 + timed, squeeze=False)
+        grid: list[list[Axes]] = drawn.subplots(len(shown), 2 + timed, squeeze=False).tolist()
         for (part, own), row in zip(shown, grid, strict=True):
             for axes, cost in zip(row[::2], ("flops", "seconds"), strict=False):
                 _scores(axes, own, looks, cost)
@@ -132,7 +132,8 @@ def _seconds(entry: Mapping[str, Any]) -> float | None:
 
 def _looks(names: Sequence[str], results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and line of each curve: black what runs under no method, grey random."""
-    looks, methods = {}, 0
+    looks: dict[str, tuple[str, str, str]] = {}
+    methods = 0
     for name in sorted(names, key=lambda name: (name not in results["models"], name != "random")):
         if name in results["models"]:
             looks[name] = (STOCK, "*d<>"[len(looks) % 4], "")

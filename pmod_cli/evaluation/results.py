@@ -12,7 +12,16 @@ import numpy as np
 from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, KINDS, Benchmark, groups, sums_of
-from pmod_cli.evaluation.intervals import UNKNOWN, Difference, Record, difference, interval, makes_up, summands
+from pmod_cli.evaluation.intervals import (
+    UNKNOWN,
+    Difference,
+    Interval,
+    Record,
+    difference,
+    interval,
+    makes_up,
+    summands,
+)
 from pmod_cli.evaluation.stored import SCHEMA_VERSION, read_records, read_run
 
 AVERAGED = ("general", "text-rich")  # the groups that the paper averages
@@ -133,10 +142,9 @@ class Report:
         weights = {benchmark.name: benchmark.weight for benchmark in members}
         scores, differences, missing = {}, {}, {}
         for label, model in self.models.items():
-            entries = {name: self.entries[name].get(label) for name in names}
-            lacking = [name for name, entry in entries.items() if entry is None or entry["score"] is None]
-            if lacking:
-                missing[label] = lacking
+            entries = self._scored(names, label)
+            if len(entries) < len(names):
+                missing[label] = [name for name in names if name not in entries]
                 continue
             score = _mean(weights[name] * entry["score"] for name, entry in entries.items())
             low, high = self._interval_of_mean({name: self._draws.get((name, label)) for name in names}, weights)
@@ -147,11 +155,9 @@ class Report:
                 "limited": any(entry["limited"] for entry in entries.values()),
                 "paper": _beside_paper(score, group, model),
             }
-            apart = {name: self.differences[name].get(label) for name in names}
-            if all(found is not None and found.points is not None for found in apart.values()):
-                low, high = self._interval_of_mean({name: found.draws for name, found in apart.items()}, weights)
-                points = _mean(weights[name] * found.points for name, found in apart.items())
-                differences[label] = {"difference": points, "low": low, "high": high}
+            apart = self._mean_difference({name: self.differences[name].get(label) for name in names}, weights)
+            if apart is not None:
+                differences[label] = apart
         return {
             "group": group,
             "tasks": names,
@@ -163,10 +169,11 @@ class Report:
     def _kind(self, kind: str) -> dict[str, Any]:
         """Means over the benchmarks of a kind that were asked, for the models that have all their scores."""
         members = [benchmark for benchmark in self.benchmarks if benchmark.kind == kind]
-        weights, scores = {benchmark.name: benchmark.weight for benchmark in members}, {}
+        weights = {benchmark.name: benchmark.weight for benchmark in members}
+        scores: dict[str, dict[str, Any]] = {}
         for label in self.models:
-            entries = {name: self.entries[name].get(label) for name in weights}
-            if any(entry is None or entry["score"] is None for entry in entries.values()):
+            entries = self._scored(weights, label)
+            if len(entries) < len(weights):
                 continue
             low, high = self._interval_of_mean({name: self._draws.get((name, label)) for name in weights}, weights)
             scores[label] = {
@@ -176,20 +183,31 @@ class Report:
                 "questions": sum(entry["questions"] for entry in entries.values()),
                 "generate_seconds": sum(entry.get("generate_seconds") or 0.0 for entry in entries.values()),
             }
-            gains = {name: gain for name in weights if (gain := self._gains.get((name, label))) is not None}
-            if len(gains) == len(weights) and all(gain.points is not None for gain in gains.values()):
-                low, high = self._interval_of_mean({name: gain.draws for name, gain in gains.items()}, weights)
-                points = _mean(weights[name] * gain.points for name, gain in gains.items())
-                scores[label]["over_random"] = {"difference": points, "low": low, "high": high}
+            gain = self._mean_difference({name: self._gains.get((name, label)) for name in weights}, weights)
+            if gain is not None:
+                scores[label]["over_random"] = gain
         return {"title": kind, "tasks": list(weights), "scores": scores}
 
-    def _interval_of_mean(
-        self, draws: Mapping[str, np.ndarray | None], weights: Mapping[str, float]
-    ) -> tuple[float, float] | tuple[None, None]:
+    def _scored(self, names: Iterable[str], label: str) -> dict[str, dict[str, Any]]:
+        """A model's entries of those of the benchmarks that have a score."""
+        found = ((name, self.entries[name].get(label)) for name in names)
+        return {name: entry for name, entry in found if entry is not None and entry["score"] is not None}
+
+    def _mean_difference(
+        self, found: Mapping[str, Difference | None], weights: Mapping[str, float]
+    ) -> dict[str, float | None] | None:
+        """The mean of differences and its interval; None where one of them is not known."""
+        known = {name: one for name, one in found.items() if one is not None}
+        points = [weights[name] * one.points for name, one in known.items() if one.points is not None]
+        if len(points) < len(found):
+            return None
+        low, high = self._interval_of_mean({name: one.draws for name, one in known.items()}, weights)
+        return {"difference": _mean(points), "low": low, "high": high}
+
+    def _interval_of_mean(self, draws: Mapping[str, np.ndarray | None], weights: Mapping[str, float]) -> Interval:
         """Benchmarks are drawn independently of each other; without the draws of one there is no interval."""
-        if any(drawn is None for drawn in draws.values()):
-            return UNKNOWN
-        return interval(np.mean([weights[name] * drawn for name, drawn in draws.items()], axis=0))
+        known = [weights[name] * drawn for name, drawn in draws.items() if drawn is not None]
+        return interval(np.mean(known, axis=0)) if len(known) == len(draws) else UNKNOWN
 
 
 def _mean(values: Iterable[float]) -> float:

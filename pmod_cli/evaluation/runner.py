@@ -150,7 +150,8 @@ def _outcome(
     except Exception as cause:
         error = one_line(cause)
         write_traceback(cause, log)
-    if errors := [other for other in processes.gather(error) if other is not None]:
+    errors = [other for other in processes.gather(error) if other is not None]
+    if opened is None or errors:
         return failed(errors[0])
     asked = ask(model, opened, by, journal, processes, log=log, on_progress=on_progress)
     if asked.error is not None:

@@ -188,13 +188,17 @@ def answer_columns(listed: list[Row]) -> Columns:
     columns = {
         **NAMES,
         "asked": _asked,
-        **{heading: (lambda row, kind=kind: _count(row[kind])) for kind, heading in shown.items()},
+        **{heading: _counted(kind) for kind, heading in shown.items()},
         "seconds": lambda row: _decimal(row["seconds"]),
         "tok/s": lambda row: _decimal(row["tokens_per_second"]),
         "MiB": lambda row: _count(row["peak_memory_mib"]),
         "kept": _kept,
     }
     return columns
+
+
+def _counted(kind: str) -> Callable[[Row], str]:
+    return lambda row: _count(row[kind])
 
 
 def _table(listed: list[Row], columns: Columns) -> Table:
@@ -255,7 +259,7 @@ def _asked(row: Row) -> str:
 
 
 def _half(low: float | None, high: float | None) -> str:
-    return "" if low is None else f" ± {(high - low) / 2:.1f}"
+    return "" if low is None or high is None else f" ± {(high - low) / 2:.1f}"
 
 
 def _decimal(value: float | None) -> str:

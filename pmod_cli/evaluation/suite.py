@@ -96,8 +96,9 @@ def _judge_key() -> str:
 
 def _judged(benchmark: Benchmark) -> Benchmark:
     """A benchmark with its judge, where it has one and there is a key for it; else as it is."""
-    has_key = benchmark.judged_task and os.environ.get(_judge_key())
-    return replace(benchmark, task=benchmark.judged_task) if has_key else benchmark
+    if benchmark.judged_task is None or not os.environ.get(_judge_key()):
+        return benchmark
+    return replace(benchmark, task=benchmark.judged_task)
 
 
 def _require_judge(name: str, task: str) -> None:
@@ -119,6 +120,7 @@ def _unknown(name: str) -> str:
 def _lmms_eval_folder() -> Path:
     spec = find_spec("lmms_eval")
     assert spec is not None, "the command checks for the [eval] extra first"
+    assert spec.submodule_search_locations is not None, "it is a package"
     return Path(spec.submodule_search_locations[0])
 
 

@@ -78,7 +78,7 @@ def _version() -> str:
     """Changes with the code that draws the documents, so that old questions are never scored as new ones."""
     digest = hashlib.sha256(f"{LAYOUT}".encode())
     for module in (documents, glyphs):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:12]
 
 

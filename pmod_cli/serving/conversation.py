@@ -81,7 +81,7 @@ class Conversation:
         prompt = conversation_prompt(self._answerer, [*self._messages, turn], [*self._images, *images])
         limit = check_length(self._answerer, prompt, sampling)
         row = Row(prompt, Sampling(limit, sampling.temperature, sampling.top_p, sampling.seed))
-        reused = self._begin(row, new_images=bool(images))
+        batch, reused = self._begin(row, new_images=bool(images))
         first, text, answer = time.perf_counter(), TextStream(tokenizer), ""
         while True:
             last = row.ids[-1] in self._answerer.end_ids
@@ -93,30 +93,35 @@ class Conversation:
                 yield piece
             if row.finished:
                 break
-            self._batch.step()
+            batch.step()
         seconds = time.perf_counter() - first
         self._cached = prompt.inputs["input_ids"].tolist() + row.ids[:-1]
         self._messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         self._images += images
-        self.finished, self.stats = row.finished, self._measure(row, reused, first - started, seconds)
+        self.finished, self.stats = row.finished, self._measure(batch, row, reused, first - started, seconds)
 
-    def _begin(self, row: Row, *, new_images: bool) -> int:
-        """Processes the prompt up to the first token of the answer; returns how many tokens were in the cache."""
+    def _begin(self, row: Row, *, new_images: bool) -> tuple[Batch, int]:
+        """Processes the prompt up to the first token of the answer; also says how many tokens were in the cache."""
         ids, cached, self._cached = row.prompt.inputs["input_ids"].tolist(), self._cached, []
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], cached, strict=False)))
-        if cached and not new_images and (self._keep_cache or not looks_ahead(self._answerer.model)):
+        if (
+            self._batch is not None
+            and cached
+            and not new_images
+            and (self._keep_cache or not looks_ahead(self._answerer.model))
+        ):
             try:
                 self._batch.extend(row, ids[same:], without=len(cached) - same)
             except ValueError:  # the template writes earlier turns in another way, from the picture on
                 pass
             else:
-                return same
+                return self._batch, same
         self._batch = None  # its memory is free before the next prefill
         self._batch = self._answerer.prefill([row])
-        return 0
+        return self._batch, 0
 
-    def _measure(self, row: Row, reused: int, first: float, seconds: float) -> AnswerStats:
-        ids, layers = row.prompt.inputs["input_ids"], self._batch.cache.layers
+    def _measure(self, batch: Batch, row: Row, reused: int, first: float, seconds: float) -> AnswerStats:
+        ids, layers = row.prompt.inputs["input_ids"], batch.cache.layers
         vision = int(sum((ids == token).sum() for token in vision_ids(self._answerer.model.config)))
         words = len(ids) + len(row.ids) - 1 - vision
         more = len(row.ids) - 1

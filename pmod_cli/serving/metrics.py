@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -14,7 +18,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
 
-        def of(kind: type, name: str, about: str, **more) -> object:
+        def of(kind: type[Metric], name: str, about: str, **more: Any) -> Metric:
             return kind(f"pmod_{name}", about, registry=self._registry, **more)
 
         self.requests = of(

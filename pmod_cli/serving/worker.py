@@ -100,7 +100,7 @@ class Worker:
             for group in _alike(self._take()):
                 self._admit(group)
             if self._batch is not None:
-                self._step()
+                self._step(self._batch)
 
     def _room(self) -> int:
         return self._max_batch - len(self._of)
@@ -146,41 +146,41 @@ class Worker:
             self._of[row] = ticket, TextStream(self._answerer.processor.tokenizer, ticket.stop)
             self._metrics.prompt_tokens.inc(ticket.prompt.length)
             self._metrics.first_token.observe(time.perf_counter() - ticket.came)
-        self._deliver(rows)
+        self._deliver(self._batch, rows)
 
-    def _step(self) -> None:
+    def _step(self, batch: Batch) -> None:
         """Gives every row a token."""
         try:
-            self._batch.step()
+            batch.step()
         except Exception as error:
             self._fail_all(error)
             return
-        self._metrics.step_rows.observe(len(self._batch.rows))
-        self._deliver(self._batch.rows)
+        self._metrics.step_rows.observe(len(batch.rows))
+        self._deliver(batch, batch.rows)
 
-    def _deliver(self, rows: Sequence[Row]) -> None:
+    def _deliver(self, batch: Batch, rows: Sequence[Row]) -> None:
         """Lets rows go that are done, and hands out what the newest tokens say."""
         said = []
         for row in rows:
             ticket, text = self._of[row]
-            piece = "" if row.ids[-1] in self._answerer.end_ids else text.add(row.ids[-1])
+            more = "" if row.ids[-1] in self._answerer.end_ids else text.add(row.ids[-1])
             if text.stopped:
                 row.finished = "stop"
             if ticket.left:
                 row.finished = "left"
             elif row.finished:
-                said.append((ticket, Piece(piece + text.end(), row.finished, len(row.ids))))
-            elif piece:
-                said.append((ticket, Piece(piece)))
+                said.append((ticket, Piece(more + text.end(), row.finished, len(row.ids))))
+            elif more:
+                said.append((ticket, Piece(more)))
         self._metrics.new_tokens.inc(len(rows))
-        for row in self._batch.drop_finished():
+        for row in batch.drop_finished():
             ticket, _ = self._of.pop(row)
             self._metrics.duration.observe(time.perf_counter() - ticket.came)
-        if not self._batch.rows:
+        if not batch.rows:
             self._batch = None
         self._count()
-        for ticket, piece in said:
-            ticket.deliver(piece)
+        for ticket, news in said:
+            ticket.deliver(news)
 
     def _count(self) -> None:
         layers = [] if self._batch is None else self._batch.cache.layers

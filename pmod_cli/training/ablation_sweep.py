@@ -22,7 +22,7 @@ from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import flatten, load_settings
-from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.run_settings import Settings, needed
 
 CELLS = "cells"
 REFERENCE = "p-mod"  # the recipe that the others of a group change in one thing
@@ -225,7 +225,8 @@ def _mean_retention(settings: Settings) -> float:
 
     if settings.pmod.enabled is False:
         return 1.0
-    config = json.loads((resolve(settings.model.name).path / "config.json").read_text(encoding="utf-8"))
+    source = resolve(needed(settings.model.name, "model.name")).path
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     ratios = PmodSettings.from_dict(settings.pmod.given).retention(config["text_config"]["num_hidden_layers"])
     return sum(ratios) / len(ratios)
 

@@ -43,7 +43,7 @@ def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | 
             model,
             LoraConfig(
                 r=lora.rank,
-                lora_alpha=lora.alpha,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, only ever divided
                 lora_dropout=lora.dropout,
                 target_modules=rf".*\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})",
                 modules_to_save=[

@@ -99,7 +99,8 @@ class _Moments:
     """Sums over tokens that a ridge regression needs, in float64."""
 
     def __init__(self) -> None:
-        self.count, self.sum, self.outer = 0, 0.0, 0.0
+        self.count = 0
+        self.sum = self.outer = torch.zeros((), dtype=torch.float64)
 
     def add(self, stream: Tensor, target: Tensor) -> None:
         """`(T, D)` and `(T,)`."""

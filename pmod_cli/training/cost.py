@@ -179,7 +179,7 @@ def remedies(
     single = [
         first((changes, processes) for changes in _smaller_batches(settings)),
         checkpointing and tried(checkpointing, processes),
-        first(({"train.engine": SHARING}, devices) for devices in _fleets(processes)),
+        first(({"train.engine": SHARING}, devices) for devices in _device_counts(processes)),
         adapters and tried(adapters, processes),
         four_bits and tried(four_bits, processes),
     ]
@@ -190,7 +190,7 @@ def remedies(
     combined = [
         tried(together, processes),
         adapters and tried(together | adapters, processes),
-        first((together | {"train.engine": SHARING}, devices) for devices in _fleets(processes)),
+        first((together | {"train.engine": SHARING}, devices) for devices in _device_counts(processes)),
         four_bits and tried(together | four_bits, processes),
     ]
     return [remedy for remedy in combined if remedy]
@@ -208,7 +208,7 @@ def _smaller_batches(settings: Settings) -> Iterator[dict[str, Any]]:
         factor *= 2
 
 
-def _fleets(processes: int) -> Iterator[int]:
+def _device_counts(processes: int) -> Iterator[int]:
     devices = max(processes, 2)
     while devices <= max(MOST_DEVICES, processes):
         yield devices

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pmod_cli.families.configs import known_family
 from pmod_cli.training.run_settings import PARTS, TrainArgs
@@ -64,7 +64,7 @@ def repeat_in_backward(model: PreTrainedModel, frozen: Iterable[str]) -> None:
         tower.activation_checkpointing_enable()
 
 
-def _used_tower_layers(config) -> int | None:
+def _used_tower_layers(config: PretrainedConfig) -> int | None:
     """How many layers of the tower lead to the features; None: all of it."""
     if not known_family(config).tiled:
         return None
@@ -83,7 +83,7 @@ def _above(name: str, used: int | None) -> bool:
 
 def count(model: "nn.Module") -> dict[str, PartCount]:
     """Parameters of each part that the model has."""
-    counted = {}
+    counted: dict[str, PartCount] = {}
     for name, parameter in model.named_parameters():
         part = counted.setdefault(part_of(name), PartCount())
         # A 4-bit weight holds two numbers in a byte; DeepSpeed ZeRO-3 leaves an empty one and notes its size.
@@ -102,10 +102,11 @@ def parameter_groups(model: "nn.Module", train: TrainArgs, decayed: Iterable[str
         train: gives the learning rate of each part and the weight decay.
         decayed: names of the parameters that weight decay applies to.
     """
-    decayed, groups = set(decayed), {}
+    decays = set(decayed)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), name in decayed), []).append(parameter)
+            groups.setdefault((part_of(name), name in decays), []).append(parameter)
     return [
         {"params": groups[key], "part": key[0], "lr": train.rate(key[0]), "weight_decay": train.weight_decay * key[1]}
         for key in sorted(groups)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, ProcessorMixin
 
 from pmod_cli.checkpoints import load_processor, resolve
 from pmod_cli.core.errors import PmodError
@@ -22,7 +22,7 @@ from pmod_cli.training.cost import Disk, Remedy, disk_of, remedies, row_of, setu
 from pmod_cli.training.parts import PartCount, count, freeze
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.run_data import SyntheticDocuments
-from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.run_settings import Settings, needed
 
 SAMPLE = 16  # synthetic rows drawn to estimate the tokens of a row
 TEXT_TOKENS = 200  # of a row that nobody has seen
@@ -185,17 +185,21 @@ def plan(
     if found.cost.fits is not False:
         return found
     own = pmod if routed else stock
-    ways = remedies(settings, processes, lambda *changed: memory(*changed, own).total, room, on_gpu)
-    return replace(found, remedies=ways)
+
+    def peak(changed: Settings, devices: int) -> int:
+        return memory(changed, devices, own).total
+
+    return replace(found, remedies=remedies(settings, processes, peak, room, on_gpu))
 
 
 def model_of(settings: Settings) -> tuple[Subject, bool, str]:
     """The two configurations of the model, whether the run would route it, and what it is called."""
     model = settings.model
-    name = model.name
-    if model.llm is not None:
+    if model.llm is None:
+        name = shown = needed(model.name, "model.name")
+    else:
         name = "llava-1.5-7b" if model.kind == LLAVA.name else "llava-next-7b"
-    shown = name if model.llm is None else f"{model.llm} and others, taken to have the sizes of {name}"
+        shown = f"{model.llm} and others, taken to have the sizes of {name}"
     subject = load_subject(name, settings.pmod.given)
     asked = settings.pmod.enabled or bool(settings.pmod.given) or _holds_routers(name)
     return subject, settings.pmod.enabled is not False and asked, shown
@@ -244,7 +248,7 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
     return DataShape(rows, tokens, max(tokens, data.max_length or 0), min(vision, tokens), said)
 
 
-def _sampled(settings: Settings, processor, per_step: int) -> DataShape:
+def _sampled(settings: Settings, processor: ProcessorMixin, per_step: int) -> DataShape:
     """From a few rows."""
     data = settings.data
     if data.kind == "synthetic":

@@ -14,7 +14,7 @@ from pmod_cli.core.hardware import require_attention, require_device
 from pmod_cli.profiling.count.training import LORA_TARGETS
 from pmod_cli.training import folder
 from pmod_cli.training.launch import Distributed
-from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.run_settings import Settings, needed
 from pmod_cli.training.start import check_start
 
 
@@ -143,7 +143,7 @@ def _data(run: Intent) -> None:
     data = run.settings.data
     if data.kind != "llava":
         return
-    path = Path(data.path).expanduser()
+    path = Path(needed(data.path, "data.path")).expanduser()
     if not path.is_file():
         raise PmodError(f"data.path: there is no file {path}", hint="`data.path=FILE`")
     if data.images is not None and not Path(data.images).expanduser().is_dir():

@@ -161,7 +161,7 @@ def _override(text: str) -> Entry:
 def _assign(settings: Settings, entry: Entry) -> None:
     """Put one entry in its place; ValueError if there is none or the value does not fit."""
     *groups, name = entry.key.split(".")
-    target = settings
+    target: Any = settings
     for group in groups:
         target = getattr(target, group, None)
     known = {field.name: field for field in fields(target)} if is_dataclass(target) else {}

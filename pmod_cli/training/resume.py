@@ -18,7 +18,7 @@ from pmod_cli.checkpoints.digests import file_sha256, weights_sha256
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
-from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.run_settings import Settings, needed
 
 FILES = "files.json"  # in a training checkpoint
 SOURCE = "source.json"  # beside the training checkpoints, and in an adapter's folder
@@ -70,7 +70,7 @@ def newest_whole(state: Path) -> tuple[Path | None, dict[Path, str]]:
     Raises:
         PmodError: there are training checkpoints, and none is whole.
     """
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for checkpoint in checkpoints(state):
         if (lack := fault(checkpoint)) is None:
             return checkpoint, damaged
@@ -93,6 +93,8 @@ def set_damaged_aside(state: Path) -> list[str]:
         PmodError: as ``newest_whole``.
     """
     whole, damaged = newest_whole(state)
+    if whole is None:
+        return []
     said = []
     for path, lack in damaged.items():
         aside, count = path.with_name(path.name.replace(PREFIX_CHECKPOINT_DIR, DAMAGED)), 1
@@ -108,9 +110,10 @@ def source_digests(settings: Settings) -> dict[str, str]:
     """By setting, the digest of the weights that a run begins with."""
     model = settings.model
     if model.llm is None:
-        return {"model.name": weights_sha256(resolve(model.name).path)}
+        return {"model.name": weights_sha256(resolve(needed(model.name, "model.name")).path)}
     found = {"model.llm": weights_sha256(resolve(model.llm).path)}
-    found["model.vision_tower"] = weights_sha256(resolve(model.vision_tower).path)
+    tower = needed(model.vision_tower, "model.vision_tower")
+    found["model.vision_tower"] = weights_sha256(resolve(tower).path)
     if model.projector is not None and Path(model.projector).expanduser().is_file():
         found["model.projector"] = file_sha256(Path(model.projector).expanduser())
     return found

@@ -89,9 +89,9 @@ def _run(
             if on_open is not None:
                 on_open()
             if not folder.is_finished(out, settings):
-                notes = [*set_damaged_aside(out / folder.STATE), hold_source(settings, out / folder.STATE)]
-                for note in filter(None, notes if on_note is not None else ()):
-                    on_note(note)
+                for note in (*set_damaged_aside(out / folder.STATE), hold_source(settings, out / folder.STATE)):
+                    if note is not None and on_note is not None:
+                        on_note(note)
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
         data = open_data(settings, load_processor(source), out)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())

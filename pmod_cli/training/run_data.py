@@ -115,7 +115,7 @@ def check_all(settings: Settings) -> DataReport:
 
 def _images(settings: Settings) -> int:
     """Different images of the run: as many as it was told, else as it uses."""
-    return settings.data.rows or settings.train.max_steps * settings.rows_per_step(processes())
+    return settings.data.rows or (settings.train.max_steps or 0) * settings.rows_per_step(processes())
 
 
 class SyntheticDocuments(Dataset):

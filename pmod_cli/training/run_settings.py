@@ -6,20 +6,32 @@ from dataclasses import dataclass, field, fields
 from math import ceil
 from typing import Any, Literal
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import SCHEDULES, SELECTIONS
 from pmod_cli.profiling.count.training import PARTS
 
 
-def at_least(minimum: float, default: float | None):
+def at_least(minimum: float, default: float | None) -> Any:
     """A number field that may not be below ``minimum``."""
     return field(default=default, metadata={"min": minimum})
 
 
-def one_of(names: Iterable[str], default: str | None):
+def one_of(names: Iterable[str], default: str | None) -> Any:
     """A string field that is one of ``names``, which are read when a value is given."""
     return field(default=default, metadata={"names": names})
+
+
+def needed(value: str | None, key: str) -> str:
+    """The value of a setting that this kind of run cannot do without.
+
+    Raises:
+        PmodError: it is null.
+    """
+    if value is None:
+        raise PmodError(f"`{key}` is not given, and this run needs it", hint="pmod finetune --print-config")
+    return value
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import PmodSettings
-from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.run_settings import Settings, needed
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -32,7 +32,7 @@ def source_of(settings: Settings) -> tuple[Path, bool]:
     model, routed = settings.model, is_routed(settings)
     if model.llm is not None:
         return resolve(model.llm).path, True
-    source = resolve(model.name).path
+    source = resolve(needed(model.name, "model.name")).path
     stock = router_state(source) == "stock"
     if settings.pmod.enabled is False and not stock:
         raise PmodError(
@@ -112,7 +112,7 @@ def _options(settings: Settings, source: Path, converted: Path) -> Options:
     model, options = settings.model, Options(to="pmod" if is_routed(settings) else "stock")
     if model.llm is None:
         return options
-    tower = resolve(model.vision_tower).path
+    tower = resolve(needed(model.vision_tower, "model.vision_tower")).path
     projector = _projector(settings, source, tower, converted.with_name("projector.safetensors"))
     return replace(options, vision_tower=str(tower), projector=projector, anyres=model.kind == LLAVA_NEXT.name)
 

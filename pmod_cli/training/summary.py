@@ -44,7 +44,9 @@ class Summary:
     utilization: float | None = None
 
     @classmethod
-    def of(cls, settings: Settings, config: PretrainedConfig, state: TrainerState, seconds: float, device: str):
+    def of(
+        cls, settings: Settings, config: PretrainedConfig, state: TrainerState, seconds: float, device: str
+    ) -> "Summary":
         """From the state of a run, the configuration of its model, and the seconds it took."""
         lines, count = state.log_history, processes()
         vision = sum(line.get("vision_tokens", 0.0) for line in lines)
@@ -165,8 +167,7 @@ def card(settings: Settings, report: FinetuneReport) -> str:
     start = Path(model.name).name if model.name else f"{model.llm} + {model.vision_tower} + {model.projector or 'new'}"
     kind = "p-MoD" if "router" in report.parameters else "stock LLaVA"
     trained = ", ".join(part.replace("_", " ") for part, numbers in report.parameters.items() if numbers.trained)
-    source = "synthetic documents (pmod_cli.data.documents)" if data.kind == "synthetic" else Path(data.path).name
-    share = "" if summary.utilization is None else f" ({summary.utilization:.1%} of peak)"
+    source = "synthetic documents (pmod_cli.data.documents)" if data.path is None else Path(data.path).name
     rows = [
         ("kind", kind),
         ("started from", start),
@@ -176,12 +177,16 @@ def card(settings: Settings, report: FinetuneReport) -> str:
         ("steps", f"{report.step:,}"),
         ("tokens", f"{report.tokens:,}"),
         ("last loss", "" if report.loss is None else f"{report.loss:.4f}"),
-        ("device", f"{summary.processes} x {summary.device}"),
-        ("device hours", f"{summary.device_hours:.3g}"),
-        ("tokens a second", f"{summary.tokens_per_second:,.0f}"),
-        ("TFLOPs a second", f"{summary.tflops_per_second:.3g}{share}"),
-        ("peak memory", memory_size(summary.peak_memory_gib * GIB)),
     ]
+    if summary is not None:
+        share = "" if summary.utilization is None else f" ({summary.utilization:.1%} of peak)"
+        rows += [
+            ("device", f"{summary.processes} x {summary.device}"),
+            ("device hours", f"{summary.device_hours:.3g}"),
+            ("tokens a second", f"{summary.tokens_per_second:,.0f}"),
+            ("TFLOPs a second", f"{summary.tflops_per_second:.3g}{share}"),
+            ("peak memory", memory_size(summary.peak_memory_gib * GIB)),
+        ]
     parts = [
         f"# {report.path.name}",
         f"A {kind} model, fine-tuned with `pmod finetune`.",

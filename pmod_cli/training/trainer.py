@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn, zeros
 from torch import tensor as as_tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
@@ -82,12 +83,14 @@ class PmodTrainer(Trainer):
         others: what ``Trainer`` takes; ``data_collator`` is a ``Counting`` one.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         *,
         train: TrainArgs,
         watch: Watch,
-        sampler: torch.utils.data.Sampler | None = None,
+        sampler: Sampler | None = None,
         logs_to: Path | None = None,
         **others: Any,
     ) -> None:
@@ -113,17 +116,27 @@ class PmodTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(
+        self, train_dataset: torch.utils.data.Dataset | None = None
+    ) -> torch.utils.data.Sampler | None:
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
         """One forward and backward pass; nothing in it waits for the device."""
         self.watch.count(inputs.pop(COUNTS))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.watch.add_loss(loss)
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """The model's loss, without KV cache and without attention mask.
 
         The collator pads on the right, where a causal decoder never looks, and without a mask its attention kernel
@@ -142,7 +155,7 @@ class PmodTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the watch knows to what Trainer logs."""
-        if "loss" in logs:
+        if "loss" in logs and self.optimizer is not None:
             del logs["learning_rate"]
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
                 logs[f"{group['part']}_learning_rate"] = rate

@@ -8,13 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.model import kept_tokens
+from pmod_cli.model.routing import Routing
 from pmod_cli.training.run_data import Counts
 
 
@@ -44,7 +54,7 @@ class RouterStatistics:
     def __init__(self) -> None:
         self.sums: dict[int, Tensor] = {}
 
-    def add(self, layer: int, routing, gathered, weight: Tensor | None, logit: Tensor | None) -> None:
+    def add(self, layer: int, routing: Routing, gathered: Tensor, weight: Tensor | None, logit: Tensor | None) -> None:
         """Called by a routed layer while it runs, and again where checkpointing repeats it; None: it has no router."""
         if weight is None:
             return
@@ -79,6 +89,7 @@ class Watch(TrainerCallback):
         self.tokens = 0  # trained on by all processes since the start of this one
         self._loss: Tensor | float = 0.0
         self._local = [0.0, 0.0, 0.0]  # tokens, vision tokens, kept ones, of this process and step
+        self._since = 0.0  # when the last line of the log was written
         self._interval = [0.0, 0.0, 0.0]  # the same since the last line of the log, of all processes
 
     def attach(self, trainer: Trainer, llava: PreTrainedModel) -> None:
@@ -120,20 +131,22 @@ class Watch(TrainerCallback):
         """Seconds of training, in this and earlier processes."""
         return self._before + perf_counter() - self.started
 
-    def on_train_begin(self, args, state, control, **_) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
         self.started = self._since = perf_counter()
         self.first = state.global_step
         # Of earlier processes, up to the checkpoint that this one goes on from.
         self._before = max((line.get("elapsed_seconds", 0.0) for line in state.log_history), default=0.0)
 
-    def on_step_begin(self, args, state, control, **_) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before a step that is logged, watch the routers."""
         if self.retention is not None and (state.global_step + 1) % args.logging_steps == 0:
             self.statistics = RouterStatistics()
             self.decoder.selection_recorder = self.statistics
 
-    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Tell the other processes, and hear from them.
 
         Raises:
@@ -160,7 +173,7 @@ class Watch(TrainerCallback):
                 code=RUN_FAILED,
             )
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report the step, and stop where that was asked."""
         if self.on_step is not None and state.is_world_process_zero:
             self.on_step(Step(state.global_step, state.max_steps, self.last_loss, self._seconds_left(state)))
@@ -170,7 +183,7 @@ class Watch(TrainerCallback):
         if control.should_training_stop:
             control.should_log = True  # the last loss, whatever the interval
 
-    def _seconds_left(self, state) -> float:
+    def _seconds_left(self, state: TrainerState) -> float:
         pace = (perf_counter() - self.started) / max(state.global_step - self.first, 1)
         return pace * (state.max_steps - state.global_step)
 
@@ -181,7 +194,7 @@ class Watch(TrainerCallback):
         A launcher passes on what the terminal has sent already: what comes within two seconds is the same request.
         """
 
-        def ask(number, frame):
+        def ask(number: int, frame: FrameType | None) -> None:
             if self.asked is not None and perf_counter() - self.asked > 2:
                 raise KeyboardInterrupt
             self.asked = self.asked or perf_counter()

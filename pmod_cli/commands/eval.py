@@ -30,6 +30,7 @@ pmod eval --tasks tiny --against fastv,pyramiddrop@0.4 --limit 200
 pmod eval --tasks tiny --methods all --budgets 0.4,0.54 --limit 200
 pmod eval --tasks text-rich --batch-size 16 --dtype bf16 --json > scores.json
 pmod eval --compare runs/eval-a runs/eval-b --format markdown
+pmod eval --compare runs/eval-a runs/eval-b -o compared
 pmod eval --list
 """
 AUTO_ROWS = {"cpu": 8, "gpu": 64}  # what --batch-size auto begins with
@@ -123,7 +124,8 @@ def eval(
             "--out",
             "-o",
             metavar="DIR",
-            help="Folder of the run. (default: ./runs/eval-<model>-<digest of models, tasks and settings>)",
+            help="Folder of the run, or of the tables and figure of --compare, which else are only shown. "
+            "(default: ./runs/eval-<model>-<digest of models, tasks and settings>)",
             show_default=False,
         ),
     ] = None,
@@ -178,7 +180,7 @@ def eval(
         raise PmodError(f"unexpected: {runs[0]}", hint="pmod eval --compare RUN RUN sets finished runs side by side")
     require("eval", "lmms_eval", "datasets", "accelerate")
     if compare:
-        _compare(runs or [], seed, shown_as)
+        _compare(runs or [], seed, shown_as, out, overwrite)
         return
     if fetch_data is not None:
         _fetch(suite.resolve(fetch_data.split(",")), data_root, as_json)
@@ -307,12 +309,17 @@ def _pick_dtype(dtype: str, device: str) -> str:
     return "float32"
 
 
-def _compare(runs: list[Path], seed: int, shown_as: str) -> None:
+def _compare(runs: list[Path], seed: int, shown_as: str, out: Path | None, overwrite: bool) -> None:
     from pmod_cli.evaluation.results import compare
 
     results = compare(runs, seed=seed)
     for sentence in results["unequal"]:
         output.warn(sentence)
+    if out is not None:
+        from pmod_cli.evaluation.results_folder import write_comparison
+
+        write_comparison(results, out, runs, overwrite=overwrite)
+        results = {"folder": str(out), **results}
     show_results(results, shown_as)
 
 

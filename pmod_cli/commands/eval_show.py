@@ -84,10 +84,9 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
         output.stdout.width = width
         for line in score_report.notes(results):
             output.print_line(line)
-        if "folder" in results and score_tables.has_methods(results):
-            output.print_line(Path(results["folder"], "pareto.png"))
-        if "folder" in results:
-            output.print_line(Path(results["folder"], "results.json"))
+        for name in ("pareto.png", "results.json", "comparison.json"):
+            if "folder" in results and Path(results["folder"], name).exists():
+                output.print_line(Path(results["folder"], name))
 
 
 def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None, as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,8 +22,10 @@ from pmod_cli.reporting import plain_table, report_page
 
 PICTURE, PAGE = "pareto.png", "report.html"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#5e3c99")  # Okabe-Ito and two
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+COLOURS += ("#882255", "#44aa99", "#999933", "#661100")  # of Tol's
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
 RANDOM, STOCK, FRONT = "#9a9a9a", "#000000", "#4a4a4a"
+STOCK_COST = {"flops": 1.0}
 APART = 0.5  # percent of the stock FLOPs between two intervals, so that none hides another
 
 
@@ -49,23 +53,34 @@ class Point:
         return self.gain is None or (self.gain[1] is not None and self.gain[1] > 0)
 
 
+def has_costs(results: Mapping[str, Any]) -> bool:
+    """Whether there is something to draw: models of different FLOPs, or methods."""
+    costs = {(model.get("cost") or STOCK_COST)["flops"] for model in results["models"].values()}
+    return len(costs) > 1 or score_tables.has_methods(results)
+
+
 def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """By method, or by label of a model that runs under none: its points on a benchmark or kind, the cheapest first."""
+    """By method, or by label of a model that runs under none: its points on a benchmark or kind, the cheapest first.
+
+    The budgets of one calibration, `OUT-54` and so on, are points of one curve, `OUT`.
+    """
     found: dict[str, list[Point]] = {}
+    stems = Counter(_stem(label, model) for label, model in results["models"].items())
     for label, model in results["models"].items():
         entry = part["scores"].get(label, {})
         if entry.get("score") is None:
             continue
         gain = entry.get("over_random")
         point = Point(
-            flops=100 * (model.get("cost") or {"flops": 1.0})["flops"],
+            flops=100 * (model.get("cost") or STOCK_COST)["flops"],
             seconds=_seconds(entry),
             score=entry["score"],
             low=entry.get("low"),
             high=entry.get("high"),
             gain=gain and (gain["difference"], gain["low"], gain["high"]),
         )
-        found.setdefault(model.get("method") or label, []).append(point)
+        stem = _stem(label, model)
+        found.setdefault(model.get("method") or (label if stems[stem] == 1 else stem), []).append(point)
     return {name: sorted(points, key=lambda point: point.flops) for name, points in found.items()}
 
 
@@ -121,9 +136,14 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
             table.add_row(*line)
     words = "Scores against FLOPs and seconds, and the difference to random dropping at the same FLOPs"
     lead = ". ".join([*score_report.warnings(results), words])
-    title = f"{next(iter(results['models']))} and methods at equal FLOPs"
+    title = f"{next(iter(results['models']))} and others: scores against FLOPs"
     page = report_page(title, lead, [(words, to_svg(picture))], tables, score_report.notes(results))
     write_text(folder / PAGE, page)
+
+
+def _stem(label: str, model: Mapping[str, Any]) -> str:
+    """The name without the budget that `pmod calibrate` puts behind it."""
+    return re.sub(r"-\d+(\.\d+)?$", "", label) if model.get("routers") == "calibrated" else label
 
 
 def _seconds(entry: Mapping[str, Any]) -> float | None:

@@ -25,6 +25,7 @@ from pmod_cli.evaluation.intervals import (
 from pmod_cli.evaluation.stored import SCHEMA_VERSION, read_records, read_run
 
 AVERAGED = ("general", "text-rich")  # the groups that the paper averages
+SAME_COST = 0.03  # a p-MoD model is beside random dropping whose FLOPs on the same prompts are within this share of its
 
 
 class Report:
@@ -45,7 +46,7 @@ class Report:
         self._draws: dict[tuple[str, str], np.ndarray] = {}
         self._records: dict[str, Sequence[Record]] = {}  # of the first model
         self._gains: dict[tuple[str, str], Difference] = {}  # over random dropping
-        self._controls: dict[tuple[str, str], Sequence[Record]] = {}  # of random dropping at each budget
+        self._asked: dict[tuple[str, str], Sequence[Record]] = {}  # of every model that has a score
 
     def add_model(self, label: str, description: Mapping[str, Any]) -> None:
         """A column; the first one is the model that is evaluated."""
@@ -72,15 +73,9 @@ class Report:
             entry["low"], entry["high"] = interval(draws)
             entry["units"] = len(part.units)
             self._draws[benchmark.name, label] = draws
-        if self.models[label].get("method") == "random":
-            self._controls[benchmark.name, label] = records
-        control = str(self.models[label].get("control"))
-        if (benchmark.name, control) in self._controls:
-            scores = (entry["score"], self.entries[benchmark.name][control]["score"])
-            beside = self._controls[benchmark.name, control]
-            gain = difference(records, beside, scores, sums=sums, scale=benchmark.scale, seed=seed)
-            self._gains[benchmark.name, label] = gain
-            entry["over_random"] = {key: gain.as_dict()[key] for key in ("difference", "low", "high")}
+        self._asked[benchmark.name, label] = records
+        for known in self.models:
+            self._add_gain(benchmark, known, sums, seed)
         first = next(iter(self.models))
         if label == first:
             self._records[benchmark.name] = records
@@ -93,6 +88,37 @@ class Report:
                 scale=benchmark.scale,
                 seed=seed,
             )
+
+    def _add_gain(self, benchmark: Benchmark, label: str, sums: Any, seed: list[int]) -> None:
+        """The difference to random dropping at the same cost, once both are there, in whichever order they came."""
+        key, control = (benchmark.name, label), self._control(benchmark.name, label)
+        if control is None or key in self._gains:
+            return
+        entry, beside = (self.entries[benchmark.name][each] for each in (label, control))
+        asked, scores = (
+            (self._asked[benchmark.name, each] for each in (label, control)),
+            (entry["score"], beside["score"]),
+        )
+        gain = self._gains[key] = difference(*asked, scores, sums=sums, scale=benchmark.scale, seed=seed)
+        entry["over_random"] = {key: gain.as_dict()[key] for key in ("difference", "low", "high")}
+
+    def _control(self, benchmark: str, label: str) -> str | None:
+        """Random dropping that a model has to beat: of its budget, or, of a p-MoD model, of about its own FLOPs."""
+        model, entries = self.models[label], self.entries[benchmark]
+        if (benchmark, label) not in self._asked:
+            return None
+        if model.get("control") is not None:
+            return model["control"] if (benchmark, model["control"]) in self._asked else None
+        own = (entries[label].get("cost") or {}).get("flops")
+        if own is None or model.get("method") or model.get("selection", "router") != "router":
+            return None
+        away = {
+            other: abs(entries[other]["cost"]["flops"] / own - 1)
+            for other, described in self.models.items()
+            if described.get("method") == "random" and (benchmark, other) in self._asked and entries[other].get("cost")
+        }
+        nearest = min(away, key=lambda other: away[other], default=None)
+        return nearest if nearest is not None and away[nearest] <= SAME_COST else None
 
     def _add_costs(self, label: str) -> None:
         """What the model costs on the prompts of all benchmarks so far, in the place of the paper's prompt."""
@@ -254,9 +280,13 @@ def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
             fields = ("name", "title", "task", "metric", "group", "filter", "scale")
             kind = known.kind if (known := BENCHMARKS.get(task["name"])) is not None else ""
             benchmarks.setdefault(task["name"], Benchmark(**{field: task[field] for field in fields}, kind=kind))
-    report = Report(list(benchmarks.values()), seed=seed)
-    for label, _, inner, results in columns:
-        report.add_model(label, results["models"][inner])
+    report, labels = (
+        Report(list(benchmarks.values()), seed=seed),
+        {(at, inner): label for label, at, inner, _ in columns},
+    )
+    for label, folder, inner, results in columns:
+        described = results["models"][inner]
+        report.add_model(label, described | {"control": labels.get((folder, str(described.get("control"))))})
     for label, folder, inner, results in columns:
         for task in results["tasks"]:
             if (entry := task["scores"].get(inner)) is not None:

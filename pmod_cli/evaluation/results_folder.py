@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core import folders
+from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import is_new, require_kind
+from pmod_cli.evaluation import pareto, score_report, score_tables
 from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.stored import RESULTS, read_run
 
-KIND = "evaluation"
+KIND, COMPARISON = "evaluation", "comparison"
 WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv", "pareto.png", "report.html")
 
 
@@ -137,3 +139,28 @@ class ResultsFolder:
         if others := [task["name"] for task in before["tasks"] if task["name"] not in asked]:
             return f"of {', '.join(others)} too: add that to `tasks`"
         return None
+
+
+def write_comparison(results: Mapping[str, Any], out: Path, runs: Iterable[Path], *, overwrite: bool = False) -> None:
+    """The tables of finished runs side by side; and where their costs differ, the figure and the page.
+
+    Args:
+        results: As `results.compare` returns them.
+        out: A folder, which appears whole or not at all.
+        runs: What was compared, which must not lie in it.
+        overwrite: Replace an earlier comparison.
+
+    Raises:
+        PmodError: `out` is there and may not be replaced.
+    """
+    with folders.staged_directory(out, COMPARISON, overwrite=overwrite, sources=runs) as staged:
+        write_json(staged / "comparison.json", results)
+        write_tables(results, staged)
+
+
+def write_tables(results: Mapping[str, Any], folder: Path) -> None:
+    """`results.md`, `results.csv`, and figure and page where the costs are known and differ."""
+    write_text(folder / "results.md", score_report.to_markdown(results))
+    write_text(folder / "results.csv", score_tables.to_csv(results))
+    if pareto.has_costs(results):
+        pareto.write(results, folder)

@@ -1,6 +1,7 @@
 """Methods beside p-MoD: on the stock weights, at a budget, and against random dropping."""
 
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -88,6 +89,23 @@ def test_a_run_of_methods_and_its_repetition(converted, capsys):
     assert cli.main([*words, "-q"]) == 0
     assert [journal.read_bytes() for journal in journals] == before, "nothing was asked again"
 
+    capsys.readouterr()
+    alone = ["eval", "-m", str(mine), "-t", "tiny_doc", "--against", "none", "--limit", "4", "-o", "alone", "-q"]
+    assert cli.main(alone) == 0
+    assert cli.main(["eval", "--compare", "run", "alone", "-o", "both"]) == 0
+    assert "both/pareto.png" in capsys.readouterr().out
+    assert {path.name for path in Path("both").iterdir() if not path.name.startswith(".")} == {
+        "comparison.json",
+        *("pareto.png", "report.html", "results.csv", "results.md"),
+    }
+    compared = json.loads(Path("both", "comparison.json").read_text())
+    again = compared["tasks"][0]["scores"]
+    for label in ("fastv@0.8", "divprune@0.8"):
+        assert again[f"run: {label}"]["over_random"] == scores[label]["over_random"]
+    assert compared["models"]["run: divprune@0.8"]["control"] == "run: random@0.8"
+    assert cli.main(["eval", "--compare", "run", "alone", "-o", "both"]) == 2, "nothing is replaced unasked"
+    assert cli.main(["eval", "--compare", "run", "alone", "-o", "both", "--overwrite"]) == 0
+
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_front_is_what_no_other_point_beats(seed):
@@ -119,6 +137,10 @@ def test_what_is_drawn_of_a_result():
         (50.0, 0.5, True),
     ]
     assert [point.flops for point in found["stock"]] == [100.0]
+    calibrated = {f"c-{budget}": {"routers": "calibrated", "cost": {"flops": budget / 100}} for budget in (54, 40)}
+    also = {"title": "tiny doc", "scores": {label: entry(40, None) for label in calibrated}}
+    assert [point.flops for point in pareto.curves({"models": models | calibrated}, also)["c"]] == [40.0, 54.0]
+    assert list(pareto.curves({"models": models | dict([*calibrated.items()][:1])}, also)) == ["c-54"]
     figure = pareto.figure({"models": models, "tasks": [task], "kinds": []})
     fillings = [
         (line.get_xdata()[0], line.get_markerfacecolor()) for line in figure.axes[0].lines if line.get_marker() == "o"

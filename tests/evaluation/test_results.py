@@ -183,6 +183,27 @@ def test_means_by_kind_of_task():
     assert {benchmark.kind for benchmark in groups()["paper"]} == {"general", "text-rich", "hallucination"}
 
 
+def test_a_pmod_model_is_held_to_random_dropping_of_its_own_cost():
+    """Whichever of them comes first; not to one that costs more than a few percent more or less, nor is stock."""
+    (benchmark,) = suite.resolve(["tiny_doc"])
+    report = Report([benchmark], seed=0)
+    models = {
+        "mine-54": (3, {"routers": "calibrated", "selection": "router"}, 0.53),
+        "mine-25": (2, {"routers": "calibrated", "selection": "router"}, 0.3),
+        "stock": (4, {"routers": "stock"}, None),
+        "random@0.54": (1, {"method": "random"}, 0.54),
+        "random@0.25": (1, {"method": "random"}, 0.25),
+    }
+    for label, (number, model, flops) in models.items():
+        report.add_model(label, model)
+        cost = {} if flops is None else {"cost": {"flops": flops}}
+        entry = reports.entry(25.0 * number, **cost)
+        report.add(benchmark, label, entry, reports.records(["x"] * 4, [1.0] * number + [0.0] * (4 - number)))
+    scores = report.results()["tasks"][0]["scores"]
+    assert {label for label, entry in scores.items() if "over_random" in entry} == {"mine-54"}
+    assert scores["mine-54"]["over_random"]["difference"] == 50.0
+
+
 def test_average_interval_is_that_of_independent_benchmarks():
     """Seven benchmarks with a half width of h each: the average has h / √7."""
     report = Report(groups()["text-rich"], seed=0)

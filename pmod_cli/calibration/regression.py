@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pmod_cli.model.layer import Router
 
 SHRINKAGE = tuple(10.0**exponent for exponent in range(-4, 4))  # of the variance of a scaled feature
 FOLDS = 4
@@ -43,7 +45,7 @@ class Moments:
         self.outer[fold] = self.outer[fold] + (joint.T @ joint).to(device, torch.float64)
         self.mean[fold] = self.mean[fold] + centre.to(device, torch.float64)
 
-    def fit(self, router: nn.Linear) -> tuple[float, float]:
+    def fit(self, router: Router) -> tuple[float, float]:
         """Fills the router; returns its correlation with the target on pictures left out, and the shrinkage.
 
         The bias centres the logits, so that weights lie about 1.

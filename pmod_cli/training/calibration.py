@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.model import kept_tokens
+from pmod_cli.model.layer import Router
 
 RIDGE = 1e-2  # of the mean feature variance
 SPREAD = 0.25  # standard deviation of the calibrated logits: under tanh, weights start within about 5 % of 1
@@ -109,7 +110,7 @@ class _Moments:
         self.sum = self.sum + joint.sum(dim=0)
         self.outer = self.outer + joint.T @ joint
 
-    def fit(self, router: nn.Linear) -> float:
+    def fit(self, router: Router) -> float:
         """Fills the router; returns the correlation of its logits with the target."""
         mean = self.sum / self.count
         covariance = self.outer / self.count - torch.outer(mean, mean)

@@ -78,7 +78,9 @@ def quantisation(name: str) -> Any:
 
         if name == "bnb-int8":
             return BitsAndBytesConfig(load_in_8bit=True)
-        wide = {"llm_int8_skip_modules": ["lm_head", "vision_tower", "multi_modal_projector"]}  # not a multiple of 64
+        wide = {
+            "llm_int8_skip_modules": ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+        }  # not a multiple of 64
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
         return BitsAndBytesConfig(**four, **wide)
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup

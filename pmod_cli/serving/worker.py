@@ -201,7 +201,7 @@ class Worker:
 
 
 def _alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:
-    """Groups for one prefill each: no prompt is filled up by more than a quarter, since padding costs what tokens cost."""
+    """Groups for one prefill each: no prompt is filled up by more than a quarter: padding costs as tokens do."""
     groups: list[list[Ticket]] = []
     for ticket in sorted(tickets, key=lambda each: -each.prompt.length):
         if groups and groups[-1][0].prompt.length <= 1.25 * ticket.prompt.length:

@@ -157,21 +157,19 @@ def _calibration(
     note: Callable[[str], None],
 ) -> Calibration:
     search = Search(chooses, budget, hidden, TARGETS, note)
-    cosine = None if search.spends_nothing else budget.cosine()
     if settings.schedule == "cosine" and not search.spends_nothing:
-        if cosine is None:
+        if search.of_cosine is None:
             raise PmodError(f"no shift of the cosine costs as little as {budget.share:g}", hint="`schedule=search`")
-        found = search.given(cosine)
+        found = search.of_cosine
     else:
         found = search.run()
     if not found.routers:  # the budget is the whole model
         return Calibration(budget.share, found, [_judged("calibrated", budget, judges, found.schedule)], hidden)
     rows = [_judged("calibrated", budget, judges, found.schedule, found.routers)]
-    if settings.schedule != "cosine" and cosine is not None:
-        of_cosine = search.given(cosine)
-        rows.append(_judged(COSINE, budget, judges, of_cosine.schedule, of_cosine.routers))
-    if cosine is not None:
-        every = Schedule(tuple(cosine))
+    if (cosine := search.of_cosine) is not None:
+        if settings.schedule != "cosine":
+            rows.append(_judged(COSINE, budget, judges, cosine.schedule, cosine.routers))
+        every = Schedule(cosine.schedule.ratios)
         rows.append(_judged(CONVERTED, budget, judges, every, judges.zero_routers(every)))
     for name, seeds in ((UNIFORM, 1), (RANDOM, RANDOM_SEEDS)):
         drawn = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -29,7 +30,8 @@ TOGETHER = 2  # neighbouring layers that are tried at once: one alone changes le
 PARTS = (0.5, 1.0)  # of the way to the best sum that are tried
 SCARCE = (0.003, 0.02, 0.1)  # nats: divergences at which images may be hidden from a layer on
 CHOOSERS = (0, 1, 2, 3, 5, 8, 12, 17, 24)  # layers that are tried as the one that chooses, closer where more is spent
-FALLS_TO = (0.0, 0.15)  # ratios that the last layers of a falling shape have
+CLOSER = 3  # of these layers, that are tried with every shape
+FALLS_TO = (0.0, 0.3, 0.15)  # ratios that the last layer of a falling shape has, the likeliest last
 MORE_CHOOSERS = 3  # places that are tried for another one
 ROUNDS = 2
 LEAST_RATIO = 0.02  # below this, fewer layers keep more
@@ -91,7 +93,9 @@ class Search:
         """All steps."""
         if self.spends_nothing:
             return Found(self.whole)
-        found = self._first_choice()
+        found = self._by_target(self._best_of(self._options(LEAST_RATIO) or self._options(0.0)))
+        if self.of_cosine is not None:
+            found = min(found, self.of_cosine, key=lambda each: each.divergence)
         for _ in range(ROUNDS if found.divergence > NOISE else 0):
             better = self._other_ratios(found)
             if better is None:
@@ -100,35 +104,28 @@ class Search:
         found = self._another_choice(found)
         return replace(found, steps=tuple(self.steps))
 
+    @cached_property
+    def of_cosine(self) -> Found | None:
+        """The best layer to choose, and router, for the paper's cosine; None where no shift of it is that cheap."""
+        ratios = None if self.spends_nothing else self.budget.cosine()
+        if ratios is None:
+            return None
+        first = next(layer for layer, ratio in enumerate(ratios) if ratio < 1)
+        tried = {first, max(0, first - 1), first // 2}
+        found = self._best_of({chooser: [Schedule(tuple(ratios), (chooser,))] for chooser in tried})
+        return replace(self._by_target(found), steps=tuple(self.steps))
+
     @property
     def spends_nothing(self) -> bool:
         """Whether the budget is the whole model: then nothing changes."""
         return self.budget.total(self.whole.ratios, routers=0) <= self.budget.share + 1e-9
 
-    def given(self, ratios: Sequence[float]) -> Found:
-        """The best layer to choose, and router, for ratios that are given."""
-        if min(ratios) == 1:
-            return Found(self.whole)
-        return replace(self._best_of(self._given(ratios)), steps=tuple(self.steps))
-
-    def _given(self, ratios: Sequence[float]) -> dict[int, list[Schedule]]:
-        """The same schedule for each layer that may choose: the first one that keeps less, or one below it."""
-        first = next(layer for layer, ratio in enumerate(ratios) if ratio < 1)
-        return {chooser: [Schedule(tuple(ratios), (chooser,))] for chooser in {first, max(0, first - 1), first // 2}}
-
-    def _first_choice(self) -> Found:
-        options = self._options(LEAST_RATIO) or self._options(0.0)
-        if (cosine := self.budget.cosine()) is not None:
-            for chooser, schedules in self._given(cosine).items():
-                options.setdefault(chooser, []).extend(schedules)
-        return self._best_of(options)
-
     def _options(self, least: float) -> dict[int, list[Schedule]]:
-        """Schedules that spend the budget, by the layer that chooses."""
+        """Schedules that spend the budget, by the layer that chooses; the likeliest first."""
         ends = {next((i for i, loss in enumerate(self.hidden) if loss <= most), self.layers) for most in SCARCE}
         options: dict[int, list[Schedule]] = {}
         for chooser in CHOOSERS:
-            for end in sorted(ends | {self.layers}):
+            for end in sorted(ends | {self.layers}, reverse=True):
                 if end <= chooser or end <= self.layers // 2 < chooser:
                     continue
                 hidden = self.layers - end
@@ -138,7 +135,7 @@ class Search:
                 shapes = [(1.0,) * chooser + (ratio,) * (end - chooser) + (0.0,) * hidden]
                 if end == self.layers:
                     shapes += [found for low in FALLS_TO if (found := self._falling(chooser, low)) is not None]
-                options.setdefault(chooser, []).extend(Schedule(ratios, (chooser,)) for ratios in shapes)
+                options.setdefault(chooser, []).extend(Schedule(ratios, (chooser,)) for ratios in reversed(shapes))
         return options
 
     def _falling(self, chooser: int, low: float) -> tuple[float, ...] | None:
@@ -157,19 +154,29 @@ class Search:
         return ratios(dearest_within(cost, self.budget.share, low, 2.0))
 
     def _best_of(self, options: Mapping[int, Sequence[Schedule]]) -> Found:
-        """Of schedules by the layer that chooses: all by the first target, then the best one by the others."""
+        """Of schedules by the layer that chooses: the first of each layer, then the others of the best layers."""
+        tried = self._tried({chooser: schedules[:1] for chooser, schedules in options.items()})
+        best = sorted(tried, key=lambda found: found.divergence)[:CLOSER]
+        tried += self._tried({found.schedule.select_at[0]: options[found.schedule.select_at[0]][1:] for found in best})
+        return min(tried, key=lambda found: found.divergence)
+
+    def _tried(self, options: Mapping[int, Sequence[Schedule]]) -> list[Found]:
+        """Schedules by the layer that chooses, with routers of the first target."""
         tried: list[Found] = []
         streams: list[Stream] | None = None
         for chooser, schedules in sorted(options.items()):  # each starts where the one before stopped
             self.bench.apply(self.whole)
             streams = self.bench.streams_at(chooser, streams)
             tried += [self._with_router(Found(schedule), chooser, self.targets[0], streams) for schedule in schedules]
-        best = min(tried, key=lambda found: found.divergence)
-        chooser = best.schedule.select_at[0]
+        return tried
+
+    def _by_target(self, best: Found) -> Found:
+        """The same with a router of another target, where that is better."""
+        chooser, schedule = best.schedule.select_at[0], best.schedule
         self.bench.apply(self.whole)
         streams = self.bench.streams_at(chooser)
         for name in self.targets[1:]:
-            other = self._with_router(Found(best.schedule), chooser, name, streams)
+            other = self._with_router(Found(schedule), chooser, name, streams)
             best = other if _is_better(other, best) else best
         return best
 

@@ -292,14 +292,17 @@ def test_a_full_disk_leaves_nothing(stock_model, workdir: Path, monkeypatch, cap
     assert not [path for path in workdir.iterdir() if "made" in path.name and path.is_dir()]
 
 
-@pytest.mark.soak
-def test_killed_at_any_moment_it_leaves_nothing_or_all(stock_model, workdir: Path):
-    """Every second kill waits for the moment of writing, which is short."""
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param([1], marks=pytest.mark.slow, id="while it writes"), pytest.param(range(30), marks=pytest.mark.soak)],
+)
+def test_killed_at_any_moment_it_leaves_nothing_or_all(stock_model, workdir: Path, kills):
+    """Every second kill waits for the moment of writing, which is short. The next run needs no help."""
     call = [sys.executable, "-m", "pmod_cli", "calibrate", str(stock_model()), "-o", "made", "--samples", "8"]
     call += ["--schedule", "cosine", "--device", "cpu", "--overwrite"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     seconds = 10.0
-    for kill in range(30):
+    for kill in kills:
         process = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         moment = random.Random(kill).uniform(0, 1.1 * seconds)

@@ -63,13 +63,13 @@ class Budget:
             groups: Numbers of layers and their ratios; None is the open one.
             routers: Layers that choose.
         """
-        closed = self.fixed(routers) + sum(count * self.cost(ratio) for count, ratio in groups if ratio is not None)
+        fixed = self.fixed(routers) + sum(count * self.cost(ratio) for count, ratio in groups if ratio is not None)
         count = sum(count for count, ratio in groups if ratio is None)
-        if closed + count * self.cost(0.0) > self.share:
+        if fixed + count * self.cost(0.0) > self.share:
             return None
-        if closed + count * self.cost(1.0) <= self.share:
+        if fixed + count * self.cost(1.0) <= self.share:
             return 1.0
-        return dearest_within(lambda ratio: closed + count * self.cost(ratio), self.share, 0.0, 1.0)
+        return dearest_within(lambda ratio: fixed + count * self.cost(ratio), self.share, 0.0, 1.0)
 
     def kept_cache(self, ratios: Sequence[float]) -> float:
         """Share of the stock model's K/V that a schedule keeps of the same prompt, its text included."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import pictures_in
-from pmod_cli.data.conversation import IMAGE, BadRow, Conversation, Turn
+from pmod_cli.data.conversation import IMAGE, BadRow, ChatTurn, Conversation
 from pmod_cli.data.documents import TASKS, draw, seed_of
 from pmod_cli.data.pictures import open_image
 from pmod_cli.data.sources import open_source
@@ -49,7 +49,7 @@ class Sample:
     def conversation(self, answers: Sequence[str]) -> Conversation:
         """The first questions with these answers, one each."""
         pairs = zip(self.questions, answers, strict=False)
-        turns = [turn for asked, said in pairs for turn in (Turn("user", asked), Turn("assistant", said))]
+        turns = [turn for asked, said in pairs for turn in (ChatTurn("user", asked), ChatTurn("assistant", said))]
         return Conversation(tuple(turns), self.images)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json, shard_names
 from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.core.errors import PmodError, first_line
+from pmod_cli.families.llava_next import is_pinpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -192,8 +193,7 @@ def _check_grid(pinpoints: Any, of_config: Any, path: Path) -> None:
         return
     pairs = [list(pair) if isinstance(pair, list | tuple) else pair for pair in pinpoints]
     for pair in pairs:
-        good = isinstance(pair, list) and len(pair) == 2 and all(type(length) is int and length > 0 for length in pair)
-        if not good or pair[0] * pair[1] > MOST_SEEN:
+        if not is_pinpoint(pair) or pair[0] * pair[1] > MOST_SEEN:
             limit = f"height and width of at most {MOST_SEEN / 1e6:.0f} megapixels"
             _refuse(path, f"{pair!r:.60} in image_grid_pinpoints of its processor", limit)
     if of_config is not None and pairs != [list(pair) for pair in of_config]:

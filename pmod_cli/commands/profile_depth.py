@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmod_cli.commands.profile_show import Shown
+from pmod_cli.commands.profile_show import ShownReport
 from pmod_cli.core import output
 
 
@@ -18,7 +18,7 @@ def read_depth(
     dtype: str,
     revision: str | None,
     seed: int = 0,
-) -> Shown:
+) -> ShownReport:
     """The report, ready to be shown.
 
     Raises:
@@ -43,7 +43,7 @@ def read_depth(
         shown = bar.add_task("layers", total=len(replay) * len(batches))
         found = over_tasks(measure_depth(replay, batches, lambda: bar.advance(shown)))
     answers = "the model's own answers" if unanswered == samples else "the given answers"
-    return Shown(
+    return ShownReport(
         title=name,
         headline=f"{name}: {len(replay)} layers, {samples} pictures of {data}, loss of {answers}",
         tables=depth_report.depth_tables(found),

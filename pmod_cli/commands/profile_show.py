@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownReport:
     """A report before it is given a form.
 
     Args:
@@ -43,7 +43,7 @@ class Shown:
     caption: str = ""
 
 
-def show(shown: Shown, form: str, html: Path | None, plot: Path | None, quiet: bool = False) -> None:
+def show(shown: ShownReport, form: str, html: Path | None, plot: Path | None, quiet: bool = False) -> None:
     """Files first, so that stdout says nothing that a full disk would make untrue.
 
     Args:
@@ -83,7 +83,7 @@ def show(shown: Shown, form: str, html: Path | None, plot: Path | None, quiet: b
 
 def profiled(
     result: profiling.Profile, latency: Latency | None, report: str, macs: bool, gpu_memory: str | None
-) -> Shown:
+) -> ShownReport:
     """The report of one batch, counted or measured."""
     from pmod_cli.profiling import CONVENTIONS, count_report, latency_report, memory_report, plots, to_json
     from pmod_cli.profiling.measure.devices import parse_memory
@@ -110,7 +110,7 @@ def profiled(
             rows = memory_report.rows(memory)
     drawn = None if report in ("latency", "memory") else lambda: plots.layers_figure(result)
     caption = "Retention ratio, FLOPs and KV cache of each decoder layer, p-MoD beside stock"
-    return Shown(result.subject.name, result.headline, shown, notes, said, rows, drawn, caption)
+    return ShownReport(result.subject.name, result.headline, shown, notes, said, rows, drawn, caption)
 
 
 def swept(
@@ -121,7 +121,7 @@ def swept(
     dtype: str,
     revision: str | None,
     runs: str | None,
-) -> Shown:
+) -> ShownReport:
     """The report of `--sweep`."""
     from pmod_cli.profiling import plots
     from pmod_cli.profiling.cost_sweep import parse_axis, read_scores, sweep, sweep_rows, sweep_table
@@ -136,7 +136,7 @@ def swept(
         notes.append(f"score: mean of {', '.join(scores.tasks)}, by the runs with the same schedule")
     rows = sweep_rows(axis, points, scores)
     said = {"schema_version": SCHEMA_VERSION, "model": {"name": name}, "sweep": {"setting": axis.name, "points": rows}}
-    return Shown(
+    return ShownReport(
         title=name,
         headline=f"{name}: {axis.name} over {len(points)} values, {workload.text_tokens} text tokens",
         tables=[sweep_table(axis, points, scores)],
@@ -155,7 +155,7 @@ def averaged(
     text_tokens: int | None,
     limit: int | None,
     dtype: str,
-) -> Shown:
+) -> ShownReport:
     """The report of `--from-data`."""
     from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling import Routed, average
@@ -171,7 +171,7 @@ def averaged(
     means = average.average(sizes, rows, Routed.of(subject.pmod), dtype)
     said = average.average_json(means)
     counted = "as given" if text_tokens is not None else "by the model's tokenizer, without a chat template"
-    return Shown(
+    return ShownReport(
         title=subject.name,
         headline=f"{subject.name} over {file}: {len(rows):,} rows",
         tables=average.average_tables(means),

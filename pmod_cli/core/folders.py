@@ -17,8 +17,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar, Self
 
 from pmod_cli.core.atomic import Busy, exchange, locked, sync
 from pmod_cli.core.errors import PmodError
@@ -190,6 +191,46 @@ def discard(folder: Path) -> None:
         elif path.name not in marks:
             path.unlink()
     shutil.rmtree(folder)
+
+
+class OutputFolder:
+    """A context in which no other run writes to a folder that a run may go on in.
+
+    Args:
+        out: The folder.
+        overwrite: Write a successor beside it, which takes its place when it is whole. One that was left by a run
+            which was stopped may go on.
+
+    Attributes:
+        path: Where the run writes: the folder itself, or the successor.
+        worth_keeping: Pattern of what a run can go on from: a successor without any goes when the run fails.
+    """
+
+    worth_keeping: ClassVar[str]
+
+    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+        self.out, self.overwrite = out, overwrite
+        self.path = staging_of(out) if overwrite else out
+        self._held = ExitStack()
+        self._successor: Path | None = None  # once it is ours
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._held:
+            if error and self._successor and not any(self._successor.glob(self.worth_keeping)):
+                discard(self._successor)
+
+    def hold(self) -> Path:
+        """Be the one writer until the end of the context; see `held`."""
+        return self._held.enter_context(held(self.out))
+
+    def put_in_place(self) -> None:
+        """Let a successor, which is whole, take the place of the folder."""
+        if self._successor is not None:
+            replace(self._successor, real_path(self.out))
+            self._successor = None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class BadRow(PmodError):
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChatTurn:
     """What one side says; ``<image>`` and ``<video>`` mark the places of images and videos in ``text``."""
 
     role: Role
@@ -49,7 +49,7 @@ class Conversation:
         videos: Names of files or of folders of frames, or lists of the names of frames.
     """
 
-    turns: tuple[Turn, ...]
+    turns: tuple[ChatTurn, ...]
     images: tuple[Any, ...] = ()
     videos: tuple[Any, ...] = ()
 
@@ -81,9 +81,9 @@ def from_llava(row: Any, *, answered: bool = True) -> Conversation:
     turns = _turns(row, "conversations", "from", "value")
     images, videos = (_names(row, key) for key in ("image", "video"))
     if videos and not images and not any(VIDEO in turn.text for turn in turns):
-        turns = [Turn(turn.role, turn.text.replace(IMAGE, VIDEO)) for turn in turns]
+        turns = [ChatTurn(turn.role, turn.text.replace(IMAGE, VIDEO)) for turn in turns]
     if images or videos:
-        turns = [Turn(turn.role, _image_first(turn.text)) for turn in turns]
+        turns = [ChatTurn(turn.role, _image_first(turn.text)) for turn in turns]
     return _checked(turns, images, videos, answered)
 
 
@@ -107,7 +107,7 @@ def from_messages(row: Any, *, answered: bool = True) -> Conversation:
         marks = f"{IMAGE}\n" * len(images) + f"{VIDEO}\n" * len(videos)
         first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
         if first is not None:
-            turns[first] = Turn("user", marks + turns[first].text)
+            turns[first] = ChatTurn("user", marks + turns[first].text)
     return _checked(turns, images, videos, answered)
 
 
@@ -163,7 +163,9 @@ def _payload(picture: Any) -> Any:
     return picture.get("bytes") or picture.get("path") or picture
 
 
-def _turns(row: Any, key: str, role_key: str, text_key: str, named: dict[str, list[Any]] | None = None) -> list[Turn]:
+def _turns(
+    row: Any, key: str, role_key: str, text_key: str, named: dict[str, list[Any]] | None = None
+) -> list[ChatTurn]:
     if not isinstance(row, Mapping):
         raise BadRow(f"expected an object, found {_kind(row)}")
     if not isinstance(said := row.get(key), list):
@@ -171,7 +173,7 @@ def _turns(row: Any, key: str, role_key: str, text_key: str, named: dict[str, li
     return [_turn(number, turn, role_key, text_key, named) for number, turn in enumerate(said)]
 
 
-def _turn(number: int, turn: Any, role_key: str, text_key: str, named: dict[str, list[Any]] | None) -> Turn:
+def _turn(number: int, turn: Any, role_key: str, text_key: str, named: dict[str, list[Any]] | None) -> ChatTurn:
     if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
         raise BadRow(f"turn {number}: expected an object with '{role_key}' and '{text_key}'")
     role, text = turn[role_key], turn[text_key]
@@ -181,7 +183,7 @@ def _turn(number: int, turn: Any, role_key: str, text_key: str, named: dict[str,
         text = "".join(_part(number, part, named) for part in text)
     if not isinstance(text, str):
         raise BadRow(f"turn {number}: '{text_key}': expected text, found {_kind(text)}")
-    return Turn(ROLES[role], text)
+    return ChatTurn(ROLES[role], text)
 
 
 def _part(number: int, part: Any, named: dict[str, list[Any]] | None) -> str:
@@ -204,7 +206,7 @@ def _image_first(text: str) -> str:
     return f"{marks[0]}\n{text.replace(marks[0], '').strip()}".strip()
 
 
-def _checked(turns: list[Turn], images: Sequence[Any], videos: Sequence[Any], answered: bool) -> Conversation:
+def _checked(turns: list[ChatTurn], images: Sequence[Any], videos: Sequence[Any], answered: bool) -> Conversation:
     """The row, begun by its user: an answer before the first question is dropped, as in the published code."""
     if not turns:
         raise BadRow("the conversation is empty")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.conversation import IMAGE, MARKS, VIDEO, BadRow, Turn
+from pmod_cli.data.conversation import IMAGE, MARKS, VIDEO, BadRow, ChatTurn
 from pmod_cli.data.rendered import Rendered
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class OwnTemplate:
             )
         self.in_order = self._keeps_order()
 
-    def __call__(self, turns: Sequence[Turn]) -> Rendered:
+    def __call__(self, turns: Sequence[ChatTurn]) -> Rendered:
         """The conversation as text. Raises BadRow where the template puts an answer elsewhere."""
         messages = [{"role": turn.role, "content": self._parts(turn.text)} for turn in turns]
         if self.is_marked:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.conversation import IMAGE, BadRow, Turn
+from pmod_cli.data.conversation import IMAGE, BadRow, ChatTurn
 from pmod_cli.data.own_template import OwnTemplate
 from pmod_cli.data.rendered import Rendered
 
@@ -37,7 +37,7 @@ LLAMA3_SYSTEM = (
 QWEN_SYSTEM = "You are a helpful assistant."
 
 
-def renderer(name: str, processor: "ProcessorMixin") -> Callable[[Sequence[Turn]], Rendered]:
+def renderer(name: str, processor: "ProcessorMixin") -> Callable[[Sequence[ChatTurn]], Rendered]:
     """How the template ``name``, one of ``TEMPLATES``, turns a conversation into text.
 
     Raises:
@@ -85,7 +85,7 @@ class _Text:
         self.text += text
 
 
-def _vicuna(turns: Sequence[Turn]) -> Rendered:
+def _vicuna(turns: Sequence[ChatTurn]) -> Rendered:
     system, turns = _split(turns, VICUNA_SYSTEM)
     _must_alternate(turns)
     text = _Text(f"{system} ")
@@ -98,7 +98,7 @@ def _vicuna(turns: Sequence[Turn]) -> Rendered:
     return Rendered(text.text, text.learned, _first_break(text.text, " ASSISTANT: "), begins=True)
 
 
-def _mistral(turns: Sequence[Turn]) -> Rendered:
+def _mistral(turns: Sequence[ChatTurn]) -> Rendered:
     system, turns = _split(turns, "")
     _must_alternate(turns)
     if not turns[0].text:
@@ -126,7 +126,7 @@ def _first_break(text: str, question_end: str) -> int | None:
     return None if text.endswith("</s>") else start - len("</s>")
 
 
-def _plain(turns: Sequence[Turn]) -> Rendered:
+def _plain(turns: Sequence[ChatTurn]) -> Rendered:
     """The image and its caption, without the question: what the projector is pre-trained on."""
     if len(turns) != 2 or IMAGE not in turns[0].text:
         raise BadRow("template plain: expected one question with an image, and one answer")
@@ -150,21 +150,21 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>
 QWEN_SPECIAL = ["<|im_start|>", "<|im_end|>"]
 
 
-def _headed(turns: Sequence[Turn], style: _Headers, learned: Sequence[int]) -> Rendered:
+def _headed(turns: Sequence[ChatTurn], style: _Headers, learned: Sequence[int]) -> Rendered:
     system, turns = _split(turns, style.system)
     text = _Text(style.begin)
-    for turn in (Turn("system", system), *turns):
+    for turn in (ChatTurn("system", system), *turns):
         said = turn.text.strip() if style.strip else turn.text
         text.add(style.head.format(turn.role) + said + style.end, learned=turn.role == "assistant")
     return Rendered(text.text, text.learned, always_learned=frozenset(learned))
 
 
-def _split(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:
+def _split(turns: Sequence[ChatTurn], default: str) -> tuple[str, Sequence[ChatTurn]]:
     """The system text, the row's own before the template's, and the other turns."""
     return (turns[0].text, turns[1:]) if turns[0].role == "system" else (default, turns)
 
 
-def _must_alternate(turns: Sequence[Turn]) -> None:
+def _must_alternate(turns: Sequence[ChatTurn]) -> None:
     for number, turn in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:

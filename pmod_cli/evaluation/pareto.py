@@ -21,8 +21,10 @@ from pmod_cli.profiling.plots import STYLE, save, to_svg
 from pmod_cli.reporting import plain_table, report_page
 
 PICTURE, PAGE = "pareto.png", "report.html"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#5e3c99")  # Okabe-Ito and two
-COLOURS += ("#882255", "#44aa99", "#999933", "#661100")  # of Tol's
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#5e3c99"),  # Okabe-Ito and two
+    *("#882255", "#44aa99", "#999933", "#661100"),  # of Tol's
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
 RANDOM, STOCK, FRONT = "#9a9a9a", "#000000", "#4a4a4a"
 STOCK_COST = {"flops": 1.0}

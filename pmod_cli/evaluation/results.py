@@ -17,6 +17,7 @@ from pmod_cli.evaluation.intervals import (
     Difference,
     Interval,
     Record,
+    Sums,
     difference,
     interval,
     makes_up,
@@ -89,17 +90,15 @@ class Report:
                 seed=seed,
             )
 
-    def _add_gain(self, benchmark: Benchmark, label: str, sums: Any, seed: list[int]) -> None:
+    def _add_gain(self, benchmark: Benchmark, label: str, sums: Sums, seed: list[int]) -> None:
         """The difference to random dropping at the same cost, once both are there, in whichever order they came."""
         key, control = (benchmark.name, label), self._control(benchmark.name, label)
         if control is None or key in self._gains:
             return
         entry, beside = (self.entries[benchmark.name][each] for each in (label, control))
-        asked, scores = (
-            (self._asked[benchmark.name, each] for each in (label, control)),
-            (entry["score"], beside["score"]),
-        )
-        gain = self._gains[key] = difference(*asked, scores, sums=sums, scale=benchmark.scale, seed=seed)
+        asked, other = (self._asked[benchmark.name, each] for each in (label, control))
+        scores = (entry["score"], beside["score"])
+        gain = self._gains[key] = difference(asked, other, scores, sums=sums, scale=benchmark.scale, seed=seed)
         entry["over_random"] = {key: gain.as_dict()[key] for key in ("difference", "low", "high")}
 
     def _control(self, benchmark: str, label: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +19,19 @@ KIND, COMPARISON = "evaluation", "comparison"
 WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv", "pareto.png", "report.html")
 
 
-class ResultsFolder:
-    """A context in which no other run writes to the folder.
+class ResultsFolder(folders.OutputFolder):
+    """The folder of a run; made where it is not there.
 
     Args:
-        out: The folder; made where it is not there.
         processes: Those of the run. The one of rank 0 locks and prepares; the others wait, and fail where it fails.
-        overwrite: Write a successor beside the folder, which takes its place when it is whole. A successor that a run
-            left which was stopped goes on.
-
-    Attributes:
-        path: Where this run writes: the folder itself, or the successor.
     """
 
+    worth_keeping = "journal"
+
     def __init__(self, out: Path, processes: Processes = ALONE, *, overwrite: bool = False) -> None:
-        self.out, self.overwrite, self._processes = out, overwrite, processes
-        self.path = folders.staging_of(out) if overwrite else out
+        super().__init__(out, overwrite=overwrite)
         self.identity: dict[str, Any] = {}
-        self._held = ExitStack()
-        self._successor: Path | None = None  # once it is ours
-
-    def __enter__(self) -> ResultsFolder:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with self._held:
-            if error and self._successor and not (self._successor / "journal").exists():
-                folders.discard(self._successor)
+        self._processes = processes
 
     def prepare(
         self, identity: Mapping[str, Any], benchmarks: Iterable[Benchmark], sources: Iterable[Path] = ()
@@ -87,9 +72,8 @@ class ResultsFolder:
     def finish(self, whole: bool) -> None:
         """Put a successor in its place, if it is whole."""
         self._processes.gather(None)  # nobody writes any more
-        if self._successor and whole:
-            folders.replace(self._successor, folders.real_path(self.out))
-            self._successor = None
+        if whole:
+            self.put_in_place()
 
     def log(self, rank: int) -> Path:
         """What lmms-eval says, and the tracebacks."""
@@ -109,7 +93,7 @@ class ResultsFolder:
 
     def _prepare(self, benchmarks: Iterable[Benchmark], sources: Iterable[Path]) -> None:
         folders.check_writable(self.out)
-        real = self._held.enter_context(folders.held(self.out))
+        real = self.hold()
         self.check(self.identity, benchmarks, sources)
         if self.overwrite:
             self._successor = folders.successor(real, KIND)

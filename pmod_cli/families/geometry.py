@@ -47,7 +47,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """The vision tokens of one image, in the model's order.
 
     Attributes:

@@ -15,7 +15,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.record import ImageTokens, PixelInputs
 
 if TYPE_CHECKING:
-    from pmod_cli.families.geometry import Layout
+    from pmod_cli.families.geometry import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**7
 
 
-def cells(height: int, width: int, cell: int, least: int, most: int) -> Layout:
+def cells(height: int, width: int, cell: int, least: int, most: int) -> TokenLayout:
     """Where the tokens of an image lie: one grid of cells over the whole of it.
 
     Args:
@@ -222,12 +222,12 @@ def cells(height: int, width: int, cell: int, least: int, most: int) -> Layout:
     """
     import numpy as np
 
-    from pmod_cli.families.geometry import Layout, numbered
+    from pmod_cli.families.geometry import TokenLayout, numbered
 
     high, wide = resized(height, width, cell, least, most)
     rows, columns = (np.arange(count)[:, None] + np.array([0.0, 1.0]) for count in (high // cell, wide // cell))
     part = numbered("image", rows * (height / len(rows)), columns * (width / len(columns)), first=0)
-    return Layout(width, height, (part,))
+    return TokenLayout(width, height, (part,))
 
 
 def with_biases(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

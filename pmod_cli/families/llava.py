@@ -11,7 +11,7 @@ from pmod_cli.families.towers import CLIP, CLIP_L_336
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-    from pmod_cli.families.geometry import Layout
+    from pmod_cli.families.geometry import TokenLayout
 
 DEFAULTS = {
     "text_config": {"model_type": "llama"},
@@ -36,16 +36,16 @@ def pixel_inputs(config: Any, images: Sequence[tuple[int, int]]) -> PixelInputs:
     return (len(images), 3, tile, tile), {}
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
+def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
     """One grid over the image, which is padded to a square or cropped from its centre as the processor says."""
-    from pmod_cli.families.geometry import Layout, numbered, patch_spans
+    from pmod_cli.families.geometry import TokenLayout, numbered, patch_spans
 
     pad = bool(image_processor.do_pad) and hasattr(image_processor, "pad_to_square")
     side = max(height, width)
     seen_h, seen_w = (side, side) if pad else (height, width)
     top, left = ((side - height) // 2, (side - width) // 2) if pad else (0, 0)
     rows, columns = patch_spans(image_processor, patch_size, seen_h, seen_w)
-    return Layout(width, height, (numbered("image", rows - top, columns - left, first=0),))
+    return TokenLayout(width, height, (numbered("image", rows - top, columns - left, first=0),))
 
 
 def image_processor(config: Mapping[str, Any], options: dict[str, Any], pad_to_square: bool) -> BaseImageProcessor:

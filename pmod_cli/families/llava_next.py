@@ -7,7 +7,7 @@ needs no torch, and serves whole data sets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from pmod_cli.families import llava
 from pmod_cli.families.record import Family, ImageTokens, PixelInputs
@@ -15,7 +15,7 @@ from pmod_cli.families.record import Family, ImageTokens, PixelInputs
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-    from pmod_cli.families.geometry import Layout
+    from pmod_cli.families.geometry import TokenLayout
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """(height, width) in pixels that an image may be fitted to. The original code's list has the same numbers in the same
@@ -42,7 +42,7 @@ def pixel_inputs(config: Any, images: Sequence[tuple[int, int]]) -> PixelInputs:
     return (len(images), most, 3, tile, tile), {"image_sizes": [list(size) for size in images]}
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
+def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
     """Base image squashed to one square, then the tiles of the resized and padded image, unpadded and row-ended."""
     import numpy as np
     import torch
@@ -74,7 +74,7 @@ def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: i
     rows = rows[(len(rows) - kept_r) // 2 :][:kept_r]
     columns = columns[(len(columns) - kept_c) // 2 :][:kept_c]
     tiles = geometry.numbered("tiles", rows, columns, first=base.size, newline=True)
-    return geometry.Layout(width, height, (base, tiles), tile_grid)
+    return geometry.TokenLayout(width, height, (base, tiles), tile_grid)
 
 
 def image_processor(config: Mapping[str, Any], options: dict[str, Any], pad_to_square: bool) -> BaseImageProcessor:
@@ -87,6 +87,13 @@ def image_processor(config: Mapping[str, Any], options: dict[str, Any], pad_to_s
 def _tiles(height: int, width: int, tile: int) -> int:
     """Passes through the tower for an image that is fitted to so many pixels, the base image included."""
     return 1 + -(-width // tile) * -(-height // tile)
+
+
+def is_pinpoint(pair: object) -> TypeGuard[Sequence[int]]:
+    """Whether an entry of ``image_grid_pinpoints`` is what it has to be: height and width, whole pixels."""
+    return (
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(type(length) is int and length > 0 for length in pair)
+    )
 
 
 def best_resolution(width: int, height: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:

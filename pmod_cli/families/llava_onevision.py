@@ -17,7 +17,7 @@ from pmod_cli.families.towers import SIGLIP
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-    from pmod_cli.families.geometry import Layout
+    from pmod_cli.families.geometry import TokenLayout
 
 PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 """(height, width) in pixels."""
@@ -75,7 +75,7 @@ def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:
     return ImageTokens(tower.tile, tower.tile, frames, frames * pooled + 1, 0, patches, frames=frames, video=True)
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
+def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
     """As LLaVA-NeXT's, with larger cells where tiles are pooled."""
     import numpy as np
 
@@ -96,7 +96,7 @@ def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: i
     tiles = geometry.numbered(
         "tiles", pooled(tiles.row_spans), pooled(tiles.column_spans), first=base.size, newline=True
     )
-    return geometry.Layout(width, height, (base, tiles), layout.tile_grid)
+    return geometry.TokenLayout(width, height, (base, tiles), layout.tile_grid)
 
 
 def image_processor(config: Mapping[str, Any], options: dict[str, Any], pad_to_square: bool) -> BaseImageProcessor:

@@ -15,7 +15,7 @@ from pmod_cli.families.record import DecoderKind, Family
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-    from pmod_cli.families.geometry import Layout
+    from pmod_cli.families.geometry import TokenLayout
 
 DECODER = DecoderKind(
     "qwen2_5_vl_text",
@@ -89,7 +89,7 @@ def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
     }
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> Layout:
+def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
     """One grid of cells over the whole image."""
     size = dict(image_processor.size)
     limits = size["shortest_edge"], size["longest_edge"]

@@ -157,7 +157,7 @@ class Family:
         frames_apart: Whether text (a timestamp) stands between the frames of a video.
         frame_text: Text tokens between the frames of a video: `(frames with tokens of their own, frames a second)`.
         place_tokens: Where the vision tokens of an image lie: `(image_processor, patch_size, height, width)` to a
-            `geometry.Layout`.
+            `geometry.TokenLayout`.
         image_processor: `(config, options, pad_to_square)` to the stock image processor for such a config.
         small_config: What the configuration of a tiny model needs besides, its tower one of 8-pixel tiles of 2-pixel
             patches; what it says of `text_config` and `vision_config` is added to theirs. A transformers that is newer

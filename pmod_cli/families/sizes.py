@@ -9,6 +9,7 @@ from typing import Any
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, TOWERS, Family, ImageTokens
 from pmod_cli.families.configs import MOST_LAYERS, decoder_kind, get, known_family, tower_kind
+from pmod_cli.families.llava_next import is_pinpoint
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,7 @@ def video_tokens(sizes: Sizes, size: tuple[int, int, int]) -> ImageTokens:
 
 def _pinpoints(config: Mapping[str, Any] | object, tile: int, family: Family) -> tuple[tuple[int, int], ...]:
     found = get(config, "image_grid_pinpoints") or family.defaults["image_grid_pinpoints"]
-    pairs = isinstance(found, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in found)
-    if not pairs:
+    if not isinstance(found, list | tuple) or not all(map(is_pinpoint, found)):
         raise PmodError(
             f"image_grid_pinpoints is {found!r:.60}: expected a list of [height, width] in pixels",
             hint="name a LLaVA-NeXT's config.json",

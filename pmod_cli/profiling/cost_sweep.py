@@ -42,7 +42,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """The cost at one value, of the stock model and of p-MoD.
 
     Args:
@@ -99,7 +99,7 @@ def parse_axis(text: str) -> Axis:
 
 def sweep(
     name: str, axis: Axis, workload: Workload, overrides: dict | None = None, dtype: str = "bfloat16", **source: Any
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Count every value of an axis.
 
     Args:
@@ -122,7 +122,7 @@ def sweep(
         sizes = Sizes.of(subject.stock)
         rows, stock, pmod = batch.rows(sizes), Routed.stock(sizes.decoder.layers), Routed.of(subject.pmod)
         points.append(
-            Point(
+            SweepPoint(
                 value,
                 tuple(subject.pmod.retention),
                 max(row.vision_tokens for row in rows),
@@ -160,7 +160,7 @@ class Scores:
     at: tuple[float | None, ...]
 
 
-def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[Point]) -> Scores:
+def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[SweepPoint]) -> Scores:
     """Find the points' schedules among the p-MoD models of runs, and take their mean scores.
 
     Args:
@@ -210,7 +210,7 @@ def _same(one: Sequence[float], other: Sequence[float]) -> bool:
     return len(one) == len(other) and all(abs(a - b) < 1e-6 for a, b in zip(one, other, strict=True))
 
 
-def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -> Table:
+def sweep_table(axis: Axis, points: list[SweepPoint], scores: Scores | None = None) -> Table:
     """One row a value."""
     small = max(point.stock.full for point in points) < TERA
     unit, name = (GIGA, "GFLOPs") if small else (TERA, "TFLOPs")
@@ -245,7 +245,7 @@ def sweep_table(axis: Axis, points: list[Point], scores: Scores | None = None) -
     return table
 
 
-def sweep_rows(axis: Axis, points: list[Point], scores: Scores | None = None) -> list[dict[str, Any]]:
+def sweep_rows(axis: Axis, points: list[SweepPoint], scores: Scores | None = None) -> list[dict[str, Any]]:
     """The same, unrounded, units in the keys."""
     return [
         {

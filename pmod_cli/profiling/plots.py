@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.text import GIGA, MIB, TERA, percent
-from pmod_cli.profiling.cost_sweep import Axis, Point, Scores
+from pmod_cli.profiling.cost_sweep import Axis, Scores, SweepPoint
 from pmod_cli.profiling.report import Profile
 
 STOCK, PMOD, SECOND, THIRD, SCORE = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00", "#009e73"
@@ -90,7 +90,7 @@ def layers_figure(result: Profile) -> Figure:
     return figure
 
 
-def sweep_figure(axis: Axis, points: Sequence[Point], scores: Scores | None = None) -> Figure:
+def sweep_figure(axis: Axis, points: Sequence[SweepPoint], scores: Scores | None = None) -> Figure:
     """FLOPs and KV cache in percent of stock over the swept setting; over resolutions, TFLOPs of both models.
 
     Scores have an axis of their own, to the right.

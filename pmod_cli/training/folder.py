@@ -10,7 +10,7 @@ config.json, *.safetensors   the result; config.json comes last
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from pmod_cli.checkpoints.files import read_json
@@ -51,31 +51,13 @@ def adapter_of(out: Path) -> Path | None:
     return out / ADAPTER if (out / ADAPTER / "adapter_config.json").is_file() else None
 
 
-class RunFolder:
-    """A context in which no other run writes to ``out``.
+class RunFolder(folders.OutputFolder):
+    """The folder of a run. A successor that was left goes on if it has the same settings.
 
-    Args:
-        out: the run folder.
-        overwrite: write a successor beside it, which takes its place when it is whole. One that a run left which was
-            stopped goes on, if it has the same settings.
-
-    Attributes:
-        path: where the run writes: ``out`` itself, or the successor. The same in all processes of a run.
+    ``path`` is the same in all processes of a run.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        self.out, self.overwrite = out, overwrite
-        self.path = folders.staging_of(out) if overwrite else out
-        self._held = ExitStack()
-        self._successor: Path | None = None  # once it is ours
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with self._held:
-            if error and self._successor and not any((self._successor / STATE).glob("checkpoint-*")):
-                folders.discard(self._successor)
+    worth_keeping = f"{STATE}/checkpoint-*"
 
     def open(self, settings: Settings, processes: int, *, resume: bool) -> None:
         """Take the folder for a run: new, empty, holding this very run, or to be replaced. Called by one process.
@@ -83,7 +65,7 @@ class RunFolder:
         Raises:
             PmodError: as ``check_free``; another run is at work there.
         """
-        real = self._held.enter_context(folders.held(self.out))
+        real = self.hold()
         check_free(self.out, settings, processes, resume=resume, overwrite=self.overwrite)
         if self.overwrite:
             fresh = not resume or not _goes_on(folders.staging_of(self.out), settings, processes)
@@ -95,12 +77,6 @@ class RunFolder:
         (self.path / STATE).mkdir(exist_ok=True)
         write_json(self.path / STATE / PROCESSES, {"processes": processes})
         write_text(self.path / SETTINGS, dump(settings))
-
-    def finish(self) -> None:
-        """Put a successor, which is whole, in its place. Called by the process that opened the folder."""
-        if self._successor is not None:
-            folders.replace(self._successor, folders.real_path(self.out))
-            self._successor = None
 
 
 def check_free(out: Path, settings: Settings, processes: int, *, resume: bool, overwrite: bool) -> None:

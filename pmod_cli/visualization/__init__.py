@@ -1,7 +1,7 @@
 """See which image patches each layer keeps: `select` returns arrays, `draw` a figure, `save` writes it."""
 
 from pmod_cli.core.images import LoadedImage, load_image
-from pmod_cli.families.geometry import Layout, Part
+from pmod_cli.families.geometry import Part, TokenLayout
 from pmod_cli.visualization.archive import load_npz, save_npz
 from pmod_cli.visualization.ask import (
     DEFAULT_QUESTION,

@@ -23,7 +23,7 @@ from PIL import Image
 from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import MOST_PIXELS
-from pmod_cli.families.geometry import Layout, Part, numbered
+from pmod_cli.families.geometry import Part, TokenLayout, numbered
 from pmod_cli.model import SELECTIONS
 from pmod_cli.visualization.image_selection import ImageSelection
 
@@ -95,7 +95,7 @@ def _read(archive: zipfile.ZipFile) -> ImageSelection:
     names, tile_grid = about["parts"], about["tile_grid"]
     expect(names in (["image"], ["base", "tiles"]), f"parts {names!r:.60}")
     parts = tuple(Part(name, *(_array(archive, f"{name}.{grid}", GRIDS[grid]) for grid in GRIDS)) for name in names)
-    layout = Layout(image.shape[1], image.shape[0], parts, None if tile_grid is None else tuple(tile_grid))
+    layout = TokenLayout(image.shape[1], image.shape[0], parts, None if tile_grid is None else tuple(tile_grid))
     expect(layout.size <= MOST_TOKENS, f"{layout.size:,} vision tokens, at most {MOST_TOKENS:,} are drawn")
     arrays: dict[str, Any] = {}
     arrays |= {name: _array(archive, name, dtype, (None, layout.size)) for name, dtype in PER_TOKEN.items()}
@@ -200,7 +200,7 @@ def check_selection(record: ImageSelection) -> None:
         expect(((weight >= 0) & (weight <= 1)).all(), "a share of attention lies outside 0 … 1")
 
 
-def _check_layout(layout: Layout) -> None:
+def _check_layout(layout: TokenLayout) -> None:
     expect(layout.width * layout.height <= MOST_PIXELS, "the image is too large")
     expect(layout.width and layout.height, "the image is empty")
     grid, anyres = layout.tile_grid, len(layout.parts) == 2

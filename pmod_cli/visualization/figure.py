@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families.geometry import Layout, Part
+from pmod_cli.families.geometry import Part, TokenLayout
 from pmod_cli.visualization.charts import schedule_chart
 from pmod_cli.visualization.image_selection import ImageSelection
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, hides, prepare
@@ -57,7 +57,7 @@ def draw(
     return _draw_layers(record, layers, groups, answer_only, mode)
 
 
-def part_groups(layout: Layout, parts: str) -> list[list[Part]]:
+def part_groups(layout: TokenLayout, parts: str) -> list[list[Part]]:
     """The parts that each row of panels draws over each other.
 
     Raises:
@@ -167,11 +167,11 @@ def _heading(record: ImageSelection, layer: int, *, short: bool) -> list[str]:
     ]
 
 
-def _row_labels(layout: Layout, groups: list[list[Part]]) -> list[str]:
+def _row_labels(layout: TokenLayout, groups: list[list[Part]]) -> list[str]:
     return [_name(layout, group[0]) for group in groups] if len(groups) > 1 else [""]
 
 
-def _name(layout: Layout, part: Part) -> str:
+def _name(layout: TokenLayout, part: Part) -> str:
     return PART_NAMES[part.name].format(*layout.tile_grid or ())
 
 

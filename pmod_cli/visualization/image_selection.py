@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families.geometry import Layout
+from pmod_cli.families.geometry import TokenLayout
 
 IMAGE_MARK = "<image>"  # in a question, the place of the image; without it the image stands first
 
@@ -40,7 +40,7 @@ class ImageSelection:
     """
 
     image: Image.Image
-    layout: Layout
+    layout: TokenLayout
     kept: np.ndarray
     weight: np.ndarray
     routed: np.ndarray
@@ -105,7 +105,7 @@ class ImageSelection:
         }
 
 
-def describe_tokens(layout: Layout) -> list[dict[str, Any]]:
+def describe_tokens(layout: TokenLayout) -> list[dict[str, Any]]:
     """One entry a vision token, in the model's order. A box is null for newlines and for patches of padding."""
     boxes = layout.boxes()
     described: list[dict[str, Any]] = [{}] * layout.size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pmod_cli.families.geometry import Layout, Part
+from pmod_cli.families.geometry import Part, TokenLayout
 
 KEPT = np.array([213, 94, 0], dtype=np.uint8)  # vermillion of the Okabe-Ito palette, told from grey by every eye
 SKIPPED = np.array([205, 205, 205], dtype=np.uint8)
@@ -89,7 +89,7 @@ class Panel:
         return drawn
 
 
-def canvas(layout: Layout) -> tuple[float, float, float, float]:
+def canvas(layout: TokenLayout) -> tuple[float, float, float, float]:
     """x0, y0, x1, y1 in image pixels: the whole image and all that any token looks at, padding included."""
     x0, y0, x1, y1 = 0.0, 0.0, float(layout.width), float(layout.height)
     if layout.tile_grid is None:  # anyres never shows more padding than a part of one patch
@@ -99,7 +99,7 @@ def canvas(layout: Layout) -> tuple[float, float, float, float]:
     return float(x0), float(y0), float(x1), float(y1)
 
 
-def hides(layout: Layout, parts: Sequence[Part]) -> bool:
+def hides(layout: TokenLayout, parts: Sequence[Part]) -> bool:
     """Whether a panel of these parts shows a strip of the picture that none of their tokens looks at."""
     x0, y0, x1, y1 = canvas(layout)
     for (low, high), spans in (
@@ -112,7 +112,7 @@ def hides(layout: Layout, parts: Sequence[Part]) -> bool:
     return False
 
 
-def prepare(image: Image.Image, layout: Layout, parts: Sequence[Part], width: int, height: int) -> Panel:
+def prepare(image: Image.Image, layout: TokenLayout, parts: Sequence[Part], width: int, height: int) -> Panel:
     """Draw what is the same for every layer, once.
 
     Args:

@@ -15,7 +15,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.videos import Video
 from pmod_cli.data.vision import as_given, clips, image_lengths
 from pmod_cli.families.configs import known_family
-from pmod_cli.families.geometry import Layout, numbered, patch_spans
+from pmod_cli.families.geometry import TokenLayout, numbered, patch_spans
 from pmod_cli.visualization.image_selection import IMAGE_MARK
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Shown:
     """
 
     image: Image.Image
-    layout: Layout
+    layout: TokenLayout
     tokens: np.ndarray
 
 
@@ -78,7 +78,7 @@ def _picture(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Ima
         count, side = model.config.vision_config.image_size // patch, max(image.size)
         edges = _spans(count, side)
         rows, columns = edges - (side - image.height) // 2, edges - (side - image.width) // 2
-        layout = Layout(image.width, image.height, (numbered("image", rows, columns, first=0),))
+        layout = TokenLayout(image.width, image.height, (numbered("image", rows, columns, first=0),))
     return Shown(image, layout, first + np.arange(layout.size))
 
 
@@ -96,7 +96,7 @@ def _film(processor: ProcessorMixin, inputs: BatchFeature, film: Video, total: i
     seen = film.pixels[np.arange(frames) * len(film.pixels) // frames]
     strip = Image.fromarray(np.concatenate(list(seen), axis=1))
     places = np.concatenate([columns.clip(0, width) + number * width for number in range(frames)])
-    layout = Layout(strip.width, height, (numbered("image", rows, places, first=0),), frames=frames)
+    layout = TokenLayout(strip.width, height, (numbered("image", rows, places, first=0),), frames=frames)
     order = np.arange(layout.size).reshape(frames, len(rows), len(columns)).transpose(1, 0, 2).ravel()
     return Shown(strip, layout, order)
 

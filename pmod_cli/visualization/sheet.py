@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.families.geometry import Layout
+from pmod_cli.families.geometry import TokenLayout
 from pmod_cli.visualization.overlay import canvas
 from pmod_cli.visualization.page import INK, LINE, MARGIN, QUIET, SMALL_PT, TEXT_PT, TITLE_PT, Page, measure, wrap
 
@@ -60,7 +60,7 @@ class Sheet:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: TokenLayout,
         headings: Sequence[Sequence[str]],
         rows: Sequence[str],
         notes: Notes,

@@ -16,7 +16,6 @@ from pmod_cli import checkpoints
 from pmod_cli.calibration.asked import Asked
 from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
 from pmod_cli.calibration.budget import Budget, best_ratios
-from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
 from pmod_cli.cli import main
@@ -72,7 +71,7 @@ def test_reusing_the_prefix_gives_what_whole_forward_passes_give():
     routers = {}
     for chooser in schedule.select_at:
         bench.apply(schedule, routers)
-        routers[chooser] = bench.fit(schedule, chooser, "text", bench.streams_at(chooser))[0].whole
+        routers[chooser] = bench.fit(schedule, chooser, "text", bench.streams_at(chooser))[0]
     bench.apply(schedule, routers)
     start = bench.streams_at(1)
     found = bench.thinned(start, 1, (0.0, 0.4, 1.0))
@@ -111,15 +110,14 @@ def test_targets_are_what_autograd_and_eager_attention_give():
     assert all((found["fisher"] >= 0).all() and found["fisher"].any() for found in bench.importance)
 
 
-def test_routers_that_were_fitted_foretell_and_shuffled_ones_lose():
+def test_routers_that_were_fitted_predict_and_shuffled_ones_lose():
     """On the bundled model: what it reads can be told from hidden states, and a wrong direction is worse."""
     model, processor = checkpoints.load_model(checkpoints.resolve("tiny-llava-next").path, dtype="float32")
     bench = Bench(Replay(model), Asked(model, processor).batches(read_samples("doc", 8)), ("text",))
     layers, chooser = len(bench.replay), len(bench.replay) // 3
     schedule = Schedule((1.0,) * chooser + (0.3,) * (layers - chooser), (chooser,))
     streams = bench.streams_at(chooser)
-    fitted, correlation, _ = bench.fit(schedule, chooser, "text", streams)
-    router = fitted.whole
+    router, correlation, _ = bench.fit(schedule, chooser, "text", streams)
     assert correlation > 0.3
     bench.apply(schedule, {chooser: router})
     fitted = bench.divergence(streams)
@@ -128,30 +126,11 @@ def test_routers_that_were_fitted_foretell_and_shuffled_ones_lose():
     assert 0 < (weights - 1).abs().max() < 1e-2
     assert (weights - 1).abs().mean() < 1e-3
     right, shuffled = router.weight.clone(), []
-    for seed in range(8):  # a single wrong direction may be a good one by luck
+    for seed in range(4):  # a single wrong direction may be a good one by luck
         order = torch.randperm(right.shape[1], generator=torch.Generator().manual_seed(seed))
         router.weight.copy_(right[:, order])
         shuffled.append(bench.divergence(streams))
     assert sum(shuffled) / len(shuffled) > 1.5 * fitted, (fitted, shuffled)
-
-
-def test_no_picture_is_ranked_by_a_router_that_was_fitted_on_it(monkeypatch):
-    """With the importances of a fold changed, the router that it is ranked by stays, and the others do not."""
-    monkeypatch.setattr("pmod_cli.calibration.regression.SHRINKAGE", (0.01,))
-    stock = factories.model("llava_next", layers=3)
-    batches = [batches_of(stock, "llava_next", count=1)[0] for _ in range(FOLDS)]
-    schedule, found = Schedule((1.0, 0.5, 0.5), (1,)), []
-    for change in (False, True):
-        bench = Bench(Replay(stock), batches, ("text",), folds=range(FOLDS))
-        if change:
-            bench.importance[0]["text"] = bench.importance[0]["text"].flip(-1)
-        router = bench.fit(schedule, 1, "text", bench.streams_at(1))[0]
-        bench.apply(schedule, {1: router})
-        bench.judged()
-        assert router.fold == FOLDS - 1, "each batch was ranked by the router of its fold"
-        found.append([each.weight.clone() for each in (*router.crossed, router.whole)])
-    same = [torch.allclose(one, other, rtol=1e-3) for one, other in zip(*found, strict=True)]
-    assert same == [True] + [False] * FOLDS
 
 
 def _prompt(processor):
@@ -292,17 +271,14 @@ def test_a_full_disk_leaves_nothing(stock_model, workdir: Path, monkeypatch, cap
     assert not [path for path in workdir.iterdir() if "made" in path.name and path.is_dir()]
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [pytest.param([1], marks=pytest.mark.slow, id="while it writes"), pytest.param(range(30), marks=pytest.mark.soak)],
-)
-def test_killed_at_any_moment_it_leaves_nothing_or_all(stock_model, workdir: Path, kills):
-    """Every second kill waits for the moment of writing, which is short. The next run needs no help."""
+@pytest.mark.soak
+def test_killed_at_any_moment_it_leaves_nothing_or_all(stock_model, workdir: Path):
+    """Every second kill waits for the moment of writing, which is short."""
     call = [sys.executable, "-m", "pmod_cli", "calibrate", str(stock_model()), "-o", "made", "--samples", "8"]
     call += ["--schedule", "cosine", "--device", "cpu", "--overwrite"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     seconds = 10.0
-    for kill in kills:
+    for kill in range(30):
         process = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         moment = random.Random(kill).uniform(0, 1.1 * seconds)

@@ -25,7 +25,8 @@ from tests.checkpoints.originals import twins
     ],
 )
 def test_what_is_written_passes(options, stock_model, tmp_path):
-    report = convert(stock_model(layers=32), tmp_path / "out", options=Options(verify=True, **options))
+    layers = 32 if options.get("to") == "published" else 4  # the published code's schedule is one of 32 layers
+    report = convert(stock_model(layers=layers), tmp_path / "out", options=Options(verify=True, **options))
     assert report.verified
     if options.get("to") != "published":
         assert "bit for bit stock" in report.verified[-1]

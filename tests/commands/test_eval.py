@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Image, Value
 from pmod_cli import cli
 from pmod_cli.core import errors
 from pmod_cli.data import documents
-from pmod_cli.evaluation import adapter
+from tests.evaluation.mirrors import break_pictures
 
 
 @pytest.fixture
@@ -72,14 +72,7 @@ def test_json_is_the_results_file(converted, capsys):
 
 def test_one_failing_task_does_not_stop_the_others(converted, capsys, monkeypatch):
     """A picture of one task cannot be read: its row says so, the other has its score, the exit code is 3."""
-    prepare = adapter.prompts.prepare
-
-    def broken(processor, index, question, images, model_type):
-        if "price" in question:
-            raise OSError("image file is truncated")
-        return prepare(processor, index, question, images)
-
-    monkeypatch.setattr(adapter.prompts, "prepare", broken)
+    break_pictures(monkeypatch, "price")
     code = evaluate("--tasks", "tiny_doc,tiny_presence", "--limit", 2, "-o", "run", "--against", "none")
     printed = capsys.readouterr()
     assert code == 3

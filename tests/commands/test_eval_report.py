@@ -9,6 +9,8 @@ import pytest
 from pmod_cli import cli
 from pmod_cli.evaluation import score_tables
 
+ASKED = 3  # questions of each task
+
 
 def evaluate(*arguments) -> int:
     return cli.main(["eval", *map(str, arguments)])
@@ -25,7 +27,16 @@ def run(stock_model, tmp_path_factory):
         assert cli.main(["convert", str(stock_model()), "-o", "tiny-pmod", "-q"]) == 0
         against = "stock,random,uniform,downsample"
         code = evaluate(
-            "-t", "tiny_doc,tiny_presence", "--limit", 6, "--against", against, "-o", "run", "-q", "--check-batching"
+            "-t",
+            "tiny_doc,tiny_presence",
+            "--limit",
+            ASKED,
+            "--against",
+            against,
+            "-o",
+            "run",
+            "-q",
+            "--check-batching",
         )
     assert code == 0
     return place / "run"
@@ -43,7 +54,7 @@ def test_every_control_answers_the_same_questions(run):
         for label in results["models"]
     }
     assert len(set(map(tuple, asked.values()))) == 1
-    assert len(asked["stock"]) == 6
+    assert len(asked["stock"]) == ASKED
     down = results["models"]["downsample"]
     assert (
         down["downsampled"]["tokens_left"]
@@ -85,11 +96,11 @@ def test_no_file_holds_a_secret(run):
 
 
 def test_batching_was_checked(run):
-    """Float32: six questions of each task went together, and none is answered otherwise alone."""
+    """Float32: the questions of each task went together, and none is answered otherwise alone."""
     results = results_of(run)
     checks = [entry["batching"] for task in results["tasks"] for entry in task["scores"].values()]
-    assert checks == [{"questions": 6, "changed": 0, "batch_size": 6}] * 10
-    assert "stock: 0 of 12 answers change when asked one at a time" in (run / "results.md").read_text()
+    assert checks == [{"questions": ASKED, "changed": 0, "batch_size": ASKED}] * 10
+    assert f"stock: 0 of {2 * ASKED} answers change when asked one at a time" in (run / "results.md").read_text()
 
 
 def test_formats_agree(run):
@@ -104,14 +115,14 @@ def test_formats_agree(run):
 
 def test_finished_runs_side_by_side(run, workdir, capsys):
     stock = results_of(run)["models"]["stock"]["path"]
-    settings = ("--limit", 4, "--dtype", "bf16", "--against", "none", "-q")
+    settings = ("--limit", ASKED - 1, "--dtype", "bf16", "--against", "none", "-q")
     assert evaluate("-t", "tiny_doc", "-m", stock, "-o", "other", *settings) == 0
     capsys.readouterr()
     assert evaluate("--compare", run, "other") == 0
     printed = capsys.readouterr()
     assert "run: tiny-pmod" in printed.out
     assert "dtype: float32" in printed.err
-    assert "4 in common" in printed.err
+    assert f"{ASKED - 1} in common" in printed.err
 
     assert evaluate("--compare", run, "other", "--json") == 0
     compared = json.loads(capsys.readouterr().out)

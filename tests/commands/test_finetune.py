@@ -168,6 +168,7 @@ def test_a_path_is_all_that_quiet_prints(stock_model, workdir, capsys):
     assert (captured.out, captured.err) == ("run\n", "")
 
 
+@pytest.mark.slow
 def test_scores_of_the_finished_run_are_in_its_summary_and_card(stock_model, workdir, capfd, monkeypatch):
     """`--eval` on the first questions of one task, beside the stock model; nothing of it reaches stdout."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the evaluation is a program of its own

@@ -262,7 +262,7 @@ def test_the_page_and_the_plot(tiny: Path, capsys: pytest.CaptureFixture) -> Non
     assert sorted(path.name for path in Path().iterdir() if path.name.startswith("cost")) == ["cost.html", "cost.svg"]
 
 
-def test_memory_of_named_and_sized_gpus(capsys: pytest.CaptureFixture, workdir: Path) -> None:
+def test_memory_of_named_and_sized_gpus(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     code, out, _ = run(capsys, "-m", "llava-next-7b", "--report", "memory", "--gpu-memory", "24GB", "--json")
     assert code == 0
     memory = json.loads(out)["memory"]
@@ -270,8 +270,8 @@ def test_memory_of_named_and_sized_gpus(capsys: pytest.CaptureFixture, workdir: 
     assert fits["pmod"]["batch_rows"] > fits["stock"]["batch_rows"] > 0
     assert memory["inference"]["pmod"]["cache_bytes"] < memory["inference"]["stock"]["cache_bytes"]
     assert memory["training"]["all weights"]["pmod"]["peak_bytes"] > 16 * 6.7e9  # weights, gradients, two moments
-    small = json.loads(run(capsys, "-m", "llava-next-34b", "--report", "memory", "--gpu-memory", "h100", "--json")[1])
-    assert small["memory"]["fits"][0]["gpu"] == "H100 SXM"
+    named = json.loads(run(capsys, "-m", str(tiny), "--report", "memory", "--gpu-memory", "h100", "--json")[1])
+    assert named["memory"]["fits"][0]["gpu"] == "H100 SXM"
     none = json.loads(run(capsys, "-m", "llava-next-34b", "--report", "memory", "--gpu-memory", "24GB", "--json")[1])
     assert none["memory"]["fits"][0]["pmod"] == {"batch_rows": 0, "context_tokens": 0, "limited_by": "memory"}
 
@@ -327,7 +327,7 @@ def test_the_average_over_a_data_set(stock_model: Callable, workdir: Path, capsy
 
 def test_a_measured_report(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     """Every phase of every model really runs, on a batch of unequal rows; cache bytes are those counted."""
-    arguments = ["-m", str(tiny), "--report", "latency", "--random-weights", "--device", "cpu", "--repeats", "2"]
+    arguments = ["-m", str(tiny), "--report", "latency", "--random-weights", "--device", "cpu", "--repeats", "1"]
     arguments += ["--image-size", "64x64,50x37", "--text-tokens", "9", "--new-tokens", "2", "--json"]
     phases = "prefill,first-token,decode,train,train-checkpointed"
     code, out, _ = run(capsys, *arguments, "--phases", phases)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.conversation import BadRow, Conversation, Turn, from_llava
+from pmod_cli.data.conversation import BadRow, ChatTurn, Conversation, from_llava
 from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.data.rendered import IGNORED, encode
 from pmod_cli.data.templates import renderer
@@ -90,7 +90,12 @@ def test_tricky_conversations_that_are_given_no_label():
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_what_is_learned_reads_as_the_answers(template):
     processor = processor_of(template)
-    turns = [Turn("user", "What is it?"), Turn("assistant", "A dog."), Turn("user", "And?"), Turn("assistant", "Cars.")]
+    turns = [
+        ChatTurn("user", "What is it?"),
+        ChatTurn("assistant", "A dog."),
+        ChatTurn("user", "And?"),
+        ChatTurn("assistant", "Cars."),
+    ]
     encoded = encode(renderer(template, processor)(turns), processor.tokenizer)
     spans, current = [], []
     for token in encoded.labels.tolist():
@@ -108,11 +113,15 @@ def test_what_is_learned_reads_as_the_answers(template):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_system_turn_replaces_the_template_s_own(template):
     processor = processor_of(template)
-    text = renderer(template, processor)([Turn("system", "Be brief."), Turn("user", "a"), Turn("assistant", "b")]).text
+    text = renderer(template, processor)(
+        [ChatTurn("system", "Be brief."), ChatTurn("user", "a"), ChatTurn("assistant", "b")]
+    ).text
     assert "Be brief." in text
     assert "helpful" not in text
     encoded = encode(
-        renderer(template, processor)([Turn("system", "Be brief."), Turn("user", "a"), Turn("assistant", "b")]),
+        renderer(template, processor)(
+            [ChatTurn("system", "Be brief."), ChatTurn("user", "a"), ChatTurn("assistant", "b")]
+        ),
         processor.tokenizer,
     )
     assert "brief" not in processor.tokenizer.decode(encoded.labels[encoded.labels != IGNORED])
@@ -123,7 +132,7 @@ def test_a_break_behind_the_limit_leaves_the_labels_before_it():
     processor = processor_of("vicuna_v1")
     said = [("human", "What?"), ("gpt", "A dog. " * 20), ("human", "And then?"), ("gpt", "It </s> ends.")]
     said += [("human", "Where?"), ("gpt", "In the street.")]
-    turns = [Turn({"human": "user", "gpt": "assistant"}[who], text) for who, text in said]
+    turns = [ChatTurn({"human": "user", "gpt": "assistant"}[who], text) for who, text in said]
     rendered = renderer("vicuna_v1", processor)(turns)
     for limit in (40, 4096):
         _, expected = published.by_round(
@@ -135,17 +144,17 @@ def test_a_break_behind_the_limit_leaves_the_labels_before_it():
 
 def test_plain_learns_the_caption_alone():
     processor = processor_of("plain")
-    turns = [Turn("user", "Give a short caption.\n<image>"), Turn("assistant", "A red circle.")]
+    turns = [ChatTurn("user", "Give a short caption.\n<image>"), ChatTurn("assistant", "A red circle.")]
     encoded = encode(renderer("plain", processor)(turns), processor.tokenizer)
     assert encoded.images.tolist() == [1]
     assert encoded.labels[:2].tolist() == [IGNORED, IGNORED]
     assert processor.tokenizer.decode(encoded.labels[2:]) == "A red circle.\n"
     with pytest.raises(BadRow, match="one question with an image, and one answer"):
-        renderer("plain", processor)([Turn("user", "no image"), Turn("assistant", "b")])
+        renderer("plain", processor)([ChatTurn("user", "no image"), ChatTurn("assistant", "b")])
 
 
 def test_templates_refuse_what_they_cannot_hold():
-    two = [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")]
+    two = [ChatTurn("user", "a"), ChatTurn("user", "b"), ChatTurn("assistant", "c")]
     for template in ("vicuna_v1", "mistral"):
         with pytest.raises(BadRow, match="two turns of the user in a row"):
             renderer(template, processor_of(template))(two)
@@ -168,7 +177,7 @@ def test_token_ids_are_those_of_the_processor_at_inference(kind, template):
     from PIL import Image
 
     processor = processor_of(template, kind)
-    turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A dog."))
+    turns = (ChatTurn("user", "<image>\nWhat is it?"), ChatTurn("assistant", "A dog."))
     image = Image.new("RGB", (70, 41), "red")
     text = renderer(template, processor)(turns).text
     stock = processor(text=[text], images=[image], add_special_tokens=template == "vicuna_v1")
@@ -179,6 +188,8 @@ def test_token_ids_are_those_of_the_processor_at_inference(kind, template):
 def test_offsets_are_needed_in_order():
     """Labels are found by where tokens begin in the text; these never go back."""
     processor = processor_of("vicuna_v1")
-    text = renderer("vicuna_v1", processor)([Turn("user", "Wie heißt 狗?"), Turn("assistant", "Er heißt ☃.")]).text
+    text = renderer("vicuna_v1", processor)(
+        [ChatTurn("user", "Wie heißt 狗?"), ChatTurn("assistant", "Er heißt ☃.")]
+    ).text
     starts = [start for start, _ in processor.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
     assert all(one <= other for one, other in pairwise(starts))

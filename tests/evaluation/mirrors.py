@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 
+from pmod_cli.evaluation import prompts
 from pmod_cli.evaluation.benchmarks import Split, groups
 
 TEXT, NUMBER, PICTURE = Value("string"), Value("int64"), Image()
@@ -43,6 +45,18 @@ class Mirrored:
 def picture(seed: int) -> Pictures.Image:
     width, height = SIZES[seed % len(SIZES)]
     return Pictures.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def break_pictures(patch: pytest.MonkeyPatch, word: str) -> None:
+    """While a test lasts, no picture of a question with this word can be read."""
+    prepare = prompts.prepare
+
+    def broken(processor: Any, index: int, question: str, images: Any, model_type: str) -> prompts.Prompt:
+        if word in question:
+            raise OSError("image file is truncated")
+        return prepare(processor, index, question, images, model_type)
+
+    patch.setattr(prompts, "prepare", broken)
 
 
 def mirrored(name: str) -> Mirrored:

@@ -1,5 +1,7 @@
 """The adapter against plain `generate`, batches against single rows, and the rules of a prompt."""
 
+from functools import cache
+
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
@@ -14,6 +16,7 @@ from pmod_cli.evaluation.journal import Answer
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling.methods import PromptBudget
+from tests.evaluation.mirrors import break_pictures
 from tests.factories import KINDS
 
 QUESTIONS = (
@@ -76,8 +79,14 @@ def pmod_model(stock_model, tmp_path_factory):
     return target.with_name("trained")
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """`alone(path)`: what a checkpoint says to each prompt at batch size 1, asked once."""
+    return cache(lambda path: tuple(texts(asked(path))))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_are_those_of_plain_generate(stock_model, kind):
+def test_answers_are_those_of_plain_generate(stock_model, alone, kind):
     """One image-text prompt at a time, through transformers' own template and generate."""
     path = stock_model(kind)
     model = AutoModelForImageTextToText.from_pretrained(path)
@@ -95,16 +104,15 @@ def test_answers_are_those_of_plain_generate(stock_model, kind):
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         expected.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
     assert len(set(expected)) > 2, "a model that says the same to everything would prove nothing"
-    assert texts(asked(path)) == expected
+    assert list(alone(path)) == expected
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "pmod"])
-def test_batches_do_not_change_answers(stock_model, pmod_model, name, monkeypatch):
+def test_batches_do_not_change_answers(stock_model, pmod_model, alone, name, monkeypatch):
     monkeypatch.setattr(prompts, "WINDOW", 1)  # several windows: rows are sorted within each, answers put back in order
     path = pmod_model if name == "pmod" else stock_model(name)
-    single = texts(asked(path))
-    assert texts(asked(path, batch_size=4)) == single
-    assert texts(asked(path, batch_size=16)) == single
+    for batch_size in (4, 16):
+        assert texts(asked(path, batch_size)) == list(alone(path))
 
 
 @pytest.mark.parametrize("method", ["divprune", "random"])
@@ -113,11 +121,12 @@ def test_a_budget_is_solved_for_each_prompt_whatever_stands_beside_it(stock_mode
     model, processor = load_model(stock_model(), dtype="float32", pmod={"method": method, "mean": 0.5})
     budget = PromptBudget(Sizes.of(model.config), method, 0.6)
 
-    def answers(batch_size, given):
+    def answers(batch_size, given, places=range(len(DOCS))):
         adapted = PmodModel("m", batch_size, selection=method, seed=3, model=model, processor=processor, budget=given)
         adapted.task_dict["t"] = {"test": DOCS}
-        return dict(pair for batch in adapted.answers(requests(max_new_tokens=12)) for pair in batch)
+        return dict(pair for batch in adapted.answers([asks[place] for place in places]) for pair in batch)
 
+    asks = requests(max_new_tokens=8)
     found = answers(1, budget)
     assert {place: answer.text for place, answer in answers(16, budget).items()} == {
         place: answer.text for place, answer in found.items()
@@ -128,7 +137,8 @@ def test_a_budget_is_solved_for_each_prompt_whatever_stands_beside_it(stock_mode
     assert len(set(settings.values())) > 2
     for place in (0, 2, 3):
         model.set_method(settings[place].to_dict())
-        assert answers(1, None)[place].text == found[place].text
+        (answer,) = answers(1, None, [place]).values()
+        assert answer.text == found[place].text
 
 
 def test_random_selection_keeps_other_tokens(pmod_model):
@@ -166,14 +176,7 @@ def test_an_answer_says_how_it_came_about(stock_model):
 
 
 def test_a_picture_that_cannot_be_read_leaves_the_others(stock_model, monkeypatch):
-    prepare = adapter.prompts.prepare
-
-    def broken(processor, index, question, images, model_type):
-        if "price" in question:
-            raise OSError("image file is truncated")
-        return prepare(processor, index, question, images)
-
-    monkeypatch.setattr(adapter.prompts, "prepare", broken)
+    break_pictures(monkeypatch, "price")
     adapted = asked(stock_model(), batch_size=4)
     answers = {place: answer for batch in adapted.answers(requests()) for place, answer in batch}
     assert answers[0] == adapter.Unanswered("OSError: image file is truncated")
@@ -182,9 +185,8 @@ def test_a_picture_that_cannot_be_read_leaves_the_others(stock_model, monkeypatc
         texts(adapted)
 
 
-def test_a_prompt_longer_than_the_context_is_not_put(stock_model):
-    adapted = asked(stock_model(), batch_size=4)
-    whole = texts(adapted)
+def test_a_prompt_longer_than_the_context_is_not_put(stock_model, alone):
+    adapted, whole = asked(stock_model(), batch_size=4), alone(stock_model())
     lengths = {place: answer.input_tokens for batch in adapted.answers(requests()) for place, answer in batch}
     longest = max(lengths, key=lengths.get)
     adapted.model.config.get_text_config().max_position_embeddings = lengths[longest]
@@ -196,10 +198,10 @@ def test_a_prompt_longer_than_the_context_is_not_put(stock_model):
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_out_of_memory_halves_the_batch(stock_model, monkeypatch, most):
+def test_out_of_memory_halves_the_batch(stock_model, alone, monkeypatch, most):
     """A device on which more than `most` rows do not fit: no answer is lost or different, and the size stays small."""
     adapted = asked(stock_model(), batch_size=8, halve=True)
-    expected, tried, generate = texts(adapted), [], adapted.model.generate
+    expected, tried, generate = list(alone(stock_model())), [], adapted.model.generate
 
     def full(input_ids, **inputs):
         tried.append(len(input_ids))
@@ -239,12 +241,12 @@ def test_lmms_eval_finds_the_adapter():
     assert get_model("pmod") is PmodModel
 
 
-def test_loads_by_name_as_lmms_eval_does(stock_model):
+def test_loads_by_name_as_lmms_eval_does(stock_model, alone):
     adapted = PmodModel.create_from_arg_string(
         f"pretrained={stock_model()},dtype=float32", {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
     )
     adapted.task_dict["t"] = {"test": DOCS}
-    assert texts(adapted) == texts(asked(stock_model()))
+    assert texts(adapted) == list(alone(stock_model()))
 
 
 def test_marked_image_places_stay(stock_model):

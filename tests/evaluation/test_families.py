@@ -92,7 +92,7 @@ def test_a_film_that_is_missing_or_not_wanted_leaves_the_question_unanswered(rou
 
 def test_the_command_runs_the_tasks(routed, workdir):
     kind, model, made, _ = routed
-    words = ["--tasks", "tiny_doc,tiny_presence", "--limit", "3", "--device", "cpu", "--dtype", "float32"]
+    words = ["--tasks", "tiny_doc,tiny_presence", "--limit", "1", "--device", "cpu", "--dtype", "float32"]
     assert cli.main(["eval", "-m", str(model.name_or_path), *words, "-o", "scores"]) == 0
     results = json.loads((workdir / "scores" / "results.json").read_text())
     found = {entry["model_type"]: entry for entry in results["models"].values()}

@@ -6,7 +6,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from pmod_cli.families.geometry import Layout
+from pmod_cli.families.geometry import TokenLayout
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.visualization.image_selection import ImageSelection
@@ -16,13 +16,13 @@ SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width"
 PINPOINTS = [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]]
 
 
-def image_layout(image_processor, patch_size: int, height: int, width: int) -> Layout:
+def image_layout(image_processor, patch_size: int, height: int, width: int) -> TokenLayout:
     """Where the vision tokens of an image lie, by the family whose image processor this is."""
     family = LLAVA_NEXT if hasattr(image_processor, "image_grid_pinpoints") else LLAVA
     return family.place_tokens(image_processor, patch_size, height, width)
 
 
-def record_of(layout: Layout, kept: np.ndarray | None = None, *, layers: int = 4, **changes) -> ImageSelection:
+def record_of(layout: TokenLayout, kept: np.ndarray | None = None, *, layers: int = 4, **changes) -> ImageSelection:
     """The first half of the layers plain; the others keep `kept`, or every third token."""
     routed = np.arange(layers) >= layers // 2
     chosen = np.arange(layout.size) % 3 == 0 if kept is None else kept

@@ -90,14 +90,14 @@ def test_neither_answer_nor_question_changes_the_selection(bright_model):
     model, processor = bright_model
     image = LoadedImage(Image.effect_noise((90, 60), 80).convert("RGB"))
     silent = select(model, processor, image, "what is the price of egg?", max_new_tokens=0)
-    spoken = select(model, processor, image, "what is the price of egg?", max_new_tokens=4)
+    answered = select(model, processor, image, "what is the price of egg?", max_new_tokens=4)
     asked = select(model, processor, image, "is there a red circle?", max_new_tokens=0)
     assert (asked.kept == silent.kept).all()  # the image stands before the question, and attention is causal
     assert silent.answer is None
-    assert isinstance(spoken.answer, str)
-    assert (silent.kept == spoken.kept).all()
-    np.testing.assert_allclose(silent.weight, spoken.weight, atol=1e-6)
-    assert spoken.router_state == "untrained"
+    assert isinstance(answered.answer, str)
+    assert (silent.kept == answered.kept).all()
+    np.testing.assert_allclose(silent.weight, answered.weight, atol=1e-6)
+    assert answered.router_state == "untrained"
 
 
 def test_a_processor_that_does_not_fit_is_refused(bright_model):

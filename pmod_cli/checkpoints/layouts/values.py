@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import TOWERS, family_of
+from pmod_cli.families.llava_next import is_pinpoint
 
 _ROPES = {  # and what each of them cannot do without
     "default": (),
@@ -33,10 +34,7 @@ def _token(value: object) -> bool:
 
 
 def _pinpoints(value: object) -> bool:
-    def is_pair(pair: object) -> bool:
-        return isinstance(pair, list) and len(pair) == 2 and all(_whole(side) and 0 < side <= 10**6 for side in pair)
-
-    return isinstance(value, list) and len(value) > 0 and all(map(is_pair, value))
+    return isinstance(value, list) and bool(value) and all(is_pinpoint(pair) and max(pair) <= 10**6 for pair in value)
 
 
 _POSITIVE = (lambda value: _number(value) and 0 < value < 1e12, "a number above 0")

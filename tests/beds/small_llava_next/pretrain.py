@@ -27,7 +27,7 @@ from pmod_cli.data.rows import row
 from tests.beds.small_llava_next.align import Alignment, shown
 from tests.beds.small_llava_next.model import load, projected, vision_tensors, write
 from tests.beds.tiny_llava_next.batches import TinyBatches
-from tests.beds.tiny_llava_next.pretrain import keep, learning_rate, restore
+from tests.beds.tiny_llava_next.pretrain import Masters, keep, learning_rate, restore
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -101,22 +101,22 @@ def answer(
     model.model.language_model.set_attn_implementation("causal_attention")
     torch.manual_seed(recipe["seed"])
     inject_adapter_in_model(LoraConfig(target_modules=LINEAR, **stage["lora"]), model)
-    masters = Masters([parameter for name, parameter in model.named_parameters() if "lora_" in name])
+    masters = Masters(model)  # of LoRA's matrices, all that is trained
     adamw = torch.optim.AdamW(masters.parameters(), weight_decay=0.0, **stage["adamw"])
     parts = {"masters": masters, "adamw": adamw}
     step = restore(checkpoint, 1, parts)
-    masters.spread()
+    masters.write()
     collate = Collator(processor)
     model.train()
     while step < stage["steps"]:
         batch = collate([row(document, asked(document)) for document in drawn(stage, step)])
         losses = answer_losses(model, batch, label_weights(processor, batch["labels"], stage["weights"]))
         losses["answers"].backward()
-        masters.collect()
+        masters.take_gradients()
         nn.utils.clip_grad_norm_(masters.parameters(), 1.0)
         adamw.param_groups[0]["lr"] = stage["adamw"]["lr"] * learning_rate(step, stage)
         adamw.step()
-        masters.spread()
+        masters.write()
         step += 1
         log.add("answer", step, stage["steps"], **losses)
         if step % recipe["save_every"] == 0:
@@ -210,26 +210,6 @@ def answer_losses(model: LlavaNextForConditionalGeneration, batch: Mapping[str, 
     return {"answers": (each * weights).sum() / weights.sum()} | {
         f"right_{weight:g}": right[weights == weight].mean() for weight in weights.unique().tolist()
     }
-
-
-class Masters(nn.ParameterList):
-    """Float32 copies of parameters, which the optimizer steps; bfloat16 alone would lose small steps."""
-
-    def __init__(self, trained: list[nn.Parameter]):
-        super().__init__([nn.Parameter(parameter.detach().float().clone()) for parameter in trained])
-        self.trained = [parameter.requires_grad_(True) for parameter in trained]
-
-    def collect(self) -> None:
-        """Take the gradients over."""
-        for master, parameter in zip(self, self.trained, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-
-    @torch.no_grad()
-    def spread(self) -> None:
-        """Round the masters into the parameters."""
-        for master, parameter in zip(self, self.trained, strict=True):
-            parameter.copy_(master)
 
 
 def delta_of(model: LlavaNextForConditionalGeneration) -> dict[str, Tensor]:

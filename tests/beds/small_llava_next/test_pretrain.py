@@ -13,7 +13,8 @@ from pmod_cli.checkpoints import bundled_path
 from pmod_cli.data.documents import COLOURS, SHAPES, draw
 from tests.beds.small_llava_next.align import UNKNOWN, WORDS, Alignment, shown
 from tests.beds.small_llava_next.build import lora_updates
-from tests.beds.small_llava_next.pretrain import LINEAR, Masters, asked, causal_attention, label_weights
+from tests.beds.small_llava_next.pretrain import LINEAR, asked, causal_attention, label_weights
+from tests.beds.tiny_llava_next.pretrain import Masters
 
 TILE = 48
 
@@ -108,15 +109,17 @@ def test_causal_attention_is_the_stock_one():
 
 
 def test_masters_keep_steps_that_bfloat16_would_lose():
-    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    masters = Masters([parameter])
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    masters, parameter = Masters(model), model.weight
+    assert parameter.dtype == torch.bfloat16
     optimizer = torch.optim.SGD(masters.parameters(), lr=1.0)
     for _ in range(8):
         (parameter * 0.001).sum().backward()
-        masters.collect()
+        masters.take_gradients()
         optimizer.step()
-        masters.spread()
-    assert parameter.detach().tolist() == pytest.approx([0.992] * 3, abs=0.004)
+        masters.write()
+    assert parameter.detach().tolist() == [pytest.approx([0.992] * 3, abs=0.004)]
     assert parameter.grad is None
 
 

@@ -8,8 +8,9 @@ is read where it stands. ``pmod profile --report depth`` tells in which layers.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -106,20 +107,39 @@ def kinds(document: Document) -> str:
     return "chart, longest" if document.turns[0].question.startswith("which bar") else document.task
 
 
+def erased(document: Document) -> Document:
+    """The document with paper where the answer to its first question stands, if it stands anywhere."""
+    region = document.turns[0].region
+    if region is None:
+        return document
+    image = document.image.copy()
+    image.paste((240, 240, 240), region)
+    return replace(document, image=image)
+
+
 def measure(
-    model: PreTrainedModel, processor: ProcessorMixin, count: int, control: str | None = None, batch_size: int = 32
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    count: int,
+    control: str | None = None,
+    batch_size: int = 32,
+    tasks: Iterable[str] = TASKS,
 ) -> dict[str, list[float]]:
-    """Exact match in percent by kind of question, over ``count`` unseen documents of each task, with its interval.
+    """Exact match in percent by kind of question, over ``count`` unseen documents of each task.
 
     Args:
-        control: None, "blank" or "hidden".
+        control: None, "blank", "erased" or "hidden".
+
+    Returns:
+        Of each kind the percent, its 95 % interval, and the number of questions.
     """
     right = defaultdict(list)
-    for task in TASKS:
+    for task in tasks:
         documents = unseen_documents(task, count)
         for start in range(0, count, batch_size):
             some = documents[start : start + batch_size]
-            inputs = prompts(processor, some, blank=control == "blank")
+            shown = [erased(document) for document in some] if control == "erased" else some
+            inputs = prompts(processor, shown, blank=control == "blank")
             if control == "hidden":
                 with hidden_vision(model, hidden_answers(model, inputs, some)):
                     said = answers(model, processor, inputs)
@@ -127,10 +147,11 @@ def measure(
                 said = answers(model, processor, inputs)
             for document, answer in zip(some, said, strict=True):
                 right[kinds(document)].append(answer.strip() == document.turns[0].answer)
-    return {
-        kind: [round(100 * share, 1) for share in (sum(hits) / len(hits), *rate_interval(sum(hits), len(hits)))]
-        for kind, hits in right.items()
-    }
+    found = {}
+    for kind, hits in right.items():
+        shares = (sum(hits) / len(hits), *rate_interval(sum(hits), len(hits)))
+        found[kind] = [*(round(100 * share, 1) for share in shares), len(hits)]
+    return found
 
 
 def main() -> None:

@@ -114,7 +114,10 @@ def run_stage(
 
 
 class Masters(nn.Module):
-    """The trained weights of a model in float32, while the model itself computes in bfloat16."""
+    """The trained weights of a model in float32, while the model itself computes in bfloat16.
+
+    The optimizer steps these: bfloat16 alone would lose small steps.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -125,7 +128,9 @@ class Masters(nn.Module):
             if isinstance(module, nn.Linear) and name != "lm_head"
         }
         self.inner = [name for name in self.of if name in inner]  # the matrices inside the network
-        self.weights = nn.ParameterDict({name.replace(".", "/"): p.detach().clone() for name, p in self.of.items()})
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): p.detach().float().clone() for name, p in self.of.items()}
+        )
         model.to(torch.bfloat16)
 
     def __getitem__(self, name: str) -> nn.Parameter:

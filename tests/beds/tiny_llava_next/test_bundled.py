@@ -49,6 +49,7 @@ def test_it_is_a_small_stock_checkpoint_of_32_layers(model):
     assert not [file.name for file in bundled_path().iterdir() if file.suffix in {".bin", ".pt", ".py"}]
 
 
+@pytest.mark.slow
 def test_it_reads_unseen_documents_and_cannot_without_the_image_or_what_is_asked(model, processor):
     share = {}
     for control in (None, "blank", "hidden"):

@@ -217,6 +217,7 @@ def test_a_fully_hidden_image_tells_nothing_and_a_shown_one_does(processor, mode
     assert not torch.equal(logits(False, 1), logits(False, 2))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "build_model", lambda *_: random_model(processor))
     whole = pretrain(recipe, tmp_path / "whole", report=lambda line: None)

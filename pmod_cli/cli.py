@@ -31,7 +31,7 @@ VERBS = {
     "ask": "Ask a model about a picture, once or in a conversation.",
     "serve": "Serve a model behind the HTTP interface of OpenAI.",
     "visualize": "Draw which image patches each layer keeps.",
-    "demo": "Convert, train, evaluate, profile and draw the bundled model, into one folder.",
+    "demo": "Calibrate, evaluate, profile and draw the bundled model, into one folder; with --train, train it too.",
     "recipes": "List, show and copy the training recipes.",
     "env": "Show versions, devices, threads and caches.",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pmod_cli.calibration.asked import Batch
 from pmod_cli.calibration.importance import fisher_information, received_attention
-from pmod_cli.calibration.regression import Moments
+from pmod_cli.calibration.regression import FOLDS, Moments
 from pmod_cli.calibration.replay import Replay, Stream
 from pmod_cli.model import PmodSettings
 
@@ -51,20 +51,50 @@ class Schedule:
         return [layer for layer in range(chooser, end) if 0 < self.ratios[layer] < 1] or [chooser]
 
 
+class CrossFitted(nn.Module):
+    """A router of all pictures, and for each fold of them one that was fitted on the others.
+
+    Args:
+        make: Makes a router.
+
+    Attributes:
+        fold: Of the pictures that are asked now; None asks the router of all.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.whole, self.crossed = make(), nn.ModuleList(make() for _ in range(FOLDS))
+        self.fold: int | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits `(B, N, 1)` of the residual stream `(B, N, D)`."""
+        return (self.whole if self.fold is None else self.crossed[self.fold])(hidden)
+
+
 class Bench:
     """Answered samples beside what the stock model says to them.
+
+    Where the batches have folds, a fitted router is asked about pictures that it was not fitted on.
 
     Args:
         replay: The model; its decoder is given schedules and routers in place.
         batches: Rows with the stock model's own answers.
         targets: Which importances are computed, of `TARGETS`.
+        folds: Of each batch, below `FOLDS`.
         seed: Of what is drawn.
     """
 
     def __init__(
-        self, replay: Replay, batches: Sequence[Batch], targets: Sequence[str] = TARGETS, *, seed: int = 0
+        self,
+        replay: Replay,
+        batches: Sequence[Batch],
+        targets: Sequence[str] = TARGETS,
+        *,
+        folds: Sequence[int] = (),
+        seed: int = 0,
     ) -> None:
-        self.replay = replay
+        self.replay, self.folds = replay, folds
+        self.routers: dict[int, nn.Module] = {}
         self.apply(Schedule((1.0,) * len(replay)))
         with torch.no_grad():
             self.start = [replay.begin(batch) for batch in batches]
@@ -89,8 +119,9 @@ class Bench:
             selection: What ranks the tokens: `router`, or a control.
             seed: Of a control that draws.
         """
+        self.routers = {layer: router for layer, router in (routers or {}).items() if layer in schedule.choosers}
         for index, layer in enumerate(self.replay.layers):
-            layer.register_module("router", (routers or {}).get(index) if index in schedule.choosers else None)
+            layer.register_module("router", self.routers.get(index))
         self.replay.decoder.apply_settings(schedule.settings())
         if selection != "router":
             self.replay.decoder.set_selection(selection, seed=seed)
@@ -103,22 +134,42 @@ class Bench:
             start: Streams at or in front of it; by default those in front of layer 0.
         """
         with torch.no_grad():
-            return [self.replay.advance(stream.fork(), layer) for stream in start or self.start]
+            return [self.replay.advance(stream.fork(), layer) for stream in self._asked(start)]
 
-    @torch.no_grad()
     def divergence(self, streams: Sequence[Stream] | None = None) -> float:
         """KL of the stock model's answer tokens to those of the decoder's schedule, in nats a token.
 
         Args:
             streams: Where the pass starts: below that, schedules must not differ.
         """
-        total = 0.0
-        for stream, stock in zip(streams or self.start, self.stock, strict=True):
-            ours = self.replay.logits(stream).log_softmax(-1)
-            total += float((stock.exp() * (stock - ours)).sum())
-        return max(0.0, total / self.tokens)
+        return self.judged(streams)[0]
 
     @torch.no_grad()
+    def judged(self, streams: Sequence[Stream] | None = None) -> tuple[float, Tensor, int]:
+        """(divergence; the share of each row in it, adding up to it; rows in which no answer token changed).
+
+        A token is unchanged if it is still the likeliest, or was not before. The shares are float64, on the host.
+        """
+        shares, same = [], 0
+        for stream, stock in zip(self._asked(streams), self.stock, strict=True):
+            ours = self.replay.logits(stream).log_softmax(-1)
+            tokens = torch.stack(
+                [(stock.exp() * (stock - ours)).sum(-1), (ours.argmax(-1) != stock.argmax(-1)).float()]
+            )
+            rows = torch.zeros(2, len(stream.hidden)).to(tokens).index_add_(1, stream.rows, tokens)
+            shares.append(rows[0].cpu().double() / self.tokens)
+            same += int((rows[1] == 0).sum())
+        share = torch.cat(shares)
+        return max(0.0, float(share.sum())), share, same
+
+    def _asked(self, streams: Sequence[Stream] | None) -> Iterator[Stream]:
+        """Streams in turn, by default those in front of layer 0, with the routers that were not fitted on them."""
+        for place, stream in enumerate(streams or self.start):
+            for router in self.routers.values():
+                if isinstance(router, CrossFitted):
+                    router.fold = self.folds[place] if self.folds else None
+            yield stream
+
     def hidden(self) -> list[float]:
         """For each layer, the divergence with images hidden from it on: text alone goes further. Length L."""
         self.apply(Schedule((1.0,) * len(self.replay)))
@@ -129,8 +180,9 @@ class Bench:
             streams = self.streams_at(layer + 1, streams)
         return found
 
-    @torch.no_grad()
-    def thinned(self, streams: Sequence[Stream], first: int, ratios: Sequence[float]) -> dict[int, dict[float, float]]:
+    def thinned(
+        self, streams: Sequence[Stream], first: int, ratios: Sequence[float], *, together: int = 1
+    ) -> dict[int, dict[float, float]]:
         """For each layer from `first` on, the divergence with that layer alone at each of the ratios.
 
         What lies below a layer is computed once. The decoder has its schedule and routers.
@@ -139,45 +191,36 @@ class Bench:
             streams: In front of `first`.
             first: A layer at or in front of which no layer holds an earlier choice.
             ratios: To try.
+            together: How many neighbours are changed at once; they are found under the first of them.
         """
         found: dict[int, dict[float, float]] = {}
         streams = [stream.fork() for stream in streams]
-        for layer in range(first, len(self.replay)):
-            found[layer] = {}
+        for layer in range(first, len(self.replay), together):
+            behind, found[layer] = min(layer + together, len(self.replay)), {}
             for ratio in ratios:
-                with self.replay.keeping([layer], ratio):
+                with self.replay.keeping(range(layer, behind), ratio):
                     found[layer][ratio] = self.divergence(streams)
-            streams = self.streams_at(layer + 1, streams)
+            streams = self.streams_at(behind, streams)
         return found
-
-    @torch.no_grad()
-    def unchanged(self, streams: Sequence[Stream] | None = None) -> tuple[int, int]:
-        """(rows in which every answer token is still the likeliest, or was not before; rows)."""
-        same = rows = 0
-        for stream, stock in zip(streams or self.start, self.stock, strict=True):
-            differs = (self.replay.logits(stream).argmax(-1) != stock.argmax(-1)).long()
-            count = len(stream.hidden)
-            missed = torch.zeros(count, dtype=torch.long, device=differs.device).index_add_(0, stream.rows, differs)
-            same, rows = same + int((missed == 0).sum()), rows + count
-        return same, rows
 
     @torch.no_grad()
     def fit(
         self, schedule: Schedule, chooser: int, target: str, streams: Sequence[Stream]
-    ) -> tuple[nn.Module, float, float]:
+    ) -> tuple[CrossFitted, float, float]:
         """A router for a layer that chooses, from streams in front of it.
 
         Returns:
             The router, its correlation with the target on pictures left out, and the shrinkage of the ridge.
         """
         moments, served = Moments(), schedule.served(chooser)
-        for stream, importance in zip(streams, self.importance, strict=True):
+        for place, (stream, importance) in enumerate(zip(streams, self.importance, strict=True)):
             wanted = importance[target][served].sum(dim=0)
             assert stream.routing is not None  # a sample has an image
             for row, vision in enumerate(stream.routing.target):
-                moments.add(stream.hidden[row][vision], wanted[row][vision])
-        router = self._router()
-        return router, *moments.fit(router)
+                fold = self.folds[place] if self.folds else moments.pictures % FOLDS
+                moments.add(stream.hidden[row][vision], wanted[row][vision], fold)
+        router = CrossFitted(self._router)
+        return router, *moments.fit(router.whole, router.crossed)
 
     def zero_routers(self, schedule: Schedule) -> dict[int, nn.Module]:
         """Routers as `convert` makes them: all tokens tie."""

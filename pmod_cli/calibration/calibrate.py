@@ -12,6 +12,7 @@ import torch
 from pmod_cli.calibration.asked import Asked
 from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
 from pmod_cli.calibration.budget import Budget
+from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
 from pmod_cli.calibration.search import Found, Search
@@ -134,7 +135,9 @@ def calibrate(
     asked = Asked(model, processor, settings.template)
     note(f"{len(samples)} pictures of {settings.data}: the stock model answers")
     samples = asked.answered(samples, own=True)
-    chooses = Bench(replay, asked.batches(samples[::2]), TARGETS, seed=settings.seed)
+    folds = [(fold, batch) for fold in range(FOLDS) for batch in asked.batches(samples[::2][fold::FOLDS])]
+    batches = [batch for _, batch in folds]
+    chooses = Bench(replay, batches, TARGETS, folds=[fold for fold, _ in folds], seed=settings.seed)
     judges = Bench(replay, asked.batches(samples[1::2]), ())
     note("where it reads")
     hidden = chooses.hidden()
@@ -154,21 +157,19 @@ def _calibration(
     note: Callable[[str], None],
 ) -> Calibration:
     search = Search(chooses, budget, hidden, TARGETS, note)
-    cosine = None if search.spends_nothing else budget.cosine()
-    of_cosine = None if cosine is None else search.given(cosine)
     if settings.schedule == "cosine" and not search.spends_nothing:
-        if of_cosine is None:
+        if search.of_cosine is None:
             raise PmodError(f"no shift of the cosine costs as little as {budget.share:g}", hint="`schedule=search`")
-        found = of_cosine
+        found = search.of_cosine
     else:
-        found = search.run([] if of_cosine is None else [of_cosine])
+        found = search.run()
     if not found.routers:  # the budget is the whole model
         return Calibration(budget.share, found, [_judged("calibrated", budget, judges, found.schedule)], hidden)
     rows = [_judged("calibrated", budget, judges, found.schedule, found.routers)]
-    if settings.schedule != "cosine" and of_cosine is not None:
-        rows.append(_judged(COSINE, budget, judges, of_cosine.schedule, of_cosine.routers))
-    if cosine is not None:
-        every = Schedule(tuple(cosine))
+    if (cosine := search.of_cosine) is not None:
+        if settings.schedule != "cosine":
+            rows.append(_judged(COSINE, budget, judges, cosine.schedule, cosine.routers))
+        every = Schedule(cosine.schedule.ratios)
         rows.append(_judged(CONVERTED, budget, judges, every, judges.zero_routers(every)))
     for name, seeds in ((UNIFORM, 1), (RANDOM, RANDOM_SEEDS)):
         drawn = []
@@ -183,15 +184,15 @@ def _judged(
 ) -> Judged:
     bench.apply(schedule, routers, **selection)
     flops = Budget(budget.sizes, budget.share)
-    same, pictures = bench.unchanged()
+    divergence, rows, same = bench.judged()
     return Judged(
         name,
         flops.total(schedule.ratios, len(routers or {})),
         schedule.retention,
         flops.kept_cache(schedule.ratios),
-        bench.divergence(),
+        divergence,
         same,
-        pictures,
+        len(rows),
     )
 
 
@@ -212,6 +213,8 @@ def _mean(rows: Sequence[Judged]) -> Judged:
 def router_values(found: Found) -> dict[int, tuple]:
     """Weight and bias of each router as float32 arrays, for `pmod_cli.checkpoints.Calibrated`."""
     return {
-        layer: tuple(tensor.detach().to("cpu", torch.float32).numpy() for tensor in (router.weight, router.bias))
-        for layer, router in found.routers.items()
+        layer: tuple(
+            tensor.detach().to("cpu", torch.float32).numpy() for tensor in (fitted.whole.weight, fitted.whole.bias)
+        )
+        for layer, fitted in found.routers.items()
     }

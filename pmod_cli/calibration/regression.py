@@ -3,14 +3,20 @@
 Routers rank the tokens of one picture, so features and targets are taken from the picture's mean. Features are scaled
 to a standard deviation of one: a few dimensions of a residual stream are a hundred times larger than the others. How
 much to shrink is chosen by how well a part of the pictures predicts the rest.
+
+What is chosen with a router in place must not be judged on the pictures that it was fitted on: there it ranks better
+than on others. So the pictures have folds, and each fold has a router that was fitted on the other folds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pmod_cli.model.layer import Router
 
 SHRINKAGE = tuple(10.0**exponent for exponent in range(-4, 4))  # of the variance of a scaled feature
 FOLDS = 4
@@ -26,27 +32,31 @@ class Moments:
     mean: list[Tensor | float] = field(default_factory=lambda: [0.0] * FOLDS)
     pictures: int = 0
 
-    def add(self, hidden: Tensor, target: Tensor) -> None:
+    def add(self, hidden: Tensor, target: Tensor, fold: int) -> None:
         """The tokens of one picture.
 
         Args:
             hidden: `(V, D)`, their residual stream.
             target: `(V,)`, larger is more important; only the order and distances within a picture count.
+            fold: Of the picture, below `FOLDS`.
         """
         joint = torch.cat([hidden.float(), target.float()[:, None]], dim=1)
         centre = joint.mean(dim=0)
         joint = joint - centre
-        fold = self.pictures % FOLDS
         self.pictures += 1
         self.count[fold] += len(joint)
         device = joint.device if joint.is_cuda else "cpu"  # other accelerators have no float64
         self.outer[fold] = self.outer[fold] + (joint.T @ joint).to(device, torch.float64)
         self.mean[fold] = self.mean[fold] + centre.to(device, torch.float64)
 
-    def fit(self, router: nn.Linear) -> tuple[float, float]:
+    def fit(self, router: Router, crossed: Sequence[Router] = ()) -> tuple[float, float]:
         """Fills the router; returns its correlation with the target on pictures left out, and the shrinkage.
 
         The bias centres the logits, so that weights lie about 1.
+
+        Args:
+            router: Is fitted on all pictures.
+            crossed: One for each fold, fitted on the others with the same shrinkage.
         """
         folds = [fold for fold in range(FOLDS) if self.count[fold]]
         whole: Tensor = sum(self.outer[fold] for fold in folds)  # of one picture at least
@@ -56,12 +66,14 @@ class Moments:
             for fold in folds:
                 found += self._left_out(whole - self.outer[fold], self.outer[fold], scale) / len(folds)
         best = int(found.argmax()) if len(folds) > 1 else len(SHRINKAGE) // 2
-        direction = _solutions(whole, scale, (SHRINKAGE[best],))[0]
-        spread = (direction @ whole[:-1, :-1] @ direction / sum(self.count)).sqrt().clamp(min=1e-12)
-        router.weight.copy_((direction * SPREAD / spread).unsqueeze(0))
         summed: Tensor = sum(self.mean[fold] for fold in folds)
         mean = summed[:-1] / self.pictures
-        router.bias.fill_(-float(router.weight[0].to(mean) @ mean))
+        others = [whole - self.outer[fold] if folds != [fold] else whole for fold in range(len(crossed))]
+        for filled, outer in zip((router, *crossed), (whole, *others), strict=True):
+            direction = _solutions(outer, scale, (SHRINKAGE[best],))[0]
+            spread = (direction @ whole[:-1, :-1] @ direction / sum(self.count)).sqrt().clamp(min=1e-12)
+            filled.weight.copy_((direction * SPREAD / spread).unsqueeze(0))
+            filled.bias.fill_(-float(filled.weight[0].to(mean) @ mean))
         return float(found[best]), SHRINKAGE[best]
 
     def _left_out(self, fitted: Tensor, unseen: Tensor, scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pmod_cli.checkpoints.conversion_plan import ROUTERS, ConversionPlan, make_p
 from pmod_cli.checkpoints.conversion_report import (
     CARD,
     PROVENANCE,
+    SCORES,
     ConversionReport,
     existing_parent,
     model_card,
@@ -105,7 +106,7 @@ def convert(
             keep_apart(options.adapter, staging / "adapter")
         write_json(staging / files.CONFIG, plan.draft.config)
         said = "" if calibrated is None else calibrated.card
-        (staging / CARD).write_text(printable(model_card(report, said)), encoding="utf-8")
+        (staging / CARD).write_text(printable(model_card(report, said, _scores(plan))), encoding="utf-8")
         if calibrated is not None:
             calibrated.finish(staging)
         report = with_files(report, ways, staging)
@@ -173,6 +174,15 @@ def _finished(report: ConversionReport, plan: ConversionPlan, target: Path) -> C
         )
     report = replace(report, notes=[*report.notes, f"{target} was there already, made the same way: kept"])
     return replace(report, verified=verify(plan, target)) if plan.options.verify else report
+
+
+def _scores(plan: ConversionPlan) -> str:
+    """What `pmod finetune --eval` has measured with the source, Markdown; of other weights it says nothing."""
+    table, options = plan.source.folder / SCORES, plan.options
+    same = plan.source.settings is not None and plan.draft.settings == plan.source.settings
+    if not same or options.dtype or options.adapter or not table.is_file():
+        return ""
+    return f"Measured with these weights by `pmod eval`:\n\n{table.read_text(encoding='utf-8', errors='replace')}"
 
 
 def _copy_small_file(path: Path, target: Path) -> None:

@@ -10,13 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pmod_cli import __version__, paper
-from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints import files, toy
 from pmod_cli.checkpoints.conversion_plan import ConversionPlan
+from pmod_cli.checkpoints.layout import THIS_FOLDER
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.core.text import printable
 
 PROVENANCE = "pmod_provenance.json"
 CARD = "README.md"
+SCORES = Path("eval", "results.md")  # where `pmod finetune --eval` puts them
+THIS_IS_TOY = f"this is {toy.NOTE}"
 _STATES = {
     "untrained": "The routers are new and untrained: what they keep means nothing yet. Fine-tune it first.",
     "trained": "The routers are trained.",
@@ -110,7 +113,7 @@ def planned_report(plan: ConversionPlan, target: Path, origin: str) -> Conversio
         free_bytes=shutil.disk_usage(existing_parent(target)).free,
         streamed=list(plan.weights.streamed),
         written=sorted({path.name for path in plan.source.small_files} | {files.CONFIG, PROVENANCE, CARD}),
-        notes=plan.source.notes,
+        notes=[*plan.source.notes, *([THIS_IS_TOY] if toy.is_toy(plan.source.config) else [])],
         **{way: list(unchanged)},
     )
 
@@ -163,11 +166,12 @@ def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
     return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
 
 
-def model_card(report: ConversionReport, calibration: str = "") -> str:
+def model_card(report: ConversionReport, calibration: str = "", scores: str = "") -> str:
     """Markdown with the hub's metadata: what it is, its schedule, results marked as published, provenance.
 
     Args:
         calibration: What was measured when its routers were fitted, Markdown.
+        scores: What was measured with these weights, Markdown.
     """
     title = Path(report.target).absolute().name
     base = report.source.partition("@")[0]
@@ -176,17 +180,18 @@ def model_card(report: ConversionReport, calibration: str = "") -> str:
     metadata += [f"base_model: {base}"] if from_hub else []
     metadata += ["tags:", "- llava", *(["- p-mod", "- mixture-of-depths"] if report.settings else []), "---"]
     lines = [*metadata, "", f"# {title}", "", f"{_what(report)} {_STATES[report.router_state]}", ""]
-    lines += ["## Use", "", LAYOUTS[report.to].usage]
+    lines += [f"This is {toy.NOTE}.", ""] if THIS_IS_TOY in report.notes else []
+    lines += ["## Use", "", LAYOUTS[report.to].usage.replace(THIS_FOLDER, title)]
     if report.settings:
         lines += _schedule(report)
     if calibration:
         lines += ["## Calibration", "", calibration, ""]
     of_paper = next((model for model in paper.MODELS.values() if base.endswith(model.repository)), None)
-    lines += ["## Results", ""]
+    lines += ["## Results", "", *([scores.strip(), ""] if scores else [])]
     if of_paper is not None:
         results = ", ".join(f"{paper.BENCHMARKS[name]} {score.pmod}" for name, score in of_paper.scores.items())
         lines += [f"Published by the authors of the source, not measured with this checkpoint: {results}.", ""]
-    else:
+    elif not scores:
         lines += ["None measured yet: `pmod eval --tasks docvqa,chartqa` writes them.", ""]
     lines += [
         "## Provenance",

@@ -243,6 +243,9 @@ class Draft:
     tower: dict[str, TensorSource] = field(default_factory=dict)
 
 
+THIS_FOLDER = "THIS_FOLDER"
+
+
 @dataclass(frozen=True)
 class Layout:
     """A form in which checkpoints are stored. It has `read`, or `arrange`, or both.
@@ -258,7 +261,7 @@ class Layout:
         finish: Writes what the layout has beside weights and config.json into the folder of a result; returns what the
             user has to know.
         summary: What it is written for, a few words of help.
-        usage: Markdown for the model card: how it is loaded.
+        usage: Markdown for the model card: how it is loaded; `THIS_FOLDER` in it becomes the name of the folder.
         routed: Whether the result has routers and settings.
         loads: Whether transformers, with our classes, loads it; then `--verify` holds it to the model.
         current: Whether the commands go on with the result.

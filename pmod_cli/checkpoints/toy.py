@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,13 +22,13 @@ FOREIGN = (
 MOST_SIDE = 384  # pixels; it has learnt documents of 96
 
 
-def is_toy(config: PreTrainedConfig) -> bool:
-    """Whether a model has the sizes of the bundled one, which nothing else has."""
-    text, vision = config.text_config, config.vision_config
+def is_toy(config: PreTrainedConfig | Mapping[str, Any]) -> bool:
+    """Whether a model has the sizes of the bundled one, which nothing else has. `config` may be a dict."""
+    given = config if isinstance(config, Mapping) else config.to_dict()
     own = json.loads((bundled_path() / "config.json").read_text(encoding="utf-8"))
     return all(
-        getattr(part, name, None) == own[key][name]
-        for part, key in ((text, "text_config"), (vision, "vision_config"))
+        given.get(part, {}).get(name) == own[part][name]
+        for part in ("text_config", "vision_config")
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
     )
 

@@ -1,4 +1,4 @@
-"""`pmod demo`: the whole way from a stock LLaVA to a trained p-MoD model and its pictures, with the other verbs."""
+"""`pmod demo`: from a stock LLaVA to a p-MoD model that works and its pictures, with the other verbs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError, require
 
 EXAMPLES = """\
 pmod demo
-pmod demo --out /tmp/demo --max-steps 20 --limit 50
+pmod demo --train --out /tmp/demo --limit 50
 """
 STOCK = "tiny-llava-next"
 PAPER_MODEL = "llava-next-7b"
@@ -42,21 +42,24 @@ class DemoCommand:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of everything.")] = Path("demo"),
+    samples: Annotated[int, typer.Option(min=8, metavar="N", help="Pictures that the model is calibrated on.")] = 24,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 10,
+    train: Annotated[bool, typer.Option("--train", help="Train a second model as the paper does, too.")] = False,
     max_steps: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Optimizer steps of the training; recipe tiny has 125.")
+        int, typer.Option(min=1, metavar="N", help="With --train: optimizer steps; recipe tiny has 125.")
     ] = 100,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 50,
 ) -> None:
-    """Convert, train, evaluate, profile and draw the bundled model, into one folder.
+    """Calibrate, evaluate, profile and draw the bundled model, into one folder; with --train, train it too.
 
     Run again, it goes on after the last command that ended.
     """
     from pmod_cli.checkpoints.files import read_json
 
-    require("train", "accelerate")
+    if train:
+        require("train", "accelerate")
     require("eval", "lmms_eval", "datasets")
     out.mkdir(parents=True, exist_ok=True)
-    steps = list(_steps(out, max_steps, limit, question=_draw_image(out / "image.png")))
+    steps = list(_steps(out, samples, limit, max_steps if train else None, _draw_image(out / "image.png")))
     done = read_json(out / DONE) if (out / DONE).exists() else {}  # seconds by command, of those that ended well
     for number, step in enumerate(steps, 1):
         if step.command in done:
@@ -69,32 +72,41 @@ def demo(
         output.print_line(f"\n$ {next(step.command for step in steps if step.name == name)}")
         output.print_line((out / f"{name}.txt").read_text(encoding="utf-8").rstrip())
     output.print_line(f"\nthe kept patches: {out / 'kept.png'}")
-    output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --layers 8-31")
+    output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --mode schedule")
 
 
-def _steps(out: Path, max_steps: int, limit: int, *, question: str) -> Iterator[DemoCommand]:
-    converted, trained = str(out / "converted"), str(out / "p-mod")
-    shorter = ("--max-steps", str(max_steps))
+def _steps(out: Path, samples: int, limit: int, max_steps: int | None, question: str) -> Iterator[DemoCommand]:
+    calibrated, converted, trained = (str(out / name) for name in ("p-mod", "converted", "trained"))
     yield DemoCommand(
-        "convert", "A stock LLaVA-NeXT becomes a p-MoD model.", ("convert", STOCK, "-o", converted, "--overwrite")
+        "calibrate",
+        "A stock LLaVA-NeXT becomes a p-MoD model: a few pictures choose what each layer keeps. No weight is trained.",
+        ("calibrate", STOCK, "-o", calibrated, "--samples", str(samples), "--overwrite"),
     )
-    yield DemoCommand(
-        "finetune",
-        "The p-MoD model is trained: its routers learn what to keep, the rest to live with it.",
-        ("finetune", "--recipe", "tiny", *shorter, "-m", converted, "-o", trained),
-    )
-    columns = f"{STOCK},{converted},random"
+    columns = [STOCK, "random", "uniform"]
+    if max_steps is not None:
+        columns[1:1] = [converted, trained]
+        yield DemoCommand(
+            "convert", "The paper's own way: every layer chooses.", ("convert", STOCK, "-o", converted, "--overwrite")
+        )
+        yield DemoCommand(
+            "finetune",
+            "It is trained: its routers learn what to keep, the rest to live with it.",
+            ("finetune", "--recipe", "tiny", "--max-steps", str(max_steps), "-m", converted, "-o", trained),
+        )
     yield DemoCommand(
         "eval",
-        "It is scored beside the stock model, itself before training, and a random selection of as many tokens.",
-        ("eval", "-t", "tiny", "-m", trained, "--against", columns, "--limit", str(limit), "-o", str(out / "eval")),
+        "The calibrated model is scored beside the stock one and as many random and evenly spaced tokens.",
+        (
+            *("eval", "-t", "tiny", "-m", calibrated, "--against", ",".join(columns)),
+            *("--limit", str(limit), "-o", str(out / "eval")),
+        ),
     )
     yield DemoCommand("profile", "What it saves, at the size of the paper's model.", ("profile", "-m", PAPER_MODEL))
     yield DemoCommand(
         "visualize",
-        "Which patches the trained routers keep.",
+        "Which patches the calibrated router keeps.",
         (
-            *("visualize", str(out / "image.png"), "-m", trained, "--layers", "2,14,26"),
+            *("visualize", str(out / "image.png"), "-m", calibrated, "--layers", "2,14,26"),
             *("--question", question, "-o", str(out / "kept.png")),
         ),
     )

@@ -12,6 +12,7 @@ A layer that holds the choice of an earlier one has no router: w = 1.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -24,16 +25,26 @@ from .settings import PmodSettings
 from .stock import Stock
 
 
-class Router(nn.Linear):
-    """One linear map D -> 1 with bias, on the un-normalised residual stream. Starts at zero: all weights are equal."""
+class Router(nn.Module):
+    """One linear map D -> 1 with bias, on the un-normalised residual stream. Starts at zero: all weights are equal.
+
+    It is no `nn.Linear`, so that what quantises linear layers leaves it: which tokens are kept hangs on its last bits.
+    """
 
     def __init__(self, hidden_size: int, **options: Any) -> None:
-        super().__init__(hidden_size, 1, **options)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size, **options))
+        self.bias = nn.Parameter(torch.empty(1, **options))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Sets weight and bias to zero."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits `(..., 1)` of states `(..., D)`."""
+        return F.linear(states, self.weight, self.bias)
 
 
 class RoutedLayer(Stock):

@@ -8,6 +8,7 @@ import re
 from importlib.metadata import version
 
 OLDEST, NEWEST = (5, 20), (5, 24)
+REQUIREMENT = f"transformers>={'.'.join(map(str, OLDEST))},<{NEWEST[0]}.{NEWEST[1] + 1}"
 RELEASE = tuple(int(number) for number in re.findall(r"\d+", version("transformers"))[:2])
 
 
@@ -18,7 +19,7 @@ class UnsupportedTransformers(ImportError):
         oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
         super().__init__(
             f"transformers {version('transformers')} {reason}; p-MoD is tested with {oldest} to {newest}: "
-            f"pip install 'transformers>={oldest},<{NEWEST[0]}.{NEWEST[1] + 1}'",
+            f"pip install '{REQUIREMENT}'",
             name="transformers",
         )
 

@@ -201,10 +201,10 @@ class Worker:
 
 
 def _alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:
-    """Groups for one prefill each: no prompt is filled up to more than twice its length."""
+    """Groups for one prefill each: no prompt is filled up by more than a quarter: padding costs as tokens do."""
     groups: list[list[Ticket]] = []
     for ticket in sorted(tickets, key=lambda each: -each.prompt.length):
-        if groups and groups[-1][0].prompt.length <= 2 * ticket.prompt.length:
+        if groups and groups[-1][0].prompt.length <= 1.25 * ticket.prompt.length:
             groups[-1].append(ticket)
         else:
             groups.append([ticket])

@@ -2,8 +2,9 @@
 
 Zero routers tie all vision tokens. The first steps then choose by chance, and the choice swings from step to step
 however small the learning rate is, since a ranking knows directions only: in a short run the model never gets a stable
-set of tokens to learn from. Here each router starts as a linear regression: which vision tokens are among the K most
-attended to in its layer, while the stock weights, with every token kept, read some training batches.
+set of tokens to learn from. Here each router starts as a linear regression while the stock weights, with every token
+kept, read some training batches. `attention`: which vision tokens are among the K most attended to in its layer.
+`calibrated`: how much text attends to each token in the layers that the choice serves, fitted as `pmod calibrate` does.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,8 +13,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pmod_cli.calibration.bench import Schedule
+from pmod_cli.calibration.regression import FOLDS, Moments
+from pmod_cli.calibration.regression import SPREAD as CALIBRATED_SPREAD
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.model import kept_tokens
+from pmod_cli.model.layer import Router
 
 RIDGE = 1e-2  # of the mean feature variance
 SPREAD = 0.25  # standard deviation of the calibrated logits: under tanh, weights start within about 5 % of 1
@@ -33,28 +38,90 @@ def calibrate_routers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) ->
     config = model.config
     layers = {i: model.model.language_model.layers[i] for i in config.routed_layers}
     moments = {i: _Moments() for i in layers}
-    was_training = model.training
-    model.eval()
-    model.model.routes = False  # every layer is plain
-    with _eager(model):
+    with _plain(model):
         for batch in batches:
             vision = torch.isin(batch["input_ids"], torch.tensor(vision_token_ids(config)))  # (B, N)
             with _watch(layers, config.retention, vision, moments):
-                model.model(**batch, use_cache=False)
-    model.model.routes = True
-    model.train(was_training)
+                model.model(**_inputs(batch), use_cache=False)
     return {i: moments[i].fit(layers[i].router) for i in layers}
 
 
+@torch.no_grad()
+def fit_routers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[int, float]:
+    """Sets the routers of a p-MoD model, in place, as `pmod calibrate` fits them for a schedule that is given.
+
+    Their logits have the spread that a start of training needs: a direction smaller than an optimizer's step is lost.
+
+    Args:
+        model: A p-MoD model whose other weights are trained.
+        batches: Inputs of the model with images, `input_ids` and `attention_mask` `(B, N)` padded on the right.
+
+    Returns:
+        By layer, the correlation of the routers' logits with their target, on pictures left out of the fit.
+    """
+    config, layers = model.config, model.model.language_model.layers
+    schedule = Schedule(tuple(config.retention), tuple(config.settings.select_at or ()))
+    served = {i: schedule.served(i) if schedule.select_at else [i] for i in config.routed_layers}
+    moments = {i: Moments() for i in served}
+    seen: dict[int, Tensor] = {}
+    received: dict[int, Tensor] = {}
+    text = vision = torch.empty(0)
+
+    def watch(i: int) -> None:
+        def attended(module, arguments, output):
+            received[i] = (output[1] * text[:, None, :, None]).tril(-1).amax(dim=(1, 2)).float()
+
+        handles.append(layers[i].self_attn.register_forward_hook(attended))
+
+    handles = [
+        layers[i].register_forward_pre_hook(lambda module, arguments, i=i: seen.update({i: arguments[0]}))
+        for i in served
+    ]
+    try:
+        for i in {i for group in served.values() for i in group}:
+            watch(i)
+        with _plain(model):
+            for batch in batches:
+                vision = torch.isin(batch["input_ids"], torch.tensor(vision_token_ids(config)))  # (B, N)
+                text = batch["attention_mask"].bool() & ~vision
+                model.model(**_inputs(batch), use_cache=False)
+                for i, group in served.items():
+                    wanted = torch.stack([received[layer] for layer in group]).sum(dim=0)
+                    for row, places in enumerate(vision):
+                        if places.any():
+                            moments[i].add(seen[i][row, places], wanted[row, places], moments[i].pictures % FOLDS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {i: moments[i].fit(layers[i].router)[0] for i in served}
+    for i in served:
+        for parameter in layers[i].router.parameters():
+            parameter *= SPREAD / CALIBRATED_SPREAD
+    return found
+
+
+STARTS = {"attention": calibrate_routers, "calibrated": fit_routers}
+"""By the name that `model.router_start` has for it."""
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model is run with: rows are padded on the right, where a causal decoder does not look."""
+    return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+
+
 @contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Attention weights exist only in eager attention."""
-    before = model.config._attn_implementation
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Every layer is plain, in eval mode, and with eager attention: others have no attention weights."""
+    before, was_training = model.config._attn_implementation, model.training
+    model.eval()
     model.set_attn_implementation("eager")
+    model.model.routes = False
     try:
         yield
     finally:
+        model.model.routes = True
         model.set_attn_implementation(before)
+        model.train(was_training)
 
 
 @contextmanager
@@ -109,7 +176,7 @@ class _Moments:
         self.sum = self.sum + joint.sum(dim=0)
         self.outer = self.outer + joint.T @ joint
 
-    def fit(self, router: nn.Linear) -> float:
+    def fit(self, router: Router) -> float:
         """Fills the router; returns the correlation of its logits with the target."""
         mean = self.sum / self.count
         covariance = self.outer / self.count - torch.outer(mean, mean)

@@ -17,7 +17,7 @@ from pmod_cli.data.dataset import Rows
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, copy_adapter, fold
-from pmod_cli.training.calibration import calibrate_routers
+from pmod_cli.training.calibration import STARTS
 from pmod_cli.training.parts import count, freeze, repeat_in_backward, use_liger
 from pmod_cli.training.preflight import check_requirements, check_settings
 from pmod_cli.training.resume import hold_source, set_damaged_aside
@@ -158,10 +158,10 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
         **options,
     )
     untrained = getattr(model.config, "router_state", None) == "untrained" and checkpoint is None
-    if settings.model.router_start == "attention" and untrained:
+    if settings.model.router_start != "zero" and untrained:
         if not quantized:
             model.to(device)
-        calibrate_routers(model, calibration_batches(data, settings.model.calibration_images, device))
+        STARTS[settings.model.router_start](model, calibration_batches(data, settings.model.calibration_images, device))
     if hasattr(model, "set_selection"):
         if settings.pmod.selection is not None:  # trained with it, so it is the result's own from here on
             changed = replace(model.config.settings, selection=settings.pmod.selection)
@@ -199,7 +199,7 @@ def calibration_batches(data: Data, images: int, device: str) -> Iterator[dict[s
     for start in range(0, total, CALIBRATION_BATCH):
         batch = data.collate([data.rows[i] for i in range(start, min(start + CALIBRATION_BATCH, total))])
         if "pixel_values" in batch:
-            names = [name for name in batch if name not in ("attention_mask", "labels")]
+            names = [name for name in batch if name != "labels"]
             yield {name: batch[name].to(device) for name in names}
 
 

@@ -51,8 +51,9 @@ class ModelArgs:
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         liger_kernel: fused norms, rotary embedding and MLP of the liger-kernel package; needs a GPU.
         freeze: parts that stay as they are, of language_model, projector, vision_tower, router.
-        router_start: where untrained routers start: zero as in the paper, or attention, calibrated on what the stock
-            weights attend to; for short runs. Trained routers, and a stock model, are left as they are.
+        router_start: where untrained routers start: zero as in the paper; attention, on what the stock weights attend
+            to, for short runs; or calibrated, as pmod calibrate fits routers, for the schedule that is given. Trained
+            and calibrated routers, and a stock model, are left as they are.
         calibration_images: images of the train split that such a calibration reads.
     """
 
@@ -67,7 +68,7 @@ class ModelArgs:
     gradient_checkpointing: bool = False
     liger_kernel: bool = False
     freeze: list[str] = field(default_factory=lambda: ["vision_tower"])
-    router_start: Literal["zero", "attention"] = "zero"
+    router_start: Literal["zero", "attention", "calibrated"] = "zero"
     calibration_images: int = at_least(1, 96)
 
 

@@ -16,6 +16,7 @@ from pmod_cli import checkpoints
 from pmod_cli.calibration.asked import Asked
 from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
 from pmod_cli.calibration.budget import Budget, best_ratios
+from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
 from pmod_cli.cli import main
@@ -71,7 +72,7 @@ def test_reusing_the_prefix_gives_what_whole_forward_passes_give():
     routers = {}
     for chooser in schedule.select_at:
         bench.apply(schedule, routers)
-        routers[chooser] = bench.fit(schedule, chooser, "text", bench.streams_at(chooser))[0]
+        routers[chooser] = bench.fit(schedule, chooser, "text", bench.streams_at(chooser))[0].whole
     bench.apply(schedule, routers)
     start = bench.streams_at(1)
     found = bench.thinned(start, 1, (0.0, 0.4, 1.0))
@@ -117,7 +118,8 @@ def test_routers_that_were_fitted_predict_and_shuffled_ones_lose():
     layers, chooser = len(bench.replay), len(bench.replay) // 3
     schedule = Schedule((1.0,) * chooser + (0.3,) * (layers - chooser), (chooser,))
     streams = bench.streams_at(chooser)
-    router, correlation, _ = bench.fit(schedule, chooser, "text", streams)
+    fitted, correlation, _ = bench.fit(schedule, chooser, "text", streams)
+    router = fitted.whole
     assert correlation > 0.3
     bench.apply(schedule, {chooser: router})
     fitted = bench.divergence(streams)
@@ -131,6 +133,25 @@ def test_routers_that_were_fitted_predict_and_shuffled_ones_lose():
         router.weight.copy_(right[:, order])
         shuffled.append(bench.divergence(streams))
     assert sum(shuffled) / len(shuffled) > 1.5 * fitted, (fitted, shuffled)
+
+
+def test_no_picture_is_ranked_by_a_router_that_was_fitted_on_it(monkeypatch):
+    """With the importances of a fold changed, the router that it is ranked by stays, and the others do not."""
+    monkeypatch.setattr("pmod_cli.calibration.regression.SHRINKAGE", (0.01,))
+    stock = factories.model("llava_next", layers=3)
+    batches = [batches_of(stock, "llava_next", count=1)[0] for _ in range(FOLDS)]
+    schedule, found = Schedule((1.0, 0.5, 0.5), (1,)), []
+    for change in (False, True):
+        bench = Bench(Replay(stock), batches, ("text",), folds=range(FOLDS))
+        if change:
+            bench.importance[0]["text"] = bench.importance[0]["text"].flip(-1)
+        router = bench.fit(schedule, 1, "text", bench.streams_at(1))[0]
+        bench.apply(schedule, {1: router})
+        bench.judged()
+        assert router.fold == FOLDS - 1, "each batch was ranked by the router of its fold"
+        found.append([each.weight.clone() for each in (*router.crossed, router.whole)])
+    same = [torch.allclose(one, other, rtol=1e-3) for one, other in zip(*found, strict=True)]
+    assert same == [True] + [False] * FOLDS
 
 
 def _prompt(processor):
@@ -271,14 +292,17 @@ def test_a_full_disk_leaves_nothing(stock_model, workdir: Path, monkeypatch, cap
     assert not [path for path in workdir.iterdir() if "made" in path.name and path.is_dir()]
 
 
-@pytest.mark.soak
-def test_killed_at_any_moment_it_leaves_nothing_or_all(stock_model, workdir: Path):
-    """Every second kill waits for the moment of writing, which is short."""
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param([1], marks=pytest.mark.slow, id="while it writes"), pytest.param(range(30), marks=pytest.mark.soak)],
+)
+def test_killed_at_any_moment_it_leaves_nothing_or_all(stock_model, workdir: Path, kills):
+    """Every second kill waits for the moment of writing, which is short. The next run needs no help."""
     call = [sys.executable, "-m", "pmod_cli", "calibrate", str(stock_model()), "-o", "made", "--samples", "8"]
     call += ["--schedule", "cosine", "--device", "cpu", "--overwrite"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     seconds = 10.0
-    for kill in range(30):
+    for kill in kills:
         process = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         moment = random.Random(kill).uniform(0, 1.1 * seconds)

@@ -2,7 +2,7 @@
 
 import yaml
 
-from pmod_cli.checkpoints import Options, convert
+from pmod_cli.checkpoints import Options, bundled_path, convert
 from pmod_cli.model import PmodSettings
 from tests.model.published import GOLDEN
 
@@ -33,10 +33,36 @@ def test_of_a_published_checkpoint_its_results_are_called_published(tmp_path):
     assert "The routers are trained." in body
 
 
+def test_scores_of_the_run_that_made_the_weights(stock_model, tmp_path):
+    """What `finetune --eval` has put beside them; of other weights nothing is said."""
+    convert(stock_model(), tmp_path / "ours")
+    (tmp_path / "ours" / "eval").mkdir()
+    (tmp_path / "ours" / "eval" / "results.md").write_text("| DocVQA | 71.2 |\n")
+    for name, options, known in (
+        ("same", Options(to="remote-code"), True),
+        ("rounded", Options(to="remote-code", dtype="bfloat16"), False),
+        ("plain", Options(to="stock"), False),
+    ):
+        convert(tmp_path / "ours", tmp_path / name, options=options)
+        _, body = card(tmp_path / name)
+        assert ("Measured with these weights by `pmod eval`:\n\n| DocVQA | 71.2 |\n" in body) == known
+        assert ("None measured yet" in body) != known
+
+
+def test_of_the_bundled_model_what_it_reads_is_said(stock_model, tmp_path):
+    report = convert(bundled_path(), tmp_path / "tiny")
+    assert report.notes == ["this is a toy model, which reads its own synthetic documents and nothing else"]
+    assert "reads its own synthetic documents and nothing else." in card(tmp_path / "tiny")[1]
+    convert(tmp_path / "tiny", tmp_path / "again", options=Options(to="published"))
+    assert "reads its own synthetic documents" in card(tmp_path / "again")[1]
+    assert not convert(stock_model(), tmp_path / "other").notes
+
+
 def test_of_a_stock_and_a_remote_code_checkpoint(stock_model, tmp_path):
     for to, said in (("stock", "without routers"), ("remote-code", "trust_remote_code=True")):
         convert(stock_model(), tmp_path / to, options=Options(to=to))
         metadata, body = card(tmp_path / to)
         assert said in body
+        assert f'"./{to}"' in body
         assert "base_model" not in metadata
         assert ("p-mod" in metadata["tags"]) == (to != "stock")

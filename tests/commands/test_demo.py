@@ -9,16 +9,27 @@ pytest.importorskip("lmms_eval", reason="needs the eval extra")
 
 @pytest.mark.slow
 def test_demo_runs_all_verbs_and_goes_on(pmod, workdir):
-    arguments = ("demo", "--out", "all", "--max-steps", 1, "--limit", 1)
+    arguments = ("demo", "--out", "all", "--samples", 8, "--limit", 1)
     first = pmod(*arguments, cwd=workdir, timeout=600)
     assert first.returncode == 0, first.stderr
     for said in ("tiny doc", "tiny presence", "paper convention", "all/kept.png"):
         assert said in first.stdout
-    for written in ("converted/config.json", "p-mod/model.safetensors", "eval/results.json", "kept.png", "image.png"):
+    for written in ("p-mod/config.json", "p-mod/calibration.json", "eval/results.json", "kept.png", "image.png"):
         assert (workdir / "all" / written).is_file(), written
-    assert json.loads((workdir / "all" / "p-mod" / "config.json").read_text())["router_state"] == "trained"
+    assert json.loads((workdir / "all" / "p-mod" / "config.json").read_text())["router_state"] == "calibrated"
 
     second = pmod(*arguments, cwd=workdir, timeout=600)
     assert second.returncode == 0, second.stderr
-    assert second.stderr.count("done before:") == 5
+    assert second.stderr.count("done before:") == 4
     assert second.stdout == first.stdout
+
+
+@pytest.mark.slow
+def test_the_training_part(pmod, workdir):
+    done = pmod(
+        "demo", "--out", "all", "--samples", 8, "--train", "--max-steps", 1, "--limit", 1, cwd=workdir, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workdir / "all" / "trained" / "config.json").read_text())["router_state"] == "trained"
+    report = json.loads((workdir / "all" / "eval" / "results.json").read_text())
+    assert "all/trained" in json.dumps(report)

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pmod_cli.model import capture_selection
+from pmod_cli.model.attention_rows import attention_rows
+from pmod_cli.model.routing import Routing
 from tests.model.published import GOLDEN, expanded, golden, image_token, info, our_model
 
 LAYERS = 32
@@ -173,3 +175,78 @@ def test_published_code(peer, prompt, setting, attention):
             assert lengths[known[""] - 1] == 2 * image.numel()
             lengths[known[""] - 1] = image.numel()
         assert slots == lengths
+
+
+@pytest.mark.parametrize("prompt", ["img0", "img1"])
+def test_one_row_of_attention_is_that_of_the_whole_square(prompt):
+    """What the last token attends to in every layer, beside an eager run of LLaVA."""
+    expected = load_file(GOLDEN / "peers" / "plain" / "outputs.safetensors")[f"{prompt}.last_row_attention"]
+    inputs, model = inputs_of("llava15", prompt), model_of("llava15")
+    model.set_method({"method": "uniform", "values": [1.0] * LAYERS})
+    image, rows = vision("llava15", inputs), []
+
+    def look(layer, args, kwargs):
+        routing = Routing.build(image[None], None)
+        routing.position_embeddings = kwargs["position_embeddings"]
+        rows.append(attention_rows(args[0], routing, layer, routing.last)[0, 0, image])
+
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.model.language_model.layers]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(torch.stack(rows), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("peer", ["fastv_hf", "pyramiddrop", "divprune", "visionzip", "vtw", "shortv"])
+def test_on_purpose_each_row_of_a_padded_batch_is_as_alone(peer):
+    """There row 0 ranks for all (FastV, DivPrune), one row is all there is, or padding is wrong or refused (others)."""
+    expected = load_file(GOLDEN / "peers" / peer / "outputs.safetensors")
+    alone = [inputs_of("llava15", prompt) for prompt in ("img0", "img1")]
+    longest = max(inputs["input_ids"].shape[1] for inputs in alone)
+    pads = [longest - inputs["input_ids"].shape[1] for inputs in alone]
+    assert any(pads)
+
+    def joined(tensors):
+        return torch.cat([torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(tensors, pads, strict=True)])
+
+    image = vision("llava15", alone[0])
+    found = info(f"peers/{peer}")["img0.A"]
+    pmod, known = PEERS[peer](found, int(image.int().argmax()), int(image.sum()))
+    model = model_of("llava15")
+    model.set_method(pmod)
+    if peer == "visionzip":
+        picks = found["settings"]
+        model.model.language_model.selection.contextual = picks["contextual"] / picks["tokens_fed"]
+    mask = joined([torch.ones_like(inputs["input_ids"]) for inputs in alone])
+    with torch.no_grad(), capture_selection(model) as record:
+        logits = model(
+            input_ids=joined([inputs["input_ids"] for inputs in alone]),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            pixel_values=torch.cat([inputs["pixel_values"] for inputs in alone]),
+        ).logits
+    for row, pad in enumerate(pads):
+        for suffix, layer in known.items():
+            kept = (record.layers[layer].kept[row] & record.vision_mask[row]).nonzero().flatten() - pad
+            assert kept.tolist() == expected[f"img{row}.A.kept{suffix}"].tolist()
+        left = mask[row].bool() if peer == "shortv" else record.layers[LAYERS - 1].kept[row]
+        torch.testing.assert_close(logits[row][left], expected[f"img{row}.A.logits"][0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("peer", ["pyramiddrop", "divprune"])
+def test_on_purpose_positions_stay_true(peer):
+    """What is kept first is the same; the published code numbers what is left anew, and so gives other logits."""
+    expected = load_file(GOLDEN / "peers" / peer / "outputs.safetensors")
+    found, inputs = info(f"peers/{peer}")["img0.A"], inputs_of("llava15", "img0")
+    image = vision("llava15", inputs)
+    pmod, known = PEERS[peer](found, int(image.int().argmax()), int(image.sum()))
+    model, (suffix, layer) = model_of("llava15"), next(iter(known.items()))
+    model.set_method({key: value for key, value in pmod.items() if key != "positions"})
+    with torch.no_grad(), capture_selection(model) as record:
+        logits = model(**inputs).logits[0]
+    assert (record.layers[layer].kept[0] & image).nonzero().flatten().tolist() == expected[
+        f"img0.A.kept{suffix}"
+    ].tolist()
+    theirs = expected["img0.A.logits"][0]
+    assert (logits[-1] - theirs[-1]).abs().max() > 1e-2

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from pmod_cli.calibration.bench import Bench, Schedule
+from pmod_cli.calibration.replay import Replay
 from pmod_cli.model import capture_selection, kept_tokens
-from pmod_cli.training.calibration import SPREAD, _most_attended, calibrate_routers
+from pmod_cli.training.calibration import SPREAD, _most_attended, calibrate_routers, fit_routers
+from tests import factories
+from tests.calibration.test_depth import batches_of
 from tests.factories import KINDS
-from tests.model.models import ROWS, batch, pmod_model
+from tests.model.models import ROWS, batch, pmod_model, pmod_twin
 
 
 def test_the_most_attended_are_the_k_that_a_later_token_reads_most():
@@ -36,3 +40,27 @@ def test_calibrated_routers_predict_what_is_attended_to(kind):
     assert logits.mean() == pytest.approx(0, abs=1e-4)
     num_vision = record.vision_mask.sum(dim=1).tolist()
     assert record.layers[0].K.tolist() == [kept_tokens(n, model.config.retention[0]) for n in num_vision]
+
+
+@pytest.mark.parametrize("select_at", [None, (1,)])
+def test_a_calibrated_start_is_the_router_of_pmod_calibrate(select_at):
+    """The same direction as the calibration's own bench finds with the same pictures, for each layer that chooses."""
+    stock = factories.model("llava_next", layers=4)
+    batches = batches_of(stock, "llava_next")
+    settings = {"schedule": "list", "values": [1.0, 0.6, 0.5, 0.3]} | (
+        {"select_at": list(select_at)} if select_at else {}
+    )
+    model = pmod_twin(stock, settings)
+    inputs = [{name: tensor for name, tensor in each.inputs.items() if name != "labels"} for each in batches]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if ".router." not in name}
+    found = fit_routers(model, inputs)
+    assert sorted(found) == model.config.routed_layers == ([1] if select_at else [1, 2, 3])
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name in before)
+    bench = Bench(Replay(stock), batches, ("text",))
+    for layer in found:
+        one = Schedule(tuple(settings["values"]), select_at or (layer, *range(layer + 1, 4)))
+        bench.apply(Schedule((1.0,) * 4))
+        expected = bench.fit(one, layer, "text", bench.streams_at(layer))[0].whole.weight[0]
+        ours = model.model.language_model.layers[layer].router.weight[0]
+        assert torch.cosine_similarity(ours, expected, dim=0) > 0.9999

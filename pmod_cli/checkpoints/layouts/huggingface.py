@@ -204,7 +204,7 @@ PMOD = Layout(
 ```python
 from pmod_cli.checkpoints import load_model
 
-model, processor = load_model("THIS_FOLDER")
+model, processor = load_model("./THIS_FOLDER")
 ```
 """,
 )
@@ -217,8 +217,8 @@ STOCK = Layout(
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+model = AutoModelForImageTextToText.from_pretrained("./THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("./THIS_FOLDER")
 ```
 """,
 )

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from pmod_cli import __version__, families
 from pmod_cli import model as package
-from pmod_cli.checkpoints.layout import Draft, Layout, Progress
+from pmod_cli.checkpoints.layout import THIS_FOLDER, Draft, Layout, Progress
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES, DecoderKind, Family
 from pmod_cli.families.decoders import LLAMA
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import SELECTIONS, PmodSettings
 from pmod_cli.model.schedule import SCHEDULES
+from pmod_cli.model.versions import REQUIREMENT
 
 FILE = "modeling_pmod.py"
 _FIRST, _START = "versions", "modeling"
@@ -156,14 +157,31 @@ REMOTE_CODE = Layout(
     arrange=_arrange,
     finish=_finish,
     summary="for plain transformers",
-    usage="""\
+    usage=f"""\
+pip install '{REQUIREMENT}' torch pillow
+
 ```python
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+name = "./{THIS_FOLDER}"  # beside this program; or the repository it was uploaded to
+model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype="auto").eval()
+processor = AutoProcessor.from_pretrained(name)
+
+content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "What is the total?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-`modeling_pmod.py` is generated and needs nothing but transformers 5.23.
+`modeling_pmod.py` is generated and is all that is run: it needs neither pmod nor another package. An older transformers
+is refused with a sentence; a newer one is tried with a small model on the first load. Padded batches, pipelines,
+`torch.compile`, 8 and 4 bit work as with a stock LLaVA; quantised or not, the routers stay as they are.
 """,
 )

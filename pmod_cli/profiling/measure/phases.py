@@ -106,7 +106,7 @@ def spread_routers(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, Router):
-            drawn = torch.randn(module.weight.shape, generator=generator) / module.in_features**0.5
+            drawn = torch.randn(module.weight.shape, generator=generator) / module.weight.shape[1] ** 0.5
             module.weight.copy_(drawn)
 
 

@@ -53,13 +53,14 @@ class Alias:
     """A stock model under a short name.
 
     Attributes:
-        repo: Repository on the hub, or None for the model that is part of this package.
+        repo: Repository on the hub, or None for a model that is part of this package.
         kind: Name of its family.
         decoder: Name of its decoder.
         text: Sizes of the decoder, as its config names them.
         image_token: Id of the image token of a LLaVA.
         vision: Sizes of the tower.
         whole: What else its config says.
+        bundled: Folder of a model that is part of this package.
     """
 
     repo: str | None
@@ -69,11 +70,12 @@ class Alias:
     image_token: int = 32000
     vision: dict[str, Any] = field(default_factory=CLIP_L_336.copy)
     whole: dict[str, Any] = field(default_factory=dict)
+    bundled: str = ""
 
     @property
     def layers(self) -> int:
         """Decoder layers, L."""
-        return 32 if self.repo is None else self.text["num_hidden_layers"]
+        return self.text["num_hidden_layers"]
 
     @property
     def parameters(self) -> int:
@@ -81,7 +83,7 @@ class Alias:
         from pmod_cli.checkpoints.layouts.shapes import expected_shapes
 
         if self.repo is None:
-            config = json.loads((bundled_path() / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((bundled_path(self.bundled) / "config.json").read_text(encoding="utf-8"))
         else:
             text = self.text | {"model_type": self.decoder}
             config = {"model_type": self.kind, "text_config": text, "vision_config": self.vision, **self.whole}
@@ -159,7 +161,7 @@ _OV_7B = _sizes(3584, 18944, layers=28, heads=28, kv_heads=4, rows=152128, **_OV
 _OV_72B = _sizes(8192, 29568, layers=80, heads=64, kv_heads=8, rows=152128, **_OV)
 
 ALIASES = {
-    "tiny-llava-next": Alias(None, "llava_next"),
+    "tiny-llava-next": Alias(None, "llava_next", bundled="tiny-llava-next"),
     "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", "llava"),
     "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf", "llava", text=_VICUNA_13B),
     "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "llava_next"),

@@ -1,4 +1,4 @@
-"""The bundled model is a toy: which checkpoints descend from it, and which pictures it can read."""
+"""The bundled models are toys: which checkpoints descend from them, and which pictures they can read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pmod_cli.checkpoints.aliases import bundled_path
+from pmod_cli.checkpoints.aliases import ALIASES, bundled_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,21 +16,28 @@ if TYPE_CHECKING:
 
 NOTE = "a toy model, which reads its own synthetic documents and nothing else"
 FOREIGN = (
-    f"this is tiny-llava-next or made from it: {NOTE}. What it keeps and answers here means nothing; samples/ of a "
+    f"this is a bundled model or made from one: {NOTE}. What it keeps and answers here means nothing; samples/ of a "
     "checkout has pictures that it reads, and `python -m pmod_cli.data.rows` draws more"
 )
-MOST_SIDE = 384  # pixels; it has learnt documents of 96
+SIZES = (
+    *(("text_config", name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")),
+    *(("vision_config", name) for name in ("hidden_size", "intermediate_size")),
+)
+MOST_SIDE = 384  # pixels; they have learnt documents of 96
 
 
 def is_toy(config: PreTrainedConfig | Mapping[str, Any]) -> bool:
-    """Whether a model has the sizes of the bundled one, which nothing else has. `config` may be a dict."""
+    """Whether a model has the sizes of a bundled one, which nothing else has. `config` may be a dict."""
     given = config if isinstance(config, Mapping) else config.to_dict()
-    own = json.loads((bundled_path() / "config.json").read_text(encoding="utf-8"))
-    return all(
-        given.get(part, {}).get(name) == own[part][name]
-        for part in ("text_config", "vision_config")
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
-    )
+    return any(all(given.get(part, {}).get(name) == own[part][name] for part, name in SIZES) for own in _bundled())
+
+
+def _bundled() -> list[dict]:
+    return [
+        json.loads((bundled_path(alias.bundled) / "config.json").read_text(encoding="utf-8"))
+        for alias in ALIASES.values()
+        if alias.bundled
+    ]
 
 
 def is_document(image: Image.Image) -> bool:

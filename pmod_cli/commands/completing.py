@@ -61,7 +61,8 @@ def tiny_tasks() -> list[str]:
     """The tasks that are drawn, and the name of all of them."""
     from pmod_cli.evaluation.benchmarks import groups
 
-    return ["tiny", *(benchmark.name for benchmark in groups()["tiny"])]
+    known = groups()
+    return ["tiny", *(benchmark.name for name in ("tiny", "tiny-several") for benchmark in known[name])]
 
 
 def gpus() -> list[str]:

@@ -255,7 +255,7 @@ def convert(
     else:
         view.print_report(report, dry_run)
     if not dry_run:
-        view.print_next(report, tiny=found.alias == "tiny-llava-next")
+        view.print_next(report, tiny=found.origin == "bundled")
 
 
 def _bytes(text: str | None) -> int | None:

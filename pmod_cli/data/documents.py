@@ -62,23 +62,56 @@ class Turn:
 class Mark:
     """One drawn thing: its pixel box, the word one patch of it shows (glyph, bar, colour), and the word it takes the
     neighbours to tell (the label of its line, the shape of an object). ``above`` is the label one line above a label
-    that may be asked about."""
+    that may be asked about, ``place`` the word for the picture that it is in."""
 
     box: Box
     shows: str
     belongs: str
     above: str | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)
 class Document:
-    """A drawn image (RGB), the turns that may be asked about it, and everything that was drawn on it."""
+    """A drawn image (RGB), the turns that may be asked about it, and everything that was drawn on it.
+
+    Several pictures, or the frames of a film, are one image in which they stand side by side, and so do all boxes.
+    """
 
     task: str
     seed: int
     image: Image.Image
     turns: list[Turn]
     marks: list[Mark]
+    pictures: int = 1
+    is_film: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        images: list[Image.Image],
+        task: str,
+        seed: int,
+        turns: list[Turn],
+        marks: list[Mark],
+        *,
+        is_film: bool = False,
+    ) -> "Document":
+        """A document of several pictures of one size."""
+        strip = Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
+        return cls(task, seed, strip, turns, marks, len(images), is_film)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """Its pictures, or its frames, one by one."""
+        width, height = self.image.width // self.pictures, self.image.height
+        return [self.image.crop((n * width, 0, (n + 1) * width, height)) for n in range(self.pictures)]
+
+
+def side_by_side(box: Box, number: int, size: tuple[int, int]) -> Box:
+    """The box of a thing in picture ``number`` of several of one size (width, height) that stand side by side."""
+    across = number * size[0]
+    return box[0] + across, box[1], box[2] + across, box[3]
 
 
 def seed_of(split: str, index: int) -> int:
@@ -107,7 +140,7 @@ def draw(task: str, seed: int, size: tuple[int, int] = (96, 96)) -> Document:
         raise ValueError(f"unknown task {task!r}: expected one of {TASKS}")
     if size[0] < 96 or size[1] < 48 or size[0] % CELL or size[1] % CELL:
         raise ValueError(f"a document is at least 96x48 pixels and a multiple of {CELL} both ways, not {size}")
-    canvas = _Canvas(Random(f"{task} {seed}"), size)
+    canvas = Canvas(Random(f"{task} {seed}"), size)
     compose = {
         "doc": _receipt,
         "chart": _chart,
@@ -121,7 +154,7 @@ def draw(task: str, seed: int, size: tuple[int, int] = (96, 96)) -> Document:
     return Document(task, seed, canvas.finish(), turns, canvas.marks)
 
 
-class _Canvas:
+class Canvas:
     """Paper with a random tint, ink of a random darkness, and a record of what was put on it."""
 
     def __init__(self, random: Random, size: tuple[int, int]):
@@ -160,7 +193,7 @@ class _Line:
     value_box: Box
 
 
-def _lines(canvas: _Canvas) -> list[_Line]:
+def _lines(canvas: Canvas) -> list[_Line]:
     """Five to eight lines ``ham 47`` at free places, two side by side where they fit."""
     random = canvas.random
     entry = 6  # cells: three letters, a space, two digits
@@ -177,20 +210,20 @@ def _lines(canvas: _Canvas) -> list[_Line]:
     return lines
 
 
-def _line(canvas: _Canvas, row: int, column: int, label: str, above: str | None = None) -> _Line:
+def _line(canvas: Canvas, row: int, column: int, label: str, above: str | None = None) -> _Line:
     value = str(canvas.random.randint(10, 99))
     label_box = canvas.write(label, column, row, label, above)
     return _Line(label, value, label_box, canvas.write(value, column + 4, row, label))
 
 
-def _receipt(canvas: _Canvas) -> list[Turn]:
+def _receipt(canvas: Canvas) -> list[Turn]:
     """The price of each item of a receipt."""
     turns = [Turn(f"what is the price of {line.label}?", line.value, line.value_box) for line in _lines(canvas)]
     canvas.random.shuffle(turns)
     return turns
 
 
-def _above(canvas: _Canvas) -> list[Turn]:
+def _above(canvas: Canvas) -> list[Turn]:
     """A list of four to seven lines at a free place; asked for is the price of the item one line above a named one."""
     random = canvas.random
     count = random.randint(4, min(7, canvas.rows))
@@ -212,7 +245,7 @@ def _above(canvas: _Canvas) -> list[Turn]:
     return turns
 
 
-def _dearer(canvas: _Canvas) -> list[Turn]:
+def _dearer(canvas: Canvas) -> list[Turn]:
     """Which of two items of a receipt is dearer? Their prices are 10 apart at least."""
     random = canvas.random
     lines = _lines(canvas)
@@ -229,7 +262,7 @@ def _dearer(canvas: _Canvas) -> list[Turn]:
     return turns
 
 
-def _chart(canvas: _Canvas) -> list[Turn]:
+def _chart(canvas: Canvas) -> list[Turn]:
     """Four to six horizontal bars: label, value, then a bar as long as the value; the longest leads by a patch."""
     random = canvas.random
     count = random.randint(4, 6)
@@ -256,7 +289,7 @@ def _chart(canvas: _Canvas) -> list[Turn]:
     return turns
 
 
-def _scatter(canvas: _Canvas) -> list[tuple[str, str, Box]]:
+def scatter(canvas: Canvas) -> list[tuple[str, str, Box]]:
     """Three to six objects (colour, shape, box) of different looks, sizes and places, none overlapping."""
     random = canvas.random
     looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -290,9 +323,9 @@ def _shape(pen: ImageDraw.ImageDraw, shape: str, box: Box, fill: tuple[int, int,
         pen.rectangle((left, top + third, right, bottom - third), fill=fill)
 
 
-def _attribute(canvas: _Canvas) -> list[Turn]:
+def _attribute(canvas: Canvas) -> list[Turn]:
     """The colour of the only object of a shape, the shape of the only object of a colour."""
-    objects = _scatter(canvas)
+    objects = scatter(canvas)
     colours, shapes = [c for c, _, _ in objects], [s for _, s, _ in objects]
     turns = []
     for colour, shape, box in objects:
@@ -307,10 +340,10 @@ def _attribute(canvas: _Canvas) -> list[Turn]:
     return turns[:6]
 
 
-def _presence(canvas: _Canvas) -> list[Turn]:
+def _presence(canvas: Canvas) -> list[Turn]:
     """Is there a red circle? Half yes; half of the noes have the colour and the shape, but on different objects."""
     random = canvas.random
-    objects = _scatter(canvas)
+    objects = scatter(canvas)
     there = {(colour, shape) for colour, shape, _ in objects}
     absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in there]
     hard = [(c, s) for c, s in absent if any(c == x for x, _ in there) and any(s == y for _, y in there)]
@@ -329,11 +362,11 @@ def _is_there(colour: str, shape: str) -> str:
     return f"is there a {colour} {shape}?"
 
 
-def _where(canvas: _Canvas) -> list[Turn]:
+def _where(canvas: Canvas) -> list[Turn]:
     """Where is the red ring? The answer is its field of the grid: ``b3`` is in the second row, third from the left."""
     turns = [
         Turn(f"where is the {colour} {shape}?", f"{'abcdefghi'[box[1] // FIELD]}{box[0] // FIELD + 1}", box)
-        for colour, shape, box in _scatter(canvas)
+        for colour, shape, box in scatter(canvas)
     ]
     canvas.random.shuffle(turns)
     return turns

@@ -45,12 +45,15 @@ def open_video(source: Any, folder: Path | None, frames: Frames) -> Video:
     """The frames of a video.
 
     Args:
-        source: a name below ``folder`` of a file or of a folder of frames, or a list of the names of frames.
+        source: a name below ``folder`` of a file or of a folder of frames, a list of the names of frames, or the
+            frames themselves, all of which are taken.
         frames: which frames are taken.
 
     Raises:
         BadRow: no such file, one outside the folder, or one that cannot be decoded.
     """
+    if isinstance(source, Video):
+        return source
     try:
         if isinstance(source, list | tuple):
             return load_video([find_image(name, folder) for name in source], frames)

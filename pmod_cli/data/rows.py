@@ -13,12 +13,13 @@ from pathlib import Path
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.folders import staged_directory
 from pmod_cli.data.documents import TASKS, Document, Turn, draw, seed_of
+from pmod_cli.data.several import film_of
 
 Messages = list[dict]
 
 
 def conversation(document: Document, turns: Sequence[Turn] | None = None) -> Messages:
-    """The chat messages of a document: the image with the first question, then answers and questions in turn.
+    """The chat messages of a document: its pictures with the first question, then answers and questions in turn.
 
     Args:
         document: what is asked about; its image is not copied into the messages.
@@ -34,18 +35,20 @@ def conversation(document: Document, turns: Sequence[Turn] | None = None) -> Mes
     for turn in turns:
         messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    messages[0]["content"].insert(0, {"type": "image"})
+    kind, count = ("video", 1) if document.is_film else ("image", document.pictures)
+    messages[0]["content"][:0] = [{"type": kind}] * count
     return messages
 
 
-def question(turn: Turn) -> Messages:
-    """The chat messages of one question about an image, to be rendered with ``add_generation_prompt=True``."""
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turn.question}]}]
+def question(document: Document) -> Messages:
+    """The chat messages of a document's first question, to be rendered with ``add_generation_prompt=True``."""
+    return conversation(document, document.turns[:1])[:1]
 
 
 def row(document: Document, turns: Sequence[Turn] | None = None) -> dict:
-    """A training row, ``{"images": [image], "messages": messages}``, as the collator takes it."""
-    return {"images": [document.image], "messages": conversation(document, turns)}
+    """A training row, ``{"images": images, "messages": messages}``, or with ``videos``, as the collator takes it."""
+    pictures = {"videos": [film_of(document)]} if document.is_film else {"images": document.images}
+    return {**pictures, "messages": conversation(document, turns)}
 
 
 def write_rows(folder: Path, task: str, count: int) -> None:

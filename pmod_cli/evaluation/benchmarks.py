@@ -231,18 +231,20 @@ _several("blink", "BLINK", "blink_groups", "blink_acc", "blink", questions=1901)
 _video("mvbench", "MVBench", "mvbench", "mvbench_accuracy", "mvbench", scale=1.0, questions=4000)
 _video("videomme", "Video-MME", "videomme", "videomme_perception_score", "videomme", scale=1.0, questions=2700)
 _video("egoschema", "EgoSchema", "egoschema_subset", "score", "egoschema", questions=500)  # the part with answers
-for _kind, _name, _metric, _own in (
-    ("text-rich", "doc", "anls", None),
-    ("text-rich", "chart", "relaxed_overall", None),
-    ("general", "attribute", "exact_match", None),
-    ("hallucination", "presence", "pope_f1_score", _sums("f1")),
-    ("text-rich", "above", "exact_match", None),
-    ("text-rich", "dearer", "exact_match", None),
-    ("grounding", "where", "exact_match", None),
+for _group, _kind, _name, _metric, _own in (
+    ("tiny", "text-rich", "doc", "anls", None),
+    ("tiny", "text-rich", "chart", "relaxed_overall", None),
+    ("tiny", "general", "attribute", "exact_match", None),
+    ("tiny", "hallucination", "presence", "pope_f1_score", _sums("f1")),
+    ("tiny", "text-rich", "above", "exact_match", None),
+    ("tiny", "text-rich", "dearer", "exact_match", None),
+    ("tiny", "grounding", "where", "exact_match", None),
+    ("tiny-several", "general", "which", "exact_match", None),  # two pictures
+    ("tiny-several", "text-rich", "moving", "exact_match", None),  # a film
 ):
     _task = f"tiny_{_name}"
     _add(
-        *("tiny", _task, f"tiny {_name}", _task, _metric, str(TINY_TASKS)),
+        *(_group, _task, f"tiny {_name}", _task, _metric, str(TINY_TASKS)),
         questions=TINY_QUESTIONS,
         sums=_own,
         kind=_kind,

@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.videos import load_video
+from pmod_cli.core.videos import Video, load_video
 from pmod_cli.data.vision import as_given, clips, frames_of, joined
 from pmod_cli.families import family_of
 
@@ -120,28 +120,30 @@ def as_asked(processor: Any, model_type: str) -> Any:
     return asked
 
 
-def prepare(processor: Any, index: int, question: str, visuals: Sequence[Image | str], model_type: str = "") -> Prompt:
+def prepare(
+    processor: Any, index: int, question: str, visuals: Sequence[Image | Video | str], model_type: str = ""
+) -> Prompt:
     """Prompt and pixels of one question; no padding yet.
 
     Args:
-        visuals: Its images, and the paths of its videos.
+        visuals: Its images, and its videos or their paths.
         model_type: Of the model, which says what the system says first.
 
     Raises:
         PmodError: a video for a model that takes images alone, or one that cannot be read.
     """
     images = [visual for visual in visuals if isinstance(visual, Image)]
-    paths = [visual for visual in visuals if isinstance(visual, str)]
-    if len(images) + len(paths) < len(visuals):
-        raise PmodError(f"a question with {type(visuals[0]).__name__}: expected images, or paths of videos")
+    videos = [visual for visual in visuals if isinstance(visual, str | Video)]
+    if len(images) + len(videos) < len(visuals):
+        raise PmodError(f"a question with {type(visuals[0]).__name__}: expected images, videos, or paths of videos")
     family = family_of(model_type)
-    prompt = render(processor, question, len(images), len(paths), family.asked_as if family else None)
+    prompt = render(processor, question, len(images), len(videos), family.asked_as if family else None)
     given: dict[str, Any] = {}
-    if paths:
+    if videos:
         if getattr(processor, "video_processor", None) is None:
             raise PmodError("it asks about a video, and this model takes images alone")
         frames = frames_of(processor, per_second=1e6, most=FRAMES)
-        given = clips([load_video(Path(path), frames) for path in paths])
+        given = clips([each if isinstance(each, Video) else load_video(Path(each), frames) for each in videos])
     return encode(processor, index, prompt, images, **given)
 
 

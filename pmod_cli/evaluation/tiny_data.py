@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data import documents, glyphs
+from pmod_cli.data import documents, glyphs, several
 from pmod_cli.evaluation.benchmarks import TINY_QUESTIONS as QUESTIONS
 from pmod_cli.evaluation.benchmarks import Benchmark
 
-LAYOUT = 1  # raise it when the columns change
+LAYOUT = 2  # raise it when the columns change
 
 
 def draw(benchmarks: Iterable[Benchmark], on_wait: Callable[[Path], None]) -> None:
@@ -30,7 +30,7 @@ def folder(task: str, questions: int = QUESTIONS, on_wait: Callable[[Path], None
     """The data set of one tiny task as `datasets.load_from_disk` reads it, drawn on the first call.
 
     Args:
-        task: one of `pmod_cli.data.documents.TASKS`.
+        task: one of `pmod_cli.data.several.ALL_TASKS`.
         questions: Number of test documents, one question each.
         on_wait: As in `draw`.
     """
@@ -42,11 +42,12 @@ def folder(task: str, questions: int = QUESTIONS, on_wait: Callable[[Path], None
 
 def rows(task: str, questions: int) -> dict[str, list[Any]]:
     """Columns of one task, named as in the benchmark it stands for. Row i asks test document i its first question."""
-    drawn = [documents.draw(task, documents.seed_of("test", index)) for index in range(questions)]
+    drawn = [several.document_of(task, documents.seed_of("test", index)) for index in range(questions)]
     answers = [document.turns[0].answer for document in drawn]
     return {
         "question_id": list(range(questions)),
         "image": [document.image for document in drawn],
+        "pictures": [document.pictures for document in drawn],
         "question": [document.turns[0].question for document in drawn],
         "answer": answers,
         "answers": [[answer] for answer in answers],  # DocVQA has a list of accepted answers
@@ -59,7 +60,8 @@ def _write(task: str, questions: int, target: Path, on_wait: Callable[[Path], No
     from pmod_cli.core.folders import staged_directory
 
     text = Value("string")
-    columns = {"question_id": Value("int64"), "image": Image(), "question": text, "answer": text, "answers": List(text)}
+    columns = {"question_id": Value("int64"), "image": Image(), "pictures": Value("int64")}
+    columns |= {"question": text, "answer": text, "answers": List(text)}
     split = Dataset.from_dict(rows(task, questions), features=Features(columns))
     for wait in (False, True):
         try:
@@ -77,7 +79,7 @@ def _write(task: str, questions: int, target: Path, on_wait: Callable[[Path], No
 def _version() -> str:
     """Changes with the code that draws the documents, so that old questions are never scored as new ones."""
     digest = hashlib.sha256(f"{LAYOUT}".encode())
-    for module in (documents, glyphs):
+    for module in (documents, several, glyphs):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:12]
 

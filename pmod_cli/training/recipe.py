@@ -18,7 +18,7 @@ from pmod_cli import recipe_files
 from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.yaml_text import Located
-from pmod_cli.data.documents import TASKS
+from pmod_cli.data.several import ALL_TASKS
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.run_settings import PARTS, Settings
 
@@ -60,7 +60,7 @@ def load_settings(
             faults.append(f"{entry.where}: {fault}")
     faults += _not_a_name(settings.name)
     faults += _unknown("model.freeze", settings.model.freeze, PARTS)
-    faults += _unknown("data.tasks", settings.data.tasks, TASKS)
+    faults += _unknown("data.tasks", settings.data.tasks, ALL_TASKS)
     faults += settings.conflicts()
     try:
         PmodSettings.from_dict(settings.pmod.given)

@@ -15,8 +15,9 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import DataReport, check_rows, refuse_bad
 from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.dataset import build_dataset
-from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.data.documents import seed_of
 from pmod_cli.data.rows import row
+from pmod_cli.data.several import document_of
 from pmod_cli.training.folder import SKIPPED
 from pmod_cli.training.run_settings import DataArgs, Settings, processes
 from pmod_cli.training.start import processor_of
@@ -134,6 +135,6 @@ class SyntheticDocuments(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         seed = seed_of("train", self.data.first + index)
-        document = draw(self.data.tasks[index % len(self.data.tasks)], seed)
+        document = document_of(self.data.tasks[index % len(self.data.tasks)], seed)
         asked = len(document.turns) if self.data.turns is None else min(self.data.turns, len(document.turns))
         return row(document, Random(seed).sample(document.turns, asked))

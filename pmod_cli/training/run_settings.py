@@ -159,7 +159,8 @@ class DataArgs:
         group_by_modality: batches of images only or of text only, of similar length.
         rows: synthetic: number of different images, after which they repeat; null is as many as the run uses. Of other
             data, what ``--dry-run`` reckons with while the file is not there.
-        tasks: synthetic: the kinds of document, in turn: doc, chart, attribute, presence, above, dearer, where.
+        tasks: synthetic: the kinds of document, in turn: doc, chart, attribute, presence, above, dearer, where; of two
+            pictures which, of a film moving.
         turns: synthetic: questions asked about each image; null asks all there are.
         first: synthetic: index of the first image in the train split; the bundled model was trained on lower ones.
         workers: processes that prepare rows beside the training, 0 does it in the training process.

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pmod_cli.data.collator import Collator
-from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.data.documents import seed_of
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.data.rows import row
+from pmod_cli.data.several import document_of
 
 TURNS = 3  # questions asked about each image
 
@@ -66,6 +67,6 @@ def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _question_row(task: str, seed: int) -> dict:
-    document = draw(task, seed)
+    document = document_of(task, seed)
     turns = document.turns
     return row(document, Random(seed).sample(turns, min(TURNS, len(turns))))

@@ -12,7 +12,7 @@ from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 
 SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.15))
-FOREIGN = "this is tiny-llava-next or made from it"
+FOREIGN = "this is a bundled model or made from one"
 
 
 def call(*arguments: object) -> int:

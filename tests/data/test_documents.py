@@ -188,6 +188,6 @@ def test_a_conversation_shows_the_image_once():
     kinds = [part["type"] for message in messages for part in message["content"]]
     assert kinds.count("image") == 1
     assert kinds[0] == "image"
-    assert question(document.turns[0])[0] == messages[0]
+    assert question(document)[0] == messages[0]
     with pytest.raises(ValueError, match="one turn"):
         conversation(document, [])

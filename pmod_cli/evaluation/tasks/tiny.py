@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks.chartqa.utils import relaxed_correctness
 
+from pmod_cli.core.videos import Video
+from pmod_cli.data.several import PER_SECOND
 from pmod_cli.evaluation import tiny_data
 
 
@@ -21,8 +24,15 @@ class TinyTask(ConfigurableTask):
 
 
 def visual(doc: dict) -> list:
-    """The image of a document, as every task of the suite gives it."""
-    return [doc["image"].convert("RGB")]
+    """The image of a document, as every task of the suite gives it; or its pictures, which stand in it side by side."""
+    image = doc["image"].convert("RGB")
+    width = image.width // doc["pictures"]
+    return [image.crop((left, 0, left + width, image.height)) for left in range(0, image.width, width)]
+
+
+def film(doc: dict) -> list:
+    """The film of a document."""
+    return [Video(np.stack([np.asarray(frame) for frame in visual(doc)]), PER_SECOND)]
 
 
 def relaxed(doc: dict, results: list[str]) -> dict[str, float]:

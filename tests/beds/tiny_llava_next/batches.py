@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import LlavaNextProcessor
 
 from pmod_cli.data.collator import IGNORED
-from pmod_cli.data.documents import CELL, Box, Document, Turn, draw, seed_of
+from pmod_cli.data.documents import CELL, Box, Document, Mark, Turn, draw, seed_of
 
 TEXT, NEWLINE = -1, -2
 
@@ -101,7 +101,12 @@ class TinyBatches:
 
     def __call__(self, documents: list[Document]) -> Batch:
         """Tokens, pixels and grounding targets of some documents."""
-        rows = [_Row(self, document) for document in documents]
+        rows = [Row(self, document) for document in documents]
+        sizes = torch.tensor([document.image.size[::-1] for document in documents])
+        return self.padded(rows, pixel_values=self.pixels([d.image for d in documents]), image_sizes=sizes)
+
+    def padded(self, rows: Sequence["Row"], **pixels: Tensor) -> Batch:
+        """The columns of some rows of tokens, one length, and what the model takes of their images."""
         multiple = self.recipe["pad_to_multiple_of"]
         length = -(-max(len(row.ids) for row in rows) // multiple) * multiple
         pad = self.tokenizer.pad_token_id
@@ -117,11 +122,7 @@ class TinyBatches:
             return LookUps(torch.tensor([look[:2] for look in looks]).view(-1, 2), looked_at)
 
         return Batch(
-            inputs={
-                "input_ids": column("ids", pad),
-                "pixel_values": self.pixels([document.image for document in documents]),
-                "image_sizes": torch.tensor([document.image.size[::-1] for document in documents]),
-            },
+            inputs={"input_ids": column("ids", pad), **pixels},
             patches=column("patches", TEXT),
             labels=column("labels", IGNORED),
             weights=column("weights", 0.0),
@@ -165,13 +166,12 @@ class _Steps:
         return self.batches(self.batches.documents(step, self.mix))
 
 
-class _Row:
+class Row:
     """One document as tokens, built turn by turn."""
 
-    def __init__(self, batches: TinyBatches, document: Document):
+    def __init__(self, batches: "TinyBatches", document: Document):
         self.encode, self.weight_of = batches.encode, batches.recipe["weights"]
         self.eos = batches.tokenizer.eos_token_id
-        self.columns, rows = document.image.width // CELL, document.image.height // CELL
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.weights: list[float] = []
@@ -183,28 +183,39 @@ class _Row:
         self.up: list[tuple[int, list[int]]] = []
         self.first: list[tuple[int, list[int]]] = []
         self.last: list[tuple[int, list[int]]] = []
-
-        self._say([batches.tokenizer.bos_token_id, *self.encode("USER:")])
-        side = batches.tile // CELL  # patches to a tile
-        self.start = len(self.ids) + side**2  # where the tiles' tokens start, after the base view's
-        self._say(self.encode("<image>") * (side**2 + rows * (self.columns + 1)))
-        self.patches[self.start - side**2 :] = _places(side, self.columns, rows)
+        self._open(batches, document)
         for mark in document.marks:
             for token in self._tokens(mark.box):
-                self.shows[token] = self.encode(mark.shows)[0]
-                self.belongs[token] = self.encode(mark.belongs)[0]
+                self._point(mark, token)
                 if mark.above:
                     self.above[token] = self.encode(mark.above)[0]
                     label = [other for other in document.marks if other.belongs == mark.above and other.shows.isalpha()]
                     self.up.append((token, [place for other in label for place in self._tokens(other.box)]))
         for i, turn in enumerate(document.turns[: batches.recipe["turns"]]):
             asked = len(self.ids)
-            self._say(self.encode(("USER: " if i else "") + turn.question) + self.encode("ASSISTANT:"))
+            self._ask(turn, is_first=i == 0)
             for look in turn.looks:
                 position = self.ids.index(self.encode(look.word)[0], asked)
                 self.first.append((position, self._tokens(look.box)))
                 self.tells[position] = self.encode(look.tells)[0]
             self._answer(turn)
+
+    def _open(self, batches: "TinyBatches", document: Document) -> None:
+        """All that comes before the first question."""
+        self.columns, rows = document.image.width // CELL, document.image.height // CELL
+        self._say([batches.tokenizer.bos_token_id, *self.encode("USER:")])
+        side = batches.tile // CELL  # patches to a tile
+        self.start = len(self.ids) + side**2  # where the tiles' tokens start, after the base view's
+        self._say(self.encode("<image>") * (side**2 + rows * (self.columns + 1)))
+        self.patches[self.start - side**2 :] = _places(side, self.columns, rows)
+
+    def _point(self, mark: Mark, token: int) -> None:
+        """What a token shows, and what it takes its neighbours to tell."""
+        self.shows[token] = self.encode(mark.shows)[0]
+        self.belongs[token] = self.encode(mark.belongs)[0]
+
+    def _ask(self, turn: Turn, is_first: bool) -> None:
+        self._say(self.encode(("" if is_first else "USER: ") + turn.question) + self.encode("ASSISTANT:"))
 
     def _say(self, ids: list[int]) -> None:
         self.ids += ids

@@ -4,7 +4,7 @@ Plain cross-entropy on answers stays at its priors for a long time. So an early 
 the first layer that looks, for what a patch belongs to and what stands above it; a head of each grounded layer is told
 where to look, early ones from the words of a question and late ones from the answer; and between the two, the words of
 a question are probed for what they have found. The probes are thrown away after training, so the saved model is a stock
-LLaVA-NeXT.
+one.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaNextForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from tests.beds.tiny_llava_next.batches import Batch, LookUps
@@ -24,7 +24,7 @@ LOSSES = ("shows", "belongs", "above", "tells", "looks")
 class Grounding(nn.Module):
     """Collects what the model computes on its way, by forward hooks, and turns it into the losses."""
 
-    def __init__(self, model: LlavaNextForConditionalGeneration, settings: Mapping):
+    def __init__(self, model: PreTrainedModel, settings: Mapping):
         """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``shown`` and ``probed``,
         the layers before which patches and words are probed; and a weight for each of ``LOSSES``."""
         super().__init__()
@@ -84,10 +84,12 @@ class Grounding(nn.Module):
         width = attention.head_dim
         N = hidden.shape[1]
 
-        def project(linear: nn.Linear) -> Tensor:
-            return F.linear(hidden, linear.weight[head * width : (head + 1) * width])[:, None]
+        def project(which: str) -> Tensor:
+            weight = getattr(attention, f"{which}_proj").weight[head * width : (head + 1) * width]
+            norm = getattr(attention, f"{which}_norm", nn.Identity())  # Qwen3 has one for each head
+            return norm(F.linear(hidden, weight))[:, None]
 
-        queries, keys = apply_rotary_pos_emb(project(attention.q_proj), project(attention.k_proj), cos, sin)
+        queries, keys = apply_rotary_pos_emb(project("q"), project("k"), cos, sin)
         row, position = looks.tokens.unbind(1)
         # index_select, not keys[row]: with several threads the latter's gradient is summed in any order.
         scores = torch.einsum("qd,qnd->qn", queries[row, 0, position], keys[:, 0].index_select(0, row))

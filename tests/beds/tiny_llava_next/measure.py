@@ -34,7 +34,7 @@ def unseen_documents(task: str, count: int) -> list[Document]:
 def prompts(processor: ProcessorMixin, documents: list[Document], blank: bool = False) -> dict[str, Tensor]:
     """Model inputs of B documents, padded on the left, each with its first question and the generation prompt."""
     texts = [
-        processor.apply_chat_template(question(document.turns[0]), tokenize=False, add_generation_prompt=True)
+        processor.apply_chat_template(question(document), tokenize=False, add_generation_prompt=True)
         for document in documents
     ]
     images = [Image.new("RGB", document.image.size, "white") if blank else document.image for document in documents]

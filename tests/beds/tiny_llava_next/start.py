@@ -47,16 +47,16 @@ def build_model(recipe: Mapping, processor: LlavaNextProcessor) -> LlavaNextForC
     )
     model = LlavaNextForConditionalGeneration(config)
     for part in (model.model.vision_tower, model.model.multi_modal_projector, model.lm_head):
-        _fan_in(part)
+        fan_in(part)
     for index, layer in enumerate(model.model.language_model.layers):
-        _fan_in(layer)
+        fan_in(layer)
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.data.mul_(STREAM * (SHARE * GROWTH**index) ** 0.5)
     nn.init.normal_(model.get_input_embeddings().weight, std=STREAM)
     return model
 
 
-def _fan_in(module: nn.Module) -> None:
+def fan_in(module: nn.Module) -> None:
     """Variance one over the inputs: at this width the usual standard deviation of 0.02 hardly trains."""
     for linear in module.modules():
         if isinstance(linear, nn.Linear):

@@ -56,6 +56,14 @@ class CheckedRelease(Stock):
         check_release(routed_models(cls.family)[1], own or decoders)
         return super().from_pretrained(*args, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: what initialises our weights leaves those that are filled, as in the classes of transformers.
+
+        Custom code is not trusted to, and so a tower that a checkpoint lacks would get the scale of a plain linear map.
+        """
+        return False
+
 
 class RoutedModel(CheckedRelease):
     """Mixin in front of a stock `...Model`: finds the vision tokens of a prefill."""

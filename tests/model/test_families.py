@@ -180,6 +180,17 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_each_router_gets_on
     assert all(found[0][name].any() for name, _ in pmod.named_parameters() if name.endswith("router.weight"))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if FAMILIES[kind].tiled])
+def test_a_tower_that_a_checkpoint_lacks_starts_as_in_a_new_model(kind):
+    made = routed(stock(kind), router_std=0)
+    torch.manual_seed(0)
+    fresh, filled = type(made)(made.config), type(made).from_pretrained(None, config=made.config, state_dict={})
+    for one, other in zip(fresh.named_parameters(), filled.named_parameters(), strict=True):
+        if "vision_tower" in one[0] and one[1].ndim == 2:
+            ratio = other[1].std() / one[1].std()
+            assert 0.8 < ratio < 1.25, f"{one[0]}: {ratio}"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_alone_is_stock(kind):
     plain = stock(kind)

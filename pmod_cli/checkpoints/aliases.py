@@ -162,6 +162,7 @@ _OV_72B = _sizes(8192, 29568, layers=80, heads=64, kv_heads=8, rows=152128, **_O
 
 ALIASES = {
     "tiny-llava-next": Alias(None, "llava_next", bundled="tiny-llava-next"),
+    "tiny-qwen3-vl": Alias(None, "qwen3_vl", "qwen3_vl_text", _sizes(layers=12), bundled="tiny-qwen3-vl"),
     "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", "llava"),
     "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf", "llava", text=_VICUNA_13B),
     "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "llava_next"),

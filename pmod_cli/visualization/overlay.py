@@ -107,7 +107,12 @@ def hides(layout: TokenLayout, parts: Sequence[Part]) -> bool:
         ((y0, y1), [part.row_spans for part in parts]),
     ):
         least = (high - low) / 1000  # less than a drawn pixel
-        if min(span.min() for span in spans) - low > least or high - max(span.max() for span in spans) > least:
+        spans = [span for span in spans if span.size]  # tiles of a picture narrower than a patch have no column
+        if (
+            not spans
+            or min(span.min() for span in spans) - low > least
+            or high - max(span.max() for span in spans) > least
+        ):
             return True
     return False
 

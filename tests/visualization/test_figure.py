@@ -88,6 +88,7 @@ RECORDS = {
     "tall-untrained": anyres_record(252, 84, router_state="untrained", answer=""),
     "thin": anyres_record(12, 250, regions=((3.0, 2.0, 40.0, 9.0),)),
     "thinner": anyres_record(3, 250),  # so thin that no row of tiles is left
+    "narrower": anyres_record(2400, 12),  # and here no column, but the ends of its rows
     "cropped": cropped_record(100, 300, answer=None, model="long/" * 30),
     "padded": padded_record(300, 100),
 }

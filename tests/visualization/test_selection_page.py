@@ -175,6 +175,15 @@ def test_panels_stand_in_line_and_no_caption_lies_over_another(open_page, height
             assert across <= 0.5 or down <= 0.5, (one, other)
 
 
+def test_tiles_without_a_column_are_striped_whole(open_page):
+    """Of a picture so narrow that only the ends of the rows are left of its tiles."""
+    page = open_page(anyres_record(2400, 12))
+    assert page.locator("canvas[data-part]").count() == 2
+    assert "Striped: cut off" in page.inner_text("#scale")
+    found = colours_at(page, "tiles", slice(10, 80), slice(5, 95))
+    assert max(max(colour) - min(colour) for colour in found) < 8  # white and grey, nothing of the blue picture
+
+
 def colours_at(page, part: str, x: slice, y: slice) -> set[tuple[int, ...]]:
     """The colours that a panel has between these percents of its picture."""
     pixels = page.evaluate(

@@ -126,7 +126,7 @@ def test_finished_runs_side_by_side(run, workdir, capsys):
 
     assert evaluate("--compare", run, "other", "--json") == 0
     compared = json.loads(capsys.readouterr().out)
-    assert compared["tasks"][0]["differences"]["other"]["questions"] == 4
+    assert compared["tasks"][0]["differences"]["other"]["questions"] == ASKED - 1
     assert compared["tasks"][0]["differences"]["run: stock"]["difference"] == pytest.approx(
         results_of(run)["tasks"][0]["differences"]["stock"]["difference"]
     )

@@ -8,6 +8,7 @@ from pmod_cli.checkpoints import load_model
 from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.asking import changed_answers
 from pmod_cli.evaluation.intervals import rate_interval
+from tests.evaluation.mirrors import break_pictures
 
 DOCS = [{"question": f"{'what is the value of rye and ' * (place % 4)}what is bar {place}?"} for place in range(12)]
 
@@ -64,6 +65,13 @@ def test_a_dependence_on_the_batch_is_found(model, monkeypatch):
 def test_answers_that_were_alone_are_not_checked(model):
     model.batch_size = 1
     assert changed_answers(model, requests(), answers(model), seed=0) == {"questions": 0, "changed": 0, "batch_size": 1}
+
+
+def test_a_question_that_cannot_be_asked_again_has_another_answer(model, monkeypatch):
+    said = answers(model)
+    break_pictures(monkeypatch, "rye")
+    gone = sum("rye" in DOCS[place]["question"] for place in said)
+    assert changed_answers(model, requests(), said, seed=0)["changed"] == gone > 0
 
 
 def test_interval_of_a_rate():

@@ -6,8 +6,11 @@ import pytest
 
 from pmod_cli import recipe_files
 from pmod_cli.core.errors import PmodError
+from pmod_cli.training.plan import model_of
 from pmod_cli.training.recipe import differences, dump, load_settings
+from pmod_cli.training.resume import source_digests
 from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.start import source_of
 
 
 def write(folder: Path, text: str) -> Path:
@@ -186,3 +189,10 @@ def test_a_global_batch_is_the_same_on_any_number_of_devices():
     assert [settings.steps(330, processes) for processes in (1, 2, 8)] == [22] * 3
     with pytest.raises(ValueError, match="no multiple of 4 rows x 3 processes"):
         settings.accumulation(3)
+
+
+def test_a_run_without_a_model_is_a_sentence():
+    """The command fills in the current model; a call of the library has to name one."""
+    for call in (source_of, source_digests, model_of):
+        with pytest.raises(PmodError, match=r"`model\.name` is not given"):
+            call(Settings())

@@ -21,7 +21,7 @@ from pmod_cli.core.errors import PmodError, explain
 from tests import reference
 from tests.conftest import ROOT
 
-HEAVY = ("torch", "transformers", "matplotlib", "lmms_eval", "datasets")
+HEAVY = ("torch", "transformers", "matplotlib", "lmms_eval", "datasets", "numpy")
 
 
 def imported_by(*commands: list[str], cwd: Path) -> set[str]:

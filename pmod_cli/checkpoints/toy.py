@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pmod_cli.checkpoints.aliases import ALIASES, bundled_path
 
 if TYPE_CHECKING:
@@ -42,6 +40,8 @@ def _bundled() -> list[dict]:
 
 def is_document(image: Image.Image) -> bool:
     """Whether a picture looks like one that `data.documents` draws: light paper of one tint under a little noise."""
+    import numpy as np  # not above: `pmod convert --help` reads this file, through the card that a conversion writes
+
     from pmod_cli.data.documents import CELL
 
     if max(image.size) > MOST_SIDE or image.width % CELL or image.height % CELL:

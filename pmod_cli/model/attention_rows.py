@@ -55,8 +55,11 @@ def heads(attention: nn.Module, states: Tensor, kind: str, tables: Sequence[Tens
     if tables is None:
         return projected
     cosines, sines = (table.unsqueeze(1) for table in tables)
-    first, second = projected.chunk(2, dim=-1)
-    return projected * cosines + torch.cat([-second, first], dim=-1) * sines
+    turned, half = projected * cosines, projected.shape[-1] // 2
+    first, second = projected.split(half, dim=-1)
+    turned[..., :half].addcmul_(second, sines[..., :half], value=-1)  # in place: a frozen layer turns the keys of all
+    turned[..., half:].addcmul_(first, sines[..., half:])
+    return turned
 
 
 def attention_function(attention: nn.Module) -> Callable[..., Any]:

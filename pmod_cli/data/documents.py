@@ -49,8 +49,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; ``region`` is the pixel box (x0, y0, x1, y1) the answer is read from, if any, and
-    ``looks`` are the look-ups that have to come before."""
+    """One question and its answer.
+
+    Attributes:
+        question: as it is asked.
+        answer: as it is expected.
+        region: pixel box (x0, y0, x1, y1) that the answer is read from, if any.
+        looks: the look-ups that have to come before.
+    """
 
     question: str
     answer: str
@@ -60,9 +66,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Mark:
-    """One drawn thing: its pixel box, the word one patch of it shows (glyph, bar, colour), and the word it takes the
-    neighbours to tell (the label of its line, the shape of an object). ``above`` is the label one line above a label
-    that may be asked about, ``place`` the word for the picture that it is in."""
+    """One drawn thing.
+
+    Attributes:
+        box: in pixels.
+        shows: the word that one patch of it shows: glyph, bar, colour.
+        belongs: the word that it takes the neighbours to tell: the label of its line, the shape of an object.
+        above: the label one line above a label that may be asked about.
+        place: the word for the picture that it is in.
+    """
 
     box: Box
     shows: str
@@ -161,9 +173,13 @@ class Canvas:
         self.random = random
         self.width, self.height = size
         self.columns, self.rows = size[0] // CELL, size[1] // CELL
-        self.image = Image.new("RGB", size, tuple(random.randint(225, 255) for _ in range(3)))
+        self.start()
+
+    def start(self) -> None:
+        """Take clean paper, of another tint and with another ink."""
+        self.image = Image.new("RGB", (self.width, self.height), tuple(self.random.randint(225, 255) for _ in range(3)))
         self.pen = ImageDraw.Draw(self.image)
-        self.ink = tuple(random.randint(0, 70) for _ in range(3))
+        self.ink = tuple(self.random.randint(0, 70) for _ in range(3))
         self.marks: list[Mark] = []
 
     def write(self, text: str, column: int, row: int, belongs: str, above: str | None = None) -> Box:
@@ -251,7 +267,7 @@ def _dearer(canvas: Canvas) -> list[Turn]:
     lines = _lines(canvas)
     pairs = [(a, b) for a, b in permutations(lines, 2) if abs(int(a.value) - int(b.value)) >= 10]
     if not pairs:  # all prices within ten: start again on clean paper
-        canvas.__init__(random, (canvas.width, canvas.height))
+        canvas.start()
         return _dearer(canvas)
     turns = []
     for a, b in random.sample(pairs, min(6, len(pairs))):
@@ -334,7 +350,7 @@ def _attribute(canvas: Canvas) -> list[Turn]:
         if colours.count(colour) == 1:
             turns.append(Turn(f"what shape is the {colour} object?", shape, box))
     if not turns:  # three objects or more that pair up in colour and in shape: start again on clean paper
-        canvas.__init__(canvas.random, (canvas.width, canvas.height))
+        canvas.start()
         return _attribute(canvas)
     canvas.random.shuffle(turns)
     return turns[:6]

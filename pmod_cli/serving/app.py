@@ -131,7 +131,7 @@ class Service:
         if self._taken >= self.settings.max_batch + self.settings.max_queue:
             raise BadRequest("too many requests wait already; try again later", status=429, code="queue_full")
         if request.content_type != "application/json":  # also what keeps a web page from posting here unasked
-            raise BadRequest("the request is expected to be of the type application/json", status=415)
+            raise BadRequest("the request is expected to have the header Content-Type: application/json", status=415)
         self._taken += 1
         came, ticket = time.perf_counter(), None
         try:

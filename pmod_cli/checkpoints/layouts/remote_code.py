@@ -158,7 +158,9 @@ REMOTE_CODE = Layout(
     finish=_finish,
     summary="for plain transformers",
     usage=f"""\
+```
 pip install '{REQUIREMENT}' torch pillow
+```
 
 ```python
 from PIL import Image

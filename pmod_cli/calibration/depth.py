@@ -108,7 +108,7 @@ def _without(replay: Replay, stream: Stream, layer: int) -> Iterator[tuple[str, 
             yield "hidden_from", answer_losses(replay.logits(stream), targets)
     before = stream.hidden
     replay.advance(stream)  # a choice that later layers hold is made even where the layer is skipped
-    skipped = answer_losses(replay.logits(stream, hidden=before), targets)
+    skipped = answer_losses(replay.logits(stream, hidden=stream.behind(layer, before)), targets)
     yield "skipped", skipped
     if stream.routing is None:  # a batch of text alone has nothing to hide
         base = answer_losses(replay.logits(stream), targets)

@@ -96,7 +96,7 @@ def _received(query: Tensor, key: Tensor, scaling: float, asking: Tensor) -> Ten
 def _watched(replay: Replay, stream: Stream, watch: Callable[[Tensor, Tensor, float], None]) -> None:
     """Runs a stream to the end; `watch` gets query, key and scaling of each layer."""
     for index in range(len(replay)):
-        stream.hidden = _watched_layer(replay, stream, index, stream.hidden, None, watch)
+        stream.hidden = stream.behind(index, _watched_layer(replay, stream, index, stream.hidden, None, watch))
 
 
 def _watched_layer(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pmod_cli.calibration.asked import Batch
-from pmod_cli.core.errors import PmodError
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.families import family_of
 from pmod_cli.model import PmodSettings, Routing
@@ -37,6 +36,8 @@ class Stream:
         predicts: `(B, N)` bool, the tokens that an answer token follows; A in all.
         targets: `(A,)` int64, these answer tokens.
         rows: `(A,)` int64, the row of each in the batch.
+        deepstack: `(B, N, D)` each, what the model adds to the residual stream behind its first layers (DeepStack):
+            features in the places of vision tokens, else zero.
     """
 
     layer: int
@@ -46,6 +47,11 @@ class Stream:
     predicts: Tensor
     targets: Tensor
     rows: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+    def behind(self, layer: int, hidden: Tensor) -> Tensor:
+        """The residual stream `(B, N, D)` behind a layer, of what the layer has left there."""
+        return hidden + self.deepstack[layer] if layer < len(self.deepstack) else hidden
 
     def fork(self, *, layer: int | None = None, hidden: Tensor | None = None) -> Stream:
         """A stream of its own from here on: choices that its layers make are not seen by this one."""
@@ -91,16 +97,10 @@ class Replay:
         route_layers(self.decoder, PmodSettings(schedule="list", values=(1.0,) * len(self)))
 
     def begin(self, batch: Batch) -> Stream:
-        """A batch in front of layer 0, as the model itself puts it there.
-
-        Raises:
-            PmodError: the model adds image features behind deeper layers too, so that no layer can be run by itself.
-        """
+        """A batch in front of layer 0, as the model itself puts it there."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
         labels, ids = inputs.pop("labels"), inputs["input_ids"]
         front = self._front(inputs)
-        if front.get("deepstack"):
-            raise PmodError("this model adds image features behind several layers: they cannot be measured one by one")
         routing = front.get("routing")
         if routing is None and "pixel_values" in inputs:  # of a stock model
             family = family_of(self.model.config.model_type)
@@ -119,6 +119,7 @@ class Replay:
             predicts=predicts,
             targets=labels[:, 1:][predicts[:, :-1]],
             rows=predicts.nonzero()[:, 0],
+            deepstack=front["deepstack"],
         )
 
     def _front(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -126,7 +127,9 @@ class Replay:
         found: dict[str, Any] = {}
 
         def note_deepstack(decoder, arguments, named):
-            found["deepstack"] = named.get("deepstack_visual_embeds") is not None
+            features, places = named.get("deepstack_visual_embeds") or (), named.get("visual_pos_masks")
+            blank = named["inputs_embeds"].new_zeros(()).expand(named["inputs_embeds"].shape)
+            found["deepstack"] = tuple(blank.masked_scatter(places[..., None], each.to(blank)) for each in features)
 
         def stop(layer, arguments, named):
             found.update(named | ({"hidden_states": arguments[0]} if arguments else {}))
@@ -147,14 +150,14 @@ class Replay:
         """Runs a stream, in place, up to the layer `to`, by default by one layer."""
         for index in range(stream.layer, stream.layer + 1 if to is None else to):
             # Padding stands at the right and attention is causal, so no layer needs a mask.
-            stream.hidden = self.layers[index](
+            left = self.layers[index](
                 stream.hidden,
                 attention_mask=None,
                 position_embeddings=stream.tables,
                 routing=stream.routing,
                 use_cache=False,
             )
-            stream.layer = index + 1
+            stream.hidden, stream.layer = stream.behind(index, left), index + 1
         return stream
 
     def logits(self, stream: Stream, *, layer: int | None = None, hidden: Tensor | None = None) -> Tensor:

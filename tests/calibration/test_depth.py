@@ -14,6 +14,7 @@ from pmod_cli.calibration.asked import Asked, Batch
 from pmod_cli.calibration.depth import WAYS, measure_depth
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
+from pmod_cli.checkpoints import bundled_path, load_model
 from pmod_cli.cli import main
 from tests import factories
 from tests.factories import DECODERS, KINDS
@@ -74,6 +75,25 @@ def test_every_rise_is_that_of_a_plain_full_forward(kind, decoder):
             rise = losses[task] - expected[task]
             assert depth.rise[way][layer] == pytest.approx(rise, abs=2e-6), (task, way, layer)  # float32 logits
             assert abs(rise) > 5e-6 or way == "hidden_from", "the layer has to matter, or nothing is tested"
+
+
+def test_what_is_added_behind_a_layer_stays_where_the_layer_is_skipped():
+    """DeepStack, on the bundled Qwen3-VL: two of its layers have image features added behind them."""
+    stock, processor = load_model(bundled_path("tiny-qwen3-vl"), dtype="float32")
+    batches = Asked(stock, processor).batches(read_samples("tiny", 3))
+    whole = plain_losses(stock, batches)
+    expected = {}
+    layers = stock.model.language_model.layers
+    for layer in range(3):
+        forward, layers[layer].forward = layers[layer].forward, lambda hidden_states, **_: hidden_states
+        expected[layer] = plain_losses(stock, batches)
+        layers[layer].forward = forward
+    found = measure_depth(Replay(stock), batches)
+    for task, loss in whole.items():
+        assert found[task].base == pytest.approx(loss, abs=1e-4)
+        for layer, losses in expected.items():
+            assert found[task].rise["skipped"][layer] == pytest.approx(losses[task] - loss, abs=2e-3)
+    assert min(max(found[task].rise["hidden_from"]) for task in whole) > 0.5
 
 
 def test_a_p_mod_model_is_measured_as_it_is_routed():

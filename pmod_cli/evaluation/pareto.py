@@ -118,7 +118,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
         ):
             axes.set_xlabel(words)
         legend = [Line2D([], [], color=look[0], marker=look[1], linestyle=look[2]) for look in looks.values()]
-        drawn.legend(legend, list(looks), loc="outside upper center", ncols=5)
+        drawn.legend(legend, list(looks), loc="outside upper center", ncols=5 if timed else 3)
     return drawn
 
 

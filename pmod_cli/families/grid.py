@@ -140,7 +140,7 @@ def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:
     return ImageTokens(wide, high, groups, cells * groups, 0, cells, frames=groups, video=True)
 
 
-def pixel_inputs(config: Any, images: Sequence[tuple[int, int]]) -> PixelInputs:
+def pixel_inputs(config: Any, images: Sequence[tuple[int, int]], rows: Sequence[int] = ()) -> PixelInputs:
     """All patches one after another, `(patches, numbers of a patch)`, and the grid of each image."""
     return _grids(config, [(1, *size) for size in images], "image_grid_thw")
 

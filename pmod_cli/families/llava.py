@@ -30,7 +30,7 @@ def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None, images: 
     return ImageTokens(width, height, tiles=1, base=patches, high_resolution=0, patches_per_tile=patches)
 
 
-def pixel_inputs(config: Any, images: Sequence[tuple[int, int]]) -> PixelInputs:
+def pixel_inputs(config: Any, images: Sequence[tuple[int, int]], rows: Sequence[int] = ()) -> PixelInputs:
     """One tile an image, `(images, 3, tile, tile)`."""
     tile = config.vision_config.image_size
     return (len(images), 3, tile, tile), {}

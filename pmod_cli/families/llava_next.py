@@ -34,7 +34,7 @@ def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None, images: 
     return ImageTokens(width, height, tiles, patches, rows * (columns + 1), patches)
 
 
-def pixel_inputs(config: Any, images: Sequence[tuple[int, int]]) -> PixelInputs:
+def pixel_inputs(config: Any, images: Sequence[tuple[int, int]], rows: Sequence[int] = ()) -> PixelInputs:
     """The base image and the tiles, `(images, most tiles, 3, tile, tile)`, and the sizes of the images."""
     tile = config.vision_config.image_size
     fitted = [best_resolution(width, height, config.image_grid_pinpoints) for height, width in images]

@@ -61,10 +61,10 @@ def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None, images: 
     return ImageTokens(width, height, whole.tiles, patches, rows * (columns + 1), patches)
 
 
-def pixel_inputs(config: Any, images: Sequence[tuple[int, int]]) -> PixelInputs:
-    """As LLaVA-NeXT's, each image alone in its row."""
+def pixel_inputs(config: Any, images: Sequence[tuple[int, int]], rows: Sequence[int] = ()) -> PixelInputs:
+    """As LLaVA-NeXT's, and how many each row has: of several in a row only the base image is read."""
     shape, others = llava_next.pixel_inputs(config, images)
-    return shape, {**others, "batch_num_images": [1] * len(images)}
+    return shape, {**others, "batch_num_images": list(rows) or [1] * len(images)}
 
 
 def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:

@@ -150,8 +150,9 @@ class Family:
         defaults: What a config.json leaves out, its parts included.
         image_tokens: How many vision tokens an image gives: `(sizes, (width, height) in pixels or None for the paper's
             case, images of the row)`, of a `Sizes`.
-        pixel_inputs: What the model takes for images: `(config, [(height, width) in pixels])` to the shape of
-            `pixel_values`, all images of the batch together, and the values of the other inputs by name.
+        pixel_inputs: What the model takes for images: `(config, [(height, width) in pixels], images of each row)` to
+            the shape of `pixel_values`, all images of the batch together, and the values of the other inputs by name.
+            Without the third, each image is alone in its row.
         video_tokens: How many vision tokens a video gives: `(sizes, (frames, width, height))`; None: none are taken.
         video_inputs: As `pixel_inputs`, for `pixel_values_videos`: `(config, [(frames, height, width)])`.
         frames_apart: Whether text (a timestamp) stands between the frames of a video.
@@ -183,7 +184,7 @@ class Family:
     classes: str
     defaults: Mapping[str, Any]
     image_tokens: Callable[[Any, tuple[int, int] | None, int], ImageTokens]
-    pixel_inputs: Callable[[Any, Sequence[tuple[int, int]]], PixelInputs]
+    pixel_inputs: Callable[..., PixelInputs]
     place_tokens: Callable[..., Any]
     image_processor: Callable[[Mapping[str, Any], dict[str, Any], bool], BaseImageProcessor]
     small_pixels: tuple[int, ...]

@@ -31,6 +31,7 @@ from pmod_cli.profiling.measure.phases import (
     random_pair,
 )
 from tests import factories
+from tests.model import visual
 
 
 def timing(*seconds: float, per: int = 1) -> Timing:
@@ -141,6 +142,24 @@ def test_a_prompt_is_padded_on_the_left(bench) -> None:
     assert torch.equal(made.vision_mask, made.input_ids == image_token)
     assert made.attention_mask[made.vision_mask].all()
     assert made.pixels["image_sizes"].tolist() == [[48, 64], [400, 30]]
+
+
+@pytest.mark.parametrize("kind", visual.KINDS)
+def test_a_stock_model_takes_a_prompt_of_two_images_a_row(kind) -> None:
+    model = visual.stock(kind)
+    rows = Workload(((16, 16),), images=2, text_tokens=5, batch_size=2).rows(Sizes.of(model.config))
+    made = prompt(model.config, rows, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=made.input_ids, attention_mask=made.attention_mask, **made.pixels).logits
+    assert logits.shape[:2] == (2, rows[0].tokens)
+    assert made.vision_mask.sum() == sum(row.vision_tokens for row in rows)
+
+
+def test_images_that_need_text_between_them_are_told() -> None:
+    config = visual.stock_config("qwen3_vl")
+    rows = Workload(((16, 16),), images=3, text_tokens=1).rows(Sizes.of(config))
+    with pytest.raises(PmodError, match="1 text tokens, and 2 stand between"):
+        prompt(config, rows, device="cpu", dtype=torch.float32)
 
 
 def test_shares_of_a_forward_add_up(bench) -> None:

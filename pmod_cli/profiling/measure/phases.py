@@ -128,7 +128,11 @@ class PromptBatch:
 
 
 def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: torch.dtype) -> PromptBatch:
-    """A batch of random prompts: half of the text, the images and videos, the other half."""
+    """A batch of random prompts: half of the text, the images and videos, the other half.
+
+    Raises:
+        PmodError: Pictures that need text between them, and too little of it.
+    """
     generator, family = torch.Generator().manual_seed(0), known_family(config)
     longest, image_token = max(row.tokens for row in rows), config.image_token_id
     video_token = config.video_token_id if family.video_tokens else image_token
@@ -137,9 +141,17 @@ def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: tor
     for index, row in enumerate(rows):
         mask[index, longest - row.tokens :] = 1
         runs = [run for image in row.images for run in _runs(image, family.frames_apart)]
-        start = longest - row.tokens + max(0, row.text_tokens - len(runs)) // 2
-        for number, (is_video, length) in enumerate(runs):
-            apart = int(number > 0 and family.frames_apart and is_video)  # a token of text between two frames
+        # A token of text between two frames, and between two images whose positions are of rows and columns.
+        gaps = [
+            int(n > 0 and (family.frames_apart if video else not family.tiled)) for n, (video, _) in enumerate(runs)
+        ]
+        if sum(gaps) > row.text_tokens:
+            raise PmodError(
+                f"{row.text_tokens} text tokens, and {sum(gaps)} stand between the pictures of a {family.title} prompt",
+                hint=f"--text-tokens {sum(gaps)}, or more",
+            )
+        start = longest - row.tokens + (row.text_tokens - sum(gaps)) // 2
+        for apart, (is_video, length) in zip(gaps, runs, strict=True):
             ids[index, start + apart : start + apart + length] = video_token if is_video else image_token
             start += apart + length
     pixels: dict[str, Tensor] = {}
@@ -154,7 +166,8 @@ def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: tor
                 config, [(groups * image.frames, image.height, image.width) for image in given]
             )
         else:
-            shape, others = family.pixel_inputs(config, [(image.height, image.width) for image in given])
+            of_rows = [count for row in rows if (count := sum(not image.video for image in row.images))]
+            shape, others = family.pixel_inputs(config, [(image.height, image.width) for image in given], of_rows)
         pixels[name] = torch.randn(*shape, generator=generator).to(device, dtype)
         pixels |= {other: torch.tensor(value, device=device) for other, value in others.items()}
     padded = any(row.tokens < longest for row in rows)

@@ -61,8 +61,7 @@ def tiny_tasks() -> list[str]:
     """The tasks that are drawn, and the name of all of them."""
     from pmod_cli.evaluation.benchmarks import groups
 
-    known = groups()
-    return ["tiny", *(benchmark.name for name in ("tiny", "tiny-several") for benchmark in known[name])]
+    return ["tiny", *(benchmark.name for benchmark in groups()["tiny"])]
 
 
 def gpus() -> list[str]:

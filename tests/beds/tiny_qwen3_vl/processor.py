@@ -78,7 +78,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         extra_special_tokens=VISION,
         padding_side="left",
-        model_max_length=2048,
+        model_max_length=8192,
     )
 
 

@@ -211,16 +211,18 @@ class Search:
             layers = range(first, min(first + TOGETHER, self.layers))
             of_each = {ratio: (loss - found.divergence) / len(layers) for ratio, loss in changed.items()}
             losses += [{**of_each, ratios[layer]: 0.0} for layer in layers]
-        best = replace(found, thinned=thinned)
+        steps: dict[tuple[float, ...], None] = {}  # each once, in this order
         for reach in (len(LEVELS), 1):  # all ratios, then only the nearest ones: sums hold for small changes
-            chosen = best_ratios([_near(layer, ratios[i], reach) for i, layer in enumerate(losses)], self.budget)
-            if chosen is None or tuple(chosen) == ratios:
-                continue
+            near = [_near(layer, ratios[i], reach) for i, layer in enumerate(losses)]
+            chosen = best_ratios(near, self.budget) or ratios
             for part in PARTS:
                 between = [now + part * (then - now) for now, then in zip(ratios, chosen, strict=True)]
-                schedule = replace(found.schedule, ratios=tuple(self._filled(between)))
-                measured = self._measured(replace(best, schedule=schedule), describe(schedule), start)
-                best = min(best, measured, key=lambda each: each.divergence)
+                steps[tuple(self._filled(between))] = None
+        best = replace(found, thinned=thinned)
+        for step in steps:
+            schedule = replace(found.schedule, ratios=step)
+            measured = self._measured(replace(best, schedule=schedule), describe(schedule), start)
+            best = min(best, measured, key=lambda each: each.divergence)
         return best if _is_better(best, found) else None
 
     def _filled(self, ratios: Sequence[float]) -> list[float]:

@@ -157,7 +157,7 @@ def test_list_needs_no_extra(capsys, monkeypatch):
     assert evaluate("--list") == 0
     assert "ok_vqa_val2014" in capsys.readouterr().out
     assert evaluate("--list", "--json") == 0
-    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 26
+    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 28
 
 
 def test_dry_run_prints_a_plan(converted, capsys):

@@ -128,8 +128,8 @@ def test_finetune_eval_profile_and_calibrate_run_on_it(workdir, capsys):
     assert call("profile", "-m", "trained") == 0
     assert call("profile", "-m", NAME, "--video", "6x48x48@2") == 0
     assert call("profile", "--report", "depth", "-m", NAME, "--samples", 7, "--device", "cpu") == 0
-    assert call("calibrate", NAME, "-o", "chosen", "--samples", 7, "--device", "cpu") == 0
-    assert (workdir / "chosen" / "model.safetensors").is_file()
+    assert call("calibrate", NAME, "-o", "chosen", "--samples", 8, "--device", "cpu") == 0
+    assert (workdir / "chosen" / "model-routers.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -89,8 +89,12 @@ class Budget:
             return None
         return ratios(dearest_within(lambda shift: self.total(ratios(shift)), self.share, least, most))
 
-    def check(self) -> None:
-        """Raises PmodError where no schedule is that cheap: layer 0 has to be whole for something to choose by."""
+    def check(self, *, cosine: bool = False) -> None:
+        """Raises PmodError where no schedule is that cheap: layer 0 has to be whole for something to choose by.
+
+        Args:
+            cosine: Whether the paper's schedule has to be.
+        """
         least = self.total([1.0, *[0.0] * (self.sizes.decoder.layers - 1)])
         if not least <= self.share <= 1:
             name = "budget" if self.of == "flops" else "target_retention"
@@ -98,6 +102,8 @@ class Budget:
                 f"`{name}={self.share:g}` cannot be met: this model reaches {least:.3f} to 1",
                 hint=f"`{name}={min(1.0, least + 0.05):.2f}`, or more",
             )
+        if cosine and self.cosine() is None:
+            raise PmodError(f"no shift of the cosine costs as little as {self.share:g}", hint="`schedule=search`")
 
     @cached_property
     def _stock(self) -> float:

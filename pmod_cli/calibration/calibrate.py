@@ -126,7 +126,7 @@ def calibrate(
     """
     budgets = [Budget(sizes, share, settings.of) for share in settings.budgets]
     for budget in budgets:
-        budget.check()
+        budget.check(cosine=settings.schedule == "cosine")
     samples = read_samples(
         settings.data, settings.samples, images=settings.images, questions=settings.questions, seed=settings.seed
     )
@@ -158,8 +158,7 @@ def _calibration(
 ) -> Calibration:
     search = Search(chooses, budget, hidden, TARGETS, note)
     if settings.schedule == "cosine" and not search.spends_nothing:
-        if search.of_cosine is None:
-            raise PmodError(f"no shift of the cosine costs as little as {budget.share:g}", hint="`schedule=search`")
+        assert search.of_cosine is not None  # such a budget was refused before anything was computed
         found = search.of_cosine
     else:
         found = search.run()

@@ -269,6 +269,14 @@ def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(stock_model, wor
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_of_several_budgets_one_that_cannot_be_met_is_told_before_any_is_computed(workdir: Path, capsys):
+    call = ["calibrate", "tiny-llava-next", "--schedule", "cosine", "--budget", "0.54,0.25", "--device", "cpu"]
+    assert main(call) == 2
+    error = capsys.readouterr().err
+    assert "no shift of the cosine costs as little as 0.25" in error
+    assert "the stock model answers" not in error
+
+
 def test_a_trained_model_needs_a_word_more(calibrated: Path, workdir: Path, capsys):
     import shutil
 

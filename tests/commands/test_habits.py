@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 COMPLETIONS = [
     ("eval --tasks docvqa,ch", "docvqa,chartqa"),
     ("eval --tasks docvqa,chartqa,docv", ""),
-    ("eval --tasks ti", "tiny tiny_doc"),
+    ("eval --tasks ti", "tiny tiny-several"),
     ("eval --methods fastv,sho", "fastv,shortv"),
     ("eval --against downsample,llava-1.5-1", "downsample,llava-1.5-13b"),
     ("convert llava-next-m", "llava-next-mistral-7b"),

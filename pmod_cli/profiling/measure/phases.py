@@ -148,7 +148,7 @@ def prompt(config: PreTrainedConfig, rows: list[Row], *, device: str, dtype: tor
         if sum(gaps) > row.text_tokens:
             raise PmodError(
                 f"{row.text_tokens} text tokens, and {sum(gaps)} stand between the pictures of a {family.title} prompt",
-                hint=f"--text-tokens {sum(gaps)}, or more",
+                hint=f"`text_tokens={sum(gaps)}`, or more",
             )
         start = longest - row.tokens + (row.text_tokens - sum(gaps)) // 2
         for apart, (is_video, length) in zip(gaps, runs, strict=True):

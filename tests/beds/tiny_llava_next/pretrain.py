@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel, ProcessorMixin
 
 from pmod_cli.core import yaml_text
 from tests.beds.tiny_llava_next.batches import NEWLINE, TEXT, Batch, TinyBatches
@@ -35,21 +35,23 @@ def pretrain(recipe: dict, out: Path, report=print) -> Path:
         out: gets one model folder a stage, the running stage's checkpoint, and ``log.jsonl``.
         report: takes one line of text now and then.
     """
+    return run_stages(recipe, out, report, build_processor(recipe["image"]), build_model, load, run_stage)
+
+
+def run_stages(recipe: dict, out: Path, report, processor: ProcessorMixin, build, load, run_stage) -> Path:
+    """The stages of any bed, those that are done left out: `build` makes its model, `load` reads that of a stage."""
     out.mkdir(parents=True, exist_ok=True)
-    processor = build_processor(recipe["image"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    previous = None
-    first_step = 0
+    previous, first_step = None, 0
     for number, stage in enumerate(recipe["stages"]):
         folder = out / f"stage-{number}"
         if not folder.exists():
             torch.manual_seed(recipe["seed"] + number)
-            model = (build_model(recipe, processor) if previous is None else load(previous)).to(device)
+            model = (build(recipe, processor) if previous is None else load(previous)).to(device)
             run_stage(model, processor, recipe, number, first_step, out, report)
             save(model.cpu(), processor, folder)
             (out / "checkpoint.pt").unlink(missing_ok=True)
-        previous = folder
-        first_step += stage["steps"]
+        previous, first_step = folder, first_step + stage["steps"]
     return previous
 
 
@@ -86,17 +88,9 @@ def run_stage(
     ahead = batches.steps(range(first_step + step, first_step + stage["steps"]), stage["mix"], recipe["workers"])
     for batch in ahead:
         rate = learning_rate(step, stage)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rate
         losses = compute_losses(model, grounding, batch.to(device), stage, step)
         sum(losses[name] * weight for name, weight in loss_weights(stage, step).items()).backward()
-        masters.take_gradients()
-        nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        masters.write()
+        update(masters, optimizers, rate)
         step += 1
         if step % recipe["log_every"] == 0 or step == stage["steps"]:
             line = {"stage": number, "step": step, "rate": round(rate, 4)}
@@ -211,6 +205,18 @@ def make_optimizers(masters: Masters, grounding: nn.Module | None, recipe: dict)
     return [muon, adamw]
 
 
+def update(masters: Masters, optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """One step on the gradients of the model, at a factor on each optimizer's rate."""
+    masters.take_gradients()
+    nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    masters.write()
+
+
 def keep(path: Path, stage: int, step: int, parts: dict) -> None:
     """Write everything a restart needs: weights, optimizers, stage and step (which is also the place in the data)."""
     temporary = path.with_suffix(".tmp")
@@ -235,7 +241,7 @@ def load(folder: Path) -> LlavaNextForConditionalGeneration:
     return LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 
-def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, folder: Path) -> None:
+def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     """Write model (bfloat16) and processor as a stock checkpoint folder, under another name until it is whole."""
     temporary = folder.with_name(folder.name + ".tmp")
     light = copy.deepcopy(model).to(torch.bfloat16)
@@ -246,14 +252,14 @@ def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor
     os.replace(temporary, folder)
 
 
-def main() -> None:
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
+def main(pretrain=pretrain, recipe: Path = RECIPE, description: str = __doc__) -> None:
+    """The command line of this module, and of another bed's."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--recipe", type=Path, default=recipe)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    folder = pretrain(yaml_text.read(arguments.recipe).plain(), arguments.out)
-    print(f"trained model: {folder}")
+    read = yaml_text.read(arguments.recipe).plain()
+    print(f"trained model: {pretrain(read, arguments.out, lambda line: print(line, flush=True))}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,7 @@ It starts from random weights and needs no GPU. Killed at any moment, the same c
 steps, not clocks, decide, so a recipe and its seed give the same model on the same machine.
 """
 
-import argparse
-import copy
 import json
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,10 +16,19 @@ from transformers import AttentionInterface, Qwen3VLForConditionalGeneration, Qw
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from pmod_cli.core import yaml_text
 from tests.beds.tiny_llava_next.batches import Batch
 from tests.beds.tiny_llava_next.grounding import Grounding
-from tests.beds.tiny_llava_next.pretrain import Masters, keep, learning_rate, loss_weights, make_optimizers, restore
+from tests.beds.tiny_llava_next.pretrain import (
+    Masters,
+    keep,
+    learning_rate,
+    loss_weights,
+    main,
+    make_optimizers,
+    restore,
+    run_stages,
+    update,
+)
 from tests.beds.tiny_qwen3_vl.batches import TinyBatches
 from tests.beds.tiny_qwen3_vl.processor import build_processor
 from tests.beds.tiny_qwen3_vl.start import build_model
@@ -38,20 +44,7 @@ def pretrain(recipe: dict, out: Path, report=print) -> Path:
         out: gets one model folder a stage, the running stage's checkpoint, and ``log.jsonl``.
         report: takes one line of text now and then.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    processor = build_processor(recipe["image"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    previous, first_step = None, 0
-    for number, stage in enumerate(recipe["stages"]):
-        folder = out / f"stage-{number}"
-        if not folder.exists():
-            torch.manual_seed(recipe["seed"] + number)
-            model = (build_model(recipe, processor) if previous is None else load(previous)).to(device)
-            run_stage(model, processor, recipe, number, first_step, out, report)
-            save(model.cpu(), processor, folder)
-            (out / "checkpoint.pt").unlink(missing_ok=True)
-        previous, first_step = folder, first_step + stage["steps"]
-    return previous
+    return run_stages(recipe, out, report, build_processor(recipe["image"]), build_model, load, run_stage)
 
 
 def run_stage(
@@ -78,9 +71,6 @@ def run_stage(
     seen, clock = defaultdict(list), (time.monotonic(), step)
     while step < stage["steps"]:
         rate = learning_rate(step, stage)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rate
         rows = sum(group["rows"] for group in stage["groups"])
         for group in stage["groups"]:
             documents = batches.group(first_step + step, group)
@@ -92,12 +82,7 @@ def run_stage(
                 seen[f"loss of {name}"].append(value.item())
             for b, document in enumerate(documents):
                 seen[document.task] += right[b]
-        masters.take_gradients()
-        nn.utils.clip_grad_norm_(optimizers[1].param_groups[0]["params"], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        masters.write()
+        update(masters, optimizers, rate)
         step += 1
         if step % recipe["log_every"] == 0 or step == stage["steps"]:
             now = time.monotonic()
@@ -215,26 +200,5 @@ def load(folder: Path) -> Qwen3VLForConditionalGeneration:
     return Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 
-def save(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, folder: Path) -> None:
-    """Write model (bfloat16) and processor as a stock checkpoint folder, under another name until it is whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    light = copy.deepcopy(model).to(torch.bfloat16)
-    for config in (light.config.text_config, light.config.vision_config):
-        config.dtype = torch.bfloat16
-    light.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    os.replace(temporary, folder)
-
-
-def main() -> None:
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    recipe = yaml_text.read(arguments.recipe).plain()
-    print(f"trained model: {pretrain(recipe, arguments.out, lambda line: print(line, flush=True))}")
-
-
 if __name__ == "__main__":
-    main()
+    main(pretrain, RECIPE, __doc__)

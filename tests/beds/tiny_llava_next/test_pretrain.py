@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
 from pmod_cli.checkpoints import bundled_path
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import TASKS, Turn, draw
 from pmod_cli.data.rows import row
+from tests.beds.interrupted import ends_as_a_whole_run
 from tests.beds.tiny_llava_next import pretrain as module
 from tests.beds.tiny_llava_next.batches import TinyBatches
 from tests.beds.tiny_llava_next.grounding import LOSSES, Grounding
@@ -22,9 +22,7 @@ from tests.beds.tiny_llava_next.pretrain import (
     Masters,
     compute_losses,
     embeddings,
-    keep,
     make_optimizers,
-    pretrain,
 )
 from tests.beds.tiny_llava_next.processor import build_processor
 from tests.beds.tiny_llava_next.start import build_model
@@ -220,23 +218,6 @@ def test_a_fully_hidden_image_tells_nothing_and_a_shown_one_does(processor, mode
 @pytest.mark.slow
 def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "build_model", lambda *_: random_model(processor))
-    whole = pretrain(recipe, tmp_path / "whole", report=lambda line: None)
-
-    class Killed(Exception):
-        pass
-
-    def dying(*arguments):
-        keep(*arguments)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "keep", dying)
-        for _ in range(2):
-            with pytest.raises(Killed):
-                pretrain(recipe, tmp_path / "broken", report=lambda line: None)
-    broken = pretrain(recipe, tmp_path / "broken", report=lambda line: None)
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, broken))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    broken = ends_as_a_whole_run(module, recipe, tmp_path, monkeypatch)
     model = LlavaNextForConditionalGeneration.from_pretrained(broken)
     assert model.config.text_config.num_hidden_layers == 2

@@ -3,16 +3,16 @@
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.documents import TASKS
 from pmod_cli.data.rows import row
+from tests.beds.interrupted import ends_as_a_whole_run
 from tests.beds.tiny_llava_next.grounding import LOSSES, Grounding
 from tests.beds.tiny_qwen3_vl import pretrain as module
 from tests.beds.tiny_qwen3_vl.batches import TinyBatches, document_of, with_looks
-from tests.beds.tiny_qwen3_vl.pretrain import RECIPE, compute_losses, decoded, keep, pretrain
+from tests.beds.tiny_qwen3_vl.pretrain import RECIPE, compute_losses, decoded
 from tests.beds.tiny_qwen3_vl.processor import build_processor
 from tests.beds.tiny_qwen3_vl.start import build_model
 
@@ -114,22 +114,5 @@ def test_grounding_reaches_heads_that_have_norms(recipe, processor, model):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, tmp_path, monkeypatch):
-    whole = pretrain(recipe, tmp_path / "whole", report=lambda line: None)
-
-    class Killed(Exception):
-        pass
-
-    def dying(*arguments):
-        keep(*arguments)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "keep", dying)
-        for _ in range(2):
-            with pytest.raises(Killed):
-                pretrain(recipe, tmp_path / "broken", report=lambda line: None)
-    broken = pretrain(recipe, tmp_path / "broken", report=lambda line: None)
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, broken))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    broken = ends_as_a_whole_run(module, recipe, tmp_path, monkeypatch)
     assert Qwen3VLForConditionalGeneration.from_pretrained(broken).config.text_config.num_hidden_layers == 2

@@ -378,11 +378,13 @@ def _is_there(colour: str, shape: str) -> str:
     return f"is there a {colour} {shape}?"
 
 
+def field_of(box: Box) -> str:
+    """The field that an object lies in: ``b3`` is in the second row, third from the left."""
+    return f"{'abcdefghi'[box[1] // FIELD]}{box[0] // FIELD + 1}"
+
+
 def _where(canvas: Canvas) -> list[Turn]:
-    """Where is the red ring? The answer is its field of the grid: ``b3`` is in the second row, third from the left."""
-    turns = [
-        Turn(f"where is the {colour} {shape}?", f"{'abcdefghi'[box[1] // FIELD]}{box[0] // FIELD + 1}", box)
-        for colour, shape, box in scatter(canvas)
-    ]
+    """Where is the red ring? The answer is its field of the grid."""
+    turns = [Turn(f"where is the {colour} {shape}?", field_of(box), box) for colour, shape, box in scatter(canvas)]
     canvas.random.shuffle(turns)
     return turns

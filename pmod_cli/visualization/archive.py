@@ -52,6 +52,7 @@ def npz_bytes(record: ImageSelection) -> bytes:
     """The file's content."""
     about = {word: getattr(record, word) for word in WORDS}
     about |= {"format": FORMAT, "tile_grid": record.layout.tile_grid, "parts": [p.name for p in record.layout.parts]}
+    about |= {"frames": record.layout.frames} if record.layout.frames > 1 else {}
     arrays = {name: np.asarray(getattr(record, name), dtype) for name, dtype in (PER_TOKEN | PER_LAYER).items()}
     for part in record.layout.parts:
         arrays |= {f"{part.name}.{grid}": np.asarray(getattr(part, grid), dtype) for grid, dtype in GRIDS.items()}
@@ -95,7 +96,11 @@ def _read(archive: zipfile.ZipFile) -> ImageSelection:
     names, tile_grid = about["parts"], about["tile_grid"]
     expect(names in (["image"], ["base", "tiles"]), f"parts {names!r:.60}")
     parts = tuple(Part(name, *(_array(archive, f"{name}.{grid}", GRIDS[grid]) for grid in GRIDS)) for name in names)
-    layout = TokenLayout(image.shape[1], image.shape[0], parts, None if tile_grid is None else tuple(tile_grid))
+    frames = about.get("frames", 1)
+    whole = isinstance(frames, int) and 0 < frames <= MOST_TOKENS
+    expect(whole and (frames == 1 or parts[0].tokens.shape[-1] % frames == 0), f"{frames!r:.60} frames")
+    tiles = None if tile_grid is None else tuple(tile_grid)
+    layout = TokenLayout(image.shape[1], image.shape[0], parts, tiles, frames)
     expect(layout.size <= MOST_TOKENS, f"{layout.size:,} vision tokens, at most {MOST_TOKENS:,} are drawn")
     arrays: dict[str, Any] = {}
     arrays |= {name: _array(archive, name, dtype, (None, layout.size)) for name, dtype in PER_TOKEN.items()}

@@ -21,6 +21,7 @@ from pmod_cli.visualization.image_selection import ImageSelection
 from pmod_cli.visualization.overlay import canvas
 
 LONGEST_SIDE = 1600  # pixels of the embedded image; the boxes stay those of the original
+STRIP_SIDE = 16_000  # of the frames of a film side by side, which have the area of the largest image at most
 IMAGE_BYTES = 900_000  # of the embedded image; base64 makes them a third more
 QUALITIES = (90, 80, 65, 50, 30)
 
@@ -49,9 +50,10 @@ def _data(record: ImageSelection, layers: Sequence[int] | None) -> dict[str, Any
         "question": record.question,
         "answer": record.answer,
         "notes": list(record.notes),
-        "image": _image_url(record.image),
+        "image": _image_url(record.image, record.layout.frames),
         "width": record.layout.width,
         "height": record.layout.height,
+        "frames": record.layout.frames,  # of a film: the picture is that many, side by side
         "view": [x0, y0, x1 - x0, y1 - y0],
         "regions": [list(region) for region in record.regions],
         "tokens": record.layout.size,
@@ -67,7 +69,7 @@ def _data(record: ImageSelection, layers: Sequence[int] | None) -> dict[str, Any
 
 def _part(part: Part, record: ImageSelection) -> dict[str, Any]:
     titles = {
-        "image": "Image",
+        "image": "Frame" if record.layout.frames > 1 else "Image",
         "base": "Whole image",
         "tiles": "{}×{} tiles".format(*record.layout.tile_grid or (0, 0)),
     }
@@ -82,11 +84,14 @@ def _part(part: Part, record: ImageSelection) -> dict[str, Any]:
     }
 
 
-def _image_url(image: Image.Image) -> str:
+def _image_url(image: Image.Image, frames: int) -> str:
     """A data URL: PNG where that is small enough, else JPEG as good as the size allows."""
-    if max(image.size) > LONGEST_SIDE:
+    share = LONGEST_SIDE / max(image.size)
+    if frames > 1:
+        share = min(LONGEST_SIDE / (image.width * image.height) ** 0.5, STRIP_SIDE / image.width)
+    if share < 1:
         image = image.copy()
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BOX)
+        image.thumbnail((image.width * share, image.height * share), Image.Resampling.BOX)
     encoded, kind = _encode(image, format="PNG"), "png"
     for quality in QUALITIES:
         if len(encoded) <= IMAGE_BYTES:

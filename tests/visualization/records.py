@@ -6,7 +6,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from pmod_cli.families.geometry import TokenLayout
+from pmod_cli.families.geometry import TokenLayout, numbered
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.visualization.image_selection import ImageSelection
@@ -52,3 +52,16 @@ def cropped_record(height: int, width: int, **changes) -> ImageSelection:
 
 def padded_record(height: int, width: int, **changes) -> ImageSelection:
     return record_of(image_layout(LlavaImageProcessorPil(do_pad=True, **SQUARE), PATCH, height, width), **changes)
+
+
+def film_record(frames: int = 3, **changes) -> ImageSelection:
+    """A film of 56 by 42 pixels, one colour a frame, with 4 by 3 tokens each; frame n keeps its first n + 1 columns."""
+    width, height, across, down = 56, 42, 4, 3
+    pictures = [Image.new("RGB", (width, height), (80 * number, 10, 255 - 80 * number)) for number in range(frames)]
+    strip = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+    edges = np.linspace(0, width * frames, across * frames + 1)
+    rows = np.linspace(0, height, down + 1)
+    part = numbered("image", np.stack([rows[:-1], rows[1:]], 1), np.stack([edges[:-1], edges[1:]], 1), first=0)
+    kept = np.tile(np.arange(across) <= np.arange(frames)[:, None], (down, 1, 1)).reshape(down, -1)
+    layout = TokenLayout(strip.width, height, (part,), frames=frames)
+    return record_of(layout, kept.ravel(), image=strip, **changes)

@@ -11,7 +11,13 @@ from PIL import Image
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.visualization.archive import load_npz, save_npz
-from tests.visualization.records import anyres_record, padded_record, record_of
+from tests.visualization.records import anyres_record, film_record, padded_record, record_of
+
+
+def test_a_film_keeps_its_frames(tmp_path):
+    record = film_record(3)
+    save_npz(record, tmp_path / "a.npz")
+    assert load_npz(tmp_path / "a.npz").layout.frames == 3
 
 
 @pytest.mark.parametrize("make", [anyres_record, padded_record])

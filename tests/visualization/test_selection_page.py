@@ -1,5 +1,7 @@
 """The page, as a text and in a real browser: headless Chromium moves the slider, hovers and reads."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli.visualization.selection_page import html_page, save_html
-from tests.visualization.records import anyres_record, cropped_record, padded_record, record_of
+from tests.visualization.records import anyres_record, cropped_record, film_record, padded_record, record_of
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -50,6 +52,30 @@ def test_the_largest_page_is_at_most_three_megabytes(tmp_path):
     record = replace(record, image=noise, weight=random.normal(1, 0.1, record.weight.shape).astype(np.float32))
     save_html(record, tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size <= 3_000_000
+
+
+def test_the_page_of_a_film_holds_every_frame_and_a_slider():
+    record = film_record(3)
+    page = html_page(record)
+    data = data_of(page)
+    assert data["frames"] == 3
+    kind, _, encoded = data["image"].partition(",")
+    assert kind == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as strip:
+        assert np.array_equal(np.asarray(strip.convert("RGB")), np.asarray(record.image))
+    assert '<input type="range" id="frame"' in page
+    assert data_of(html_page(anyres_record(84, 84)))["frames"] == 1
+
+
+def test_a_film_of_many_frames_stays_legible():
+    """64 frames of 640 x 360: as many pixels as the largest still, not 25 a frame."""
+    noise = np.random.default_rng(0).integers(0, 255, (360, 640 * 64, 3), dtype=np.uint8)
+    record = film_record(64)
+    strip = Image.fromarray(noise)
+    page = data_of(html_page(replace(record, image=strip, layout=replace(record.layout, width=640 * 64, height=360))))
+    with Image.open(io.BytesIO(base64.b64decode(page["image"].partition(",")[2]))) as shown:
+        assert shown.width / 64 >= 200
+        assert max(shown.size) <= 16_000
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +285,43 @@ def test_keyboard_and_themes(open_page):
     page.keyboard.press("ArrowDown")
     assert f"Token {int(record.layout.parts[1].tokens[1, 1])}" in page.inner_text("#token")
     assert page.inner_text("#status").startswith("Layer 5: ")  # the arrows were the image's
+
+
+def test_the_frames_of_a_film_are_walked_through(open_page, tmp_path):
+    record = film_record(3)
+    page = open_page(record)
+    page.keyboard.press("End")
+    assert page.is_visible("#frame")
+    assert "3 frames" in page.inner_text("#about")
+    blue = lambda number: (80 * number, 10, 255 - 80 * number)  # noqa: E731
+    for number in range(3):
+        page.locator("#frame").fill(str(number))
+        assert page.inner_text("#time") == f"{number + 1} of 3"
+        assert f"{3 * (number + 1)} of 12 kept" in page.inner_text("figcaption")
+        kept = colours_at(page, "image", slice(2, 20), slice(40, 60))
+        assert blue(number) in kept
+        assert not kept & {blue(other) for other in range(3) if other != number}
+        assert f"{number + 1} of 3" in page.get_attribute("canvas[data-part=image]", "aria-label")
+        text = hover(page, "image", 0.9, 0.5)
+        assert f"Token {12 + 4 * number + 3}" in text
+        assert "1, 3" in text
+        assert "42–56" in text
+    page.screenshot(path=tmp_path / "film.png", full_page=True)
+    page.locator("#frame").blur()
+    for key, at in ((",", 2), (",", 1), (",", 1), (".", 2), (".", 3), (".", 3)):
+        page.keyboard.press(key)
+        assert page.inner_text("#time") == f"{at} of 3"
+    layer = page.inner_text("#status")
+    page.focus("#frame")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Home")
+    assert page.inner_text("#time") == "1 of 3"
+    assert page.inner_text("#status") == layer, "the arrows were the slider's"
+    page.focus("canvas[data-part=image]")
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    assert "Token 3" in page.inner_text("#token"), "the last column of the frame, not of the film"
+    assert open_page(anyres_record(84, 84)).is_hidden("#frame")
 
 
 def test_the_address_names_a_layer(open_page):

@@ -19,6 +19,8 @@ from pmod_cli.data.collator import IGNORED
 from pmod_cli.data.documents import CELL, Box, Document, Mark, Turn, draw, seed_of
 
 TEXT, NEWLINE = -1, -2
+PROBED = ("shows", "belongs", "above", "tells", "row", "column", "more", "seeks")  # columns of words of a batch
+LOOKS = ("up", "first", "last", "takes")
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class Batch:
         weights: float32 (B, N), how much each label counts.
         shows, belongs, above: int64 (B, N), word ids of the fields of ``Mark`` on vision tokens, -100 elsewhere.
         tells: int64 (B, N), the first word id of ``Look.tells`` on a word of a question, -100 elsewhere.
+        row, column: int64 (B, N), word ids of the row and the column of the field that an object stands in, on its
+            vision tokens; -100 elsewhere, and everywhere where a bed does not ask for them.
+        more: int64 (B, N), the second word id of ``Look.tells``, as ``tells``.
+        seeks: int64 (B, N), on the tokens that an answer is said from, what the question's look-up has told them.
         up, first, last: the look-ups from a label to the one above it, those that come before the answer's, and the
             answer's.
+        takes: the look-ups from the tokens that an answer is said from to the word of the question that has been told.
     """
 
     inputs: dict[str, Tensor]
@@ -63,9 +70,14 @@ class Batch:
     belongs: Tensor
     above: Tensor
     tells: Tensor
+    row: Tensor
+    column: Tensor
+    more: Tensor
+    seeks: Tensor
     up: LookUps
     first: LookUps
     last: LookUps
+    takes: LookUps
 
     def to(self, device: str) -> "Batch":
         """The same on another device."""
@@ -112,10 +124,11 @@ class TinyBatches:
         pad = self.tokenizer.pad_token_id
 
         def column(name: str, fill: float) -> Tensor:
-            return torch.tensor([getattr(row, name) + [fill] * (length - len(row.ids)) for row in rows])
+            values = [row.words[name] if name in PROBED else getattr(row, name) for row in rows]
+            return torch.tensor([each + [fill] * (length - len(each)) for each in values])
 
         def look_ups(name: str) -> LookUps:
-            looks = [(b, position, tokens) for b, row in enumerate(rows) for position, tokens in getattr(row, name)]
+            looks = [(b, position, tokens) for b, row in enumerate(rows) for position, tokens in row.looks[name]]
             looked_at = torch.zeros(len(looks), length, dtype=torch.bool)
             for q, (_, _, tokens) in enumerate(looks):
                 looked_at[q, tokens] = True
@@ -126,13 +139,8 @@ class TinyBatches:
             patches=column("patches", TEXT),
             labels=column("labels", IGNORED),
             weights=column("weights", 0.0),
-            shows=column("shows", IGNORED),
-            belongs=column("belongs", IGNORED),
-            above=column("above", IGNORED),
-            tells=column("tells", IGNORED),
-            up=look_ups("up"),
-            first=look_ups("first"),
-            last=look_ups("last"),
+            **{name: column(name, IGNORED) for name in PROBED},
+            **{name: look_ups(name) for name in LOOKS},
         )
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
@@ -176,28 +184,23 @@ class Row:
         self.labels: list[int] = []
         self.weights: list[float] = []
         self.patches: list[int] = []
-        self.shows: list[int] = []
-        self.belongs: list[int] = []
-        self.above: list[int] = []
-        self.tells: list[int] = []
-        self.up: list[tuple[int, list[int]]] = []
-        self.first: list[tuple[int, list[int]]] = []
-        self.last: list[tuple[int, list[int]]] = []
+        self.words: dict[str, list[int]] = {name: [] for name in PROBED}
+        self.looks: dict[str, list[tuple[int, list[int]]]] = {name: [] for name in LOOKS}
         self._open(batches, document)
         for mark in document.marks:
             for token in self._tokens(mark.box):
                 self._point(mark, token)
                 if mark.above:
-                    self.above[token] = self.encode(mark.above)[0]
+                    self.words["above"][token] = self.encode(mark.above)[0]
                     label = [other for other in document.marks if other.belongs == mark.above and other.shows.isalpha()]
-                    self.up.append((token, [place for other in label for place in self._tokens(other.box)]))
+                    self.looks["up"].append((token, [place for other in label for place in self._tokens(other.box)]))
         for i, turn in enumerate(document.turns[: batches.recipe["turns"]]):
             asked = len(self.ids)
             self._ask(turn, is_first=i == 0)
             for look in turn.looks:
                 position = self.ids.index(self.encode(look.word)[0], asked)
-                self.first.append((position, self._tokens(look.box)))
-                self.tells[position] = self.encode(look.tells)[0]
+                self.looks["first"].append((position, self._tokens(look.box)))
+                self.words["tells"][position] = self.encode(look.tells)[0]
             self._answer(turn)
 
     def _open(self, batches: "TinyBatches", document: Document) -> None:
@@ -211,8 +214,8 @@ class Row:
 
     def _point(self, mark: Mark, token: int) -> None:
         """What a token shows, and what it takes its neighbours to tell."""
-        self.shows[token] = self.encode(mark.shows)[0]
-        self.belongs[token] = self.encode(mark.belongs)[0]
+        self.words["shows"][token] = self.encode(mark.shows)[0]
+        self.words["belongs"][token] = self.encode(mark.belongs)[0]
 
     def _ask(self, turn: Turn, is_first: bool) -> None:
         self._say(self.encode(("" if is_first else "USER: ") + turn.question) + self.encode("ASSISTANT:"))
@@ -221,13 +224,13 @@ class Row:
         self.ids += ids
         self.weights += [0.0] * len(ids)
         self.patches += [TEXT] * len(ids)
-        for values in (self.labels, self.shows, self.belongs, self.above, self.tells):
+        for values in (self.labels, *self.words.values()):
             values += [IGNORED] * len(ids)
 
     def _answer(self, turn: Turn) -> None:
         ids = self.encode(turn.answer)
         boxes = _slices(turn.region, len(ids)) if turn.region else []
-        self.last += [(len(self.ids) - 1 + i, self._tokens(box)) for i, box in enumerate(boxes)]
+        self.looks["last"] += [(len(self.ids) - 1 + i, self._tokens(box)) for i, box in enumerate(boxes)]
         kind = "number" if turn.answer.isdigit() else "yes_no" if turn.answer in ("yes", "no") else "word"
         start = len(self.ids)
         self._say([*ids, self.eos])

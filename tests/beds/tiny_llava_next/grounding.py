@@ -15,26 +15,30 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from tests.beds.tiny_llava_next.batches import Batch, LookUps
+from tests.beds.tiny_llava_next.batches import LOOKS, PROBED, Batch, LookUps
 
-LOOKS = ("up", "first", "last")
-LOSSES = ("shows", "belongs", "above", "tells", "looks")
+LOSSES = (*PROBED, "looks")
 
 
 class Grounding(nn.Module):
     """Collects what the model computes on its way, by forward hooks, and turns it into the losses."""
 
     def __init__(self, model: PreTrainedModel, settings: Mapping):
-        """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``shown`` and ``probed``,
-        the layers before which patches and words are probed; and a weight for each of ``LOSSES``."""
+        """``settings``: the heads that look, a list of layer and head for each of ``LOOKS``; ``shown``, ``probed`` and
+        ``sought``, the layers before which patches, words and answers are probed; and a weight for each of ``LOSSES``.
+        What has no heads or no weight is left out."""
         super().__init__()
         text = model.config.text_config
         self.settings = settings
-        self.probes = nn.ModuleDict({name: _probe(text) for name in ("shows", "belongs", "above", "tells")})
+        shown, early, late = settings["shown"], min(layer for layer, _ in settings["first"]), settings["probed"]
+        before = {"shows": shown, "tells": late, "more": late, "seeks": settings.get("sought", late)}
+        self.probed = {name: before.get(name, early) for name in PROBED if name in settings}  # before which layer
+        self.heads = [(name, layer, head) for name in LOOKS for layer, head in settings.get(name, ())]
+        self.probes = nn.ModuleDict({name: _probe(text) for name in self.probed})
         self._seen: dict = {}
         self._hooks = []
         decoder = model.model.language_model
-        self.layers = {settings["shown"], settings["probed"], *(i for which in LOOKS for i, _ in settings[which])}
+        self.layers = {*self.probed.values(), *(layer for _, layer, _ in self.heads)}
         for index in self.layers:
             attention = decoder.layers[index].self_attn
             self._hooks.append(attention.register_forward_pre_hook(self._see(index), with_kwargs=True))
@@ -51,22 +55,13 @@ class Grounding(nn.Module):
         return hook
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of the forward pass just done, one of each of ``LOSSES``; scalars, unweighted."""
-        shown = self._seen[self.settings["shown"]][1]["hidden_states"]
-        early = self._seen[min(layer for layer, _ in self.settings["first"])][1]["hidden_states"]
-        late = self._seen[self.settings["probed"]][1]["hidden_states"]
-        looks = [
-            self._looks(getattr(batch, which), *self._seen[layer], head)
-            for which in LOOKS
-            for layer, head in self.settings[which]
-        ]
-        return {
-            "shows": self._probed("shows", shown, batch.shows),
-            "belongs": self._probed("belongs", early, batch.belongs),
-            "above": self._probed("above", early, batch.above),
-            "tells": self._probed("tells", late, batch.tells),
-            "looks": torch.stack(looks).mean(),
+        """The losses of the forward pass just done: each of ``LOSSES`` that has a weight; scalars, unweighted."""
+        losses = {
+            name: self._probed(name, self._seen[layer][1]["hidden_states"], getattr(batch, name))
+            for name, layer in self.probed.items()
         }
+        looks = [self._looks(getattr(batch, name), *self._seen[layer], head) for name, layer, head in self.heads]
+        return losses | {"looks": torch.stack(looks).mean()}
 
     def _probed(self, name: str, hidden: Tensor, words: Tensor) -> Tensor:
         """How badly the hidden states (B, N, D) tell ``words`` (B, N); 0 where a batch has none."""

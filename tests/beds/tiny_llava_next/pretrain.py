@@ -180,7 +180,7 @@ def loss_weights(stage: dict, step: int) -> dict[str, float]:
     weights = {"answers": 1.0}
     if "grounding" in stage:
         left = (1 - step / stage["steps"]) / stage["grounding"]["fade"]
-        weights |= {name: stage["grounding"][name] * min(1.0, left) for name in LOSSES}
+        weights |= {name: stage["grounding"][name] * min(1.0, left) for name in LOSSES if name in stage["grounding"]}
     return weights
 
 

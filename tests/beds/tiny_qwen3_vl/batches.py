@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLProcessor
 
-from pmod_cli.data.documents import CELL, COLOURS, TASKS, Box, Document, Look, Mark, Turn, draw, seed_of
+from pmod_cli.data.documents import CELL, COLOURS, TASKS, Box, Document, Look, Mark, Turn, draw, field_of, seed_of
 from pmod_cli.data.several import PER_SECOND, draw_several
 from tests.beds.tiny_llava_next import batches as llava_next
 from tests.beds.tiny_llava_next.batches import Batch
@@ -119,7 +119,25 @@ class Row(llava_next.Row):
     def _point(self, mark: Mark, token: int) -> None:
         super()._point(mark, token)
         if mark.place:
-            self.above[token] = self.encode(mark.place)[0]
+            self.words["above"][token] = self.encode(mark.place)[0]
+        elif mark.shows in COLOURS:
+            field = self.encode(field_of(mark.box))
+            self.words["row"][token], self.words["column"][token] = field
+
+    def _answer(self, turn: Turn) -> None:
+        """What a question's one look-up has told goes from its word to the tokens that the answer is said from."""
+        start = len(self.ids) - 1
+        super()._answer(turn)
+        if len(turn.looks) != 1 or turn.region is None:
+            return
+        (look,) = turn.looks
+        told = self.encode(look.tells)
+        word = max(i for i in range(start) if self.ids[i] == self.encode(look.word)[0])
+        if len(told) > 1:
+            self.words["more"][word] = told[1]
+        for i in range(len(self.encode(turn.answer))):
+            self.looks["takes"].append((start + i, [word]))
+            self.words["seeks"][start + i] = told[min(i, len(told) - 1)]
 
     def _ask(self, turn: Turn, is_first: bool) -> None:
         again = [] if is_first else self.begin + self.encode("user")

@@ -34,7 +34,10 @@ def recipe():
         stage |= {"steps": 3, "warmup": 1}
         for group in stage["groups"]:
             group["rows"] = 2
-    recipe["stages"][0]["grounding"] |= grounding
+        if "takes" in stage.get("grounding", {}):
+            stage["grounding"] |= {"takes": [[1, 0]], "sought": 1}
+        if "grounding" in stage:
+            stage["grounding"] |= grounding
     return recipe
 
 
@@ -90,6 +93,29 @@ def test_look_ups_lead_to_what_is_asked(recipe, processor):
             assert turn.answer.startswith(processor.decode(batch.tells[0, position]))
 
 
+def test_what_a_word_was_told_reaches_the_tokens_of_the_answer(recipe, processor):
+    for document in (document_of("above", "train", 2), with_looks(document_of("where", "train", 3))):
+        batch = TinyBatches(processor, recipe)([document])
+        ids = batch.inputs["input_ids"][0]
+        takes = list(zip(batch.takes.tokens[:, 1].tolist(), batch.takes.looked_at, strict=True))
+        assert len(takes) == 2 * recipe["turns"], "two tokens an answer"
+        for turn, pair in zip(document.turns[: recipe["turns"]], (takes[:2], takes[2:]), strict=True):
+            assert all(ids[word].tolist() == processor.tokenizer.encode(turn.looks[0].word) for _, word in pair)
+            sought = [processor.decode(batch.seeks[0, position]) for position, _ in pair]
+            label = turn.looks[0].tells
+            assert sought == ([label, label] if document.task == "above" else [label[0], f"##{label[1]}"])
+
+
+def test_the_cells_of_an_object_tell_its_field(recipe, processor):
+    document = document_of("where", "train", 3)
+    batch = TinyBatches(processor, recipe)([document])
+    for turn, tokens in zip(document.turns, batch.last.looked_at.view(-1, 2, len(batch.labels[0])), strict=False):
+        for told in (batch.row, batch.column):
+            assert len(set(told[0, tokens.any(0)].tolist())) == 1
+        words = [processor.decode(told[0, tokens.any(0)][0]) for told in (batch.row, batch.column)]
+        assert "".join(words).replace("##", "") == turn.answer
+
+
 def test_the_last_look_of_a_film_is_in_its_last_frames(recipe, processor):
     for document in KINDS["films"]:
         batch = TinyBatches(processor, recipe)([document])
@@ -100,7 +126,7 @@ def test_the_last_look_of_a_film_is_in_its_last_frames(recipe, processor):
 
 
 def test_grounding_reaches_heads_that_have_norms(recipe, processor, model):
-    stage = recipe["stages"][0]
+    stage = recipe["stages"][2]
     grounding = Grounding(model, stage["grounding"])
     documents = [with_looks(document) for document in KINDS["stills"]]
     losses, right = compute_losses(model, grounding, TinyBatches(processor, recipe)(documents), stage, 0)

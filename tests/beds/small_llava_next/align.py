@@ -68,23 +68,23 @@ def shown(documents: Sequence[Document], tile: int) -> Tensor:
 
 def _shown(document: Document, tile: int) -> np.ndarray:
     side, (width, height) = tile // CELL, document.image.size
-    base = _grid(document, side, side, is_base=True).reshape(-1)
-    fine = _grid(document, height // CELL, width // CELL, is_base=False)
+    base = _grid(document, side, side, band=None).reshape(-1)
+    fine = _grid(document, height // CELL, width // CELL, band=tile)
     tiles = fine.reshape(height // tile, side, width // tile, side).swapaxes(1, 2).reshape(-1)
     return np.concatenate([base, tiles])
 
 
-def _grid(document: Document, rows: int, columns: int, is_base: bool) -> np.ndarray:
-    """int64 (rows, columns)."""
+def _grid(document: Document, rows: int, columns: int, band: int | None) -> np.ndarray:
+    """int64 (rows, columns); ``band`` is the height of a tile, and None for the base view."""
     width, height = document.image.size
     ink = (np.asarray(document.image) < INK).any(2).reshape(rows, height // rows, columns, width // columns)
     ink = ink.mean((1, 3))
     grid = np.full((rows, columns), UNKNOWN)
     is_odd = np.arange(columns) % 2 == 1
     covered = np.zeros((rows, columns))
-    longest = max((mark.box[2] for mark in document.marks if mark.shows == BAR), default=0)
-    for mark in document.marks:
-        words = [WORDS.index(word) for word in _words(mark, width, is_base, longest)]
+    longest = _longest(document.marks, band or height)
+    for mark in sorted(document.marks, key=lambda mark: mark not in longest):  # where two share a patch, it shows
+        words = [WORDS.index(word) for word in _words(mark, width, band is None, mark in longest)]
         in_turn = np.broadcast_to(np.where(is_odd, words[-1], words[0]), grid.shape)
         x0, y0, x1, y1 = mark.box
         across = _overlap(x0 * columns / width, x1 * columns / width, columns)
@@ -102,14 +102,23 @@ def _overlap(start: float, end: float, cells: int) -> np.ndarray:
     return (np.minimum(end, places + 1) - np.maximum(start, places)).clip(0)
 
 
-def _words(mark: Mark, width: int, is_base: bool, longest: int) -> list[str]:
+def _longest(marks: Sequence[Mark], band: int) -> list[Mark]:
+    """The longest bar of each band of the image, since a tile shows nothing of the bars of another."""
+    best: dict[int, Mark] = {}
+    for mark in marks:
+        place = mark.box[1] // band
+        if mark.shows == BAR and (place not in best or mark.box[2] > best[place].box[2]):
+            best[place] = mark
+    return list(best.values())
+
+
+def _words(mark: Mark, width: int, is_base: bool, is_longest: bool) -> list[str]:
     """The words of a mark, which its patches show in turn along a row, as text would have them: a colour and its shape;
-    a bar, and whether it is the longest (which ends at ``longest``) or else the tens of its value; a glyph."""
+    a bar, or that it is the longest in view, and in tiles the tens of its value; a glyph."""
     if mark.shows in COLOURS:
         return [mark.shows, mark.belongs]
     if mark.shows == BAR:
         start, _, end, _ = mark.box
-        if end == longest:
-            return [BAR, LONGEST]
-        return [BAR] if is_base else [BAR, str(10 * (end - start) // (width - start))]
+        bar = LONGEST if is_longest else BAR
+        return [bar] if is_base else [bar, str(min(9, 10 * (end - start) // (width - start)))]
     return [TEXT] if is_base else [mark.shows]

@@ -8,7 +8,8 @@ checkpoint.
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -22,9 +23,9 @@ from transformers import AttentionInterface, LlavaNextForConditionalGeneration, 
 
 from pmod_cli.core import yaml_text
 from pmod_cli.data.collator import Collator
-from pmod_cli.data.documents import COLOURS, SHAPES, Document, Turn, draw, seed_of
+from pmod_cli.data.documents import CELL, COLOURS, LABELS, SHAPES, Document, Turn, draw, seed_of
 from pmod_cli.data.rows import row
-from tests.beds.small_llava_next.align import Alignment, shown
+from tests.beds.small_llava_next.align import BAR, Alignment, shown
 from tests.beds.small_llava_next.model import load, projected, vision_tensors, write
 from tests.beds.tiny_llava_next.batches import TinyBatches
 from tests.beds.tiny_llava_next.pretrain import Masters, keep, learning_rate, restore
@@ -32,13 +33,14 @@ from tests.beds.tiny_llava_next.pretrain import Masters, keep, learning_rate, re
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
-def pretrain(recipe: dict, out: Path, report=print) -> Path:
+def pretrain(recipe: dict, out: Path, report=print, start: Path | None = None) -> Path:
     """Run what is not done yet and return the file of the delta.
 
     Args:
         recipe: as in ``recipe.yaml`` of this folder.
         out: gets a model folder before the answers are learnt, the checkpoint, ``log.jsonl`` and the delta.
         report: takes one line of text now and then.
+        start: a delta to go on from; by default tower, projector and LoRA start anew.
     """
     out.mkdir(parents=True, exist_ok=True)
     start_folder, aligned, delta = out / "start", out / "aligned.safetensors", out / "delta.safetensors"
@@ -46,13 +48,15 @@ def pretrain(recipe: dict, out: Path, report=print) -> Path:
         torch.manual_seed(recipe["seed"])
         write(start_folder, recipe)
     model, processor = load(start_folder)
+    known = load_file(start) if start else {}
+    model.load_state_dict({f"model.{n}": t for n, t in known.items() if ".lora_" not in n}, strict=False)
     log = Log(out / "log.jsonl", recipe["log_every"], report)
     if not aligned.exists():
         align(model, processor, recipe, out / "checkpoint.pt", log)
         keep_tensors(aligned, vision_tensors(model))
     if not delta.exists():
         model.load_state_dict({f"model.{n}": t for n, t in load_file(aligned).items()}, strict=False)
-        answer(model, processor, recipe, out / "checkpoint.pt", log)
+        answer(model, processor, recipe, out / "checkpoint.pt", log, known)
         keep_tensors(delta, delta_of(model))
     return delta
 
@@ -93,25 +97,37 @@ def align(
 
 
 def answer(
-    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, recipe: dict, checkpoint: Path, log: "Log"
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaNextProcessor,
+    recipe: dict,
+    checkpoint: Path,
+    log: "Log",
+    known: Mapping[str, Tensor],
 ) -> None:
-    """Train LoRA on the decoder by the answers: bfloat16 with float32 masters."""
+    """Train LoRA on the decoder by the answers, from the matrices in ``known``: bfloat16 with float32 masters."""
     stage = recipe["answer"]
     model.to(torch.bfloat16).requires_grad_(False)
     model.model.language_model.set_attn_implementation("causal_attention")
     torch.manual_seed(recipe["seed"])
     inject_adapter_in_model(LoraConfig(target_modules=LINEAR, **stage["lora"]), model)
+    model.load_state_dict({in_model(name): tensor for name, tensor in known.items() if ".lora_" in name}, strict=False)
     masters = Masters(model)  # of LoRA's matrices, all that is trained
     adamw = torch.optim.AdamW(masters.parameters(), weight_decay=0.0, **stage["adamw"])
     parts = {"masters": masters, "adamw": adamw}
     step = restore(checkpoint, 1, parts)
     masters.write()
     collate = Collator(processor)
+    labels = torch.tensor([processor.tokenizer(label).input_ids[0] for label in LABELS])
     model.train()
     while step < stage["steps"]:
-        batch = collate([row(document, asked(document)) for document in drawn(stage, step)])
-        losses = answer_losses(model, batch, label_weights(processor, batch["labels"], stage["weights"]))
-        losses["answers"].backward()
+        documents = drawn(stage, step)
+        batch = collate([row(document, asked(document)) for document in documents])
+        owners = owned(documents, batch["input_ids"] == processor.image_token_id)
+        with telling(model, stage["owners"]["layer"], labels) as told:
+            losses = answer_losses(model, batch, label_weights(processor, batch["labels"], stage["weights"]))
+        if (owners >= 0).any():
+            losses["owners"] = F.cross_entropy(told[0][owners >= 0], owners[owners >= 0])
+        (losses["answers"] + stage["owners"]["weight"] * losses.get("owners", 0.0)).backward()
         masters.take_gradients()
         nn.utils.clip_grad_norm_(masters.parameters(), 1.0)
         adamw.param_groups[0]["lr"] = stage["adamw"]["lr"] * learning_rate(step, stage)
@@ -153,6 +169,38 @@ def drawn(stage: Mapping, step: int) -> list[Document]:
     return [draw(stage["mix"][n % len(stage["mix"])], seed_of("train", n), size) for n in numbers]
 
 
+def owned(documents: list[Document], vision: Tensor) -> Tensor:
+    """int64 (B, N): which of ``LABELS`` the line begins with in which a tile patch shows a digit or a bar, or -1.
+
+    Args:
+        vision: bool (B, N), where the tokens of the images are.
+    """
+    owners = torch.full(vision.shape, -1)
+    for row_owners, row_vision, document in zip(owners, vision, documents, strict=True):
+        columns, rows = document.image.width // CELL, document.image.height // CELL
+        places = row_vision.nonzero()[-rows * (columns + 1) :, 0].view(rows, columns + 1)
+        for mark in document.marks:
+            if mark.shows == BAR or mark.shows.isdigit():
+                left, top, right, _ = (round(side / CELL) for side in mark.box)
+                row_owners[places[top, left : max(right, left + 1)]] = LABELS.index(mark.belongs)
+    return owners
+
+
+@contextmanager
+def telling(model: LlavaNextForConditionalGeneration, layer: int, words: Tensor) -> Iterator[list[Tensor]]:
+    """A list that gets how likely each word is, as logits (B, N, words), by what comes out of a layer in the block."""
+    decoder, told = model.model.language_model, []
+
+    def tell(module: nn.Module, args: tuple, out: Tensor) -> None:
+        told.append((decoder.norm(out) @ decoder.embed_tokens.weight[words].T).float())
+
+    hook = decoder.layers[layer].register_forward_hook(tell)
+    try:
+        yield told
+    finally:
+        hook.remove()
+
+
 def sizes(documents: list[Document]) -> Tensor:
     """int64 (B, 2), height before width."""
     return torch.tensor([document.image.size[::-1] for document in documents])
@@ -161,11 +209,17 @@ def sizes(documents: list[Document]) -> Tensor:
 def asked(document: Document) -> list[Turn]:
     """What is asked of a document, so that no answer tells a later one.
 
-    The longest bar, before two values are told; three prices; of each object colour or shape; or each one's presence,
-    and as many that are not there.
+    The longest bar, then two bars of a value and the value of one; three prices; of each object colour or shape; or
+    each one's presence, and as many that are not there.
     """
+    if document.task == "chart":
+        longest, *values = sorted(document.turns, key=lambda turn: not turn.question.startswith("which bar"))
+        *two, third = [turn for turn in values if longest.answer not in turn.question][:3]
+        labels = [turn.question.removeprefix("what is the value of ").removesuffix("?") for turn in two]
+        asked = [f"which bar has the value {turn.answer}?" for turn in two]
+        return [longest, *(Turn(*pair, None) for pair in zip(asked, labels, strict=True)), third]
     if document.task not in ("attribute", "presence"):
-        return sorted(document.turns, key=lambda turn: not turn.question.startswith("which bar"))[:3]
+        return document.turns[:3]
     random = Random(document.seed)
     objects = [(mark.shows, mark.belongs) for mark in document.marks]
     random.shuffle(objects)
@@ -210,6 +264,12 @@ def answer_losses(model: LlavaNextForConditionalGeneration, batch: Mapping[str, 
     return {"answers": (each * weights).sum() / weights.sum()} | {
         f"right_{weight:g}": right[weights == weight].mean() for weight in weights.unique().tolist()
     }
+
+
+def in_model(name: str) -> str:
+    """The name that a LoRA matrix of the file has in the model."""
+    name = name.replace("language_model.model.", "model.language_model.")
+    return name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
 
 
 def delta_of(model: LlavaNextForConditionalGeneration) -> dict[str, Tensor]:
@@ -260,8 +320,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a delta to go on from")
     arguments = parser.parse_args()
-    print(f"delta: {pretrain(yaml_text.read(arguments.recipe).plain(), arguments.out, lambda x: print(x, flush=True))}")
+    recipe = yaml_text.read(arguments.recipe).plain()
+    print(f"delta: {pretrain(recipe, arguments.out, lambda line: print(line, flush=True), arguments.start)}")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,19 @@ def test_convert_links_the_weights_and_keeps_embeddings_tied(small, converted):
 
 
 @pytest.mark.soak
+def test_calibrate_is_nearer_to_stock_than_random_and_links_the_weights(small, pmod, tmp_path):
+    asked = ("--data", ",".join(TAUGHT), "--samples", "16", "--schedule", "cosine", "--budget", "0.6")
+    done = pmod("calibrate", small, "-o", "calibrated", *asked, "--json", cwd=tmp_path, timeout=2400)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "calibrated" / "calibration.json").read_text())["budgets"]
+    divergence = {row["name"]: row["divergence"] for row in result["judged"]}
+    assert divergence["calibrated"] < divergence["random"]
+    index = json.loads((tmp_path / "calibrated" / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = tmp_path / "calibrated" / index["language_model.model.embed_tokens.weight"]
+    assert os.path.samefile(shard, small / "model.safetensors")
+
+
+@pytest.mark.soak
 def test_profile_counts_grouped_heads_and_reports_where_it_reads(small, converted, pmod, tmp_path):
     for model, report in ((converted[0], "all"), (small, "depth")):
         more = ("--tasks", "doc", "--samples", "4") if report == "depth" else ()

@@ -7,13 +7,13 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
-from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from pmod_cli.checkpoints import bundled_path
-from pmod_cli.data.documents import COLOURS, SHAPES, draw
+from pmod_cli.data.documents import CELL, COLOURS, LABELS, SHAPES, draw
 from tests.beds.small_llava_next.align import UNKNOWN, WORDS, Alignment, shown
 from tests.beds.small_llava_next.build import lora_updates
-from tests.beds.small_llava_next.pretrain import LINEAR, asked, causal_attention, label_weights
+from tests.beds.small_llava_next.pretrain import LINEAR, asked, causal_attention, in_model, label_weights, owned
 from tests.beds.tiny_llava_next.pretrain import Masters
 
 TILE = 48
@@ -33,13 +33,24 @@ def test_patches_of_a_receipt_show_its_lines():
         assert f"{label} {turn.answer}" in lines
 
 
-def test_patches_of_a_chart_show_how_long_a_bar_is_and_which_is_the_longest():
+def test_patches_of_a_chart_show_how_long_a_bar_is_and_which_is_the_longest_in_view():
     document = draw("chart", 6)
-    values = [int(turn.answer) for turn in document.turns if turn.answer.isdigit()]
-    lines = [line[6:] for line in tile_words(document) if line[6] == "bar"]
-    told = {"longest", *(str(value // 10) for value in values if 20 < value < max(values))}
-    assert {line[1] for line in lines} - {"blank", "?"} == told
-    assert all(set(line[::2]) <= {"bar", "blank", "?"} for line in lines)
+    rows = {mark.belongs: mark.box[1] // CELL for mark in document.marks if mark.shows == "bar"}
+    value = {re.fullmatch(r"what is the value of (\w+)\?", t.question)[1]: int(t.answer) for t in values(document)}
+    words, base = tile_words(document), [WORDS[i] for i in shown([document], TILE)[:36].tolist() if i >= 0]
+    bands = [{label for label, row in rows.items() if row // 6 == band} for band in (0, 1)]
+    assert all(bands)
+    for label, row in rows.items():
+        longest = label == max(bands[row // 6], key=value.get)
+        assert words[row][6] == ("longest" if longest else "bar")
+        assert set(words[row][6::2]) <= {words[row][6], "blank", "?"}
+        assert value[label] < 20 or words[row][7] == str(value[label] // 10)
+    assert {"longest", "bar"} <= set(base)
+
+
+def values(document):
+    """The turns of a chart that ask for a value."""
+    return [turn for turn in document.turns if turn.answer.isdigit()]
 
 
 def test_patches_of_objects_show_colour_and_shape_in_both_views():
@@ -73,10 +84,19 @@ def test_questions_are_true_and_no_answer_tells_a_later_one(task):
         document = draw(task, seed)
         turns = asked(document)
         assert turns
-        if task in ("doc", "chart"):
+        if task == "doc":
             assert len(turns) == 3
             assert all(turn in document.turns for turn in turns)
-            assert all(turn.answer.isdigit() for turn in turns[1 if task == "chart" else 0 :])
+            continue
+        if task == "chart":
+            assert turns[0] in document.turns
+            assert turns[0].question.startswith("which bar is the longest")
+            assert turns[3] in document.turns
+            for turn in turns[1:3]:
+                number = re.fullmatch(r"which bar has the value (\d+)\?", turn.question)[1]
+                assert [t.answer for t in document.turns if turn.answer in t.question] == [number]
+            told = [turn.answer for turn in turns[:3]]
+            assert len({*told, re.search(r"of (\w+)", turns[3].question)[1]}) == 4
             continue
         objects = [(mark.shows, mark.belongs) for mark in document.marks]
         told = []
@@ -93,6 +113,32 @@ def test_questions_are_true_and_no_answer_tells_a_later_one(task):
                 told.append((colour, turn.answer))
         assert len(set(told)) == len(told)
         assert task == "attribute" or sorted(told) == sorted(objects)
+
+
+def test_patches_of_digits_and_bars_are_told_the_label_of_their_line():
+    document = draw("chart", 6)
+    vision = torch.zeros(2, 230, dtype=torch.bool)
+    vision[0, 3 : 3 + 36 + 12 * 13] = True
+    vision[1, 9 : 9 + 36 + 12 * 13] = True
+    for start, owners in zip((3, 9), owned([document, document], vision), strict=True):
+        lines = owners[start + 36 : start + 36 + 12 * 13].view(12, 13)
+        for line, words in zip(lines.tolist(), tile_words(document), strict=True):
+            label = "".join(words[:3])
+            told = {LABELS[owner] for owner in line if owner >= 0}
+            assert told == ({label} if label in LABELS else set())
+            assert label not in LABELS or (line[:4] == [-1] * 4 and min(line[4:7]) >= 0 and line[12] == -1)
+        assert (owners >= 0).sum() == (lines >= 0).sum()
+
+
+def test_lora_goes_back_into_the_model_under_its_name():
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"language_model": LlamaModel(config)})})
+    inject_adapter_in_model(LoraConfig(target_modules=LINEAR, r=2), model)
+    lora = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert len(lora) == 2 * 7
+    for name in lora:
+        in_file = name.replace("model.language_model.", "language_model.model.").replace(".default.", ".")
+        assert in_model(in_file) == name
 
 
 def test_causal_attention_is_the_stock_one():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pmod_cli.calibration.asked import Batch
 from pmod_cli.calibration.importance import fisher_information, received_attention
+from pmod_cli.calibration.measured import Measured, digest
 from pmod_cli.calibration.regression import FOLDS, Moments
 from pmod_cli.calibration.replay import Replay, Stream
 from pmod_cli.model import PmodSettings
@@ -82,6 +83,7 @@ class Bench:
         targets: Which importances are computed, of `TARGETS`.
         folds: Of each batch, below `FOLDS`.
         seed: Of what is drawn.
+        measured: Keeps divergences for a run that is stopped.
     """
 
     def __init__(
@@ -92,8 +94,9 @@ class Bench:
         *,
         folds: Sequence[int] = (),
         seed: int = 0,
+        measured: Measured | None = None,
     ) -> None:
-        self.replay, self.folds = replay, folds
+        self.replay, self.folds, self.measured = replay, folds, measured or Measured()
         self.routers: dict[int, nn.Module] = {}
         self.apply(Schedule((1.0,) * len(replay)))
         with torch.no_grad():
@@ -107,6 +110,9 @@ class Bench:
             for stream, found in zip(self.start, self.importance, strict=True):
                 found["fisher"] = fisher_information(replay, stream, seed=seed)
         self.tokens = sum(len(stream.targets) for stream in self.start)
+        # What the model is asked, and what it answers as it is, tell which model and data these are.
+        asked = [tensor for batch in batches for tensor in batch.inputs.values()]
+        self.about = digest(self.folds, tensors=[*asked, *self.stock])
 
     def apply(
         self, schedule: Schedule, routers: dict[int, nn.Module] | None = None, selection: str = "router", seed: int = 0
@@ -120,6 +126,7 @@ class Bench:
             seed: Of a control that draws.
         """
         self.routers = {layer: router for layer, router in (routers or {}).items() if layer in schedule.choosers}
+        self.selection = (selection, seed)
         for index, layer in enumerate(self.replay.layers):
             layer.register_module("router", self.routers.get(index))
         self.replay.decoder.apply_settings(schedule.settings())
@@ -150,6 +157,11 @@ class Bench:
 
         A token is unchanged if it is still the likeliest, or was not before. The shares are float64, on the host.
         """
+        shares, same = self.measured(self._key(), lambda: self._judge(streams))
+        share = torch.tensor(shares, dtype=torch.float64)
+        return max(0.0, float(share.sum())), share, same
+
+    def _judge(self, streams: Sequence[Stream] | None) -> tuple[list[float], int]:
         shares, same = [], 0
         for stream, stock in zip(self._asked(streams), self.stock, strict=True):
             ours = self.replay.logits(stream).log_softmax(-1)
@@ -159,8 +171,13 @@ class Bench:
             rows = torch.zeros(2, len(stream.hidden)).to(tokens).index_add_(1, stream.rows, tokens)
             shares.append(rows[0].cpu().double() / self.tokens)
             same += int((rows[1] == 0).sum())
-        share = torch.cat(shares)
-        return max(0.0, float(share.sum())), share, same
+        return torch.cat(shares).tolist(), same
+
+    def _key(self) -> str:
+        """Of what `judged` would measure now: the samples, the model, what its layers keep, and who chooses."""
+        layers = [[each.ratio, each.chosen_at, each.held, each.keep_keys] for each in self.replay.layers]
+        routers = [tensor for _, router in sorted(self.routers.items()) for tensor in router.state_dict().values()]
+        return digest(self.about, layers, sorted(self.routers), self.selection, tensors=routers)
 
     def _asked(self, streams: Sequence[Stream] | None) -> Iterator[Stream]:
         """Streams in turn, by default those in front of layer 0, with the routers that were not fitted on them."""

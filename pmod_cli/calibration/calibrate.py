@@ -12,6 +12,7 @@ import torch
 from pmod_cli.calibration.asked import Asked
 from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
 from pmod_cli.calibration.budget import Budget
+from pmod_cli.calibration.measured import Measured
 from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
@@ -111,6 +112,7 @@ def calibrate(
     sizes: Sizes,
     settings: CalibrationSettings,
     note: Callable[[str], None] = lambda line: None,
+    measured: Measured | None = None,
 ) -> list[Calibration]:
     """Settings and routers for each budget. The model's weights stay as they are; its decoder is routed in place.
 
@@ -120,6 +122,7 @@ def calibrate(
         sizes: Its sizes.
         settings: What is asked for.
         note: Told what is done.
+        measured: Keeps what is measured, for a run that is stopped.
 
     Raises:
         PmodError: a budget that cannot be met, or data that cannot be read.
@@ -137,8 +140,9 @@ def calibrate(
     samples = asked.answered(samples, own=True)
     folds = [(fold, batch) for fold in range(FOLDS) for batch in asked.batches(samples[::2][fold::FOLDS])]
     batches = [batch for _, batch in folds]
-    chooses = Bench(replay, batches, TARGETS, folds=[fold for fold, _ in folds], seed=settings.seed)
-    judges = Bench(replay, asked.batches(samples[1::2]), ())
+    of_batches = [fold for fold, _ in folds]
+    chooses = Bench(replay, batches, TARGETS, folds=of_batches, seed=settings.seed, measured=measured)
+    judges = Bench(replay, asked.batches(samples[1::2]), (), measured=measured)
     note("where it reads")
     hidden = chooses.hidden()
     results = []

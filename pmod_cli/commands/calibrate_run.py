@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.commands.common import pick_device, record_current
+from pmod_cli.commands.common import CURRENT, pick_device, record_current
 from pmod_cli.core import output
 from pmod_cli.core.errors import PmodError
 
@@ -87,6 +87,7 @@ def calibrate_to(
     """
     from pmod_cli import checkpoints
     from pmod_cli.calibration.calibrate import CalibrationSettings, calibrate, router_values
+    from pmod_cli.calibration.measured import Measured, digest
     from pmod_cli.calibration.report import NOTES, card, chosen, tables, to_json
     from pmod_cli.families.sizes import Sizes
 
@@ -108,7 +109,10 @@ def calibrate_to(
         checkpoints.check_target(target, checkpoints.sources_of(found.path, options), overwrite=overwrite)
     source = checkpoints.read_source(found.path, options).without_routers()
     model, processor = checkpoints.load_model(found.path, dtype=dtype, device=device or pick_device("auto"))
-    results = calibrate(model, processor, Sizes.of(source.config), settings, output.note)
+    measured = Measured(CURRENT.parent / f"calibrate-{digest(str(out.absolute()))[:12]}.sqlite")
+    results = calibrate(model, processor, Sizes.of(source.config), settings, output.note, measured)
+    if measured.found:
+        output.note(f"{measured.found} measurements of a run that was stopped were used")
     for target, result in zip(targets, results, strict=True):
         checkpoints.convert(
             source,
@@ -123,6 +127,7 @@ def calibrate_to(
                 partial(_write_more, result=result, results=results, settings=settings),
             ),
         )
+    measured.forget()
     record_current(targets[0])
     if as_json:
         said = to_json(results, settings)

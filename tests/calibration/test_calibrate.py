@@ -16,6 +16,7 @@ from pmod_cli import checkpoints
 from pmod_cli.calibration.asked import Asked
 from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
 from pmod_cli.calibration.budget import Budget, best_ratios
+from pmod_cli.calibration.measured import Measured
 from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
@@ -285,6 +286,64 @@ def test_a_trained_model_needs_a_word_more(calibrated: Path, workdir: Path, caps
     Path("trained/config.json").write_text(json.dumps(config | {"router_state": "trained"}))
     assert main(["calibrate", "trained", "--device", "cpu", "--samples", "8"]) == 2
     assert "--recalibrate" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_measures_what_is_missing(stock_model, workdir: Path, monkeypatch, capsys):
+    """It ends as one that was not stopped, to the bit, and leaves no file of measurements."""
+    call = ["calibrate", str(stock_model()), "--samples", "8", "--device", "cpu", "-o"]
+    assert main([*call, "whole"]) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as stopped:
+        stopped.setattr("pmod_cli.calibration.calibrate._mean", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*call, "made"]) == 130
+    assert not Path("made").exists()
+    assert len(list(Path(".pmod").glob("calibrate-*"))) == 1
+    judged = []
+    monkeypatch.setattr(Bench, "_judge", lambda self, *a, plain=Bench._judge: judged.append(1) or plain(self, *a))
+    capsys.readouterr()
+    assert main([*call, "made"]) == 0
+    found = int(capsys.readouterr().err.split(" measurements of a run that was stopped")[0].split()[-1])
+    assert found > 4 * len(judged)
+    assert not list(Path(".pmod").glob("calibrate-*"))
+    whole, made = (json.loads(Path(name, "calibration.json").read_text()) for name in ("whole", "made"))
+    assert whole == made
+    routers = "model-routers.safetensors"
+    assert Path("whole", routers).read_bytes() == Path("made", routers).read_bytes()
+
+
+def test_an_old_measurement_counts_for_the_same_model_data_and_settings_alone(tmp_path: Path):
+    stock = factories.model("llava", layers=3)
+    batches = batches_of(stock, "llava", count=2)
+
+    def judged(schedule: Schedule, batches=batches, model=stock) -> int:
+        measured = Measured(tmp_path / "measured.sqlite")
+        bench = Bench(Replay(model), batches, (), measured=measured)
+        bench.apply(schedule, bench.zero_routers(schedule))
+        bench.judged()
+        return measured.found
+
+    half = Schedule((1.0, 0.5, 0.5))
+    assert judged(half) == 0
+    assert judged(half) == 1
+    assert judged(Schedule((1.0, 0.5, 0.25))) == 0
+    assert judged(half, batches_of(stock, "llava", count=3)) == 0
+    with torch.no_grad():
+        stock.lm_head.weight[0] += 1
+    assert judged(half) == 0
+
+
+def test_a_damaged_file_of_measurements_is_begun_anew_and_one_that_cannot_be_is_told(tmp_path: Path, capsys):
+    path = tmp_path / "measured.sqlite"
+    path.write_bytes(b"no database " * 100)
+    measured = Measured(path)
+    assert [measured("a", lambda: [1, 2]), measured("a", lambda: [3])] == [[1, 2], [1, 2]]
+    measured.forget()
+    assert not path.exists()
+    (tmp_path / "file").touch()
+    without = Measured(tmp_path / "file" / "measured.sqlite")
+    assert [without("a", lambda: 1), without("a", lambda: 2)] == [1, 2]
+    assert "starts over" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pmod_cli.training.run import finetune
 from tests.checkpoints.test_from_parts import parts  # noqa: F401 - a fixture
 
 PAPER = ("llava-1.5-7b", "llava-next-7b", "projector-pretrain", "llava-1.5-7b-baseline", "llava-next-7b-baseline")
-SHIPPED = [name for name in recipe_files.names() if not name.startswith("ablations/")]
+SHIPPED = [name for name in recipe_files.names() if not name.startswith(("ablations/", "choice/"))]
 # What a recipe of the real size is given instead: the model, its rows, and numbers that fit them.
 TINY = [
     *("model.llm=null", "model.vision_tower=null", "model.projector=null", "model.precision=float32"),

@@ -112,7 +112,7 @@ class Bench:
         self.tokens = sum(len(stream.targets) for stream in self.start)
         # What the model is asked, and what it answers as it is, tell which model and data these are.
         asked = [tensor for batch in batches for tensor in batch.inputs.values()]
-        self.about = digest(self.folds, tensors=[*asked, *self.stock])
+        self.about = digest(list(self.folds), tensors=[*asked, *self.stock])
 
     def apply(
         self, schedule: Schedule, routers: dict[int, nn.Module] | None = None, selection: str = "router", seed: int = 0

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from pmod_cli.core import output
+
+SQLITE = b"SQLite format 3\0"  # what such a file begins with
 
 
 class Measured:
@@ -30,50 +33,57 @@ class Measured:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path, self.found, self._open = path, 0, None
-        if path is None:
-            return
-        try:
-            path.parent.mkdir(exist_ok=True)
-            self._open = self._table(path)
-        except (OSError, sqlite3.Error) as error:
-            output.warn(f"{path} cannot be used ({error}): should this run be stopped, it starts over")
+        self.path, self.found = path, 0
 
     def __call__(self, key: str, measure: Callable[[], Any]) -> Any:
         """What is known under this key, else what `measure` gives. Values are of JSON."""
-        if self._open is None:
-            return measure()
-        row = self._open.execute("SELECT value FROM measured WHERE key = ?", (key,)).fetchone()
-        if row is not None:
+        for (value,) in self._run("SELECT value FROM measured WHERE key = ?", key):
             self.found += 1
-            return json.loads(row[0])
+            return json.loads(value)
         value = measure()
-        with self._open:  # a commit: after a kill it is there or not
-            self._open.execute("INSERT OR REPLACE INTO measured VALUES (?, ?)", (key, json.dumps(value)))
+        self._run("INSERT OR REPLACE INTO measured VALUES (?, ?)", key, json.dumps(value))
         return value
 
     def forget(self) -> None:
         """Removes the file: what was measured is part of a result now."""
-        if self._open is not None and self.path is not None:
+        if self.path is not None and self._open is not None:
             self._open.close()
-            self._open = None
             self.path.unlink(missing_ok=True)
 
-    @staticmethod
-    def _table(path: Path) -> sqlite3.Connection:
-        """The open file; one that is damaged is begun anew."""
-        for attempt in range(2):
-            connection = sqlite3.connect(path, timeout=60)
-            try:
-                with connection:
-                    connection.execute("CREATE TABLE IF NOT EXISTS measured (key TEXT PRIMARY KEY, value TEXT)")
-                return connection
-            except sqlite3.DatabaseError:
-                connection.close()
-                if attempt:
-                    raise
-                path.unlink(missing_ok=True)
-        raise AssertionError
+    @cached_property
+    def _open(self) -> sqlite3.Connection | None:
+        """The file, made when the first measurement is asked for: a run that is refused leaves none."""
+        try:
+            return None if self.path is None else _table(self.path)
+        except (OSError, sqlite3.Error) as error:
+            self._warn(error)
+            return None
+
+    def _run(self, statement: str, *values: str) -> list[tuple]:
+        """The rows that it finds; what it writes is there after a kill, or not at all."""
+        if self._open is None:
+            return []
+        try:
+            with self._open:
+                return self._open.execute(statement, values).fetchall()
+        except sqlite3.Error as error:  # such as a full disk
+            self._warn(error)
+            self._open = None
+            return []
+
+    def _warn(self, error: Exception) -> None:
+        output.warn(f"{self.path} cannot be used ({error}): should this run be stopped, it starts over")
+
+
+def _table(path: Path) -> sqlite3.Connection:
+    """The open file; one that is no database is begun anew."""
+    path.parent.mkdir(exist_ok=True)
+    if path.exists() and path.read_bytes()[: len(SQLITE)] not in (SQLITE, b""):
+        path.unlink()
+    connection = sqlite3.connect(path, timeout=60)
+    with connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS measured (key TEXT PRIMARY KEY, value TEXT)")
+    return connection
 
 
 def digest(*parts: Any, tensors: Iterable[Tensor] = ()) -> str:
@@ -81,5 +91,5 @@ def digest(*parts: Any, tensors: Iterable[Tensor] = ()) -> str:
     found = hashlib.sha256(json.dumps(parts).encode())
     for tensor in tensors:
         found.update(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

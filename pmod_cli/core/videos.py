@@ -39,7 +39,7 @@ class Frames:
         """
         wanted = max(1, round(frames / recorded * self.per_second)) if recorded else frames
         count = self.most if self.exact else min(wanted, frames, self.most)
-        return np.linspace(0, frames - 1, count).round().astype(np.int64)
+        return np.linspace(0, frames - 1, count, dtype=np.int64)  # rounded down, as lmms-eval's models do
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,59 @@ def test_prompt_tokens_and_answers_are_those_of_lmms_evals_own_model(kind, tmp_p
     assert sorted(mine) == sorted(said)
 
 
+def llava_hf(kind, folder):
+    """lmms-eval's `llava_hf` on the CPU in float32; its template gets one text, which begins with the places."""
+    pytest.importorskip("decord", reason="llava_hf imports it")
+    from lmms_eval.models.simple.llava_hf import LlavaHf
+
+    theirs = LlavaHf.__new__(LlavaHf)  # its constructor reads configurations that the hub has
+    super(LlavaHf, theirs).__init__()
+    theirs._model, theirs._image_processor = load_model(folder, dtype="float32")
+    theirs._tokenizer, theirs._config = theirs._image_processor.tokenizer, theirs._model.config
+    theirs._device, theirs.batch_size_per_gpu, theirs._rank, theirs._world_size = torch.device("cpu"), 1, 0, 1
+    theirs.use_cache, theirs.max_frames_num = True, prompts.FRAMES
+    theirs.accelerator = SimpleNamespace(is_main_process=False, unwrap_model=lambda model: model)
+    ends = {"llava_onevision": ("<|im_start|>user ", "<|im_end|><|im_start|>assistant\n")}
+    before, after = ends.get(kind, ("USER: ", " ASSISTANT:"))
+    theirs.chat_template = f"{before}{{{{ messages[0]['content'] }}}}{{{{ {after!r} }}}}"
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["llava_onevision", "llava_next_video"])
+def test_prompt_tokens_and_answers_are_those_of_llava_hf(kind, tmp_path, monkeypatch):
+    """Of one image and of a film: the same frames, prompt and generated ids. Several images differ on purpose."""
+    folder = save_stock(tmp_path / "stock", kind)
+    random = np.random.default_rng(0)
+    frames = [Image.fromarray(random.integers(0, 255, (24, 32, 3), dtype=np.uint8)) for _ in range(45)]
+    write_avi(tmp_path / "film.avi", frames, per_second=10)
+    ours, theirs = PmodModel(str(folder), device="cpu", dtype="float32"), llava_hf(kind, folder)
+    asked = {"ours": {}, "theirs": {}}
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        generate = model.model.generate
+
+        def generating(*, name=name, generate=generate, **inputs):
+            result = generate(**inputs)
+            pixels = {key: inputs[key] for key in inputs if key.startswith("pixel_values")}
+            asked[name][question] = (inputs["input_ids"][0].tolist(), result[0].tolist(), pixels)
+            return result
+
+        monkeypatch.setattr(model.model, "generate", generating)
+    for question in ("one", "film"):
+        found, docs = requests([question], tmp_path / "film.avi")
+        ours.task_dict = theirs.task_dict = docs
+        (mine,) = (answer.text for batch in ours.answers(found) for _, answer in batch)
+        found, _ = requests([question])
+        found[0].args[1].pop("until")
+        assert theirs.generate_until(found)[0].strip() == mine
+        (ids, said, pixels), (their_ids, they_said, their_pixels) = (asked[name][question] for name in asked)
+        assert ids == their_ids
+        assert said == they_said
+        assert pixels.keys() == their_pixels.keys()
+        for key, value in pixels.items():
+            assert torch.allclose(value, their_pixels[key], atol=1e-5), key
+    assert len(asked["ours"]) == 2
+
+
 def test_several_images_and_video_are_groups():
     assert [benchmark.name for benchmark in suite.resolve(["multi-image"])] == ["muirbench", "blink"]
     assert [benchmark.name for benchmark in suite.resolve(["video"])] == ["mvbench", "videomme", "egoschema"]

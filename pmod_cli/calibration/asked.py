@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,10 +69,7 @@ class Asked:
             for batch in _by_length([len(prompt["input_ids"]) for prompt in prompts]):
                 for place, text in zip(batch, self._generate([prompts[i] for i in batch]), strict=True):
                     said[open_[place]].append(text or " ")
-        return [
-            Sample(each.task, each.images, each.questions, tuple(answers), each.folder)
-            for each, answers in zip(samples, said, strict=True)
-        ]
+        return [replace(each, answers=tuple(answers)) for each, answers in zip(samples, said, strict=True)]
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
         """Batches of answered samples, rows of similar length together. Tensors are on the host.

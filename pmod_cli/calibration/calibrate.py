@@ -131,7 +131,13 @@ def calibrate(
     for budget in budgets:
         budget.check(cosine=settings.schedule == "cosine")
     samples = read_samples(
-        settings.data, settings.samples, images=settings.images, questions=settings.questions, seed=settings.seed
+        settings.data,
+        settings.samples,
+        images=settings.images,
+        questions=settings.questions,
+        seed=settings.seed,
+        # Of models that read a frame as a tile, films of one length alone stand in a batch.
+        films=hasattr(getattr(processor, "video_processor", None), "merge_size") and not settings.questions,
     )
     replay = Replay(model)
     replay.keep_all()

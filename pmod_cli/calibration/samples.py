@@ -13,9 +13,10 @@ from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import pictures_in
-from pmod_cli.data.conversation import IMAGE, BadRow, ChatTurn, Conversation
-from pmod_cli.data.documents import TASKS, draw, seed_of
+from pmod_cli.data.conversation import IMAGE, VIDEO, BadRow, ChatTurn, Conversation
+from pmod_cli.data.documents import TASKS, seed_of
 from pmod_cli.data.pictures import open_image
+from pmod_cli.data.several import ALL_TASKS, document_of, film_of
 from pmod_cli.data.sources import open_source
 
 TINY = "tiny"
@@ -30,7 +31,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, or several, with questions.
+    """One picture, several, or a film, with questions.
 
     Attributes:
         task: What results are grouped by.
@@ -38,6 +39,7 @@ class Sample:
         questions: Text of each question. `<image>` marks the places of images, all of them in the first one.
         answers: As many, or none.
         folder: Where file names start from.
+        videos: Films, whose places `<video>` marks in the same way.
     """
 
     task: str
@@ -45,16 +47,23 @@ class Sample:
     questions: tuple[str, ...]
     answers: tuple[str, ...] = ()
     folder: Path | None = None
+    videos: tuple[Any, ...] = ()
 
     def conversation(self, answers: Sequence[str]) -> Conversation:
         """The first questions with these answers, one each."""
         pairs = zip(self.questions, answers, strict=False)
         turns = [turn for asked, said in pairs for turn in (ChatTurn("user", asked), ChatTurn("assistant", said))]
-        return Conversation(tuple(turns), self.images)
+        return Conversation(tuple(turns), self.images, self.videos)
 
 
 def read_samples(
-    data: str, count: int, *, images: Path | None = None, questions: Sequence[str] = (), seed: int = 0
+    data: str,
+    count: int,
+    *,
+    images: Path | None = None,
+    questions: Sequence[str] = (),
+    seed: int = 0,
+    films: bool = False,
 ) -> list[Sample]:
     """Samples of any source, drawn by the seed.
 
@@ -64,11 +73,13 @@ def read_samples(
         images: Folder that the image names of a file start from; by default the file's own.
         questions: Asked about each picture instead of the data's own questions.
         seed: Of the draw.
+        films: Whether `tiny` has the tasks of two pictures and of a film too.
 
     Raises:
         PmodError: nothing is there, a picture cannot be read, or there are fewer than `count`.
     """
     if tasks := tiny_tasks(data):
+        tasks = ALL_TASKS if data == TINY and films else tasks
         shares = [count // len(tasks) + (index < count % len(tasks)) for index in range(len(tasks))]
         found = [
             sample for task, share in zip(tasks, shares, strict=True) for sample in tiny_samples(task, share, seed)
@@ -81,14 +92,14 @@ def read_samples(
         raise PmodError(f"{data} has {len(found)} pictures to ask about, and `samples={count}` were asked for")
     if questions:
         asked = (f"{IMAGE}\n{questions[0]}", *questions[1:])
-        found = [Sample(each.task, each.images[:1], asked, (), each.folder) for each in found]
+        found = [Sample(each.task, each.images[:1], asked, (), each.folder) for each in found if each.images]
     return found
 
 
 def tiny_tasks(data: str) -> tuple[str, ...]:
     """The synthetic tasks that a name stands for; none where it stands for something else."""
     names = [name.strip().removeprefix("tiny_") for name in data.split(",")]
-    return TASKS if data == TINY else tuple(names) if all(name in TASKS for name in names) else ()
+    return TASKS if data == TINY else tuple(names) if all(name in ALL_TASKS for name in names) else ()
 
 
 def tiny_samples(task: str, count: int, seed: int = 0, split: str = "train") -> list[Sample]:
@@ -96,11 +107,15 @@ def tiny_samples(task: str, count: int, seed: int = 0, split: str = "train") -> 
     samples = []
     for index in range(count):
         number = seed_of(split, seed * 1_000_003 + 7_000_000 + index)
-        document = draw(task, number)
-        turns = Random(number).sample(document.turns, min(MOST_QUESTIONS, len(document.turns)))
+        document = document_of(task, number)
+        turns = document.turns  # of a film in their order, in which the bundled model was trained
+        if not document.is_film:
+            turns = Random(number).sample(turns, min(MOST_QUESTIONS, len(turns)))
         asked = [turn.question for turn in turns]
-        asked[0] = f"{IMAGE}\n{asked[0]}"
-        samples.append(Sample(task, (document.image,), tuple(asked), tuple(turn.answer for turn in turns)))
+        asked[0] = (f"{VIDEO}\n" if document.is_film else f"{IMAGE}\n" * document.pictures) + asked[0]
+        images, videos = ((), (film_of(document),)) if document.is_film else (tuple(document.images), ())
+        answers = tuple(turn.answer for turn in turns)
+        samples.append(Sample(task, images, tuple(asked), answers, videos=videos))
     return samples
 
 

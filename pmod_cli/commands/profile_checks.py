@@ -55,10 +55,12 @@ def some_of(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
 
 def known_tasks(text: str) -> str:
     """The tasks of --tasks, if all of them are bundled ones."""
-    from pmod_cli.calibration.samples import TASKS, tiny_tasks
+    from pmod_cli.calibration.samples import ALL_TASKS, tiny_tasks
 
     if not tiny_tasks(text):
-        raise typer.BadParameter(f"--tasks {text!r}: expected tiny, or some of {', '.join(TASKS)}; --data takes others")
+        raise typer.BadParameter(
+            f"--tasks {text!r}: expected tiny, or some of {', '.join(ALL_TASKS)}; --data takes others"
+        )
     return text
 
 

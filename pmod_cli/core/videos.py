@@ -24,11 +24,14 @@ class Frames:
         most: Frames at most; of a longer video so many are taken at equal distances.
         exact: Whether `most` frames are taken of any video, some of them twice where it has fewer: models that
             read a frame as a tile put videos of one length alone into a batch.
+        down: Whether a place between two frames is the earlier one, as in lmms-eval's own models; else the nearer, as
+            in transformers' processors.
     """
 
     per_second: float = 2.0
     most: int = 32
     exact: bool = False
+    down: bool = False
 
     def chosen(self, frames: int, recorded: float) -> np.ndarray:
         """The frames that are taken, int64 and ascending.
@@ -39,7 +42,8 @@ class Frames:
         """
         wanted = max(1, round(frames / recorded * self.per_second)) if recorded else frames
         count = self.most if self.exact else min(wanted, frames, self.most)
-        return np.linspace(0, frames - 1, count, dtype=np.int64)  # rounded down, as lmms-eval's models do
+        places = np.linspace(0, frames - 1, count)
+        return (places if self.down else places.round()).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -142,7 +142,7 @@ def prepare(
     if videos:
         if getattr(processor, "video_processor", None) is None:
             raise PmodError("it asks about a video, and this model takes images alone")
-        frames = frames_of(processor, per_second=1e6, most=FRAMES)
+        frames = replace(frames_of(processor, per_second=1e6, most=FRAMES), down=True)
         given = clips([each if isinstance(each, Video) else load_video(Path(each), frames) for each in videos])
     return encode(processor, index, prompt, images, **given)
 

@@ -8,6 +8,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from pmod_cli import cli
+from pmod_cli.calibration.asked import Asked
+from pmod_cli.calibration.samples import read_samples
 from pmod_cli.checkpoints import bundled_path
 from pmod_cli.checkpoints.digests import file_sha256
 from pmod_cli.data.documents import draw, seed_of
@@ -57,6 +59,22 @@ def test_it_reads_unseen_documents_and_cannot_without_their_pictures(model, proc
         share[blank] = sum(hits.values()) / (3 * len(ALL_TASKS))
     assert share[False] >= 0.9
     assert share[True] <= 0.5
+
+
+def test_calibration_asks_it_about_pairs_and_films_too(model, processor):
+    assert {each.task for each in read_samples("tiny", 9, films=True)} == set(ALL_TASKS)
+    samples = read_samples("which,moving", 4)
+    assert [(len(each.images), len(each.videos)) for each in samples] == [(2, 0), (2, 0), (0, 1), (0, 1)]
+    asked = Asked(model, processor)
+    own = asked.answered(samples, own=True)
+    hits = [
+        one == other
+        for each, given in zip(own, samples, strict=True)
+        for one, other in zip(each.answers, given.answers, strict=True)
+    ]
+    assert sum(hits) >= len(hits) - 1, "it sees what it is asked about"
+    (batch,) = asked.batches(own)
+    assert {"pixel_values", "pixel_values_videos"} <= set(batch.inputs)
 
 
 @pytest.mark.parametrize(("size", "tokens"), [((96, 96), 144), ((96, 48), 72), ((48, 104), 78), ((100, 52), 72)])

@@ -1,5 +1,7 @@
 """What a config.json leaves out is what transformers' own classes say."""
 
+from pathlib import Path
+
 import pytest
 import transformers
 from transformers import (
@@ -13,6 +15,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from pmod_cli import families
 from pmod_cli.checkpoints.layouts.shapes import decoder_shapes, tower_shapes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, FAMILIES, TOWERS
@@ -27,6 +30,12 @@ CONFIGS = {
     "qwen3_vl_text": Qwen3VLTextConfig,
 }
 TOWER_CONFIGS = {"clip_vision_model": CLIPVisionConfig, "siglip_vision_model": SiglipVisionConfig}
+
+
+def test_a_family_is_one_file_of_at_most_two_hundred_lines():
+    folder = Path(families.__file__).parent
+    lines = {name: len((folder / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in FAMILIES}
+    assert {name: count for name, count in lines.items() if count > 200} == {}
 
 
 def test_every_decoder_and_tower_is_written_down():

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_each_ablation_changes_one_thing_and_keeps_as_many_tokens():
         for name, s in found.items()
         if name.startswith("shift")
     }
+
+
+def test_choices_differ_in_who_chooses_and_where_routers_start_and_in_nothing_else():
+    found = {
+        cell.recipe.partition("/")[2]: load_settings(recipe_files.find(cell.recipe)) for cell in cells_of("choice", [0])
+    }
+    reference = found["p-mod"]
+    chosen = {"held-1": [8], "held-2": [8, 16], "zero-held-1": [8]}
+    for name, settings in found.items():
+        assert (settings.data, settings.train) == (reference.data, reference.train), name
+        start = "zero" if name.startswith("zero") else "calibrated"
+        assert settings.model == replace(reference.model, router_start=start), name
+        assert settings.pmod.enabled is (name != "stock")
+        given = PmodSettings.from_dict(settings.pmod.given)
+        assert list(given.select_at or ()) == chosen.get(name, []), name
+        assert given.retention(32) == PmodSettings().retention(32)
+        assert given.retention(32).index(next(ratio for ratio in given.retention(32) if ratio < 1)) == 8
 
 
 def test_cells_come_seed_by_seed_the_reference_first():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from pmod_cli import __version__
 from pmod_cli.calibration.asked import Batch
 from pmod_cli.calibration.importance import fisher_information, received_attention
 from pmod_cli.calibration.measured import Measured, digest
@@ -83,7 +85,7 @@ class Bench:
         targets: Which importances are computed, of `TARGETS`.
         folds: Of each batch, below `FOLDS`.
         seed: Of what is drawn.
-        measured: Keeps divergences for a run that is stopped.
+        measured: Keeps divergences for a run that is stopped; None where nothing has to be kept.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Bench:
         seed: int = 0,
         measured: Measured | None = None,
     ) -> None:
-        self.replay, self.folds, self.measured = replay, folds, measured or Measured()
+        self.replay, self.folds, self.measured = replay, folds, measured
         self.routers: dict[int, nn.Module] = {}
         self.apply(Schedule((1.0,) * len(replay)))
         with torch.no_grad():
@@ -110,9 +112,7 @@ class Bench:
             for stream, found in zip(self.start, self.importance, strict=True):
                 found["fisher"] = fisher_information(replay, stream, seed=seed)
         self.tokens = sum(len(stream.targets) for stream in self.start)
-        # What the model is asked, and what it answers as it is, tell which model and data these are.
-        asked = [tensor for batch in batches for tensor in batch.inputs.values()]
-        self.about = digest(list(self.folds), tensors=[*asked, *self.stock])
+        self.asked = [tensor for batch in batches for tensor in batch.inputs.values()]
 
     def apply(
         self, schedule: Schedule, routers: dict[int, nn.Module] | None = None, selection: str = "router", seed: int = 0
@@ -157,7 +157,10 @@ class Bench:
 
         A token is unchanged if it is still the likeliest, or was not before. The shares are float64, on the host.
         """
-        shares, same = self.measured(self._key(), lambda: self._judge(streams))
+        if self.measured is None:
+            shares, same = self._judge(streams)
+        else:
+            shares, same = self.measured(self._key(), lambda: self._judge(streams))
         share = torch.tensor(shares, dtype=torch.float64)
         return max(0.0, float(share.sum())), share, same
 
@@ -173,11 +176,16 @@ class Bench:
             same += int((rows[1] == 0).sum())
         return torch.cat(shares).tolist(), same
 
+    @cached_property
+    def _about(self) -> str:
+        """What the model is asked, and what it answers as it is, tell which model and data these are."""
+        return digest(__version__, list(self.folds), tensors=[*self.asked, *self.stock])
+
     def _key(self) -> str:
         """Of what `judged` would measure now: the samples, the model, what its layers keep, and who chooses."""
         layers = [[each.ratio, each.chosen_at, each.held, each.keep_keys] for each in self.replay.layers]
         routers = [tensor for _, router in sorted(self.routers.items()) for tensor in router.state_dict().values()]
-        return digest(self.about, layers, sorted(self.routers), self.selection, tensors=routers)
+        return digest(self._about, layers, sorted(self.routers), self.selection, tensors=routers)
 
     def _asked(self, streams: Sequence[Stream] | None) -> Iterator[Stream]:
         """Streams in turn, by default those in front of layer 0, with the routers that were not fitted on them."""

@@ -26,13 +26,13 @@ class Measured:
     """A file of measurements by key.
 
     Args:
-        path: The file; None keeps nothing. Where it cannot be written, nothing is kept either, and a warning says so.
+        path: The file. Where it cannot be written nothing is kept, and a warning says so.
 
     Attributes:
         found: How many measurements were there already, and asked for again.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.found = path, 0
 
     def __call__(self, key: str, measure: Callable[[], Any]) -> Any:
@@ -46,7 +46,7 @@ class Measured:
 
     def forget(self) -> None:
         """Removes the file: what was measured is part of a result now."""
-        if self.path is not None and self._open is not None:
+        if self._open is not None:
             self._open.close()
             self.path.unlink(missing_ok=True)
 
@@ -54,7 +54,7 @@ class Measured:
     def _open(self) -> sqlite3.Connection | None:
         """The file, made when the first measurement is asked for: a run that is refused leaves none."""
         try:
-            return None if self.path is None else _table(self.path)
+            return _table(self.path)
         except (OSError, sqlite3.Error) as error:
             self._warn(error)
             return None

@@ -129,7 +129,9 @@ class RoutedDynamicLayer(_RoutedSlots, DynamicLayer):
             self.skipped += skipped
             if valid is not None:
                 self.valid = self._keys_seen(valid, valid)
-        return super().update(key_states, value_states, *args, **kwargs)
+        if self.slots:
+            return super().update(key_states, value_states, *args, **kwargs)
+        return store_first(self, key_states, value_states)
 
     def _keys_seen(self, valid: Tensor | None, states: Tensor) -> Tensor | None:
         """`(B, slots + M)` bool: which slots will be real when `states` have arrived; None if all are."""
@@ -234,15 +236,35 @@ def hides_the_future(config: Any) -> bool:
     return config._attn_implementation == "sdpa" or "flash" in config._attn_implementation
 
 
+def store_all(cache: Cache, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """`Cache.update` for a layer that skips tokens and yet keeps the K/V of all; a first prefill is not copied."""
+    layer = stock_cache_layer(cache, layer_idx)
+    if type(layer) is not DynamicLayer or layer.is_initialized or cache.offloading:
+        return cache.update(keys, values, layer_idx)
+    return store_first(layer, keys, values)
+
+
+def store_first(layer: DynamicLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts K and V in an empty layer as they are. The stock layer appends them to nothing, which copies both."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return keys, values
+
+
+def stock_cache_layer(cache: Cache, layer_idx: int) -> Any:
+    """The K/V of one layer as it is. A cache that was made without a configuration has none before its first use."""
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
+    return cache.layers[layer_idx]
+
+
 def routed_cache_layer(cache: Cache, layer_idx: int) -> RoutedDynamicLayer | RoutedStaticLayer:
     """The routed K/V of one layer, put in the place of the stock cache layer before its first use.
 
     Raises:
         ValueError: The stock layer already holds tokens, or is of a kind whose K/V cannot have their own length.
     """
-    while len(cache.layers) <= layer_idx:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[layer_idx]
+    layer = stock_cache_layer(cache, layer_idx)
     if isinstance(layer, RoutedDynamicLayer | RoutedStaticLayer):
         return layer
     if layer.is_initialized and layer.keys is not None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .attention_rows import attention_function, heads
-from .cache import CACHE_NAME, hides_the_future, routed_cache_layer, take_cache
+from .cache import CACHE_NAME, hides_the_future, routed_cache_layer, store_all, take_cache
 from .methods import METHODS
 from .routing import EVERYTHING, Gathered, Routing, token_weights
 from .settings import PmodSettings
@@ -245,7 +245,7 @@ class RoutedLayer(Stock):
             raise ValueError(f"skipped tokens whose keys are seen need attention sdpa or eager, found {kind}")
         keys, values = heads(attention, normed, "k", tables), heads(attention, normed, "v")
         if cache is not None:
-            keys, values = cache.update(keys, values, attention.layer_idx)
+            keys, values = store_all(cache, keys, values, attention.layer_idx)
         rows, past = index.unsqueeze(-1), keys.shape[-2] - hidden_states.shape[1]
         asked = [table.expand(len(x), -1, -1).gather(1, rows.expand(-1, -1, table.shape[-1])) for table in tables]
         queries = heads(attention, normed.gather(1, rows.expand_as(x)), "q", asked)

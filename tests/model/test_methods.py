@@ -255,3 +255,24 @@ def test_a_method_from_outside():
     finally:
         METHODS.unregister("loudest")
         SELECTIONS.unregister("loudest")
+
+
+@pytest.mark.parametrize("variant", ["pmod", "shortv"])
+def test_a_first_prefill_is_stored_without_a_copy(variant):
+    """The stock cache appends the first K and V to nothing. A turn of text in front of the image is appended to."""
+    model, inputs = pmod_model(pmod=VARIANTS[variant]), batch("llava_next", ROWS[:1])
+    ids, image = inputs["input_ids"], {key: inputs[key] for key in ("pixel_values", "image_sizes")}
+    thinned = [layer for layer, ratio in enumerate(model.config.retention) if ratio < 1]
+    made = []
+    for index in thinned:
+        attention = model.model.language_model.layers[index].self_attn
+        attention.v_proj.register_forward_hook(lambda _, __, out: made.append(out))
+    with torch.no_grad():
+        whole = model(input_ids=ids, **image, use_cache=True).past_key_values
+        for index, out in zip(thinned, made, strict=True):
+            assert whole.layers[index].values.data_ptr() == out.data_ptr()
+        text = torch.full((1, 4), 7)
+        cache = model(input_ids=text, use_cache=True).past_key_values
+        seen = model(input_ids=ids, **image, past_key_values=cache, use_cache=True).logits
+        expected = model(input_ids=torch.cat([text, ids], dim=1), **image).logits[:, 4:]
+    torch.testing.assert_close(seen, expected, **CLOSE)

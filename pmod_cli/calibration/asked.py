@@ -24,7 +24,7 @@ NEW_TOKENS = 48  # of one answer of the model
 
 
 @dataclass(frozen=True)
-class Batch:
+class AskedBatch:
     """Rows that are measured together.
 
     Attributes:
@@ -71,7 +71,7 @@ class Asked:
                     said[open_[place]].append(text or " ")
         return [replace(each, answers=tuple(answers)) for each, answers in zip(samples, said, strict=True)]
 
-    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+    def batches(self, samples: Sequence[Sample]) -> list[AskedBatch]:
         """Batches of answered samples, rows of similar length together. Tensors are on the host.
 
         Raises:
@@ -79,7 +79,7 @@ class Asked:
         """
         rows = [self._row(sample) for sample in samples]
         return [
-            Batch(self.collate([rows[i] for i in indices]), [samples[i].task for i in indices], indices)
+            AskedBatch(self.collate([rows[i] for i in indices]), [samples[i].task for i in indices], indices)
             for indices in _by_length([len(row["input_ids"]) for row in rows])
         ]
 

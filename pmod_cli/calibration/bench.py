@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmod_cli import __version__
-from pmod_cli.calibration.asked import Batch
+from pmod_cli.calibration.asked import AskedBatch
 from pmod_cli.calibration.importance import fisher_information, received_attention
 from pmod_cli.calibration.measured import Measured, digest
 from pmod_cli.calibration.regression import FOLDS, Moments
@@ -91,7 +91,7 @@ class Bench:
     def __init__(
         self,
         replay: Replay,
-        batches: Sequence[Batch],
+        batches: Sequence[AskedBatch],
         targets: Sequence[str] = TARGETS,
         *,
         folds: Sequence[int] = (),

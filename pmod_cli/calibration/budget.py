@@ -12,9 +12,9 @@ import numpy as np
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import retention_schedule
+from pmod_cli.profiling.budgets import PROMPT, dearest_within
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.workload import Routed, Row
-from pmod_cli.profiling.methods import PROMPT, dearest_within
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pmod_cli.calibration.asked import Batch
+from pmod_cli.calibration.asked import AskedBatch
 from pmod_cli.calibration.replay import Replay, Stream, answer_losses
 
 IDLE = 0.01  # nats: a layer whose absence costs less does nothing for the answers
@@ -55,7 +55,7 @@ class Depth:
 
 @torch.no_grad()
 def measure_depth(
-    replay: Replay, batches: Iterable[Batch], on_layer: Callable[[], None] = lambda: None
+    replay: Replay, batches: Iterable[AskedBatch], on_layer: Callable[[], None] = lambda: None
 ) -> dict[str, Depth]:
     """What each layer is for, by task.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pmod_cli.calibration.asked import Batch
+from pmod_cli.calibration.asked import AskedBatch
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.families import family_of
 from pmod_cli.model import PmodSettings, Routing
@@ -96,7 +96,7 @@ class Replay:
 
         route_layers(self.decoder, PmodSettings(schedule="list", values=(1.0,) * len(self)))
 
-    def begin(self, batch: Batch) -> Stream:
+    def begin(self, batch: AskedBatch) -> Stream:
         """A batch in front of layer 0, as the model itself puts it there."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
         labels, ids = inputs.pop("labels"), inputs["input_ids"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from pmod_cli.calibration.bench import Bench, CrossFitted, Schedule
 from pmod_cli.calibration.budget import Budget, best_ratios
 from pmod_cli.calibration.replay import Stream
-from pmod_cli.profiling.methods import dearest_within
+from pmod_cli.profiling.budgets import dearest_within
 
 LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75)  # ratios that layers are tried at, beside all and what they have
 TOGETHER = 2  # neighbouring layers that are tried at once: one alone changes less than the samples differ

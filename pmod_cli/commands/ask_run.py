@@ -14,7 +14,7 @@ from pmod_cli.core.errors import BAD_INPUT, PARTIAL, PmodError
 from pmod_cli.core.images import load_image
 from pmod_cli.core.text import memory_size, printable
 from pmod_cli.evaluation import eval_models
-from pmod_cli.serving.conversation import AnswerStats, Conversation
+from pmod_cli.serving.chat import AnswerStats, Chat
 from pmod_cli.serving.generation import Answerer, Sampling
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Speaker:
 
     column: eval_models.EvalModel
     loaded: eval_models.Loaded
-    conversation: Conversation
+    conversation: Chat
 
     def get_ready(self) -> None:
         """Gives a model that several columns share the selection of this one."""
@@ -62,7 +62,7 @@ def speakers(
     for column in eval_models.choose(name, against, revision=revision, offline=offline):
         loaded = next((each.loaded for each in found if each.loaded.serves(column)), None)
         loaded = loaded or eval_models.load(column, dtype=dtype, device=device, attention="sdpa")
-        conversation = Conversation(Answerer(loaded.model, loaded.processor), keep_cache=keep_cache)
+        conversation = Chat(Answerer(loaded.model, loaded.processor), keep_cache=keep_cache)
         found.append(Speaker(column, loaded, conversation))
     if any(each.column.routers == "untrained" for each in found):
         output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")

@@ -86,9 +86,9 @@ def calibrate_to(
         PmodError: what is wrong, before anything is written.
     """
     from pmod_cli import checkpoints
-    from pmod_cli.calibration.calibrate import CalibrationSettings, calibrate, router_values
+    from pmod_cli.calibration.calibration import CalibrationSettings, calibrate, router_values
     from pmod_cli.calibration.measured import Measured, digest
-    from pmod_cli.calibration.report import NOTES, card, chosen, tables, to_json
+    from pmod_cli.calibration.results import NOTES, card, chosen, tables, to_json
     from pmod_cli.families.sizes import Sizes
 
     settings = CalibrationSettings(**asked_for)
@@ -145,7 +145,7 @@ def calibrate_to(
 
 def _write_more(folder: Path, result: Any, results: list, settings: Any) -> None:
     """`calibration.json` and the figures, into the folder of a result that is being made."""
-    from pmod_cli.calibration.report import depth_figure, pareto_figure, to_json
+    from pmod_cli.calibration.results import depth_figure, pareto_figure, to_json
     from pmod_cli.core.atomic import write_json
     from pmod_cli.profiling import plots
 

@@ -159,8 +159,8 @@ def averaged(
     """The report of `--from-data`."""
     from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling import Routed, average
+    from pmod_cli.profiling.comparison import cache_dtype
     from pmod_cli.profiling.count_report import SCHEMA_VERSION
-    from pmod_cli.profiling.report import cache_dtype
 
     if text_tokens is not None and text_tokens < 0:
         raise PmodError(f"--text-tokens {text_tokens} is negative: expected 0 or more", hint="pmod profile --help")

@@ -24,7 +24,7 @@ from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.prompts import windows
 from pmod_cli.families.configs import known_family
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling.methods import PromptBudget
+from pmod_cli.profiling.budgets import PromptBudget
 
 MAX_NEW_TOKENS = 1024  # where a task sets none; as lmms-eval's own LLaVA
 

@@ -20,7 +20,7 @@ from pmod_cli.families import model_types
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.families.unsupported import why_not
 from pmod_cli.model import METHODS, SELECTIONS, PmodSettings
-from pmod_cli.profiling.methods import HARDLY_TEXT, PromptBudget, cost_of, nearest, prompt_of, solve
+from pmod_cli.profiling.budgets import HARDLY_TEXT, PromptBudget, cost_of, nearest, prompt_of, solve
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.outcome import Record
@@ -294,7 +294,7 @@ class Loaded:
 
 
 def _cost(config: Any) -> dict[str, float] | None:
-    """What a loaded p-MoD model costs, see `profiling.methods.MethodCost`; None for a stock one."""
+    """What a loaded p-MoD model costs, see `profiling.budgets.MethodCost`; None for a stock one."""
     return cost_of(Sizes.of(config), config.settings).as_dict() if hasattr(config, "settings") else None
 
 

@@ -1,8 +1,8 @@
 """What a model costs, stock beside p-MoD: counted before it runs, without weights, and measured when it runs.
 
 `count/` has the formulas, the fvcore trace that checks them, KV cache and memory; `measure/` runs and times models.
-On top: `subject` (a name to two configurations), `report` (one counted profile), `cost_sweep` and `average` (many of
-them), and what is shown: tables, JSON, figures.
+On top: `subject` (a name to two configurations), `comparison` (one counted profile), `cost_sweep` and `average` (many
+of them), and what is shown: tables, JSON, figures.
 
 Names resolve on first use, so that formulas cost no import of torch.
 """
@@ -17,7 +17,7 @@ _HOMES = {
     "count.formulas": ("Prefill", "prefill"),
     "count.training": ("TrainingSetup", "training_flops", "training_memory"),
     "subject": ("Subject", "load_subject", "scaled"),
-    "report": ("CONVENTIONS", "Profile", "profile"),
+    "comparison": ("CONVENTIONS", "Profile", "profile"),
     "measure.latency": ("LatencySettings", "measure_latency"),
     "count_report": ("to_json",),
     "measure.clock": ("interleaved", "peak_bytes", "threads", "timed"),

@@ -12,11 +12,11 @@ from typing import Any
 from rich.table import Table
 
 from pmod_cli.core.text import GIGA, KIB, MEGA, MIB, TERA, percent
+from pmod_cli.profiling.comparison import CONVENTIONS, Profile
 from pmod_cli.profiling.count.memory import KvCost
 from pmod_cli.profiling.count.trace import FLOPS_PER_MAC, LayerCost
 from pmod_cli.profiling.latency_report import latency_json
 from pmod_cli.profiling.measure.latency import Latency
-from pmod_cli.profiling.report import CONVENTIONS, Profile
 from pmod_cli.reporting import plain_table
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from pmod_cli.core.text import MIB, TERA
+from pmod_cli.profiling.comparison import Profile
 from pmod_cli.profiling.measure.latency import Latency, PhaseResult, peak_share
 from pmod_cli.profiling.measure.phases import DECODE, PHASES, STOCK
-from pmod_cli.profiling.report import Profile
 from pmod_cli.reporting import plain_table
 
 

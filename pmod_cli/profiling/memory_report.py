@@ -9,11 +9,11 @@ from typing import Any
 from rich.table import Table
 
 from pmod_cli.core.text import GIB, KIB, MIB, percent
+from pmod_cli.profiling.comparison import Profile
 from pmod_cli.profiling.count.memory import RESERVE, Fit, InferenceMemory, fit, inference_memory
 from pmod_cli.profiling.count.training import TrainingMemory, TrainingSetup, training_memory
 from pmod_cli.profiling.count.workload import Routed
 from pmod_cli.profiling.measure.devices import DEVICES, Device
-from pmod_cli.profiling.report import Profile
 from pmod_cli.reporting import plain_table
 
 _UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.text import GIGA, MIB, TERA, percent
+from pmod_cli.profiling.comparison import Profile
 from pmod_cli.profiling.cost_sweep import Axis, Scores, SweepPoint
-from pmod_cli.profiling.report import Profile
 
 STOCK, PMOD, SECOND, THIRD, SCORE = "#9a9a9a", "#0072b2", "#56b4e9", "#d55e00", "#009e73"
 STYLE = {

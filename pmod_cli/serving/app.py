@@ -22,7 +22,7 @@ from aiohttp import web
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.prompts import Prompt, preparing_threads
-from pmod_cli.serving.conversation import check_length, conversation_prompt
+from pmod_cli.serving.chat import check_length, conversation_prompt
 from pmod_cli.serving.generation import Answerer
 from pmod_cli.serving.media import Media, decode
 from pmod_cli.serving.metrics import Metrics

@@ -45,7 +45,7 @@ class Sampling:
 
 
 @dataclass(eq=False)
-class Row:
+class BatchRow:
     """One answer in the making.
 
     Attributes:
@@ -85,7 +85,7 @@ class Row:
 class Batch:
     """Rows that are decoded together, one token a step."""
 
-    def __init__(self, answerer: Answerer, rows: list[Row], cache: Cache, real: Tensor, deltas: Tensor) -> None:
+    def __init__(self, answerer: Answerer, rows: list[BatchRow], cache: Cache, real: Tensor, deltas: Tensor) -> None:
         """See `Answerer.prefill`, which makes batches.
 
         Args:
@@ -104,7 +104,7 @@ class Batch:
         self._process(self.newest)
 
     @torch.inference_mode()
-    def extend(self, row: Row, ids: Sequence[int], *, without: int = 0) -> None:
+    def extend(self, row: BatchRow, ids: Sequence[int], *, without: int = 0) -> None:
         """Puts more text behind the one row of the batch, and chooses the first token of the answer to it.
 
         Args:
@@ -183,7 +183,7 @@ class Batch:
         self._mark()
 
     @torch.inference_mode()
-    def drop_finished(self) -> list[Row]:
+    def drop_finished(self) -> list[BatchRow]:
         """Takes finished rows out of the batch and returns them; the memory that only they needed is free again."""
         done = [row for row in self.rows if row.finished]
         places = [place for place, row in enumerate(self.rows) if not row.finished]
@@ -256,7 +256,7 @@ class Answerer:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.inference_mode()
-    def prefill(self, rows: list[Row]) -> Batch:
+    def prefill(self, rows: list[BatchRow]) -> Batch:
         """Processes the prompts of B rows as one left-padded batch, and chooses the first token of each."""
         inputs = {
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
@@ -285,7 +285,7 @@ class Answerer:
         """Positions `(B, T)` of text as the model takes them."""
         return positions.expand(3, -1, -1) if self._has_deltas else positions
 
-    def penalised(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    def penalised(self, logits: Tensor, rows: Sequence[BatchRow]) -> Tensor:
         """Logits `(B, vocabulary)` under the repetition penalty of the checkpoint, if it has one."""
         if self._penalty is None:
             return logits

@@ -15,9 +15,9 @@ from typing import Any
 
 from pmod_cli.core.errors import explain
 from pmod_cli.evaluation.prompts import Prompt
-from pmod_cli.serving.generation import Answerer, Batch, Row, Sampling
+from pmod_cli.serving.generation import Answerer, Batch, BatchRow, Sampling
 from pmod_cli.serving.metrics import Metrics
-from pmod_cli.serving.text import TextStream
+from pmod_cli.serving.text_stream import TextStream
 
 FAILED = "the model failed on this request"
 
@@ -72,7 +72,7 @@ class Worker:
         self._answerer, self._max_batch, self._metrics = answerer, max_batch, metrics
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._batch: Batch | None = None
-        self._of: dict[Row, tuple[Ticket, TextStream]] = {}
+        self._of: dict[BatchRow, tuple[Ticket, TextStream]] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -123,7 +123,7 @@ class Worker:
 
     def _admit(self, tickets: Sequence[Ticket]) -> None:
         """Prefills some tickets together; where that fails, each alone, so that it fails for its own reason."""
-        rows = [Row(ticket.prompt, ticket.sampling) for ticket in tickets]
+        rows = [BatchRow(ticket.prompt, ticket.sampling) for ticket in tickets]
         try:
             batch = self._answerer.prefill(rows)
         except Exception as error:
@@ -158,7 +158,7 @@ class Worker:
         self._metrics.step_rows.observe(len(batch.rows))
         self._deliver(batch, batch.rows)
 
-    def _deliver(self, batch: Batch, rows: Sequence[Row]) -> None:
+    def _deliver(self, batch: Batch, rows: Sequence[BatchRow]) -> None:
         """Lets rows go that are done, and hands out what the newest tokens say."""
         said = []
         for row in rows:

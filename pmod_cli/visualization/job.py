@@ -14,11 +14,11 @@ from pmod_cli.core.images import LoadedImage, load_image
 from pmod_cli.core.text import printable
 from pmod_cli.core.videos import Video
 from pmod_cli.visualization.archive import load_npz, npz_bytes
-from pmod_cli.visualization.ask import DEFAULT_QUESTION, MAX_NEW_TOKENS, LoadedModel, attend, select_together
 from pmod_cli.visualization.figure import ALL_LAYERS, MODES, PARTS, draw
 from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
 from pmod_cli.visualization.inputs import Item, load_film
 from pmod_cli.visualization.page import check_format, encode
+from pmod_cli.visualization.recording import DEFAULT_QUESTION, MAX_NEW_TOKENS, LoadedModel, attend, select_together
 from pmod_cli.visualization.selection_page import html_page
 from pmod_cli.visualization.statistics import in_common
 

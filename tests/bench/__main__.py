@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pmod_cli.model import METHODS
+from pmod_cli.profiling.comparison import Profile, profile
 from pmod_cli.profiling.count.workload import Workload
 from pmod_cli.profiling.latency_report import predicted_cache
 from pmod_cli.profiling.measure.clock import interleaved, peak_bytes, threads
@@ -33,7 +34,6 @@ from pmod_cli.profiling.measure.phases import (
     prompt,
     random_pair,
 )
-from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import load_subject, scaled
 from tests.bench.methods import BOUNDS, overheads
 from tests.bench.start import start_ratio

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
+from pmod_cli.profiling.budgets import solve
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.workload import Routed
 from pmod_cli.profiling.measure.clock import interleaved
 from pmod_cli.profiling.measure.phases import PMOD, PREFILL, STOCK, PhaseBench
-from pmod_cli.profiling.methods import solve
 
 BOUNDS = {0.54: 1.05, 0.15: 1.10}
 CAUSAL = 0.5  # of the square of attention, which a causal kernel computes

@@ -230,7 +230,7 @@ def test_a_calibrated_model_goes_through_the_other_verbs(calibrated: Path, workd
 @pytest.mark.slow
 def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys):
     few = lambda data, count, **options: read_samples(data, 8, **options)  # noqa: E731 - the default of 64 takes minutes
-    monkeypatch.setattr("pmod_cli.calibration.calibrate.read_samples", few)
+    monkeypatch.setattr("pmod_cli.calibration.calibration.read_samples", few)
     call = ["convert", str(stock_model()), "-o", "made", "--calibrate", "doc"]
     assert main([*call, "--target-flops", "0.6", "--schedule", "cosine"]) == 0
     assert checkpoints.router_state(Path("made")) == "calibrated"
@@ -295,7 +295,7 @@ def test_a_run_that_was_stopped_measures_what_is_missing(stock_model, workdir: P
     assert main([*call, "whole"]) == 0
     capsys.readouterr()
     with monkeypatch.context() as stopped:
-        stopped.setattr("pmod_cli.calibration.calibrate._mean", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped.setattr("pmod_cli.calibration.calibration._mean", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*call, "made"]) == 130
     assert not Path("made").exists()
     assert len(list(Path(".pmod").glob("calibrate-*"))) == 1

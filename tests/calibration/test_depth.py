@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pmod_cli.calibration.asked import Asked, Batch
+from pmod_cli.calibration.asked import Asked, AskedBatch
 from pmod_cli.calibration.depth import WAYS, measure_depth
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
@@ -23,7 +23,7 @@ from tests.model.models import ROUTED_FROM_START, pmod_twin
 LAYERS = 4
 
 
-def batches_of(model, kind: str, count: int = 4) -> list[Batch]:
+def batches_of(model, kind: str, count: int = 4) -> list[AskedBatch]:
     """Rows of unlike lengths in one batch, so that there is padding and K differs by row."""
     samples = [
         type(each)(each.task, (each.images[0].resize((64, 40 + 12 * i)),), each.questions, each.answers)
@@ -33,7 +33,7 @@ def batches_of(model, kind: str, count: int = 4) -> list[Batch]:
 
 
 @torch.no_grad()
-def plain_losses(model, batches: list[Batch]) -> dict[str, float]:
+def plain_losses(model, batches: list[AskedBatch]) -> dict[str, float]:
     """Of whole forward passes, mean over the answer tokens of each task."""
     losses: dict[str, list[torch.Tensor]] = {}
     for batch in batches:

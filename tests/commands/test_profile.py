@@ -62,7 +62,7 @@ TIMED = """
 import sys, time
 import torch, transformers, fvcore.nn, rich.table
 import pmod_cli.model.modeling, pmod_cli.commands.profile, pmod_cli.checkpoints.resolve
-import pmod_cli.profiling.report, pmod_cli.profiling.count_report
+import pmod_cli.profiling.comparison, pmod_cli.profiling.count_report
 import transformers.models.llava.modeling_llava, transformers.models.clip.modeling_clip
 from pmod_cli.cli import main
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from pmod_cli.evaluation.adapter import PmodModel
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
-from pmod_cli.profiling.methods import PromptBudget
+from pmod_cli.profiling.budgets import PromptBudget
 from tests.evaluation.mirrors import break_pictures
 from tests.factories import KINDS
 

@@ -12,7 +12,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import eval_models, pareto
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
-from pmod_cli.profiling.methods import PromptBudget, cost_of, prompt_of
+from pmod_cli.profiling.budgets import PromptBudget, cost_of, prompt_of
 
 
 @pytest.fixture

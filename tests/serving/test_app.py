@@ -7,7 +7,7 @@ import threading
 import pytest
 from PIL import Image
 
-from pmod_cli.serving.conversation import Conversation
+from pmod_cli.serving.chat import Chat
 from pmod_cli.serving.generation import Answerer, Sampling
 from pmod_cli.serving.media import Media
 from tests.model.models import image
@@ -19,7 +19,7 @@ QUESTIONS = ("what is the price of ham?", "yes", "which is dearer, ham or tea?",
 
 
 def alone(answerer, question: str, *pictures: Image.Image, count: int = 6) -> str:
-    return "".join(Conversation(answerer).ask(question, pictures, Sampling(count)))
+    return "".join(Chat(answerer).ask(question, pictures, Sampling(count)))
 
 
 async def ask(client, question: str, *pictures, **more) -> str:
@@ -89,7 +89,7 @@ def test_requests_that_come_together_are_answered_as_alone(serve, answerer):
 
 
 def test_a_conversation_and_a_system_message(serve, answerer):
-    conversation = Conversation(answerer)
+    conversation = Chat(answerer)
     first = "".join(conversation.ask(QUESTIONS[0], PICTURES[:1], Sampling(6)))
     second = "".join(conversation.ask(QUESTIONS[1], (), Sampling(6)))
 

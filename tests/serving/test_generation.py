@@ -5,7 +5,7 @@ import torch
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.prompts import OF_TEXT, Prompt
-from pmod_cli.serving.generation import Answerer, Batch, Row, Sampling
+from pmod_cli.serving.generation import Answerer, Batch, BatchRow, Sampling
 from tests import factories
 from tests.model import visual
 from tests.model.models import ROUTED_FROM_START, pmod_model
@@ -81,7 +81,7 @@ def check(model, asked: list[Prompt]) -> None:
     asked = [*asked, asked[0]]
     lengths = [2 + 3 * (place % 3) for place in range(len(asked))]
     expected = [alone(model, prompt, count) for prompt, count in zip(asked, lengths, strict=True)]
-    rows = [Row(prompt, Sampling(count)) for prompt, count in zip(asked, lengths, strict=True)]
+    rows = [BatchRow(prompt, Sampling(count)) for prompt, count in zip(asked, lengths, strict=True)]
     batch = answerer.prefill(rows[:2])
     run(batch, 2)
     for row in rows[2:]:
@@ -98,7 +98,7 @@ def test_a_row_may_be_stopped_from_outside():
     model = pmod_model("llava").double()
     asked = prompts("llava", visual.stock_config("llava"), [visual.Row(words=7), visual.Row(words=5)])
     answerer = Answerer(model, Tokens())
-    rows = [Row(prompt, Sampling(8)) for prompt in asked]
+    rows = [BatchRow(prompt, Sampling(8)) for prompt in asked]
     batch = answerer.prefill(rows)
     rows[0].finished = "dropped"
     assert batch.drop_finished() == [rows[0]]
@@ -110,12 +110,12 @@ def test_equal_seeds_draw_equal_tokens_in_any_company():
     model = pmod_model("llava").double()
     asked = prompts("llava", visual.stock_config("llava"), [visual.Row(words=7), visual.Row(words=5)])
     answerer, drawn = Answerer(model, Tokens()), Sampling(6, temperature=1.5, top_p=0.95, seed=7)
-    rows = [Row(asked[0], drawn), Row(asked[1], Sampling(6)), Row(asked[0], drawn)]
+    rows = [BatchRow(asked[0], drawn), BatchRow(asked[1], Sampling(6)), BatchRow(asked[0], drawn)]
     run(answerer.prefill(rows))
-    single = Row(asked[0], drawn)
+    single = BatchRow(asked[0], drawn)
     run(answerer.prefill([single]))
     assert rows[0].ids == rows[2].ids == single.ids
-    others = [Row(asked[0], Sampling(6, temperature=1.5, seed=seed)) for seed in range(8)]
+    others = [BatchRow(asked[0], Sampling(6, temperature=1.5, seed=seed)) for seed in range(8)]
     run(answerer.prefill(others))
     assert len({tuple(row.ids) for row in others}) > 1
 
@@ -129,7 +129,7 @@ def test_a_repetition_penalty_of_the_checkpoint_counts():
 def test_a_sliding_window_is_refused_in_batches():
     model = factories.model("llava", "mistral", sliding_window=4).double()
     answerer = Answerer(model, Tokens())
-    rows = [Row(prompt, Sampling(4)) for prompt in prompts("llava", model.config, [visual.Row(words=7)] * 2)]
+    rows = [BatchRow(prompt, Sampling(4)) for prompt in prompts("llava", model.config, [visual.Row(words=7)] * 2)]
     first, second = (answerer.prefill([row]) for row in rows)
     with pytest.raises(PmodError, match="cannot be answered in batches"):
         first.join(second)

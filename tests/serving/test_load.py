@@ -15,7 +15,7 @@ from aiohttp import ClientSession
 from pmod_cli import checkpoints
 from pmod_cli.evaluation.prompts import collate
 from pmod_cli.model import PmodSettings
-from pmod_cli.serving.conversation import conversation_prompt
+from pmod_cli.serving.chat import conversation_prompt
 from pmod_cli.serving.generation import Answerer
 from pmod_cli.serving.media import Media, decode
 from pmod_cli.serving.requests import parse

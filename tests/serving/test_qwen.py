@@ -9,13 +9,13 @@ from PIL import Image
 
 from pmod_cli import cli
 from pmod_cli.evaluation.prompts import collate
-from pmod_cli.serving.conversation import Conversation, conversation_prompt
+from pmod_cli.serving.chat import Chat, conversation_prompt
 from pmod_cli.serving.generation import Answerer, Sampling
 from tests import visual_processors
 from tests.model.models import image
 from tests.model.visual import routed
 from tests.serving.load import CHAT, body, data_url
-from tests.serving.test_conversation import user
+from tests.serving.test_chat import user
 
 KINDS = ("qwen2_5_vl", "qwen3_vl")
 QUESTIONS = ("what is the price of ham?", "and of tea?")
@@ -39,7 +39,7 @@ def generated(answerer: Answerer, messages: list[dict], images: list[Image.Image
 
 
 def test_a_conversation_goes_on_from_the_cache(answerer):
-    conversation, shown, messages = Conversation(answerer), image(24, 16, seed=3), []
+    conversation, shown, messages = Chat(answerer), image(24, 16, seed=3), []
     for place, question in enumerate(QUESTIONS):
         pieces = list(conversation.ask(question, [] if place else [shown], Sampling(6)))
         messages.append(user(question, [] if place else [shown]))

@@ -75,7 +75,7 @@ def test_several_images_are_a_record_each_and_together_the_row(ready):
     assert [record.image.size for record in records] == [(16, 12), (24, 16)]
     assert records[0].notes == ("picture 1 of 2 in the prompt",)
     inputs, _ = prepare(model, processor, [picture.pixels for picture in pictures], "which?")
-    from pmod_cli.visualization.ask import run
+    from pmod_cli.visualization.recording import run
 
     kept, _, routed, _ = run(model, inputs)
     spare = kept.shape[1] - sum(record.layout.size for record in records)

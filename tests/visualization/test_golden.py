@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pmod_cli.visualization.ask import run
+from pmod_cli.visualization.recording import run
 from tests.model.published import expanded, golden, image_token, info, our_model
 
 

@@ -13,6 +13,7 @@ import torch
 from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.core.text import GIB
 from pmod_cli.model import SELECTIONS
+from pmod_cli.profiling.comparison import Profile, profile
 from pmod_cli.profiling.count.memory import DTYPE_BYTES, bytes_per_token
 from pmod_cli.profiling.count.trace import meta_model
 from pmod_cli.profiling.count.workload import Workload
@@ -32,7 +33,6 @@ from pmod_cli.profiling.measure.phases import (
     prompt,
     random_pair,
 )
-from pmod_cli.profiling.report import Profile, profile
 from pmod_cli.profiling.subject import Subject
 
 DEFAULT_STEPS = 16  # decoded tokens of a call, where the workload names none

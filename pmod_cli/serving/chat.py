@@ -18,8 +18,8 @@ from PIL.Image import Image
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.pictures import is_square, reduced
 from pmod_cli.evaluation.prompts import Prompt, encode, render_chat
-from pmod_cli.serving.generation import Answerer, Batch, Row, Sampling
-from pmod_cli.serving.text import TextStream
+from pmod_cli.serving.generation import Answerer, Batch, BatchRow, Sampling
+from pmod_cli.serving.text_stream import TextStream
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class AnswerStats:
     kv_bytes: int
 
 
-class Conversation:
+class Chat:
     """Questions and answers about pictures.
 
     Args:
@@ -80,7 +80,7 @@ class Conversation:
         turn = {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]}
         prompt = conversation_prompt(self._answerer, [*self._messages, turn], [*self._images, *images])
         limit = check_length(self._answerer, prompt, sampling)
-        row = Row(prompt, Sampling(limit, sampling.temperature, sampling.top_p, sampling.seed))
+        row = BatchRow(prompt, Sampling(limit, sampling.temperature, sampling.top_p, sampling.seed))
         batch, reused = self._begin(row, new_images=bool(images))
         first, text, answer = time.perf_counter(), TextStream(tokenizer), ""
         while True:
@@ -100,7 +100,7 @@ class Conversation:
         self._images += images
         self.finished, self.stats = row.finished, self._measure(batch, row, reused, first - started, seconds)
 
-    def _begin(self, row: Row, *, new_images: bool) -> tuple[Batch, int]:
+    def _begin(self, row: BatchRow, *, new_images: bool) -> tuple[Batch, int]:
         """Processes the prompt up to the first token of the answer; also says how many tokens were in the cache."""
         ids, cached, self._cached = row.prompt.inputs["input_ids"].tolist(), self._cached, []
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], cached, strict=False)))
@@ -120,7 +120,7 @@ class Conversation:
         self._batch = self._answerer.prefill([row])
         return self._batch, 0
 
-    def _measure(self, batch: Batch, row: Row, reused: int, first: float, seconds: float) -> AnswerStats:
+    def _measure(self, batch: Batch, row: BatchRow, reused: int, first: float, seconds: float) -> AnswerStats:
         ids, layers = row.prompt.inputs["input_ids"], batch.cache.layers
         vision = int(sum((ids == token).sum() for token in vision_ids(self._answerer.model.config)))
         words = len(ids) + len(row.ids) - 1 - vision

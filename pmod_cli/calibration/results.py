@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.calibration.calibrate import Calibration, CalibrationSettings, Judged
+from pmod_cli.calibration.calibration import Calibration, CalibrationSettings, Judged
 from pmod_cli.calibration.search import describe
 from pmod_cli.reporting import markdown_table, plain_table
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model.cache import CACHE_NAME
-from pmod_cli.serving.conversation import Conversation, conversation_prompt
+from pmod_cli.serving.chat import Chat, conversation_prompt
 from pmod_cli.serving.generation import Answerer, Sampling
 from tests import factories
 from tests.model import visual
@@ -17,7 +17,7 @@ FASTV = {"method": "fastv", "mean": 0.6}
 QUESTIONS = ("what is the price of ham?", "which is dearer, ham or tea?", "is there a red ring?")
 
 
-def asked(conversation: Conversation, question: str, *pictures: Image.Image, count: int = 6) -> str:
+def asked(conversation: Chat, question: str, *pictures: Image.Image, count: int = 6) -> str:
     return "".join(conversation.ask(question, pictures, Sampling(count)))
 
 
@@ -47,7 +47,7 @@ def user(text: str, images) -> dict:
 @pytest.mark.parametrize("kind", factories.KINDS)
 def test_later_questions_are_answered_as_from_the_start(pmod, kind):
     model, shown = talkative(pmod, kind), image(64, 40, seed=3)
-    conversation, turns = Conversation(model), []
+    conversation, turns = Chat(model), []
     for place, question in enumerate(QUESTIONS):
         new = [] if place else [shown]
         answer = asked(conversation, question, *new)
@@ -60,7 +60,7 @@ def test_later_questions_are_answered_as_from_the_start(pmod, kind):
 
 
 def test_a_cache_may_be_kept_where_that_changes_what_is_seen():
-    conversation = Conversation(talkative(FASTV), keep_cache=True)
+    conversation = Chat(talkative(FASTV), keep_cache=True)
     asked(conversation, QUESTIONS[0], image(64, 40, seed=3))
     asked(conversation, QUESTIONS[1])
     assert conversation.stats.reused_tokens > conversation.stats.vision_tokens
@@ -68,7 +68,7 @@ def test_a_cache_may_be_kept_where_that_changes_what_is_seen():
 
 def test_a_later_picture_is_answered_as_from_the_start():
     model, shown = talkative(), [image(64, 40, seed=3), image(32, 64, seed=4)]
-    conversation = Conversation(model)
+    conversation = Chat(model)
     first = asked(conversation, QUESTIONS[0], shown[0])
     assert asked(conversation, QUESTIONS[1], shown[1]) == from_start(
         model, [(QUESTIONS[0], first, shown[:1])], QUESTIONS[1], shown[1:]
@@ -96,7 +96,7 @@ def test_why_a_later_picture_begins_anew(quota):
 
 def test_statistics_are_counted():
     model = talkative()
-    conversation = Conversation(model)
+    conversation = Chat(model)
     asked(conversation, QUESTIONS[0], image(64, 40, seed=3))
     stats, vision = conversation.stats, conversation.stats.vision_tokens
     assert stats.kept_tokens == sum(int(ratio * vision) for ratio in (0.6, 1.0, 0.35, 0.15)) / 4
@@ -107,7 +107,7 @@ def test_statistics_are_counted():
 
 def test_an_answer_that_is_not_read_to_its_end_is_forgotten():
     model, shown = talkative(), image(64, 40, seed=3)
-    conversation = Conversation(model)
+    conversation = Chat(model)
     expected = asked(conversation, QUESTIONS[0], shown)
     next(iter(conversation.ask(QUESTIONS[1], sampling=Sampling(6))))
     answer = asked(conversation, QUESTIONS[2])
@@ -117,6 +117,6 @@ def test_an_answer_that_is_not_read_to_its_end_is_forgotten():
 def test_what_cannot_be_asked_is_a_sentence():
     model = talkative(max_position_embeddings=96)
     with pytest.raises(PmodError, match="the model takes 96"):
-        asked(Conversation(model), QUESTIONS[0], image(64, 64, seed=1))
+        asked(Chat(model), QUESTIONS[0], image(64, 64, seed=1))
     with pytest.raises(PmodError, match="the mark of a picture's place"):
-        asked(Conversation(model), "what is <image>?")
+        asked(Chat(model), "what is <image>?")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
     from pmod_cli.checkpoints import Resolved
-    from pmod_cli.profiling.methods import PromptBudget
+    from pmod_cli.profiling.budgets import PromptBudget
 
 DEFAULT_QUESTION = "What is shown in this image?"
 MAX_NEW_TOKENS = 32
@@ -99,7 +99,7 @@ def load_checkpoint(
     """
     from pmod_cli.checkpoints import load_model, router_state, toy
     from pmod_cli.families.sizes import Sizes
-    from pmod_cli.profiling.methods import PromptBudget, nearest
+    from pmod_cli.profiling.budgets import PromptBudget, nearest
 
     state = router_state(found.path)
     shown = found.path.resolve().name if found.origin == "folder" else name

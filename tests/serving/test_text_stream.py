@@ -2,7 +2,7 @@
 
 import pytest
 
-from pmod_cli.serving.text import TextStream
+from pmod_cli.serving.text_stream import TextStream
 from tests.beds.tiny_llava_next.processor import build_tokenizer
 
 

@@ -7,7 +7,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
 from pmod_cli.profiling import Workload, load_subject, profile
-from pmod_cli.profiling.methods import PromptBudget, cost_of, prompt_of, solve
+from pmod_cli.profiling.budgets import PromptBudget, cost_of, prompt_of, solve
 
 
 @pytest.mark.parametrize("before", [None, "divprune:0.33"])

@@ -94,7 +94,11 @@ def finetune(
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option("--sweep", metavar="GROUP", help="Run all recipes of a group, e.g. `ablations`; one table."),
+        typer.Option(
+            "--sweep",
+            metavar="GROUP",
+            help="Run the recipes of a group, or some of them; one table: ablations, choice/held-1.",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of each recipe of --sweep.")] = 3,
     merge: Annotated[
@@ -177,7 +181,7 @@ def finetune(
         require("train", "accelerate", "peft")
         run_sweep(
             sweep,
-            out or Path("runs", sweep),
+            out or Path("runs", sweep.partition(",")[0].partition("/")[0]),
             seeds=seeds,
             overrides=[*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)],
             device=common.pick_device(device),

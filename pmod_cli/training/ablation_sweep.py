@@ -44,17 +44,25 @@ class Cell:
 
 
 def cells_of(group: str, seeds: Sequence[int]) -> list[Cell]:
-    """All cells of a group of shipped recipes: the reference first, and one seed of everything before the next.
+    """All cells of shipped recipes: the reference first, and one seed of everything before the next.
+
+    Args:
+        group: Groups, or single recipes of one, separated by commas: `choice`, or `choice/p-mod,choice/held-1`.
 
     Raises:
-        PmodError: there is no recipe in such a group.
+        PmodError: there is no recipe of such a name, and none in such a group.
     """
-    found = [name for name in recipe_files.names() if name.startswith(f"{group.strip('/')}/")]
-    if not found:
-        groups = sorted({name.partition("/")[0] for name in recipe_files.names() if "/" in name})
-        raise PmodError(
-            f"no recipes are called {group}/…; there are groups {', '.join(groups) or 'none'}", hint="pmod recipes ls"
-        )
+    found = []
+    for part in group.split(","):
+        own = [name for name in recipe_files.names() if f"{name}/".startswith(f"{part.strip().strip('/')}/")]
+        own = [name for name in own if "/" in name]
+        if not own:
+            groups = sorted({name.partition("/")[0] for name in recipe_files.names() if "/" in name})
+            raise PmodError(
+                f"no recipes are called {part}/…; there are groups {', '.join(groups) or 'none'}",
+                hint="pmod recipes ls",
+            )
+        found += [name for name in own if name not in found]
 
     def order(name: str) -> tuple:
         """The reference first, and layers-8-15 before layers-16-23."""

@@ -84,6 +84,14 @@ def test_cells_come_seed_by_seed_the_reference_first():
         cells_of("nothing", [0])
 
 
+def test_single_recipes_of_a_group_are_a_sweep_too():
+    cells = cells_of("choice/held-1, choice/p-mod", range(2))
+    assert [cell.name for cell in cells] == ["p-mod-seed0", "held-1-seed0", "p-mod-seed1", "held-1-seed1"]
+    for wrong in ("tiny", "choice/held", "choice,nothing"):
+        with pytest.raises(PmodError, match="there are groups"):
+            cells_of(wrong, [0])
+
+
 def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
     cells = [Cell("ablations/p-mod", 0), Cell("ablations/selection-uniform", 0), Cell("ablations/stock", 0)]
     told = []

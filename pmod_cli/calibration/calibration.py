@@ -18,6 +18,7 @@ from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
 from pmod_cli.calibration.search import Found, Search
 from pmod_cli.core.errors import PmodError
+from pmod_cli.data.vision import films_are_equal
 from pmod_cli.families.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -136,8 +137,7 @@ def calibrate(
         images=settings.images,
         questions=settings.questions,
         seed=settings.seed,
-        # Of models that read a frame as a tile, films of one length alone stand in a batch.
-        films=hasattr(getattr(processor, "video_processor", None), "merge_size") and not settings.questions,
+        films=not films_are_equal(processor) and not settings.questions,
     )
     replay = Replay(model)
     replay.keep_all()

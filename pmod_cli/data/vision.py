@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 
 def frames_of(processor: ProcessorMixin, per_second: float, most: int) -> Frames:
-    """Which frames of a video a processor is given: of tiled models always `most`, since a batch holds equal ones."""
-    return Frames(per_second, most, exact=not hasattr(getattr(processor, "video_processor", None), "merge_size"))
+    """Which frames of a video a processor is given."""
+    return Frames(per_second, most, exact=films_are_equal(processor))
+
+
+def films_are_equal(processor: ProcessorMixin) -> bool:
+    """Whether all films of a batch have as many frames: so where a frame is a tile, and not where it is a grid."""
+    return not hasattr(getattr(processor, "video_processor", None), "merge_size")
 
 
 def image_lengths(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> list[int]:

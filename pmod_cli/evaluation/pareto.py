@@ -20,7 +20,7 @@ from pmod_cli.evaluation import score_report, score_tables
 from pmod_cli.profiling.plots import STYLE, save, to_svg
 from pmod_cli.reporting import plain_table, report_page
 
-PICTURE, PAGE = "pareto.png", "report.html"
+PICTURE, PICTURE_OF_MEAN, PAGE = "pareto.png", "pareto-mean.png", "report.html"
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#5e3c99"),  # Okabe-Ito and two
     *("#882255", "#44aa99", "#999933", "#661100"),  # of Tol's
@@ -93,12 +93,16 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return [point for point, before in zip(ordered, best, strict=False) if point[1] > before]
 
 
-def figure(results: Mapping[str, Any]) -> Figure:
+def figure(results: Mapping[str, Any], *, mean: bool = False) -> Figure:
     """A row a kind of task, or a benchmark where there is one kind: score over FLOPs, difference to random, seconds.
 
     A mark without filling does not beat random at the same FLOPs. The stepped line joins what nothing cheaper beats.
+
+    Args:
+        mean: Draw the mean of all tasks alone.
     """
     parts = results["kinds"] if score_tables.has_kinds(results) else results["tasks"]
+    parts = parts[-1:] if mean else parts
     shown = [(part, own) for part in parts if (own := curves(results, part))]
     timed = any(point.seconds for _, own in shown for points in own.values() for point in points)
     names = list(dict.fromkeys(name for _, own in shown for name in own))
@@ -126,6 +130,8 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     """Writes the figure and the page, which has the tables and what the text says of random too."""
     picture = figure(results)
     save(picture, folder / PICTURE)
+    if score_tables.has_kinds(results):
+        save(figure(results, mean=True), folder / PICTURE_OF_MEAN)
     listed = score_tables.rows(results)
     columns = score_tables.score_columns(results, listed)
     shown = [("Scores", list(columns), [[cell(row) for cell in columns.values()] for row in listed])]

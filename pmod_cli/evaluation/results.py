@@ -25,6 +25,7 @@ from pmod_cli.evaluation.intervals import (
 )
 from pmod_cli.evaluation.stored import SCHEMA_VERSION, read_records, read_run
 
+ALL_TASKS = "mean of tasks"  # what all benchmarks of a run have in common, as a kind of its own
 AVERAGED = ("general", "text-rich")  # the groups that the paper averages
 SAME_COST = 0.05  # a p-MoD model is beside random dropping whose FLOPs on the same prompts are within this share of its
 
@@ -134,7 +135,7 @@ class Report:
             "models": self.models,
             "tasks": [self._task(benchmark) for benchmark in self.benchmarks],
             "averages": [average for group in AVERAGED if (average := self._average(group)) is not None],
-            "kinds": [self._kind(kind) for kind in KINDS if any(each.kind == kind for each in self.benchmarks)],
+            "kinds": self._kinds(),
             "failed": [
                 f"{label}: {benchmark.title}: {entry['error']}"
                 for benchmark in self.benchmarks
@@ -191,9 +192,14 @@ class Report:
             "missing": missing,
         }
 
-    def _kind(self, kind: str) -> dict[str, Any]:
-        """Means over the benchmarks of a kind that were asked, for the models that have all their scores."""
-        members = [benchmark for benchmark in self.benchmarks if benchmark.kind == kind]
+    def _kinds(self) -> list[dict[str, Any]]:
+        """The means of each kind that was asked; of several kinds also, last, the mean of all tasks."""
+        of_kind = {kind: [each for each in self.benchmarks if each.kind == kind] for kind in KINDS}
+        means = [self._means(kind, members) for kind, members in of_kind.items() if members]
+        return means if len(means) < 2 else [*means, self._means(ALL_TASKS, self.benchmarks)]
+
+    def _means(self, title: str, members: Sequence[Benchmark]) -> dict[str, Any]:
+        """Means over benchmarks, for the models that have all their scores."""
         weights = {benchmark.name: benchmark.weight for benchmark in members}
         scores: dict[str, dict[str, Any]] = {}
         for label in self.models:
@@ -211,7 +217,7 @@ class Report:
             gain = self._mean_difference({name: self._gains.get((name, label)) for name in weights}, weights)
             if gain is not None:
                 scores[label]["over_random"] = gain
-        return {"title": kind, "tasks": list(weights), "scores": scores}
+        return {"title": title, "tasks": list(weights), "scores": scores}
 
     def _scored(self, names: Iterable[str], label: str) -> dict[str, dict[str, Any]]:
         """A model's entries of those of the benchmarks that have a score."""

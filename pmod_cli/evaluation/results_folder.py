@@ -16,7 +16,8 @@ from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.stored import RESULTS, read_run
 
 KIND, COMPARISON = "evaluation", "comparison"
-WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv", "pareto.png", "report.html")
+FIGURES = (pareto.PICTURE, pareto.PICTURE_OF_MEAN, pareto.PAGE)
+WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv", *FIGURES)
 
 
 class ResultsFolder(folders.OutputFolder):

@@ -165,7 +165,10 @@ def test_means_by_kind_of_task():
             found = reports.entry(25.0 * number, generate_seconds=2.0)
             report.add(benchmark, label, found, reports.records(["x"] * 4, items))
     results = report.results()
-    text, grounding = results["kinds"]
+    text, grounding, mean = results["kinds"]
+    assert (mean["title"], mean["tasks"]) == ("mean of tasks", ["tiny_doc", "tiny_chart", "tiny_where"])
+    assert mean["scores"]["fastv@0.4"]["score"] == pytest.approx((75 + 50 + 25) / 3)
+    assert mean["scores"]["fastv@0.4"]["over_random"]["difference"] == pytest.approx((50 + 0 - 25) / 3)
     assert (text["title"], text["tasks"]) == ("text-rich", ["tiny_doc", "tiny_chart"])
     assert {label: entry["score"] for label, entry in text["scores"].items()} == dict(
         zip(models, (100.0, 37.5, 62.5), strict=True)
@@ -177,7 +180,7 @@ def test_means_by_kind_of_task():
     assert list(grounding["scores"]) == ["random@0.4", "fastv@0.4"], "none where a task failed"
     assert grounding["scores"]["fastv@0.4"]["over_random"]["difference"] == -25.0
     table = printed(score_tables.kind_table(results))
-    assert re.search(r"by kind of task +text-rich +grounding", table)
+    assert re.search(r"by kind of task +text-rich +grounding +mean of tasks", table)
     assert re.search(r"fastv@0.4 +62.5 ± [\d.]+ \(\+25.0 ± [\d.]+\) +25.0 ± [\d.]+ \(−25.0 ± [\d.]+\)", table)
     assert "by kind of task" in score_report.to_markdown(results)
     assert {benchmark.kind for benchmark in groups()["paper"]} == {"general", "text-rich", "hallucination"}

@@ -161,10 +161,13 @@ def _seconds(entry: Mapping[str, Any]) -> float | None:
 def _looks(names: Sequence[str], results: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and line of each curve: black what runs under no method, grey random."""
     looks: dict[str, tuple[str, str, str]] = {}
+    named = {model.get("method") for model in results["models"].values()}
     methods = 0
     for name in sorted(names, key=lambda name: (name not in results["models"], name != "random")):
         if name in results["models"]:
             looks[name] = (STOCK, "*d<>"[len(looks) % 4], "")
+        elif name not in named:  # the budgets of a calibration
+            looks[name] = (STOCK, "osDv"[len(looks) % 4], "-")
         elif name == "random":
             looks[name] = (RANDOM, "o", "--")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -307,12 +308,17 @@ def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
 
 
 def _columns(opened: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
-    """(label, folder, label in its run, results) of every model; the label names the run where it has several."""
+    """(label, folder, label in its run, results) of every model.
+
+    The run names a model where it has one alone, and stands before the names that several runs have.
+    """
     taken: set[str] = set()
+    runs_with = Counter(inner for _, results in opened for inner in results["models"])
     for folder, results in opened:
         name = folder.resolve().name
         for inner in results["models"]:
-            label = base = name if len(results["models"]) == 1 else f"{name}: {inner}"
+            prefix = f"{name}: " if runs_with[inner] > 1 else ""
+            label = base = name if len(results["models"]) == 1 else f"{prefix}{inner}"
             count = 1
             while label in taken:
                 count += 1

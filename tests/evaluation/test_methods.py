@@ -101,8 +101,8 @@ def test_a_run_of_methods_and_its_repetition(converted, capsys):
     compared = json.loads(Path("both", "comparison.json").read_text())
     again = compared["tasks"][0]["scores"]
     for label in ("fastv@0.8", "divprune@0.8"):
-        assert again[f"run: {label}"]["over_random"] == scores[label]["over_random"]
-    assert compared["models"]["run: divprune@0.8"]["control"] == "run: random@0.8"
+        assert again[label]["over_random"] == scores[label]["over_random"]
+    assert compared["models"]["divprune@0.8"]["control"] == "random@0.8"
     assert cli.main(["eval", "--compare", "run", "alone", "-o", "both"]) == 2, "nothing is replaced unasked"
     assert cli.main(["eval", "--compare", "run", "alone", "-o", "both", "--overwrite"]) == 0
 

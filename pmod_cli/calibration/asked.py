@@ -15,6 +15,7 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import BadRow
 from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.data.rendered import IGNORED
+from pmod_cli.families.configs import known_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -51,6 +52,18 @@ class Asked:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, template: str = "auto") -> None:
         self.model, self.encode = model, RowEncoder(processor, template)
         self.collate, self.tokenizer = Collator(processor), processor.tokenizer
+
+    def mean_prompt(self, samples: Sequence[Sample]) -> tuple[int, int]:
+        """Vision and text tokens of the prompts, each the mean in whole tokens; of a conversation, its first question.
+
+        Raises:
+            PmodError: the template does not tell where an answer begins.
+        """
+        ids = [self._prompt(sample, [])["input_ids"] for sample in samples]
+        config = self.model.config
+        marks = torch.tensor([getattr(config, name) for name in known_family(config).vision_tokens])
+        vision = sum(int(torch.isin(each, marks).sum()) for each in ids)
+        return round(vision / len(ids)), round((sum(map(len, ids)) - vision) / len(ids))
 
     @torch.no_grad()
     def answered(self, samples: Sequence[Sample], *, own: bool = False) -> list[Sample]:

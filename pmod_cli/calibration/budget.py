@@ -26,17 +26,19 @@ class Budget:
         share: In 0 ... 1.
         of: `flops`, of the decoder's prefill with attention and lm_head; or `retention`, the mean ratio.
         target_tokens: Which vision tokens are routed.
+        prompt: The prompt that is counted; None is the one of `profile`.
     """
 
     sizes: Sizes
     share: float
     of: Literal["flops", "retention"] = "flops"
     target_tokens: str = "vision_all"
+    prompt: Row | None = None
 
     @cached_property
     def row(self) -> Row:
         """The prompt that is counted."""
-        return PROMPT.rows(self.sizes)[0]
+        return self.prompt or PROMPT.rows(self.sizes)[0]
 
     def cost(self, ratio: float) -> float:
         """Of one layer at this ratio, as a share of the whole stock model's."""

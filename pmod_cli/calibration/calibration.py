@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,8 @@ from pmod_cli.calibration.search import Found, Search
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.vision import films_are_equal
 from pmod_cli.families.sizes import Sizes
+from pmod_cli.profiling.budgets import prompt_of
+from pmod_cli.profiling.count.workload import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -40,6 +42,7 @@ class CalibrationSettings:
         samples: Pictures; every second one judges.
         budgets: Shares of the stock model, one result each.
         of: What they are shares of.
+        prompt: What FLOPs are counted on: the prompt of `profile`, or the mean prompt of the data.
         schedule: `search`, or `cosine`: the paper's, with only the rest calibrated.
         template: Conversation template, as `data.template` of a recipe.
         seed: Of everything that is drawn.
@@ -54,6 +57,7 @@ class CalibrationSettings:
     samples: int = 64
     budgets: tuple[float, ...] = (0.54,)
     of: Literal["flops", "retention"] = "flops"
+    prompt: Literal["profile", "data"] = "profile"
     schedule: Literal["search", "cosine"] = "search"
     template: str = "auto"
     seed: int = 0
@@ -97,12 +101,14 @@ class Calibration:
     Attributes:
         share: The budget.
         found: Settings and routers.
+        tokens: Vision and text tokens of the prompt that FLOPs are counted on.
         judged: The calibrated model first, then the controls at the same budget.
         hidden: For each layer, the divergence with images hidden from it on, on the samples of the search.
     """
 
     share: float
     found: Found
+    tokens: tuple[int, int]
     judged: list[Judged]
     hidden: list[float] = field(default_factory=list)
 
@@ -128,9 +134,8 @@ def calibrate(
     Raises:
         PmodError: a budget that cannot be met, or data that cannot be read.
     """
-    budgets = [Budget(sizes, share, settings.of) for share in settings.budgets]
-    for budget in budgets:
-        budget.check(cosine=settings.schedule == "cosine")
+    if settings.prompt == "profile":  # a wrong budget is refused before anything is read
+        budgets = _budgets(sizes, settings)
     samples = read_samples(
         settings.data,
         settings.samples,
@@ -142,6 +147,10 @@ def calibrate(
     replay = Replay(model)
     replay.keep_all()
     asked = Asked(model, processor, settings.template)
+    if settings.prompt == "data":
+        vision, text = asked.mean_prompt(samples)
+        note(f"FLOPs are counted on a prompt of {vision} vision and {text} text tokens, the mean of the data")
+        budgets = _budgets(sizes, settings, prompt_of(vision, text)[0])
     note(f"{len(samples)} pictures of {settings.data}: the stock model answers")
     samples = asked.answered(samples, own=True)
     folds = [(fold, batch) for fold in range(FOLDS) for batch in asked.batches(samples[::2][fold::FOLDS])]
@@ -158,6 +167,18 @@ def calibrate(
     return results
 
 
+def _budgets(sizes: Sizes, settings: CalibrationSettings, prompt: Row | None = None) -> list[Budget]:
+    """Those asked for.
+
+    Raises:
+        PmodError: one of them cannot be met.
+    """
+    budgets = [Budget(sizes, share, settings.of, prompt=prompt) for share in settings.budgets]
+    for budget in budgets:
+        budget.check(cosine=settings.schedule == "cosine")
+    return budgets
+
+
 def _calibration(
     budget: Budget,
     settings: CalibrationSettings,
@@ -166,6 +187,7 @@ def _calibration(
     hidden: list[float],
     note: Callable[[str], None],
 ) -> Calibration:
+    tokens = (budget.row.vision_tokens, budget.row.text_tokens)
     search = Search(chooses, budget, hidden, TARGETS, note)
     if settings.schedule == "cosine" and not search.spends_nothing:
         assert search.of_cosine is not None  # such a budget was refused before anything was computed
@@ -173,7 +195,8 @@ def _calibration(
     else:
         found = search.run()
     if not found.routers:  # the budget is the whole model
-        return Calibration(budget.share, found, [_judged("calibrated", budget, judges, found.schedule)], hidden)
+        rows = [_judged("calibrated", budget, judges, found.schedule)]
+        return Calibration(budget.share, found, tokens, rows, hidden)
     rows = [_judged("calibrated", budget, judges, found.schedule, found.routers)]
     if (cosine := search.of_cosine) is not None:
         if settings.schedule != "cosine":
@@ -185,14 +208,14 @@ def _calibration(
         for seed in range(seeds):
             drawn.append(_judged(name, budget, judges, found.schedule, found.routers, selection=name, seed=seed))
         rows.append(_mean(drawn))
-    return Calibration(budget.share, found, rows, hidden)
+    return Calibration(budget.share, found, tokens, rows, hidden)
 
 
 def _judged(
     name: str, budget: Budget, bench: Bench, schedule: Schedule, routers: dict | None = None, **selection: Any
 ) -> Judged:
     bench.apply(schedule, routers, **selection)
-    flops = Budget(budget.sizes, budget.share)
+    flops = replace(budget, of="flops")
     divergence, rows, same = bench.judged()
     return Judged(
         name,

@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 
 HEADINGS = ("model", "FLOPs", "retention", "KV cache", "KL to stock", "answers unchanged")
 NOTES = (
-    "FLOPs: share of the stock decoder's prefill (image of 672x672, 58 text tokens, attention counted); KV cache of it",
     "KL to stock: nats an answer token; answers unchanged: token by token. Both on pictures that nothing was chosen by",
     "cosine, calibrated: the paper's schedule, a router fitted in the same way; converted: as pmod convert makes it",
     "uniform and random: the same schedule and layers, evenly spaced tokens and random ones (mean of three draws)",
 )
+
+
+def notes(results: Sequence[Calibration], settings: CalibrationSettings) -> list[str]:
+    """How to read the tables."""
+    vision, text = results[0].tokens
+    prompt = "image of 672x672" if settings.prompt == "profile" else f"mean prompt of the data: {vision} vision"
+    counted = f"FLOPs: share of the stock decoder's prefill ({prompt}, {text} text tokens, attention counted)"
+    return [f"{counted}; KV cache of it", *NOTES]
 
 
 def cells(row: Judged) -> list[str]:
@@ -66,6 +73,8 @@ def _budget_json(result: Calibration) -> dict[str, Any]:
     found = result.found
     return {
         "share": result.share,
+        "vision_tokens": result.tokens[0],
+        "text_tokens": result.tokens[1],
         "ratios": list(found.schedule.ratios),
         "select_at": list(found.schedule.select_at),
         "routers": {
@@ -92,7 +101,7 @@ def card(result: Calibration, settings: CalibrationSettings) -> str:
         "",
         markdown_table(HEADINGS, [cells(row) for row in result.judged]),
         "",
-        *(f"- {note}" for note in NOTES),
+        *(f"- {note}" for note in notes([result], settings)),
         "",
         "`calibration.json` has everything that was measured, `calibration.png` what each layer keeps and needs.",
     ]

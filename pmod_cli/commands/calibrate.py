@@ -56,6 +56,12 @@ def calibrate(
     target_retention: Annotated[
         str | None, _wanted(metavar="SHARE,...", help="Instead: mean retention ratio over all layers.")
     ] = None,
+    prompt: Annotated[
+        str,
+        _wanted(
+            metavar="KIND", help="FLOPs are counted on profile's prompt (672x672, 58 text tokens), or data's mean one."
+        ),
+    ] = "profile",
     schedule: Annotated[
         str, _wanted(metavar="KIND", help="search: the ratio of each layer is found. cosine: the paper's.")
     ] = "search",
@@ -93,6 +99,8 @@ def calibrate(
         raise PmodError("--budget and --target-retention are two ways to say one thing: give one of them")
     if schedule not in ("search", "cosine"):
         raise PmodError(f"--schedule {schedule!r}: expected search or cosine", hint="pmod calibrate --help")
+    if prompt not in ("profile", "data"):
+        raise PmodError(f"--prompt {prompt!r}: expected profile or data", hint="pmod calibrate --help")
     calibrate_to(
         name,
         out,
@@ -105,6 +113,7 @@ def calibrate(
             if target_retention is None
             else shares("--target-retention", target_retention),
             "of": "flops" if target_retention is None else "retention",
+            "prompt": prompt,
             "schedule": schedule,
             "template": template,
             "seed": seed,

@@ -88,7 +88,7 @@ def calibrate_to(
     from pmod_cli import checkpoints
     from pmod_cli.calibration.calibration import CalibrationSettings, calibrate, router_values
     from pmod_cli.calibration.measured import Measured, digest
-    from pmod_cli.calibration.results import NOTES, card, chosen, tables, to_json
+    from pmod_cli.calibration.results import card, chosen, notes, tables, to_json
     from pmod_cli.families.sizes import Sizes
 
     settings = CalibrationSettings(**asked_for)
@@ -139,7 +139,7 @@ def calibrate_to(
         for table, result, target in zip(tables(results), results, targets, strict=True):
             output.stdout.print(table, "")
             output.stdout.print(f"{chosen(result)}\n{target}\n", soft_wrap=True, markup=False)
-        for line in NOTES:
+        for line in notes(results, settings):
             output.stdout.print(line, style="dim", soft_wrap=True, markup=False)
 
 

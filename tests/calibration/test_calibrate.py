@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import read_samples
 from pmod_cli.cli import main
 from pmod_cli.families.sizes import Sizes
+from pmod_cli.profiling.budgets import prompt_of
 from tests import factories
 from tests.calibration.test_depth import batches_of
 from tests.conftest import ROOT
@@ -223,8 +225,30 @@ def test_a_calibrated_model_goes_through_the_other_verbs(calibrated: Path, workd
     assert main(["profile", "-m", folder, "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert layers[0]["retention_ratio"] == 1.0
-    assert main(["calibrate", folder, "-o", "again", "--samples", "8", "--schedule", "cosine", "--device", "cpu"]) == 0
+    again = ["calibrate", folder, "-o", "again", "--samples", "8", "--schedule", "cosine", "--device", "cpu"]
+    assert main([*again, "--prompt", "data"]) == 0
     assert checkpoints.router_state(Path("again")) == "calibrated"
+
+
+def test_a_budget_can_be_counted_on_the_prompts_of_the_data(calibrated: Path, stock_model, workdir: Path):
+    """The mean of what stands in front of the first answers; the schedule costs the budget there, and not elsewhere."""
+    call = ["calibrate", str(stock_model()), "--samples", "8", "--schedule", "cosine", "--device", "cpu", "-o", "made"]
+    assert main([*call, "--prompt", "data"]) == 0
+    said = json.loads(Path("made/calibration.json").read_text())["budgets"][0]
+    plain, processor = checkpoints.load_model(stock_model())
+    prompts = []
+    for sample in read_samples("tiny", 8):
+        (batch,) = Asked(plain, processor).batches([replace(sample, answers=("x",) * len(sample.questions))])
+        first = int((batch.inputs["labels"][0] >= 0).nonzero()[0])
+        prompts.append(batch.inputs["input_ids"][0, :first])
+    vision = [int((ids == plain.config.image_token_id).sum()) for ids in prompts]
+    text = [len(ids) - tokens for ids, tokens in zip(prompts, vision, strict=True)]
+    found = said["vision_tokens"], said["text_tokens"]
+    assert found == (round(sum(vision) / 8), round(sum(text) / 8))
+    own = Budget(SIZES, 0.54, prompt=prompt_of(*found)[0])
+    assert own.total(said["ratios"]) == pytest.approx(0.54, abs=0.01)
+    assert Budget(SIZES, 0.54).total(said["ratios"]) != pytest.approx(0.54, abs=0.01)
+    assert f"mean prompt of the data: {found[0]} vision, {found[1]} text tokens" in Path("made/README.md").read_text()
 
 
 @pytest.mark.slow
@@ -252,6 +276,7 @@ def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys)
         (["--data", "broken", "--samples", "8"], "broken"),
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--schedule", "linear"], "expected search or cosine"),
+        (["--prompt", "mine"], "expected profile or data"),
         (["-o", "there"], "there"),
     ],
 )

@@ -63,7 +63,7 @@ gpu-cpu: setup
 gpu-wheels: setup
 	.venv/bin/python -m tests.gpu.wheels
 
-# The kill, fuzz and scale tests at full count.
+# The kill, fuzz and scale tests at full count, and a tenth of the tables of docs/results.md.
 soak: setup
 	.venv/bin/python -m pytest -m soak
 

@@ -1,0 +1,123 @@
+"""A tenth of each table of docs/results.md again, by its own command, held to its intervals. All of it soaks.
+
+docs/evidence has the tables as their commands wrote them. A tenth has wide intervals of its own: a score holds if both
+intervals meet. Who is ahead must come out again where the table has them far apart.
+"""
+
+import csv
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from tests.conftest import ROOT
+
+EVIDENCE = ROOT / "docs" / "evidence"
+BUNDLED = "tiny-llava-next"
+pytestmark = pytest.mark.soak
+
+Scores = dict[tuple[str, str], tuple[float, float, float]]
+"""(task, model) to score, and the ends of its interval, in percent."""
+
+
+def read(path: Path) -> Scores:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {(row["task"], row["model"]): ends(row) for row in csv.DictReader(file) if row["score"]}
+
+
+def ends(row: dict[str, str]) -> tuple[float, float, float]:
+    """A score whose answers are all alike has no interval of its own: the rule of three gives one."""
+    score, low, high = (float(row[name] or "nan") for name in ("score", "score_low", "score_high"))
+    if not high > low:
+        room = 300 / int(row["questions"])
+        low, high = max(0.0, score - room), min(100.0, score + room)
+    return score, low, high
+
+
+def mean(scores: Scores, model: str) -> float:
+    return fmean(score for (_, name), (score, _, _) in scores.items() if name == model)
+
+
+def check(found: Scores, recorded: Scores, names: dict[str, str]) -> None:
+    """Both intervals meet in all but one score of twenty; `names` are the table's names of the models in `found`."""
+    apart = []
+    for (task, name), (score, low, high) in found.items():
+        before = recorded[task, names.get(name, name)]
+        if low > before[2] or high < before[1]:
+            apart.append(f"{name} on {task}: {score:.1f} ({low:.1f} to {high:.1f}), the table has {before}")
+    assert len(apart) <= max(1, len(found) // 20), "\n".join(apart)
+
+
+@pytest.fixture(scope="module")
+def run(pmod, tmp_path_factory):
+    """`run(out, *arguments)`: a command that must end well, in a folder that the tests of this file share."""
+    work = tmp_path_factory.mktemp("evidence")
+
+    def call(out: str, *arguments: object, timeout: float = 3600) -> Path:
+        done = pmod(*arguments, "-o", out, cwd=work, timeout=timeout)
+        assert done.returncode == 0, done.stderr
+        return work / out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The second bed, from the commit's own delta."""
+    from pmod_cli.core import yaml_text
+    from tests.beds.small_llava_next.build import DIGEST, RECIPE, build
+
+    folder = tmp_path_factory.mktemp("beds") / "small-llava-next"
+    build(folder, yaml_text.read(RECIPE).plain(), digest=DIGEST.read_text().strip())
+    return folder
+
+
+def test_methods_on_the_bundled_model(run):
+    recorded = read(EVIDENCE / "methods-tiny.csv")
+    asked = ("--against", "none", "--methods", "random,dart,divprune,fastv", "--budgets", "0.4", "--limit", "20")
+    found = read(run("methods", "eval", "-m", BUNDLED, "-t", "tiny", *asked) / "results.csv")
+    check(found, recorded, {})
+    for best in ("dart@0.4", "divprune@0.4"):
+        assert mean(found, best) > mean(found, "random@0.4") + 20
+
+
+def test_calibrated_on_the_bundled_model(run):
+    recorded = read(EVIDENCE / "calibrated-tiny.csv")
+    folder = run("calibrated", "calibrate", BUNDLED, "--budget", "0.61,0.357").parent
+    names = {"calibrated-61": "p-mod-54", "calibrated-36": "p-mod-25"}
+    asked = (
+        "eval",
+        "-m",
+        folder / "calibrated-61",
+        "-t",
+        "tiny",
+        "--against",
+        folder / "calibrated-36",
+        "--limit",
+        "20",
+    )
+    found = read(run("calibrated-eval", *asked) / "results.csv")
+    check(found, recorded, names)
+    assert mean(found, "calibrated-61") > mean(found, "calibrated-36")
+
+
+def test_a_choice_that_is_held(run):
+    """Two cells of eighteen, with the questions of the table: the same seeds, and so nearly the same answers."""
+    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "choice.json").read_text())["rows"]}
+    folder = run("choice", "finetune", "--sweep", "choice/p-mod,choice/held-1", "--seeds", "1")
+    found = {}
+    for row in json.loads((folder / "table.json").read_text())["rows"]:
+        name, found[row["recipe"]] = row["recipe"], row["mean_score_percent"]["mean"]
+        # Three standard deviations of the seeds, and one point for another machine.
+        assert abs(found[name] - recorded[name]["mean_score_percent"]["mean"]) < 4
+    assert found["held-1"] > found["p-mod"] + 2
+
+
+def test_methods_on_the_pretrained_decoder(run, small):
+    recorded = read(EVIDENCE / "methods-small.csv")
+    tasks = ",".join(f"tiny_{task}" for task in ("doc", "chart", "attribute", "presence"))
+    asked = ("--against", "none", "--methods", "random,divprune", "--budgets", "0.48", "--limit", "20")
+    found = read(run("methods-small", "eval", "-m", small, "-t", tasks, *asked) / "results.csv")
+    check(found, recorded, {small.name: "m"})
+    assert mean(found, "divprune@0.48") > mean(found, "random@0.48") + 20

@@ -121,7 +121,7 @@ def test_finished_runs_side_by_side(run, workdir, capsys):
     assert evaluate("--compare", run, "other") == 0
     printed = capsys.readouterr()
     assert "tiny-pmod" in printed.out
-    assert "run: " not in printed.out, "one run alone has this model"
+    assert "run: tiny-pmod" not in printed.out, "one run alone has this model"
     assert "dtype: float32" in printed.err
     assert f"{ASKED - 1} in common" in printed.err
 

@@ -86,18 +86,8 @@ def test_calibrated_on_the_bundled_model(run):
     recorded = read(EVIDENCE / "calibrated-tiny.csv")
     folder = run("calibrated", "calibrate", BUNDLED, "--budget", "0.61,0.357").parent
     names = {"calibrated-61": "p-mod-54", "calibrated-36": "p-mod-25"}
-    asked = (
-        "eval",
-        "-m",
-        folder / "calibrated-61",
-        "-t",
-        "tiny",
-        "--against",
-        folder / "calibrated-36",
-        "--limit",
-        "20",
-    )
-    found = read(run("calibrated-eval", *asked) / "results.csv")
+    models = ("-m", folder / "calibrated-61", "--against", folder / "calibrated-36")
+    found = read(run("calibrated-eval", "eval", "-t", "tiny", *models, "--limit", "20") / "results.csv")
     check(found, recorded, names)
     assert mean(found, "calibrated-61") > mean(found, "calibrated-36")
 

@@ -54,8 +54,8 @@ def cells_of(group: str, seeds: Sequence[int]) -> list[Cell]:
     """
     found = []
     for part in group.split(","):
-        own = [name for name in recipe_files.names() if f"{name}/".startswith(f"{part.strip().strip('/')}/")]
-        own = [name for name in own if "/" in name]
+        prefix = f"{part.strip().strip('/')}/"
+        own = [name for name in recipe_files.names() if "/" in name and f"{name}/".startswith(prefix)]
         if not own:
             groups = sorted({name.partition("/")[0] for name in recipe_files.names() if "/" in name})
             raise PmodError(

@@ -15,7 +15,7 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import BadRow
 from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.data.rendered import IGNORED
-from pmod_cli.families.configs import known_family
+from pmod_cli.families.configs import vision_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -60,8 +60,7 @@ class Asked:
             PmodError: the template does not tell where an answer begins.
         """
         ids = [self._prompt(sample, [])["input_ids"] for sample in samples]
-        config = self.model.config
-        marks = torch.tensor([getattr(config, name) for name in known_family(config).vision_tokens])
+        marks = torch.tensor(vision_token_ids(self.model.config))
         vision = sum(int(torch.isin(each, marks).sum()) for each in ids)
         return round(vision / len(ids)), round((sum(map(len, ids)) - vision) / len(ids))
 

@@ -22,7 +22,7 @@ from pmod_cli.core.errors import PmodError, explain
 from pmod_cli.evaluation import prompts
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.prompts import windows
-from pmod_cli.families.configs import known_family
+from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling.budgets import PromptBudget
 
@@ -85,7 +85,7 @@ class PmodModel(lmms):
         self.name = str(pretrained or model.name_or_path)
         self.batch_size, self.halve = int(batch_size), halve
         self.selection, self.seed, self.budget = selection, int(seed), budget
-        self._vision_ids = [getattr(model.config, key) for key in known_family(model.config).vision_tokens]
+        self._vision_ids = vision_token_ids(model.config)
         self._settings: PmodSettings | None = None  # of the method, those that the model has now
         if hasattr(model, "set_selection"):
             model.set_selection(selection, seed=self.seed)

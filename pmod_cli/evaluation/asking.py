@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.core.errors import explain
+from pmod_cli.core.memory import PeakMemory
 from pmod_cli.evaluation.adapter import PmodModel, Unanswered
 from pmod_cli.evaluation.journal import Answer, Journal
 from pmod_cli.evaluation.processes import Processes
@@ -147,37 +148,3 @@ def changed_answers(
         "changed": sum(alone.get(number) != answers[place].text for number, place in enumerate(places)),
         "batch_size": max((answers[place].batch for place in places), default=1),
     }
-
-
-MIB = 2**20
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-
-class PeakMemory:
-    """Starts to watch when it is made.
-
-    Args:
-        device: Where the model is. `cuda`: what torch allocated there. `cpu`: the resident memory of the process,
-            Python and libraries included; Linux only.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device, self._known = device, True
-        if device.startswith("cuda"):
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            try:
-                _CLEAR.write_text("5")  # the one value that resets only the peak
-            except OSError:
-                self._known = False
-
-    def mib(self) -> float | None:
-        """The peak since then in MiB (2^20 bytes); None where the system does not tell."""
-        if self.device.startswith("cuda"):
-            import torch
-
-            return torch.cuda.max_memory_allocated(self.device) / MIB
-        lines = _STATUS.read_text().splitlines() if self._known else []
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)

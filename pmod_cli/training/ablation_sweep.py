@@ -19,6 +19,7 @@ from time import perf_counter, process_time
 from pmod_cli import recipe_files
 from pmod_cli.core.atomic import Busy, locked, write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.core.memory import PeakMemory
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import flatten, load_settings
@@ -133,7 +134,8 @@ def prepared(
 def table(cells: Sequence[Cell], out: Path) -> dict:
     """What is known of each recipe so far: mean and spread (sample standard deviation) over its seeds, in percent.
 
-    A recipe without a result has status "not run".
+    Beside it what a cell takes: steps, CPU seconds of training and scoring (mean), memory (the most of its seeds). A
+    recipe without a result has status "not run".
     """
     rows = []
     for recipe in dict.fromkeys(cell.recipe for cell in cells):
@@ -153,6 +155,9 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
             row["score_percent"] = {task: _spread([score[task] for score in scores]) for task in scores[0]}
             row["mean_score_percent"] = _spread([mean(score.values()) for score in scores])
             row["cpu_seconds"] = round(mean(result["cpu_seconds"] for result in good), 1)
+            # A cell of an earlier version says neither, and not every system tells the memory.
+            row["steps"] = good[0].get("steps")
+            row["peak_memory_mib"] = max((r.get("peak_memory_mib") or 0 for r in good), default=0) or None
         rows.append(row)
     return {"schema_version": 1, "rows": rows}
 
@@ -160,7 +165,7 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
 def markdown(found: dict) -> str:
     """The table as Markdown, rows grouped by what they change, the reference first."""
     tasks = next((list(row["score_percent"]) for row in found["rows"] if "score_percent" in row), [])
-    head, lines, group = ["recipe", "retention", *tasks, "mean", "seeds"], [], None
+    head, lines, group = ["recipe", "retention", *tasks, "mean", "seeds", "steps", "CPU s", "MiB"], [], None
     for row in found["rows"]:
         name = row["recipe"]
         if "-" in name and name != REFERENCE and name.partition("-")[0] != group:
@@ -174,10 +179,11 @@ def _cells_of_row(row: dict, tasks: list[str]) -> list[str]:
     head = [row["recipe"], "" if row["mean_retention"] is None else f"{row['mean_retention']:.4f}"]
     if "score_percent" not in row:
         why = "; ".join(sorted(set(row["failed"].values()))) or "not run"
-        return [*head, *[""] * len(tasks), why, "0"]
+        return [*head, *[""] * len(tasks), why, "0", "", "", ""]
     scores = [_shown(row["score_percent"][task]) for task in tasks]
     failed = f" ({len(row['failed'])} failed)" if row["failed"] else ""
-    return [*head, *scores, _shown(row["mean_score_percent"]), f"{len(row['seeds'])}{failed}"]
+    cost = ["" if row[key] is None else f"{row[key]:.0f}" for key in ("steps", "cpu_seconds", "peak_memory_mib")]
+    return [*head, *scores, _shown(row["mean_score_percent"]), f"{len(row['seeds'])}{failed}", *cost]
 
 
 def _shown(value: dict) -> str:
@@ -195,7 +201,7 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     from pmod_cli.training.run import finetune
     from pmod_cli.training.teacher_forced import answered
 
-    wall, cpu, folder = perf_counter(), process_time(), out / "runs" / cell.name
+    wall, cpu, memory, folder = perf_counter(), process_time(), PeakMemory(device), out / "runs" / cell.name
     result = {
         "schema_version": 1,
         "recipe": cell.recipe,
@@ -223,7 +229,12 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     if hasattr(model, "set_selection"):
         model.set_selection(model.config.settings.selection, seed=settings.train.seed)
     scores = answered(model, processor, TASKS, images)
-    spent = {"wall_seconds": round(perf_counter() - wall, 1), "cpu_seconds": round(process_time() - cpu, 1)}
+    spent = {
+        "steps": report.step,
+        "wall_seconds": round(perf_counter() - wall, 1),
+        "cpu_seconds": round(process_time() - cpu, 1),
+        "peak_memory_mib": (peak := memory.mib()) and round(peak, 1),
+    }
     return result | {"loss": report.loss, "answered": {task: list(score) for task, score in scores.items()}} | spent
 
 

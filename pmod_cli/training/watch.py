@@ -1,9 +1,7 @@
 """Looks after the steps of a run: stops it when asked to or when the loss is no number, counts, reports."""
 
 import math
-import resource
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from transformers import (
 )
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.core.memory import peak_memory
 from pmod_cli.model import kept_tokens
 from pmod_cli.model.routing import Routing
 from pmod_cli.training.run_data import Counts
@@ -205,10 +204,3 @@ class Watch(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def peak_memory() -> int:
-    """Bytes: on a GPU the most that was allocated, else the most that this process ever held in memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -107,7 +107,7 @@ def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
     assert [row["status"] for row in found] == ["run", "not run", "not run"]
     text = markdown({"rows": found})
     assert "| p-mod | 0.5375 |" in text
-    assert re.search(r"^\| selection-uniform \|(  \|)+ not run \| 0 \|$", text, re.MULTILINE)
+    assert re.search(r"^\| selection-uniform \|(  \|)+ not run \| 0 (\|  ){3}\|$", text, re.MULTILINE)
 
     told.clear()
     before = (tmp_path / "cells" / "p-mod-seed0.json").read_bytes()
@@ -124,6 +124,9 @@ def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
     assert set(row["score_percent"]) == set(TASKS)
     assert row["mean_score_percent"]["spread"] is None
     assert row["questions"]["doc"] == 12
+    assert row["steps"] == 1
+    assert 200 < row["peak_memory_mib"] < 8_000  # of a process that holds torch, and of a model of megabytes
+    assert re.search(r"\| 1 \| 1 \| \d+ \| \d{3,4} \|$", markdown(found).splitlines()[2])
     with pytest.raises(PmodError, match=r"cell p-mod-seed0 with other settings:\n  train.max_steps: 1 -> 2"):
         sweep(cells[:1], tmp_path, overrides=[*QUICK, "train.max_steps=2"], images=4)
 
@@ -173,7 +176,7 @@ def test_mean_and_spread_are_over_seeds(tmp_path):
     assert (row["status"], row["seeds"]) == ("partly run", [0, 1])
     assert row["score_percent"]["doc"] == {"mean": 85.0, "spread": pytest.approx(50**0.5)}
     assert row["mean_score_percent"] == {"mean": 92.5, "spread": pytest.approx(12.5**0.5)}
-    assert "| p-mod | 0.5375 | 85.0 ± 7.1 | 100.0 ± 0.0 | 92.5 ± 3.5 | 2 |" in markdown(found)
+    assert "| p-mod | 0.5375 | 85.0 ± 7.1 | 100.0 ± 0.0 | 92.5 ± 3.5 | 2 |  | 1 |  |" in markdown(found)
 
 
 def test_an_answer_is_right_if_all_of_it_is():

@@ -6,6 +6,7 @@ What is in the Hugging Face cache is taken from there without asking the hub.
 from __future__ import annotations
 
 import difflib
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from typing import Any
 
 from pmod_cli.checkpoints.aliases import ALIASES, alias_of, bundled_path
 from pmod_cli.checkpoints.files import missing_files
-from pmod_cli.core.errors import PmodError, first_line
+from pmod_cli.core.errors import PmodError, first_line, is_network_error
 from pmod_cli.core.folders import heal
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED_PATTERNS = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]  # of repositories without safetensors
-HUB_ANSWERS_WITHIN = 2.0  # seconds; a repeat is cheap, a user who waits for a dead network is not
+PATIENCE = 2.0  # seconds, where HF_HUB_ETAG_TIMEOUT says nothing: a user who waits for a dead network is not cheap
 
 
 @dataclass(frozen=True)
@@ -160,20 +161,19 @@ def _from_hub(
     if offline or constants.HF_HUB_OFFLINE:
         raise unavailable("offline mode is on")
     try:
-        info = within(HUB_ANSWERS_WITHIN, lambda: HfApi().model_info(repo, revision=revision))
-        place = {"repo_id": repo, "revision": info.sha, "cache_dir": cache_dir}
-        hf_hub_download(filename="config.json", **place)  # small, and says early whether this is a model for us
-        safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings or ())
-        patterns = (PATTERNS if safe else PICKLED_PATTERNS) if weights else ["*.json"]
-        return Path(snapshot_download(allow_patterns=patterns, **place)), "hub"
+        info = ask_hub(lambda: HfApi().model_info(repo, revision=revision))
     except HfHubHTTPError:
         raise  # the hub answered: gated, unknown, not allowed
-    except (OSError, RuntimeError, TimeoutError) as error:
-        raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {first_line(error)}") from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-            raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {first_line(error)}") from error
-        raise
+        if not is_network_error(error) and not isinstance(error, (OSError, RuntimeError)):
+            raise
+        raise unavailable(f"the hub at {constants.ENDPOINT} does not answer: {first_line(error)}") from error
+    # By the name of the revision: asked for by its commit, the cache would not know next time what the name stands for.
+    place = {"repo_id": repo, "revision": revision, "cache_dir": cache_dir}
+    hf_hub_download(filename="config.json", **place)  # small, and says early whether this is a model for us
+    safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings or ())
+    patterns = (PATTERNS if safe else PICKLED_PATTERNS) if weights else ["*.json"]
+    return Path(snapshot_download(allow_patterns=patterns, **place)), "hub"
 
 
 def _cached(repo: str, revision: str | None, cache_dir: Path | None) -> Path | None:
@@ -188,12 +188,19 @@ def _cached(repo: str, revision: str | None, cache_dir: Path | None) -> Path | N
         raise PmodError(f"{repo!r} cannot be a repository: {first_line(error)}") from error
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of `call`. In a thread of its own, since the look-up of a host name knows no timeout.
+def ask_hub(call: Callable[[], Any]) -> Any:
+    """The result of `call`, the first question to the hub: whether it answers at all.
+
+    In a thread of its own, since the look-up of a host name knows no timeout.
 
     Raises:
-        TimeoutError: `call` took longer; it is left behind and does not keep the program alive.
+        TimeoutError: there was no answer within HF_HUB_ETAG_TIMEOUT seconds, or `PATIENCE` where the user has not set
+            it; `call` is left behind and does not keep the program alive.
     """
+    from huggingface_hub import constants
+
+    given = os.environ.get("HF_HUB_ETAG_TIMEOUT")
+    seconds = constants.HF_HUB_ETAG_TIMEOUT if given else PATIENCE
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -206,7 +213,7 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(f"no answer within {seconds:g} s (HF_HUB_ETAG_TIMEOUT={5 * seconds:g} waits longer)")
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

@@ -63,19 +63,12 @@ def explain(error: BaseException) -> PmodError | None:
             hint="lower `batch_size`, or use `dtype=bfloat16`",
             code=RUN_FAILED,
         )
-    if _instance_of(error, "huggingface_hub.errors", "GatedRepoError"):
+    if known := _explain_hub_error(error):
+        return known
+    if is_network_error(error):
         return PmodError(
-            "this repository is gated: its owner has to grant you access, and this machine has to be logged in",
-            hint="ask for access on its page, then: hf auth login",
-        )
-    if _instance_of(error, "huggingface_hub.errors", "RepositoryNotFoundError", "RevisionNotFoundError"):
-        return PmodError(
-            f"the hub has no such repository or revision: {text.splitlines()[-1]}", hint="pmod convert --list"
-        )
-    if _instance_of(error, "huggingface_hub.errors", "HfHubHTTPError", "LocalEntryNotFoundError"):
-        return PmodError(
-            f"the Hugging Face hub did not answer as expected: {first_line(error)}",
-            hint="try again, or pass a local folder",
+            f"the network failed: {first_line(error)}",
+            hint="run the same command again: what has arrived is kept",
             code=RUN_FAILED,
         )
     if _instance_of(error, "safetensors", "SafetensorError"):
@@ -84,6 +77,40 @@ def explain(error: BaseException) -> PmodError | None:
         return PmodError(first_line(error), hint="pmod env shows what is installed; the README, what is tested")
     if isinstance(error, OSError):
         return _explain_os_error(error)
+    return None
+
+
+# What opens connections, under the names of the releases that are admitted.
+_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether a connection could not be made, or broke off."""
+    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def _explain_hub_error(error: BaseException) -> PmodError | None:
+    """What the hub answered, where it answered at all; the classes are from the most special to the most general."""
+    name = getattr(error, "repo_id", None) or "this repository"
+    if _instance_of(error, "huggingface_hub.errors", "GatedRepoError"):
+        return PmodError(
+            f"{name} is gated: its owner has to grant you access, and this machine has to be logged in",
+            hint="ask for access on its page, then: hf auth login",
+        )
+    if _instance_of(error, "huggingface_hub.errors", "RepositoryNotFoundError"):
+        return PmodError(
+            f"the hub shows no repository {name}",
+            hint="check its name (pmod convert --list has the short ones); a private one wants a login: hf auth login",
+        )
+    if _instance_of(error, "huggingface_hub.errors", "RevisionNotFoundError"):
+        said = getattr(error, "server_message", None) or first_line(error)
+        return PmodError(f"{name} has no revision of this name: {said}", hint="its page on the hub lists them")
+    if _instance_of(error, "huggingface_hub.errors", "HfHubHTTPError", "LocalEntryNotFoundError"):
+        return PmodError(
+            f"the Hugging Face hub did not answer as expected: {first_line(error)}",
+            hint="try again, or pass a local folder",
+            code=RUN_FAILED,
+        )
     return None
 
 

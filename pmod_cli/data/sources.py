@@ -194,7 +194,8 @@ def _load(path: str) -> Any:
             return load_from_disk(folder)
         return load_dataset(folder, split=split or "train")
     except DatasetNotFoundError as error:
-        raise PmodError(f"no such data set: {path} ({error})", hint="set data.path to its name on the hub") from None
+        hint = "set data.path to its name on the hub; one that is gated or private wants a login: hf auth login"
+        raise PmodError(f"no such data set: {path} ({error})", hint=hint) from None
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise PmodError(f"the data set {path} cannot be read: {first_line(error)}", hint="see data.path") from None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pmod_cli.checkpoints.resolve import HUB_ANSWERS_WITHIN, within
+from pmod_cli.checkpoints.resolve import ask_hub
 from pmod_cli.core.atomic import write_text
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.text import disk_size
@@ -102,7 +102,8 @@ def download(sources: Sequence[Split], folder: Path | None = None) -> tuple[str,
     repository = sources[0].repository
     info = HfApi().dataset_info(repository, files_metadata=True)
     names = [sibling.rfilename for sibling in info.siblings]
-    where = {"repo_type": "dataset", "revision": info.sha, "local_dir": folder}
+    # No commit: asked for by one, the cache would not know next time which one is the newest, which `find` asks.
+    where = {"repo_type": "dataset", "local_dir": folder}
     text = Path(hf_hub_download(repository, CARD, **where)).read_text(encoding="utf-8") if CARD in names else None
     wanted: list[str] = []
     for source in sources:
@@ -255,7 +256,7 @@ def _not_on_hub(missing: dict[Split, Benchmark]) -> dict[Split, Benchmark]:
     if constants.HF_HUB_OFFLINE:
         return missing
     try:
-        within(HUB_ANSWERS_WITHIN, lambda: get_session().head(constants.ENDPOINT))
+        ask_hub(lambda: get_session().head(constants.ENDPOINT))
     except Exception:  # whichever way a network can fail
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return missing

@@ -29,7 +29,7 @@ from pmod_cli.training.run import finetune
 from pmod_cli.training.teacher_forced import answered
 
 BUNDLED = "tiny-llava-next"
-NEW_SHARE = 0.9  # of each weight of the projector, drawn anew; its spread stays
+NEW_SHARE = 0.7  # of each weight of the projector, drawn anew; its spread stays
 FIRST, STRIDE, ROWS = 30_000_000, 1_000_000, 16  # first image, images from one seed to the next, rows of a step
 IMAGES = 100  # unseen documents of each task that a model is scored on
 

@@ -4,15 +4,21 @@ import json
 import shutil
 
 import pytest
+import torch
 from datasets import Dataset, Features, Image, List, Value
+from safetensors.torch import load_file
 
-from pmod_cli.checkpoints import ALIASES
+from pmod_cli import recipe_files
+from pmod_cli.checkpoints import ALIASES, router_state
 from pmod_cli.checkpoints.resolve import PATTERNS
 from pmod_cli.data.documents import seed_of
 from pmod_cli.data.rows import row
 from pmod_cli.data.several import document_of
+from pmod_cli.training.recipe import load_settings
 from tests import hub as hubs
+from tests.checkpoints.test_from_parts import parts  # noqa: F401
 from tests.evaluation import mirrors
+from tests.reproduce import make_data
 
 REPO = ALIASES["llava-next-7b"].repo
 WEIGHTS = "model.safetensors"
@@ -108,6 +114,7 @@ def test_a_repository_that_is_not_shown(repo, told, hint, hub, call, stock_model
         assert call("convert", repo, "-o", "made", HF_TOKEN="hf_secret").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_slow_hub_is_waited_for_if_the_user_says_so(hub, call, stock_model):
     hub.add("models", "me/model", stock_model())
     hub.late = 2.5
@@ -152,6 +159,7 @@ def test_a_mirror_of_benchmarks(hub, call, tmp_path):
     assert "the hub shows no repository lmms-lab-encoder/GQA" in gone.stderr
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_fetched_once(hub, call, stock_model, tmp_path):
     """`pmod eval --tasks chartqa`, on a machine with a network and then without."""
     root = mirrors.write(tmp_path / "hub", ["chartqa"])
@@ -190,3 +198,25 @@ def test_rows_of_a_data_set(hub, call, tmp_path):
         refused = call(*plan, f"data.path={name}")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert told in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_papers_parts(hub, call, parts, tmp_path):  # noqa: F811
+    """Recipe `llava-1.5-7b` names three repositories: a language model in pickles, a tower, a projector."""
+    folder, _, _ = parts
+    recipe = load_settings(recipe_files.find("llava-1.5-7b"))
+    llm = shutil.copytree(folder / "llm", tmp_path / "llm")
+    torch.save(load_file(llm / WEIGHTS), llm / "pytorch_model.bin")
+    (llm / WEIGHTS).unlink()
+    (tmp_path / "projector").mkdir()
+    shutil.copy(folder / "mm_projector.bin", tmp_path / "projector")
+    hub.add("models", recipe.model.llm, llm)
+    hub.add("models", recipe.model.vision_tower, folder / "clip")
+    hub.add("models", recipe.model.projector, tmp_path / "projector")
+    make_data(tmp_path / "data", 8)
+    changed = ["model.precision=float32", "train.engine=auto", "data.max_length=null", "data.workers=0"]
+    changed += ["train.batch_size=2", "train.global_batch_size=2", "train.max_steps=1"]
+    done = call(*("finetune", "llava-1.5-7b", "-o", "run"), *(word for one in changed for word in ("--set", one)))
+    assert done.returncode == 0, done.stderr
+    assert {"pytorch_model.bin", WEIGHTS, "mm_projector.bin"} <= set(hub.files_sent())
+    assert router_state(tmp_path / "run") == "trained"

@@ -198,6 +198,10 @@ def test_rows_of_a_data_set(hub, call, tmp_path):
         refused = call(*plan, f"data.path={name}")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert told in refused.stderr
+    hub.cut["data/train-00000-of-00001.parquet"] = 3_000
+    broken = call(*plan, "data.path=me/cut")
+    assert (broken.returncode, broken.stdout) == (1, "")
+    assert "error: the network failed" in broken.stderr
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +78,9 @@ def resolve(
             f"{name} is a file, and a checkpoint is a folder with config.json and its weights",
             hint=f"name the folder that holds it: {folder.parent}" if whole else "name the folder of a checkpoint",
         )
+    if page := re.fullmatch(r"https?://[^/]+/([^/]+/[^/]+?)(?:/tree/([^/]+))?/?", name):
+        known = "@".join(part for part in page.groups() if part)
+        raise PmodError(f"{name} is the address of a page", hint=f"name the model as the hub does: {known}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise PmodError(f"there is no folder {name}", hint="pmod convert --list shows the names that are known")
     base, _, suffix = name.partition("@")

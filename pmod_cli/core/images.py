@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,7 +110,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def _opened(source: Path | str | bytes, name: str) -> Iterator[Image.Image]:
     """The image, its header read; whatever Pillow raises until the block ends becomes a sentence."""
     if not isinstance(source, bytes) and not os.path.isfile(source):
-        raise PmodError(f"{name}: {'this is a folder, expected' if os.path.isdir(source) else 'no such'} image file")
+        hint = "nothing is downloaded: save the picture to a file first" if re.match(r"https?:/", str(name)) else None
+        what = "this is a folder, expected" if os.path.isdir(source) else "no such"
+        raise PmodError(f"{name}: {what} image file", hint=hint)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata

@@ -53,12 +53,20 @@ def test_a_cache_without_weights_is_enough_for_the_configuration(stock_model, tm
         ("~/absent", "there is no folder ~/absent"),
         ("a/b/c", "there is no folder a/b/c"),
         ("org/na--me..", "cannot be a repository"),
+        ("https://hub.example/org/model/", "is the address of a page"),
     ],
 )
 def test_a_miss_says_what_is_near(name, told, workdir):
     with pytest.raises(PmodError) as caught:
         resolve(name)
     assert told in caught.value.what
+
+
+@pytest.mark.parametrize("page", ["https://hub.example/org/model", "https://hub.example/org/model/tree/v2"])
+def test_a_page_of_the_hub_names_its_model(page, workdir):
+    with pytest.raises(PmodError) as caught:
+        resolve(page)
+    assert caught.value.hint.endswith(": org/model@v2" if "tree" in page else ": org/model")
 
 
 def test_local_checkpoints_are_listed_on_a_miss(workdir):

@@ -104,6 +104,7 @@ def test_equal_seeds_give_equal_answers(ready, routed, capsys):
         (["doc.png", "  "], "the question is empty", ""),
         (["doc.png", "-i", "--json"], "--json is one object", "leave one of them out"),
         (["none.png", "what?"], "none.png: no such image file", ""),
+        (["https://a.b/c.png", "what?"], "c.png: no such image file", "nothing is downloaded: save the picture"),
         (["doc.png", "what is <image>?"], "the text holds <image>", "leave it out"),
         (["doc.png", "a " * 2500], "tokens, those of its pictures included; the model takes 2,048", ""),
         (["doc.png", "what?", "--against", "nothing-such"], "nothing-such", ""),

@@ -89,6 +89,7 @@ def calibrate_to(
     from pmod_cli.calibration.calibration import CalibrationSettings, calibrate, router_values
     from pmod_cli.calibration.measured import Measured, digest
     from pmod_cli.calibration.results import card, chosen, notes, tables, to_json
+    from pmod_cli.checkpoints.processor_limits import with_limits
     from pmod_cli.families.sizes import Sizes
 
     settings = CalibrationSettings(**asked_for)
@@ -109,8 +110,9 @@ def calibrate_to(
         checkpoints.check_target(target, checkpoints.sources_of(found.path, options), overwrite=overwrite)
     source = checkpoints.read_source(found.path, options).without_routers()
     model, processor = checkpoints.load_model(found.path, dtype=dtype, device=device or pick_device("auto"))
+    sizes = with_limits(Sizes.of(source.config), found.path)
     measured = Measured(CURRENT.parent / f"calibrate-{digest(str(out.absolute()))[:12]}.sqlite")
-    results = calibrate(model, processor, Sizes.of(source.config), settings, output.note, measured)
+    results = calibrate(model, processor, sizes, settings, output.note, measured)
     if measured.found:
         output.note(f"{measured.found} measurements of a run that was stopped were used")
     for target, result in zip(targets, results, strict=True):

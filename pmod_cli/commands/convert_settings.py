@@ -59,9 +59,10 @@ def choose_settings(
 
 def _prefill_share(source: Source, settings: PmodSettings) -> Callable[[PmodSettings], float]:
     """Decoder FLOPs beside stock, with attention: an image of 672 x 672 pixels and 58 text tokens."""
+    from pmod_cli.checkpoints.processor_limits import with_limits
     from pmod_cli.profiling import Routed, Sizes, Workload, prefill
 
-    sizes = Sizes.of(source.config)
+    sizes = with_limits(Sizes.of(source.config), source.folder)
     rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(sizes)
     stock = prefill(sizes, rows).decoder
 

@@ -157,7 +157,6 @@ def averaged(
     dtype: str,
 ) -> ShownReport:
     """The report of `--from-data`."""
-    from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling import Routed, average
     from pmod_cli.profiling.comparison import cache_dtype
     from pmod_cli.profiling.count_report import SCHEMA_VERSION
@@ -165,7 +164,7 @@ def averaged(
     if text_tokens is not None and text_tokens < 0:
         raise PmodError(f"--text-tokens {text_tokens} is negative: expected 0 or more", hint="pmod profile --help")
     count_text = average.tokenizer_of(subject) if text_tokens is None else lambda _: text_tokens
-    sizes = Sizes.of(subject.stock)
+    sizes = subject.sizes
     rows = average.read_rows(file, images, sizes, count_text, limit)
     dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
     means = average.average(sizes, rows, Routed.of(subject.pmod), dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pmod_cli.checkpoints import load_model, resolve, router_state
 from pmod_cli.checkpoints.conversion import PROVENANCE
 from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.processor_limits import with_limits
 from pmod_cli.core import yaml_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import provenance
@@ -143,7 +144,8 @@ def at_budgets(
         listed = [method for method in METHODS if not METHODS[method].routers]
     if unknown := [method for method in listed if method not in METHODS]:
         raise PmodError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
-    sizes = Sizes.of(read_json(resolve(name, offline=offline).path / CONFIG))
+    folder = resolve(name, offline=offline).path
+    sizes = with_limits(Sizes.of(read_json(folder / CONFIG)), folder)
     chosen, left_out = [], []
     for budget in (budget.strip() for budget in budgets):
         for method in dict.fromkeys(["random", *listed]):
@@ -160,7 +162,7 @@ def at_budgets(
 def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: bool) -> EvalModel:
     """The stock weights under a method, at a budget or at what `main` costs."""
     config = read_json(main.path / CONFIG)
-    sizes = Sizes.of(config)
+    sizes = with_limits(Sizes.of(config), main.path)
     if budget is None and main.routers == "stock":
         raise PmodError(
             f"`against={method}`: {main.path} is a plain LLaVA, whose cost is no budget", hint=f"`against={method}@0.4`"

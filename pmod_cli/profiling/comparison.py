@@ -128,7 +128,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         PmodError: the prompt is longer than the model's context, or the model's decoder or vision tower is unknown.
     """
     stock, pmod = subject.stock, subject.pmod
-    sizes = Sizes.of(stock)
+    sizes = subject.sizes
     rows = workload.rows(sizes)
     longest = max(rows, key=lambda row: row.tokens)
     context = sizes.decoder.context

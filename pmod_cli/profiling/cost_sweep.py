@@ -13,7 +13,6 @@ from rich.table import Table
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.text import GIGA, MIB, TERA, percent
-from pmod_cli.families.sizes import Sizes
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.formulas import Prefill
@@ -119,7 +118,7 @@ def sweep(
         else:
             settings[KEYS.get(axis.name, axis.name)] = value
         subject = subject_of(found, settings)
-        sizes = Sizes.of(subject.stock)
+        sizes = subject.sizes
         rows, stock, pmod = batch.rows(sizes), Routed.stock(sizes.decoder.layers), Routed.of(subject.pmod)
         points.append(
             SweepPoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -17,6 +18,7 @@ from pmod_cli.checkpoints.files import CONFIG, read_json
 from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.checkpoints.layouts.huggingface import hold_to_weights
 from pmod_cli.checkpoints.layouts.shapes import checked_shapes
+from pmod_cli.checkpoints.processor_limits import with_limits
 from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.families import Family, family_of, model_types
 from pmod_cli.families.configs import MOST_LAYERS, known_family, left_out
@@ -58,6 +60,12 @@ class Subject:
     pmod: PreTrainedConfig
     assumed: tuple[str, ...] = ()
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Sizes of the stock model; how many pixels it makes of a picture, as the processor beside it says."""
+        sizes, file = Sizes.of(self.stock), Path(self.source)
+        return with_limits(sizes, file.parent) if file.is_file() else sizes
+
 
 @dataclass(frozen=True)
 class FoundConfig:
@@ -96,7 +104,9 @@ def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
         PmodError: nothing has this name, the configuration is no LLaVA's, or it says other sizes than the weights have.
     """
     path = Path(name).expanduser()
-    if (alias := alias_of(name)) in ALIASES and not path.exists() and revision is None:
+    known = ALIASES.get(alias := alias_of(name))
+    # A bundled model is a folder like another: its tokenizer is beside its configuration.
+    if known is not None and known.repo is not None and not path.exists() and revision is None:
         return FoundConfig(alias, f"built-in configuration of {alias}", builtin_config(alias).to_dict())
     if path.is_file() and revision is not None:
         raise PmodError(f"{name} is a file, and has no revision {revision!r}", hint="leave `revision` out")

@@ -140,7 +140,7 @@ def plan(
     target = parse_memory(gpu) if gpu else this_device(device)
     on_gpu = gpu is not None or (device != "cpu" and torch.cuda.is_available())
     subject, routed, name = model_of(settings)
-    sizes = Sizes.of(subject.stock)
+    sizes = subject.sizes
     data = data_shape(settings, sizes, per_step)
     steps = settings.steps(data.rows, processes)
     passes = steps * settings.accumulation(processes)  # of one device

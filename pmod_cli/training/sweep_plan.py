@@ -67,12 +67,11 @@ def plan_sweep(
 
 def _row(settings: Settings, shapes: dict[str, DataShape]) -> dict:
     """Of one cell. Its data are sampled once for all recipes that read the same."""
-    from pmod_cli.families.sizes import Sizes  # these import torch, which no refusal has to wait for
     from pmod_cli.training.cost import run_flops
     from pmod_cli.training.plan import data_shape, model_of
 
     subject, routed, _ = model_of(settings)
-    sizes, per_step = Sizes.of(subject.stock), settings.rows_per_step()
+    sizes, per_step = subject.sizes, settings.rows_per_step()
     read = repr((asdict(settings.data), settings.model.name, per_step))
     if read not in shapes:
         shapes[read] = data_shape(settings, sizes, per_step)

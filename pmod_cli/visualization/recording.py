@@ -98,6 +98,7 @@ def load_checkpoint(
         PmodError: the model cannot have the method.
     """
     from pmod_cli.checkpoints import load_model, router_state, toy
+    from pmod_cli.checkpoints.processor_limits import with_limits
     from pmod_cli.families.sizes import Sizes
     from pmod_cli.profiling.budgets import PromptBudget, nearest
 
@@ -105,7 +106,7 @@ def load_checkpoint(
     shown = found.path.resolve().name if found.origin == "folder" else name
     options: dict[str, Any] = {"attn_implementation": "eager" if state == "stock" and not method else "sdpa"}
     if method:
-        settings, _ = nearest(*method, Sizes.of(_config(found.path)))
+        settings, _ = nearest(*method, with_limits(Sizes.of(_config(found.path)), found.path))
         options |= {"pmod": settings.to_dict()} if state == "stock" else {}
     model, processor = load_model(found.path, dtype=dtype, device=device, **options)
     notes: tuple[str, ...] = (toy.NOTE,) if toy.is_toy(model.config) else ()

@@ -32,7 +32,8 @@ def with_limits(sizes: Sizes, folder: Path) -> Sizes:
         return sizes
     whole = _read(folder / WHOLE)
     images = whole.get("image_processor") or _read(folder / IMAGES)
-    videos = whole.get("video_processor") or _read(folder / VIDEOS)
+    # Where videos have no file of their own, the stock processors take the limits of pictures for them too.
+    videos = whole.get("video_processor") or _read(folder / VIDEOS) or _read(folder / IMAGES)
     pixels = _limits(images, tower.pixels, folder)
     clip = _limits(videos, tower.clip, folder)
     return replace(sizes, tower=replace(tower, pixels=pixels, clip=clip))

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 from PIL import Image
+from transformers import AutoVideoProcessor
 
 from pmod_cli.checkpoints import bundled_path, load_processor
-from pmod_cli.checkpoints.processor_limits import IMAGES, WHOLE, with_limits
+from pmod_cli.checkpoints.processor_limits import IMAGES, VIDEOS, WHOLE, with_limits
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes, image_tokens
 from pmod_cli.profiling.subject import load_subject
@@ -41,13 +42,17 @@ def test_counted_tokens_are_those_of_the_processor(change, tmp_path):
 
 
 def test_a_file_for_each_part(tmp_path):
-    """As most checkpoints on the hub have it, with the older names of the limits."""
+    """As most checkpoints on the hub have it, with the older names; videos as the stock class takes them from there."""
     shutil.copy(bundled_path(BUNDLED) / "config.json", tmp_path)
     usual = sizes_of(tmp_path).tower
-    (tmp_path / IMAGES).write_text(json.dumps({"min_pixels": 784, "max_pixels": 50_176}))
-    found = sizes_of(tmp_path).tower
-    assert (found.pixels, found.clip) == ((784, 50_176), usual.clip)
     assert usual.pixels == (256 * 256, 4096 * 4096)  # of the published models
+    limits = {"min_pixels": 784, "max_pixels": 50_176}
+    (tmp_path / IMAGES).write_text(json.dumps({"image_processor_type": "Qwen2VLImageProcessor", **limits}))
+    found, stock = sizes_of(tmp_path).tower, AutoVideoProcessor.from_pretrained(tmp_path).size
+    assert found.pixels == (784, 50_176)
+    assert found.clip == (stock.shortest_edge, stock.longest_edge)
+    (tmp_path / VIDEOS).write_text(json.dumps({"size": {"shortest_edge": 4096, "longest_edge": 8192}}))
+    assert sizes_of(tmp_path).tower.clip == (4096, 8192)
 
 
 def test_models_that_cut_tiles_stay_as_they_are():

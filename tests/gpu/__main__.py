@@ -48,6 +48,7 @@ STEPS = {  # in order of worth
     "tiny": Step("checks", 120),
     "engines": Step("checks", 150),
     "report": Step("checks", 60),
+    "calibrate": Step("calibration", 450),  # wants a run of its own: --steps calibrate
 }
 
 

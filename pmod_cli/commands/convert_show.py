@@ -24,11 +24,12 @@ def print_aliases(aliases: dict, as_json: bool) -> None:
     if as_json:
         output.print_json({"schema_version": 2, "aliases": rows})
         return
+    width = max(len(row["repo"]) for row in rows.values())
     for name, row in rows.items():
         number = row["parameters"]
         size = f"{number / 1e9:.1f}B" if number > 1e9 else f"{number / 1e6:.1f}M"
         gigabytes = f"{disk_size(2 * number):>8}"
-        output.print_line(f"{name:22}{row['repo']:38}{row['layers']:3} layers {size:>7} {gigabytes}")
+        output.print_line(f"{name:22}{row['repo']:{width}} {row['layers']:3} layers {size:>7} {gigabytes}")
 
 
 def as_json(report: ConversionReport, dry_run: bool) -> dict:

@@ -21,7 +21,7 @@ from pmod_cli.core.folders import heal
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED_PATTERNS = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]  # of repositories without safetensors
-PATIENCE = 2.0  # seconds, where HF_HUB_ETAG_TIMEOUT says nothing: a user who waits for a dead network is not cheap
+PATIENCE = 2.0  # seconds to the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says more: the network may be dead
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,10 @@ _CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether a connection could not be made, or broke off."""
-    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in _CLIENTS
+    """Whether a connection could not be made, or broke off. A pipe whose reader is gone is none."""
+    if isinstance(error, ConnectionError):
+        return not isinstance(error, BrokenPipeError)
+    return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def _explain_hub_error(error: BaseException) -> PmodError | None:

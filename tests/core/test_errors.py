@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pmod_cli.core.errors import PmodError, as_flags, require
+from pmod_cli.core.errors import PmodError, as_flags, explain, is_network_error, require
 from tests.conftest import ROOT
 
 OPTIONS = {"out": "--out", "overwrite": "--overwrite", "resume": "--resume", "train.batch_size": "--batch-size"}
@@ -51,3 +51,10 @@ def test_missing_extra_names_the_install_command():
         require("eval", "json", "no_such_module_a")
     assert caught.value.hint == "in the checkout: pip install -e '.[eval]'"
     require("eval", "json")
+
+
+def test_a_network_that_fails_is_no_pipe_that_nobody_reads():
+    assert is_network_error(ConnectionResetError("reset by peer"))
+    assert not is_network_error(BrokenPipeError("nobody reads"))
+    assert not is_network_error(OSError("a disk"))
+    assert explain(ConnectionError("Couldn't reach the hub")).what == "the network failed: Couldn't reach the hub"

@@ -1,8 +1,8 @@
 """Trained with routing from the start, or trained plain and then routed: which ends higher after equal steps?
 
-    python -m tests.from_start --out DIR [--seeds N]
+    python -m tests.from_start --out DIR [--seeds N] [--arms stock,start-held]
 
-The start is the bundled model with most of its projector drawn anew, so that it has to learn to see again: the paper,
+The start is the bundled model with much of its projector drawn anew, so that it has to learn to see again: the paper,
 too, starts from a language model and a projector that have not met its questions. One way routes all steps; the other
 trains the stock model for two thirds of them, fits routers to it, and routes the last third. Same schedule, rates and
 documents. Stopped, the same command goes on.
@@ -10,7 +10,6 @@ documents. Stopped, the same command goes on.
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -43,17 +42,17 @@ ZERO, CALIBRATED = "model.router_start=zero", "model.router_start=calibrated"
 class Arm:
     """One way to train: stages, each a share of the steps and what differs from recipe `tiny` in it."""
 
-    name: str
+    title: str
     stages: tuple[tuple[float, tuple[str, ...]], ...]
 
 
-ARMS = (
-    Arm("not routed", ((1, PLAIN),)),
-    Arm("routed from the start, anew", ((1, (*ANEW, ZERO)),)),
-    Arm("routed from the start, held", ((1, (*HELD, ZERO)),)),
-    Arm("plain, then routed anew", ((2 / 3, PLAIN), (1 / 3, (*ANEW, CALIBRATED)))),
-    Arm("plain, then routed, held", ((2 / 3, PLAIN), (1 / 3, (*HELD, CALIBRATED)))),
-)
+ARMS = {
+    "stock": Arm("not routed", ((1, PLAIN),)),
+    "start-anew": Arm("routed from the start, chosen anew in each layer", ((1, (*ANEW, ZERO)),)),
+    "start-held": Arm("routed from the start, chosen at layer 8 and held", ((1, (*HELD, ZERO)),)),
+    "later-anew": Arm("plain, then routed, anew", ((2 / 3, PLAIN), (1 / 3, (*ANEW, CALIBRATED)))),
+    "later-held": Arm("plain, then routed, held", ((2 / 3, PLAIN), (1 / 3, (*HELD, CALIBRATED)))),
+}
 
 
 def make_start(folder: Path) -> None:
@@ -72,14 +71,14 @@ def make_start(folder: Path) -> None:
         processor.save_pretrained(staging)
 
 
-def train(arm: Arm, seed: int, steps: int, out: Path) -> dict:
+def train(name: str, seed: int, steps: int, out: Path) -> dict:
     """Train one arm and score it.
 
     Returns:
         Answers right in percent of each task, seconds of training, and the most memory that this process held in MiB.
     """
     memory, model, done, seconds = PeakMemory("cpu"), out / "start", 0, 0.0
-    for number, (share, overrides) in enumerate(arm.stages):
+    for number, (share, overrides) in enumerate(ARMS[name].stages):
         count = round(share * steps)
         given = [
             f"model.name={model}",
@@ -91,8 +90,8 @@ def train(arm: Arm, seed: int, steps: int, out: Path) -> dict:
         ]
         settings = load_settings(recipe_files.find("tiny"), [*given, *overrides])
         # Arms that begin alike share that stage.
-        name = "-".join([str(seed), str(count), *overrides]) if number == 0 else f"{seed}-{arm.name}"
-        model = out / "runs" / "".join(c if c.isalnum() else "-" for c in name)
+        begins_plain = number == 0 and overrides == PLAIN
+        model = out / "runs" / (f"seed{seed}-plain-{count}" if begins_plain else f"seed{seed}-{name}")
         report = finetune(settings, model)
         if report.status == "interrupted":
             raise SystemExit("interrupted: repeat the command, and it goes on")
@@ -106,18 +105,32 @@ def train(arm: Arm, seed: int, steps: int, out: Path) -> dict:
     }
 
 
-def table(found: dict[str, list[dict]]) -> Iterator[list[str]]:
-    """A row an arm: each task, the mean with the standard deviation of the seeds, each seed's, and what it took."""
-    for name, cells in found.items():
-        means = [mean(cell["score_percent"].values()) for cell in cells]
-        spread = f" ± {stdev(means):.1f}" if len(means) > 1 else ""
-        tasks = [f"{mean(cell['score_percent'][task] for cell in cells):.1f}" for task in TASKS]
-        cost = [
-            f"{mean(cell['seconds'] for cell in cells):.0f}",
-            f"{max(cell['peak_memory_mib'] or 0 for cell in cells):.0f}",
-        ]
-        each = ", ".join(f"{one:.1f}" for one in means)
-        yield [name, str(len(cells)), *tasks, f"{mean(means):.1f}{spread}", each, *cost]
+def row(name: str, cells: list[dict]) -> dict:
+    """An arm over its seeds: each task, the mean with the standard deviation of the seeds, and what it took."""
+    means = [mean(cell["score_percent"].values()) for cell in cells]
+    return {
+        "arm": name,
+        "title": ARMS[name].title,
+        "score_percent": {task: mean(cell["score_percent"][task] for cell in cells) for task in TASKS},
+        "mean_score_percent": {"mean": mean(means), "spread": stdev(means) if len(means) > 1 else None},
+        "of_each_seed": means,
+        "seconds": mean(cell["seconds"] for cell in cells),
+        "peak_memory_mib": max(cell["peak_memory_mib"] or 0 for cell in cells),
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table as docs/results.md has it."""
+    lines = []
+    for found in rows:
+        spread = found["mean_score_percent"]["spread"]
+        whole = f"{found['mean_score_percent']['mean']:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+        tasks = [f"{found['score_percent'][task]:.1f}" for task in TASKS]
+        each = ", ".join(f"{one:.1f}" for one in found["of_each_seed"])
+        lines.append(
+            [found["title"], *tasks, whole, each, f"{found['seconds']:.0f}", f"{found['peak_memory_mib']:.0f}"]
+        )
+    return markdown_table(["trained", *TASKS, "mean", "of each seed", "seconds", "MiB"], lines) + "\n"
 
 
 def main() -> None:
@@ -126,23 +139,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--arms", default=",".join(ARMS))
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     make_start(out / "start")
-    found: dict[str, list[dict]] = {arm.name: [] for arm in ARMS}
+    (out / "cells").mkdir(exist_ok=True)
+    found: dict[str, list[dict]] = {}
     for seed in range(arguments.seeds):
-        for arm in ARMS:
-            file = out / "cells" / f"{seed}-{arm.name.replace(' ', '-').replace(',', '')}.json"
+        for name in arguments.arms.split(","):
+            file = out / "cells" / f"{name}-seed{seed}.json"
             if not file.exists():
-                result = train(arm, seed, arguments.steps, out)
-                file.parent.mkdir(exist_ok=True)
-                write_json(file, result)
-            found[arm.name].append(json.loads(file.read_text(encoding="utf-8")))
-            print(f"seed {seed}, {arm.name}: {mean(found[arm.name][-1]['score_percent'].values()):.1f}", flush=True)
-            rows = list(table({name: cells for name, cells in found.items() if cells}))
-            text = markdown_table(["trained", "seeds", *TASKS, "mean", "of each seed", "seconds", "MiB"], rows) + "\n"
-            write_text(out / "table.md", text)
-    print(text)
+                write_json(file, train(name, seed, arguments.steps, out))
+            found.setdefault(name, []).append(json.loads(file.read_text(encoding="utf-8")))
+            rows = [row(arm, cells) for arm, cells in found.items()]
+            write_json(out / "table.json", {"schema_version": 1, "steps": arguments.steps, "rows": rows})
+            write_text(out / "table.md", markdown(rows))
+            print(f"seed {seed}, {name}: {rows[list(found).index(name)]['of_each_seed'][-1]:.1f}", flush=True)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

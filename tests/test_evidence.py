@@ -6,6 +6,8 @@ intervals meet. Who is ahead must come out again where the table has them far ap
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -102,6 +104,16 @@ def test_a_choice_that_is_held(run):
         # Three standard deviations of the seeds, and one point for another machine.
         assert abs(found[name] - recorded[name]["mean_score_percent"]["mean"]) < 4
     assert found["held-1"] > found["p-mod"] + 2
+
+
+def test_routed_from_the_start(tmp_path):
+    """One cell of fifteen: the held choice, whose seeds lie near to each other."""
+    recorded = {row["arm"]: row for row in json.loads((EVIDENCE / "from-start.json").read_text())["rows"]}
+    words = ["-m", "tests.from_start", "--out", str(tmp_path / "out"), "--seeds", "1", "--arms", "start-held"]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, timeout=3600)
+    (found,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert abs(found["of_each_seed"][0] - recorded["start-held"]["of_each_seed"][0]) < 4
+    assert found["of_each_seed"][0] > recorded["start-anew"]["mean_score_percent"]["mean"] + 2
 
 
 def test_methods_on_the_pretrained_decoder(run, small):

@@ -18,6 +18,7 @@ from PIL.Image import Image
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.pictures import is_square, reduced
 from pmod_cli.evaluation.prompts import Prompt, encode, render_chat
+from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.serving.generation import Answerer, Batch, BatchRow, Sampling
 from pmod_cli.serving.text_stream import TextStream
 
@@ -122,7 +123,7 @@ class Chat:
 
     def _measure(self, batch: Batch, row: BatchRow, reused: int, first: float, seconds: float) -> AnswerStats:
         ids, layers = row.prompt.inputs["input_ids"], batch.cache.layers
-        vision = int(sum((ids == token).sum() for token in vision_ids(self._answerer.model.config)))
+        vision = int(sum((ids == token).sum() for token in vision_token_ids(self._answerer.model.config)))
         words = len(ids) + len(row.ids) - 1 - vision
         more = len(row.ids) - 1
         return AnswerStats(
@@ -181,12 +182,6 @@ def check_length(answerer: Answerer, prompt: Prompt, sampling: Sampling) -> int:
             hint="ask less, or begin a new conversation",
         )
     return min(sampling.max_new_tokens, answerer.context - prompt.length)
-
-
-def vision_ids(config: Any) -> set[int]:
-    """The ids that stand for vision tokens in a prompt."""
-    names = ("image_token_id", "video_token_id")
-    return {token for name in names if isinstance(token := getattr(config, name, None), int)}
 
 
 def looks_ahead(model: Any) -> bool:

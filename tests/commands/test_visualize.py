@@ -9,6 +9,8 @@ from PIL import Image
 
 from pmod_cli import checkpoints, cli
 from pmod_cli.checkpoints import toy
+from pmod_cli.core.errors import PmodError
+from pmod_cli.data import rows
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from tests.conftest import ROOT
@@ -300,3 +302,16 @@ def test_without_a_checkpoint_convert_is_named(workdir, capsys):
     assert call("visualize", "img.png") == 2
     assert "pmod convert" in capsys.readouterr().err
     assert names(workdir) == ["img.png"]
+
+
+def test_drawn_documents_as_rows(ready, capsys, monkeypatch):
+    """`python -m pmod_cli.data.rows`, as docs/visualize.md has it, and what `visualize` makes of its folder."""
+    monkeypatch.setattr("sys.argv", ["rows", "--task", "presence", "--count", "2", "--out", "doc"])
+    rows.main()
+    written = json.loads(Path("doc/rows.json").read_text())
+    assert [row["conversations"][1]["value"] for row in written] == ["yes", "yes"]  # what is not there has no place
+    assert all(Image.open(Path("doc", row["image"])).size == (96, 96) for row in written)
+    assert call("visualize", "doc/rows.json", "--model", "routed", "--device", "cpu", "--max-new-tokens", 0) == 0
+    assert "kept tokens that lie on the boxes: " in capsys.readouterr().out
+    with pytest.raises(PmodError, match="exists"):
+        rows.main()

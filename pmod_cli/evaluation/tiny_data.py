@@ -74,6 +74,11 @@ def _write(task: str, questions: int, target: Path, on_wait: Callable[[Path], No
             if wait:
                 raise
             on_wait(target)
+        except OSError as error:
+            raise PmodError(
+                f"the drawn questions are kept in {target.parent}, which cannot be written: {error.strerror or error}",
+                hint="set HF_HOME to a folder with room that can be written",
+            ) from error
 
 
 def _version() -> str:

@@ -2,6 +2,9 @@
 
 import threading
 
+import pytest
+
+from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import held
 from pmod_cli.evaluation import tiny_data
 
@@ -25,3 +28,11 @@ def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch):
     assert (target / "dataset_dict.json").is_file()
     assert tiny_data.folder("doc", 2, on_wait=wait) == target
     assert len(said) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tiny_data, "_cache", lambda: tmp_path / "file" / "pmod")
+    with pytest.raises(PmodError, match="which cannot be written: Not a directory") as caught:
+        tiny_data.folder("doc", 2)
+    assert "set HF_HOME" in caught.value.hint

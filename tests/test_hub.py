@@ -175,6 +175,7 @@ def test_a_benchmark_is_fetched_once(hub, call, stock_model, tmp_path):
     assert scores[0] == scores[1] is not None
 
 
+@pytest.mark.slow
 def test_rows_of_a_data_set(hub, call, tmp_path):
     """`data.kind=hub`: fetched, planned, refused by name, and broken off."""
     text = {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}

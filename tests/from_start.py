@@ -23,6 +23,7 @@ from pmod_cli.core.folders import staged_directory
 from pmod_cli.core.memory import PeakMemory
 from pmod_cli.data.documents import TASKS
 from pmod_cli.reporting import markdown_table
+from pmod_cli.training.folder import SUMMARY
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.teacher_forced import answered
@@ -95,7 +96,8 @@ def train(name: str, seed: int, steps: int, out: Path) -> dict:
         report = finetune(settings, model)
         if report.status == "interrupted":
             raise SystemExit("interrupted: repeat the command, and it goes on")
-        done, seconds = done + count, seconds + report.seconds
+        # A stage that another arm has trained is told by its folder alone.
+        done, seconds = done + count, seconds + json.loads((model / SUMMARY).read_text(encoding="utf-8"))["seconds"]
     trained, processor = load_model(model, dtype="float32")
     scores = answered(trained, processor, TASKS, IMAGES)
     return {

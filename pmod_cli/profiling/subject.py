@@ -104,10 +104,10 @@ def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
         PmodError: nothing has this name, the configuration is no LLaVA's, or it says other sizes than the weights have.
     """
     path = Path(name).expanduser()
-    known = ALIASES.get(alias := alias_of(name))
-    # A bundled model is a folder like another: its tokenizer is beside its configuration.
-    if known is not None and known.repo is not None and not path.exists() and revision is None:
-        return FoundConfig(alias, f"built-in configuration of {alias}", builtin_config(alias).to_dict())
+    if (alias := alias_of(name)) in ALIASES and not path.exists() and revision is None:
+        name = alias
+        if ALIASES[alias].repo is not None:  # a bundled model is a folder like another, with its tokenizer
+            return FoundConfig(alias, f"built-in configuration of {alias}", builtin_config(alias).to_dict())
     if path.is_file() and revision is not None:
         raise PmodError(f"{name} is a file, and has no revision {revision!r}", hint="leave `revision` out")
     file = path if path.is_file() else resolve(name, revision=revision, weights=False).path / CONFIG

@@ -109,8 +109,8 @@ def calibrate_to(
     for target in targets:
         checkpoints.check_target(target, checkpoints.sources_of(found.path, options), overwrite=overwrite)
     source = checkpoints.read_source(found.path, options).without_routers()
-    model, processor = checkpoints.load_model(found.path, dtype=dtype, device=device or pick_device("auto"))
     sizes = with_limits(Sizes.of(source.config), found.path)
+    model, processor = checkpoints.load_model(found.path, dtype=dtype, device=device or pick_device("auto"))
     measured = Measured(CURRENT.parent / f"calibrate-{digest(str(out.absolute()))[:12]}.sqlite")
     results = calibrate(model, processor, sizes, settings, output.note, measured)
     if measured.found:

@@ -157,7 +157,7 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
             row["cpu_seconds"] = round(mean(result["cpu_seconds"] for result in good), 1)
             # A cell of an earlier version says neither, and not every system tells the memory.
             row["steps"] = good[0].get("steps")
-            row["peak_memory_mib"] = max((r.get("peak_memory_mib") or 0 for r in good), default=0) or None
+            row["peak_memory_mib"] = max(r.get("peak_memory_mib") or 0 for r in good) or None
         rows.append(row)
     return {"schema_version": 1, "rows": rows}
 

@@ -67,7 +67,7 @@ def plan_sweep(
 
 def _row(settings: Settings, shapes: dict[str, DataShape]) -> dict:
     """Of one cell. Its data are sampled once for all recipes that read the same."""
-    from pmod_cli.training.cost import run_flops
+    from pmod_cli.training.cost import run_flops  # these import torch, which no refusal has to wait for
     from pmod_cli.training.plan import data_shape, model_of
 
     subject, routed, _ = model_of(settings)

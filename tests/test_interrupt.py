@@ -14,6 +14,7 @@ PROGRAM = """
 import os, runpy, signal, sys
 
 module, sys.argv = sys.argv[1], ["pmod", *sys.argv[2:]]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 
 class Interrupt:
     def find_spec(self, name, path=None, target=None):

@@ -1,29 +1,23 @@
 """At 7B shape (14 GB, random bfloat16): linking takes seconds and little memory; renaming keeps up with `cp`."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import seven_b
-from tests.conftest import ROOT
+from tests.usage import usage
 
 pytestmark = [pytest.mark.soak]
 
 
 def measured(command: list[str], cwd: Path) -> tuple[float, float]:
     """(wall seconds, peak resident memory in MB) of a command that has to succeed."""
-    started = time.monotonic()
-    run = subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(run.pid, 0)
-    run.returncode = os.waitstatus_to_exitcode(status)
-    assert run.returncode == 0
-    return time.monotonic() - started, usage.ru_maxrss / 1000
+    took = usage(cwd, *command)
+    return took.seconds, took.peak / 1e6
 
 
 @pytest.fixture

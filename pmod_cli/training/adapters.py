@@ -1,7 +1,9 @@
 """LoRA through peft: low-rank adapters on the decoder; routers, and other parts that are not frozen, trained whole."""
 
 import shutil
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,25 +34,25 @@ def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | 
         PmodError: no linear map of the decoder has one of the names of ``lora.targets``.
     """
     if checkpoint is not None:
-        adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+        with _quiet():
+            adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
     else:
         lora = settings.lora
         names = {name.rsplit(".", 1)[-1] for name, _ in model.model.language_model.layers[0].named_modules()}
         if unknown := [target for target in lora.targets if target not in names]:
             raise PmodError(f"lora.targets: the decoder has no {', '.join(unknown)}", hint="q_proj, v_proj, …")
         here = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, only ever divided
-                lora_dropout=lora.dropout,
-                target_modules=rf".*\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})",
-                modules_to_save=[
-                    module for part, module in WHOLE.items() if module in here and part not in settings.model.freeze
-                ],
-            ),
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, only ever divided
+            lora_dropout=lora.dropout,
+            target_modules=rf".*\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})",
+            modules_to_save=[
+                module for part, module in WHOLE.items() if module in here and part not in settings.model.freeze
+            ],
         )
+        with _quiet():
+            adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # what is trained is float32, whatever the frozen weights are
@@ -93,7 +95,9 @@ def fold(out: Path, *, name: str | None = None) -> str:
     try:
         start = starting_checkpoint(settings, scratch / "start")
         model, processor = load_model(start, dtype="auto")
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(model.dtype)
+        with _quiet():
+            adapted = PeftModel.from_pretrained(model, adapter)
+        merged = adapted.merge_and_unload().to(model.dtype)
         if hasattr(merged.config, "router_state"):
             merged.config.router_state = "trained"
         with publishing(out) as staging:
@@ -115,6 +119,14 @@ def copy_adapter(source: Path, target: Path) -> None:
     record = source / SOURCE if (source / SOURCE).is_file() else source.parent / SOURCE
     for path in [*source.glob("adapter_*"), *([record] if record.is_file() else [])]:
         shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that peft causes: it asks by a name that transformers calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _newest(out: Path) -> Path:

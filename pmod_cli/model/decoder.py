@@ -75,6 +75,10 @@ class RoutedDecoder(Stock):
             raise ValueError(f"before: {name} reads the attention of a layer, and no layer has run before the decoder")
         return selection, SimpleNamespace(ratio=share, self_attn=first.self_attn, input_layernorm=first.input_layernorm)
 
+    def _returns_attention(self, kwargs: dict) -> bool:
+        asked = kwargs.get("output_attentions")
+        return bool(getattr(self.config, "output_attentions", False) if asked is None else asked)
+
     def _thinned(self, inputs_embeds: Tensor, routing: Routing) -> Routing:
         """The routing of what `before` leaves."""
         assert self.before is not None
@@ -90,7 +94,13 @@ class RoutedDecoder(Stock):
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> Any:
-        """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens."""
+        """The stock forward, with `routing` in `kwargs` for the layers of a prefill with vision tokens.
+
+        Raises:
+            ValueError: Attention is to be returned, and frozen layers compute only some rows of it.
+        """
+        if kwargs.get("routing") is not None and self.layers[0].keep_keys and self._returns_attention(kwargs):
+            raise ValueError("output_attentions: layers that freeze tokens (shortv) compute no rows of theirs")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.before is not None and kwargs.get("routing") is not None:
@@ -99,7 +109,7 @@ class RoutedDecoder(Stock):
         return super().forward(
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            step_valid=padding_of_step(attention_mask, cache, inputs_embeds),
+            step_valid=padding_of_step(attention_mask, cache, inputs_embeds, routed=kwargs.get("routing") is not None),
             **{CACHE_NAME: cache},
             **kwargs,
         )
@@ -170,10 +180,13 @@ def has_tokens(cache: Any) -> bool:
     return cache is not None and any(layer.is_initialized for layer in cache.layers)
 
 
-def padding_of_step(attention_mask: Any, cache: Any, inputs_embeds: Tensor) -> Tensor | None:
-    """`(B, N)` bool of a later step of several tokens with padding; None in a prefill, in decode, without padding."""
+def padding_of_step(attention_mask: Any, cache: Any, inputs_embeds: Tensor, *, routed: bool) -> Tensor | None:
+    """`(B, N)` bool, the real tokens of a step of several tokens that is to be cached and has padding; else None.
+
+    None also of a routed prefill, whose routing knows them.
+    """
     length = inputs_embeds.shape[1]
-    if length == 1 or not has_tokens(cache) or not is_2d(attention_mask):
+    if length == 1 or cache is None or not is_2d(attention_mask) or (routed and not has_tokens(cache)):
         return None
     valid = attention_mask[:, -length:].bool()
-    return None if valid.all() else valid
+    return None if not torch.compiler.is_compiling() and valid.all() else valid

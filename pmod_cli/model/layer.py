@@ -93,7 +93,7 @@ class RoutedLayer(Stock):
 
         Args:
             routing: Of this prefill, or None in a step without vision tokens.
-            step_valid: `(B, N)` bool, real tokens of a later step that has padding; else None.
+            step_valid: `(B, N)` bool, real tokens of a step without routing that has padding; else None.
             kwargs: The cache, as `cache` or `past_key_values`, and what the stock layer takes besides.
 
         Raises:

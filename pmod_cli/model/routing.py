@@ -210,6 +210,13 @@ class Routing:
         return torch.where(self.rank_base > -torch.inf, places, 0).amax(dim=1, keepdim=True)
 
     @property
+    def last_vision(self) -> Tensor:
+        """`(B, 1)` int64: the last vision token of each row, though dropped in front of the decoder; -1 without one."""
+        vision = self.target if self.thinned is None else self.thinned
+        places = torch.arange(vision.shape[1], device=vision.device)
+        return torch.where(vision, places, -1).amax(dim=1, keepdim=True)
+
+    @property
     def ordinals(self) -> Tensor:
         """`(B, N)` int64: 0 ... V-1 at the vision tokens of a row, anything else elsewhere."""
         return (self.target.cumsum(dim=1) - 1).clamp_(min=0)

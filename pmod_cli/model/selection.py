@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .routing import Routing
 
@@ -78,3 +79,19 @@ class Selection:
         # Stable, so that ties go to the lowest position: `topk` promises no order among them.
         base = routing.rank_base if routing.standing is None else routing.standing
         return (scores + base).argsort(dim=1, descending=True, stable=True)
+
+
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether the vision tokens that a LLaVA keeps may depend on what stands behind them: the question, or padding.
+
+    Args:
+        model: Stock or p-MoD, without adapters around it.
+    """
+    decoder = getattr(model.model, "language_model", None)
+    used = [getattr(decoder, "selection", None), *(getattr(decoder, "before", None) or ())[:1]]
+    return any(selection is not None and selection.looks_ahead for selection in used)
+
+
+def uncast(states: Tensor) -> torch.autocast:
+    """Autocast off while it lasts: it would make products of float32 in bfloat16, and training keep other tokens."""
+    return torch.autocast(states.device.type, enabled=False)

@@ -19,6 +19,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.pictures import is_square, reduced
 from pmod_cli.evaluation.prompts import Prompt, encode, render_chat
 from pmod_cli.families.configs import vision_token_ids
+from pmod_cli.model.selection import looks_ahead
 from pmod_cli.serving.generation import Answerer, Batch, BatchRow, Sampling
 from pmod_cli.serving.text_stream import TextStream
 
@@ -182,10 +183,3 @@ def check_length(answerer: Answerer, prompt: Prompt, sampling: Sampling) -> int:
             hint="ask less, or begin a new conversation",
         )
     return min(sampling.max_new_tokens, answerer.context - prompt.length)
-
-
-def looks_ahead(model: Any) -> bool:
-    """Whether the vision tokens that are kept may depend on the text behind them."""
-    decoder = getattr(model.model, "language_model", None)
-    used = [getattr(decoder, "selection", None), *(getattr(decoder, "before", None) or ())[:1]]
-    return any(selection is not None and selection.looks_ahead for selection in used)

@@ -8,12 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES
 from pmod_cli.model import capture_selection, kept_tokens
 from pmod_cli.model.cache import CACHE_NAME
 from pmod_cli.profiling.count.workload import Row
+from tests.model import visual
 from tests.model.naive import Float64Norm
 from tests.model.visual import (
     IMAGE,
@@ -150,6 +152,39 @@ def test_cached_decode_equals_recomputation_and_holds_what_is_counted(kind):
             again = pmod(**single, use_cache=False).logits[0, -5:]
         # `generate` hands its logits out in float32.
         torch.testing.assert_close(torch.stack(made.logits, 1)[index], again.float(), atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_of_an_earlier_turn_is_never_seen(kind):
+    """Two turns of text, both padded, then a token: what the stock model says. A turn with an image in the middle."""
+    plain = stock(kind)
+    pmod, generator = routed(plain), torch.Generator().manual_seed(1)
+    masks = [torch.ones(2, length, dtype=torch.long) for length in (6, 5, 1)]
+    masks[0][1, :3], masks[1][0, :2] = 0, 0
+    steps = [(torch.randint(20, 60, mask.shape, generator=generator), mask, {}) for mask in masks]
+    for ours, theirs, mask in zip(turns(pmod, steps), turns(plain, steps), masks, strict=True):
+        assert torch.equal(ours[mask.bool()], theirs[mask.bool()])
+    if not FAMILIES[kind].tiled:
+        return  # M-RoPE: positions of a later turn with an image are the caller's
+    shown = prompt(kind, plain.config, [visual.Row([(8, 8)], words=4)] * 2)
+    steps[1] = shown.pop("input_ids"), shown.pop("attention_mask"), shown
+    pixels = {key: value[1:] for key, value in shown.items()}
+    alone_steps = [(ids[1:], mask[1:], pixels if more else {}) for ids, mask, more in steps]
+    alone_steps[0] = steps[0][0][1:, 3:], steps[0][1][1:, 3:], {}
+    for batched, single in list(zip(turns(pmod, steps), turns(pmod, alone_steps), strict=True))[1:]:
+        torch.testing.assert_close(batched[1:], single, atol=3e-5, rtol=1e-4)
+
+
+def turns(model, steps):
+    """Logits of each turn `(ids, mask, pixels)`, on one cache."""
+    cache, mask = DynamicCache(config=model.config.get_text_config()), None
+    for ids, real, more in steps:
+        mask = real if mask is None else torch.cat([mask, real], dim=1)
+        at = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        given = {"attention_mask": mask, "position_ids": at, CACHE_NAME: cache, **more}
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=True, **given).logits
+        yield logits  # outside: a generator that waits would leave gradients off for everybody
 
 
 @pytest.mark.parametrize("kind", KINDS)

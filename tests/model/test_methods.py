@@ -21,6 +21,9 @@ VARIANTS |= {  # dropped in front of the decoder, then routed
     "pyramiddrop, divprune before": {"method": "pyramiddrop", "mean": 0.55, "before": "divprune:0.6"},
     "pmod, visionzip before": {"before": "visionzip:0.6", "mean": 0.55},
     "shortv, random before": {"method": "shortv", "mean": 0.55, "before": "random:0.6"},
+    "attention, divprune before": {"method": "attention", "values": [1.0, 0.5, 0.5, 0.3], "before": "divprune:0.5"},
+    "dart, divprune before": {"method": "dart", "mean": 0.55, "before": "divprune:0.5"},
+    "divprune held, more later": HELD | {"selection": "divprune", "select_at": [0], "values": [0.2, 0.5, 0.5, 0.3]},
 }
 WITH_CLASS_TOKEN = ("llava", "llava_next")
 """Families whose tower has one and whose vision tokens are its patches."""
@@ -217,6 +220,15 @@ def test_beams_have_the_ranks_of_their_image():
     for row in (0, 1):
         alone = model.generate(**single(inputs, row, IMAGES[row]), **given)[0, -4:]
         assert torch.equal(together[row], alone)
+
+
+def test_frozen_layers_have_no_attention_to_return():
+    model, inputs = pmod_model(pmod={"method": "shortv", "mean": 0.55}, attention="eager"), batch("llava_next", ROWS)
+    with torch.no_grad(), pytest.raises(ValueError, match="output_attentions"):
+        model(**inputs, output_attentions=True)
+    text = {key: inputs[key][2:, -4:] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert len(model(**text, output_attentions=True).attentions) == 4
 
 
 def test_what_reads_attention_cannot_choose_before_the_decoder():

@@ -3,11 +3,14 @@
 `test_parity.py` holds held choices to the naive loop, with caches and padding on either side.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pmod_cli.model import SELECTIONS, PmodSettings, Selection, capture_selection, kept_tokens
+from pmod_cli.model.routing import Routing
 from tests import factories
 from tests.model.models import IMAGES, ROWS, batch, pmod_model, single
 from tests.model.test_launches import ROUTER, operators_of_a_layer
@@ -66,6 +69,16 @@ def test_uniform_choices_that_are_held_stay_spread():
     _, record = captured(model, batch("llava_next", ROWS[:1]))
     kept = record.layers[2].kept[0][record.vision_mask[0]].nonzero().flatten()
     assert kept.diff().max() <= 3 / 0.3
+
+
+def test_training_in_bfloat16_keeps_what_inference_keeps():
+    """Autocast makes products in bfloat16; what is most unlike is told apart in float32 all the same."""
+    states = torch.randn(1, 200, 256, generator=torch.Generator().manual_seed(0)) + 0.5
+    routing = Routing.build(torch.ones(1, 200, dtype=torch.bool), None)
+    layer, selection = SimpleNamespace(ratio=0.25), SELECTIONS["divprune"]()
+    expected = selection.order(states, routing, layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(selection.order(states, routing, layer), expected)
 
 
 @pytest.mark.parametrize("mean", [0.52, 0.6, 0.9])

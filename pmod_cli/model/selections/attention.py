@@ -23,10 +23,8 @@ class AttentionSelection(Selection):
 
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """Mean attention of the last text tokens to every token, `(B, N)`."""
-        places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        after = torch.where(routing.target, places, -1).amax(dim=1, keepdim=True)  # the last vision token
         num_queries = min(MOST_QUERIES, max(tail for *_, tail in routing.known_counts) or 1)
-        queries = routing.last - torch.arange(num_queries, device=places.device)  # (B, Q)
-        asks = ((queries > after) | (queries == routing.last)).unsqueeze(-1)
+        queries = routing.last - torch.arange(num_queries, device=hidden_states.device)  # (B, Q)
+        asks = ((queries > routing.last_vision) | (queries == routing.last)).unsqueeze(-1)
         shares = attention_rows(hidden_states, routing, layer, queries.clamp(min=0))
         return (shares * asks).sum(dim=1) / asks.sum(dim=1)

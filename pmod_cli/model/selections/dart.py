@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attention_rows import heads
 from ..registry import SELECTIONS
 from ..routing import Routing
-from ..selection import Selection
+from ..selection import Selection, uncast
 
 PIVOTS = 4  # of either kind
 
@@ -35,7 +35,7 @@ class DartSelection(Selection):
         norms = keys.to(torch.promote_types(keys.dtype, torch.float32)).abs().sum(dim=(1, 3))  # (B, N)
         places = torch.arange(norms.shape[1], device=norms.device)
         free = routing.target & routing.alive
-        behind = places > torch.where(routing.target, places, -1).amax(dim=1, keepdim=True)
+        behind = places > routing.last_vision
         kept = torch.tensor(routing.kept(layer.ratio), device=norms.device).unsqueeze(1)  # (B, 1)
         vision, is_vision = _largest(norms, free)
         is_vision &= torch.arange(PIVOTS, device=norms.device) < kept
@@ -49,7 +49,8 @@ class DartSelection(Selection):
         scores = torch.where(first, norms.new_tensor(20.0), norms.new_tensor(-1.0))
         unit = torch.nn.functional.normalize(normed.to(norms.dtype), dim=-1)
         rows = pivots.unsqueeze(-1).expand(-1, -1, unit.shape[-1])
-        unlike = 1 - unit.gather(1, rows) @ unit.transpose(1, 2)  # (B, P, N), 0 ... 2
+        with uncast(unit):
+            unlike = 1 - unit.gather(1, rows) @ unit.transpose(1, 2)  # (B, P, N), 0 ... 2
         for pivot in range(pivots.shape[1]):
             order = unlike[:, pivot].masked_fill(~free, -torch.inf).argsort(dim=1, descending=True, stable=True)
             takes = torch.zeros_like(free).scatter(1, order, places < shares[:, pivot : pivot + 1]) & free

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..registry import SELECTIONS
 from ..routing import Routing
-from ..selection import Selection
+from ..selection import Selection, uncast
 
 SAME = 1e-6  # a distance below it is a rounding error
 
@@ -29,13 +29,15 @@ class DivPruneSelection(Selection):
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """K for the first pick, 1 for the last, -1 elsewhere, `(B, N)`."""
         candidates = routing.target & routing.alive
-        most, picks = max(row[0] for row in routing.known_counts), max(routing.kept(layer.ratio))
+        kept, most = routing.kept(layer.ratio), max(row[0] for row in routing.known_counts)
+        picks = max(kept)
         places = (~candidates).byte().argsort(dim=1, stable=True)[:, :most]  # (B, V), candidates first
         real = candidates.gather(1, places)
         features = hidden_states.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         features = torch.nn.functional.normalize(features, dim=-1)
-        distance = 1 - features @ features.transpose(1, 2)  # (B, V, V)
+        with uncast(features):
+            distance = 1 - features @ features.transpose(1, 2)  # (B, V, V)
         # Two tokens that are nearest to each other tie, and so do equal ones (the newlines of anyres): no rounding
         # error may decide.
         distance = torch.minimum(distance, distance.transpose(1, 2))
@@ -53,4 +55,7 @@ class DivPruneSelection(Selection):
             scores.scatter_reduce_(1, best, scores.new_full(best.shape, float(picks - pick)), "amax")
             row = distance.gather(1, best.unsqueeze(-1).expand(-1, -1, most))[:, 0]
             nearest = row if pick == 0 else torch.minimum(nearest, row)
+        if min(kept) < picks:  # what a row picked behind its own K, it would not have picked alone
+            in_vain = scores <= picks - torch.tensor(kept, device=scores.device).unsqueeze(1)
+            scores = scores.masked_fill(in_vain, -1.0)
         return scores.new_full(candidates.shape, -1.0).scatter_(1, places, scores)

@@ -17,6 +17,7 @@ from pmod_cli.data.documents import seed_of
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.data.rows import row
 from pmod_cli.data.several import document_of
+from pmod_cli.model.selection import looks_ahead
 
 TURNS = 3  # questions asked about each image
 
@@ -34,7 +35,7 @@ def answered(
 
     The documents and their questions are the same at every call.
     """
-    collate, found = Collator(processor), {}
+    collate, found, unmasked = Collator(processor), {}, maskless(model)
     model.eval()
     for task in tasks:
         right = asked = 0
@@ -42,12 +43,23 @@ def answered(
             indices = range(start, min(start + batch_size, images))
             batch = collate([_question_row(task, seed_of("test", index)) for index in indices])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            # Padded on the right, where a causal decoder never looks: as in training, no mask.
-            logits = model(**{**batch, "labels": None, "attention_mask": None, "use_cache": False}).logits
+            logits = model(**{**batch, "labels": None, "use_cache": False, **unmasked}).logits
             hits = right_answers(logits, batch["labels"])
             right, asked = right + int(hits.sum()), asked + len(hits)
         found[task] = (right, asked)
     return found
+
+
+def maskless(model: PreTrainedModel) -> dict[str, None]:
+    """What leaves the attention mask of a batch out, where it is not needed.
+
+    The collator pads on the right, where a causal decoder never looks, and without a mask its attention kernel skips
+    half of the work. A selection that reads the text behind an image would take padding for it.
+
+    Args:
+        model: Stock or p-MoD, without adapters around it.
+    """
+    return {} if looks_ahead(model) else {"attention_mask": None}
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pmod_cli.training.parts import parameter_groups
 from pmod_cli.training.resume import list_files
 from pmod_cli.training.run_data import COUNTS, Counting
 from pmod_cli.training.run_settings import Settings, TrainArgs, processes
+from pmod_cli.training.teacher_forced import maskless
 from pmod_cli.training.watch import Watch
 
 
@@ -98,6 +99,7 @@ class PmodTrainer(Trainer):
         self.train_args, self.watch, self.sampler = train, watch, sampler
         llava = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.blank_image = BlankImage(llava)
+        self.maskless = maskless(llava)
         llava.config.__dict__.pop("use_cache", None)  # Trainer's mark; a LLaVA reads its decoder's, so see compute_loss
         self.remove_callback(PrinterCallback)  # it prints to stdout
         if logs_to is not None:
@@ -137,21 +139,21 @@ class PmodTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The model's loss, without KV cache and without attention mask.
-
-        The collator pads on the right, where a causal decoder never looks, and without a mask its attention kernel
-        skips half of the work.
-        """
-        inputs = {**inputs, "use_cache": False, "attention_mask": None}
-        distills = self.train_args.loss == "distill"
-        if distills:  # the teacher first, so that no activations are held while it runs
+        """The model's loss, without KV cache, and without an attention mask where none is needed."""
+        inputs = {**inputs, "use_cache": False, **self.maskless}
+        ask: Callable[..., Any] = model
+        if self.train_args.loss == "distill":  # the teacher first, so that no activations are held while it runs
             answers = inputs["labels"][:, 1:] != IGNORED
             taught = stock_logits(self.accelerator.unwrap_model(model), inputs)[:, :-1][answers]
+
+            def ask(**asked: Any) -> Any:
+                """The model, whose loss has the divergence in it before Trainer scales it for several processes."""
+                outputs = model(**asked)
+                outputs.loss = outputs.loss + divergence(taught, outputs.logits[:, :-1][answers], num_items_in_batch)
+                return outputs
+
         self.blank_image.wanted = "pixel_values" not in inputs
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if distills:
-            loss = loss + divergence(taught, outputs.logits[:, :-1][answers], num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        return super().compute_loss(ask, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the watch knows to what Trainer logs."""

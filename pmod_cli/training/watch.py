@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -95,16 +96,29 @@ class Watch(TrainerCallback):
         """Called by the trainer before the run."""
         self.trainer = trainer
         self.decoder = llava.model.language_model
-        self.retention = getattr(llava.config, "retention", None)  # a stock model has none: it keeps everything
+        self.retention: list[float] | None = getattr(
+            llava.config, "retention", None
+        )  # a stock model has none: it keeps everything
         self.statistics = RouterStatistics()
+        if self.retention is not None:
+            self._left: float = (llava.config.settings.before_decoder or ("", 1.0))[1]
+            self.decoder.register_forward_pre_hook(self._count_skipped, with_kwargs=True)
 
     def count(self, counts: Counts) -> None:
-        """Add the tokens of a batch; vision tokens also with the share that the layers keep by their schedule."""
-        rows = counts.vision
-        kept = sum(rows)
-        if self.retention is not None:
-            kept = sum(kept_tokens(row, ratio) for row in rows for ratio in self.retention) / len(self.retention)
-        self._local = [total + more for total, more in zip(self._local, (counts.tokens, sum(rows), kept), strict=True)]
+        """Add the tokens of a batch: of its vision tokens, what a layer skips is taken away when it is routed."""
+        vision = sum(counts.vision)
+        self._local = [total + more for total, more in zip(self._local, (counts.tokens, vision, vision), strict=True)]
+
+    def _count_skipped(self, decoder: nn.Module, arguments: tuple, named: dict) -> None:
+        """Take away what a layer skips, mean over the layers; a teacher's pass is not routed."""
+        routing: Routing | None = named.get("routing")
+        if routing is None or self.retention is None:
+            return
+        rows, skipped = [vision for vision, *_ in routing.known_counts], 0
+        for ratio, layers in Counter(self.retention).items():
+            kept = [kept_tokens(kept_tokens(row, self._left), ratio) for row in rows]
+            skipped += layers * (sum(rows) - sum(routing.kept(ratio) if self._left == 1 else kept))
+        self._local[2] -= skipped / len(self.retention)
 
     def add_loss(self, loss: Tensor) -> None:
         """Add the loss of one forward pass, as the Trainer scales it: a step's losses add up to its own."""

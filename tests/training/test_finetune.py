@@ -215,7 +215,19 @@ def test_a_text_only_batch_reaches_every_trained_parameter(routed, tmp_path):
             assert not parameter.grad.any(), name
 
 
-def test_the_vision_tokens_counted_are_those_the_layers_keep(routed, tmp_path):
+VARIANTS = {
+    "published": PmodSettings(),
+    "dropped before": PmodSettings(before="divprune:0.33"),
+    "of tiles alone": PmodSettings(target_tokens="vision_hr"),
+    "of each image": PmodSettings(quota="per_image"),
+    "attention": PmodSettings(selection="attention"),
+    **{name: PmodSettings(method=name, mean=0.6) for name in ("fastv", "pyramiddrop", "dart", "shortv")},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_vision_tokens_counted_are_those_the_layers_keep(stock, tmp_path, variant):
+    convert(stock, routed := tmp_path / "model", VARIANTS[variant])
     settings = run_settings(routed)
     model, processor = load_model(routed)
     trainer = trainer_for(model, settings, tmp_path)
@@ -225,14 +237,17 @@ def test_the_vision_tokens_counted_are_those_the_layers_keep(routed, tmp_path):
     with capture_selection(model) as record:
         trainer.compute_loss(model, dict(batch))
     layers = len(model.model.language_model.layers)
-    vision = record.vision_mask.sum().item()
-    kept = sum((selection.kept & record.vision_mask).sum().item() for selection in record.layers.values())
+    is_vision = batch["input_ids"] == model.config.image_token_id
+    vision = is_vision.sum().item()
+    kept = sum((selection.kept & is_vision).sum().item() for selection in record.layers.values())
     assert trainer.watch._local[:2] == [batch["attention_mask"].sum(), vision]
     assert trainer.watch._local[2] == pytest.approx((kept + vision * (layers - len(record.layers))) / layers)
 
 
-def test_the_padding_changes_neither_loss_nor_gradients(routed, tmp_path):
-    """The trainer gives the model no mask; rows of unequal length, with and without it."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_padding_changes_neither_loss_nor_gradients(stock, tmp_path, variant):
+    """The trainer gives the model no mask where none is needed; rows of unequal length, with and without it."""
+    convert(stock, routed := tmp_path / "model", VARIANTS[variant])
     settings = run_settings(routed)
     settings.data.turns = None
     documents = SyntheticDocuments(settings.data, 4)

@@ -53,8 +53,9 @@ def test_adapters_lie_on_the_decoder_alone_and_routers_and_projector_are_whole(r
     assert len(whole) == 10
 
 
-def test_a_lora_run_ends_in_a_checkpoint_whose_base_changed_by_low_rank_only(routed, tmp_path):
+def test_a_lora_run_ends_in_a_checkpoint_whose_base_changed_by_low_rank_only(routed, tmp_path, recwarn):
     report = finetune(lora_settings(routed), tmp_path / "run")
+    assert not [str(warning.message) for warning in recwarn if warning.category is FutureWarning]
     assert (report.status, router_state(report.path)) == ("finished", "trained")
     assert 0 < report.parameters["language_model"].trained < 0.2 * report.parameters["language_model"].parameters
     before, after = weights(routed), weights(report.path)
@@ -96,6 +97,26 @@ def test_distillation_adds_the_divergence_from_the_stock_model(routed, stock_mod
     assert any(parameter.grad.any() for name, parameter in model.named_parameters() if "lora_B" in name)
     with pytest.raises(PmodError, match=r"train\.loss"):
         lora_settings(routed, "train.loss=distill", "lora.enabled=false")
+
+
+def test_distillation_weighs_as_much_in_several_processes(routed, tmp_path, monkeypatch):
+    """Each sees a part of a step's rows, and what all return is averaged: the mean is what one alone returns."""
+    settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")
+    base, processor = load_model(routed)
+    model = add_adapters(base, settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    arguments = training_arguments(settings, tmp_path, "cpu")
+    trainer = PmodTrainer(train=settings.train, watch=Watch(), model=model, args=arguments)
+    rows = [SyntheticDocuments(settings.data, 2)[index] for index in range(2)]
+    batch, parts = Collator(processor)(rows), [Collator(processor)([row]) for row in rows]
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    alone = trainer.compute_loss(model, dict(batch), num_items_in_batch=tokens)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
+    both = [trainer.compute_loss(model, dict(part), num_items_in_batch=tokens) for part in parts]
+    assert (sum(both) / 2).item() == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_the_merged_model_answers_as_the_adapted_one(routed, tmp_path):

@@ -193,8 +193,8 @@ def _mean_retention(path: Path) -> float:
 
     import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD configurations
 
-    retention = AutoConfig.from_pretrained(path).retention
-    return sum(retention) / len(retention)
+    config = AutoConfig.from_pretrained(path)
+    return config.settings.mean_retention(config.get_text_config().num_hidden_layers)
 
 
 def stock_source(path: Path) -> str | None:

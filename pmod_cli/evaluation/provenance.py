@@ -65,11 +65,11 @@ def loaded(model: Any, processor: Any) -> dict[str, Any]:
     from pmod_cli.evaluation.prompts import as_asked  # which imports torch
 
     config, text = model.config, model.config.get_text_config()
-    retention = getattr(config, "retention", None)
+    settings = getattr(config, "settings", None)
     image_processor = as_asked(processor, config.model_type).image_processor
     size = {name: length for name, length in dict(getattr(image_processor, "size", None) or {}).items() if length}
     return {
-        "mean_retention": sum(retention) / len(retention) if retention else 1.0,
+        "mean_retention": 1.0 if settings is None else settings.mean_retention(text.num_hidden_layers),
         "pmod": getattr(config, "pmod", None),
         "model_type": config.model_type,
         "decoder": text.model_type,

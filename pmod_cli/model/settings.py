@@ -139,6 +139,11 @@ class PmodSettings:
             values=self.values,
         )
 
+    def mean_retention(self, num_layers: int) -> float:
+        """Share of the routed vision tokens that a layer processes, mean over the layers; `before` counted."""
+        _, left = self.before_decoder or ("", 1.0)
+        return left * sum(self.retention(num_layers)) / num_layers
+
     def routed(self, num_layers: int) -> list[bool]:
         """Which layers have a router.
 

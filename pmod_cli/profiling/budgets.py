@@ -12,7 +12,7 @@ from pmod_cli.families.sizes import ImageTokens, Sizes
 from pmod_cli.model.methods import METHODS
 from pmod_cli.model.settings import PmodSettings
 from pmod_cli.profiling.count import formulas
-from pmod_cli.profiling.count.workload import Routed, Row, Workload, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, Workload, cached_tokens
 
 PROMPT = Workload(image_sizes=((672, 672),), text_tokens=58)
 """The paper's prompt, on which a budget is solved unless another one is given."""
@@ -56,14 +56,13 @@ def cost_of(sizes: Sizes, settings: PmodSettings, rows: Sequence[Row] | None = N
     rows = PROMPT.rows(sizes) if rows is None else rows
     routed = Routed.by(settings, sizes.decoder.layers)
     stock, found = formulas.prefill(sizes, rows).decoder, formulas.prefill(sizes, rows, routed)
-    longest = max(row.tokens for row in rows)
-    slots = [longest if routed.keep_keys else tokens for _, tokens in layer_tokens(rows, routed)]
+    slots = cached_tokens(rows, routed)
     return MethodCost(
         first_layer=routed.before * routed.retention[0],
-        mean_tokens=routed.before * routed.mean_retention,
+        mean_tokens=routed.mean_retention,
         flops=found.decoder / stock,
         selector=found.selector / stock,
-        kv_bytes=sum(slots) / (len(slots) * longest),
+        kv_bytes=sum(slots) / (len(slots) * max(row.tokens for row in rows)),
     )
 
 

@@ -69,7 +69,7 @@ class Profile:
 
     @property
     def mean_retention(self) -> float:
-        """Mean of the retention ratios over the layers."""
+        """Share of the vision tokens that a layer processes, mean over the layers."""
         return self.routed.mean_retention
 
     @property

@@ -47,6 +47,7 @@ class SweepPoint:
     Args:
         value: The swept setting's.
         retention: Retention ratio of each layer, length L.
+        mean_retention: Share of the vision tokens that a layer processes, mean over the layers.
         vision_tokens: V of the longest row.
         stock, pmod: FLOPs of the prefill.
         stock_kv, pmod_kv: Bytes of the KV cache.
@@ -54,16 +55,12 @@ class SweepPoint:
 
     value: float | str
     retention: tuple[float, ...]
+    mean_retention: float
     vision_tokens: int
     stock: Prefill
     pmod: Prefill
     stock_kv: int
     pmod_kv: int
-
-    @property
-    def mean_retention(self) -> float:
-        """Mean of the retention ratios over the layers."""
-        return sum(self.retention) / len(self.retention)
 
 
 def parse_axis(text: str) -> Axis:
@@ -123,7 +120,8 @@ def sweep(
         points.append(
             SweepPoint(
                 value,
-                tuple(subject.pmod.retention),
+                tuple(pmod.retention),
+                pmod.mean_retention,
                 max(row.vision_tokens for row in rows),
                 stock=formulas.prefill(sizes, rows, stock),
                 pmod=formulas.prefill(sizes, rows, pmod),

@@ -246,8 +246,7 @@ def _mean_retention(settings: Settings) -> float:
         return 1.0
     source = resolve(needed(settings.model.name, "model.name")).path
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    ratios = PmodSettings.from_dict(settings.pmod.given).retention(config["text_config"]["num_hidden_layers"])
-    return sum(ratios) / len(ratios)
+    return PmodSettings.from_dict(settings.pmod.given).mean_retention(config["text_config"]["num_hidden_layers"])
 
 
 def _settings(cell: Cell, overrides: Sequence[str]) -> Settings:

@@ -77,10 +77,9 @@ def _row(settings: Settings, shapes: dict[str, DataShape]) -> dict:
         shapes[read] = data_shape(settings, sizes, per_step)
     shape, steps = shapes[read], settings.steps(shapes[read].rows)
     config, trained = subject.pmod if routed else subject.stock, steps * per_step
-    ratios = subject.pmod.retention if routed else [1.0]
     tokens, vision = round(shape.tokens * trained), round(shape.vision_tokens * trained)
     return {
-        "mean_retention": sum(ratios) / len(ratios),
+        "mean_retention": subject.pmod.settings.mean_retention(sizes.decoder.layers) if routed else 1.0,
         "steps": steps,
         "rows": trained,
         "tokens": tokens,

@@ -41,6 +41,12 @@ def test_columns(stock_model, converted):
     assert chosen[4].tokens_left == pytest.approx(sum(retention) / 4)
 
 
+def test_the_control_is_shown_as_many_tokens_as_are_left_of_what_is_dropped_before(stock_model, tmp_path):
+    convert(stock_model(), tmp_path / "before", PmodSettings(before="divprune:0.33"))
+    _, control = eval_models.choose(str(tmp_path / "before"), ["downsample"])
+    assert control.tokens_left == pytest.approx(0.33 * sum(PmodSettings().retention(4)) / 4)
+
+
 def test_what_cannot_be_compared(stock_model, converted, tmp_path):
     for control in ("random", "downsample"):
         with pytest.raises(PmodError, match=f"`against={control}`.*keeps every vision token"):

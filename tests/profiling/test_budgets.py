@@ -6,8 +6,9 @@ from pmod_cli.calibration.budget import Budget
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
-from pmod_cli.profiling import Workload, load_subject, profile
+from pmod_cli.profiling import Routed, Workload, load_subject, profile
 from pmod_cli.profiling.budgets import PromptBudget, cost_of, prompt_of, solve
+from pmod_cli.profiling.count.memory import inference_memory
 
 
 @pytest.mark.parametrize("before", [None, "divprune:0.33"])
@@ -21,7 +22,12 @@ def test_formula_and_trace_agree(method, before):
     assert found.pmod.selector == formula.selector
     cost = cost_of(found.sizes, PmodSettings(**settings), found.rows)
     assert cost.flops == found.pmod.total / found.stock.total
-    assert cost.kv_bytes == sum(k.total for k in found.pmod_kv) / sum(k.total for k in found.stock_kv)
+    held = sum(k.total for k in found.pmod_kv)
+    assert cost.kv_bytes == held / sum(k.total for k in found.stock_kv)
+    routed = Routed.of(found.subject.pmod)
+    assert inference_memory(found.sizes, found.rows, found.dtype, routed=routed).cache == held
+    assert cost.mean_tokens == found.mean_retention == found.subject.pmod.settings.mean_retention(32)
+    assert cost.mean_tokens == pytest.approx(0.4 if before is None else 0.4 * 0.33, rel=0.02)
 
 
 def test_budgets_are_met_to_one_percent_by_every_method():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pmod_cli.core.text import GIB
 from pmod_cli.families.sizes import Decoder, Sizes
 from pmod_cli.profiling.count.formulas import parameters
-from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
+from pmod_cli.profiling.count.workload import Routed, Row, cached_tokens, layer_tokens
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -65,7 +65,7 @@ def kv_bytes(sizes: Sizes, rows: Sequence[Row], dtype: str, new_tokens: int = 0,
         dtype: One of `DTYPE_BYTES`.
     """
     routed = routed or Routed.stock(sizes.decoder.layers)
-    held = sum(tokens + new_tokens for _, tokens in layer_tokens(rows, routed))
+    held = sum(tokens + new_tokens for tokens in cached_tokens(rows, routed))
     return len(rows) * held * bytes_per_token(sizes.decoder, dtype)
 
 
@@ -130,7 +130,7 @@ def inference_memory(
     longest = max(row.tokens for row in rows)
     token = bytes_per_token(decoder, dtype)
     cache = kv_bytes(sizes, rows, dtype, new_tokens, routed)
-    so_far = itertools.accumulate(gathered)
+    so_far = itertools.accumulate(cached_tokens(rows, routed))
     peaks = [
         token * held + size * (5 * longest * decoder.hidden + 3 * tokens * decoder.inner)
         for held, tokens in zip(so_far, gathered, strict=True)

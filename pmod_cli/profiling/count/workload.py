@@ -214,8 +214,8 @@ class Routed:
 
     @property
     def mean_retention(self) -> float:
-        """Mean of the retention ratios over the layers."""
-        return sum(self.retention) / len(self.retention)
+        """Share of the vision tokens that a layer processes, mean over the layers."""
+        return self.before * sum(self.retention) / len(self.retention)
 
 
 def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:
@@ -265,3 +265,10 @@ def _units(image: ImageTokens, target_tokens: str) -> list[int]:
         return [routable]
     frame = routable // image.frames
     return [frame] * (image.frames - 1) + [routable - frame * (image.frames - 1)]
+
+
+def cached_tokens(rows: Sequence[Row], routed: Routed) -> list[int]:
+    """Tokens whose keys and values each layer holds after the prefill, in the longest row; length L."""
+    if routed.keep_keys:
+        return [max(row.tokens for row in rows)] * len(routed.retention)
+    return [gathered for _, gathered in layer_tokens(rows, routed)]

@@ -15,6 +15,7 @@ from pmod_cli.checkpoints.conversion_plan import ConversionPlan
 from pmod_cli.checkpoints.layout import THIS_FOLDER
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.core.text import printable
+from pmod_cli.families import DECODERS, FAMILIES
 
 PROVENANCE = "pmod_provenance.json"
 CARD = "README.md"
@@ -24,7 +25,7 @@ _STATES = {
     "untrained": "The routers are new and untrained: what they keep means nothing yet. Fine-tune it first.",
     "trained": "The routers are trained.",
     "calibrated": "Routers and ratios were fitted to what the stock model reads; no weight was trained.",
-    "stock": "A plain LLaVA, without routers.",
+    "stock": "The plain model, without routers.",
 }
 
 
@@ -38,6 +39,7 @@ class ConversionReport:
         layout: Layout of the source: `huggingface`, `original`, `published` or `parts`.
         to: Layout of the result.
         model_type: As its config.json says.
+        family: Name of the family of the source.
         decoder: Name of the decoder.
         retention: Retention ratio per decoder layer, length L; empty for a stock model.
         routed_layers: Layers that have a router.
@@ -63,6 +65,7 @@ class ConversionReport:
     layout: str
     to: str
     model_type: str
+    family: str
     decoder: str
     retention: list[float]
     routed_layers: list[int]
@@ -100,6 +103,7 @@ def planned_report(plan: ConversionPlan, target: Path, origin: str) -> Conversio
         layout=plan.source.layout,
         to=plan.options.to,
         model_type=plan.draft.config["model_type"],
+        family=plan.source.kind,
         decoder=plan.source.decoder,
         retention=plan.retention,
         routed_layers=routed,
@@ -178,7 +182,7 @@ def model_card(report: ConversionReport, calibration: str = "", scores: str = ""
     from_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     metadata = ["---", "pipeline_tag: image-text-to-text", "library_name: transformers"]
     metadata += [f"base_model: {base}"] if from_hub else []
-    metadata += ["tags:", "- llava", *(["- p-mod", "- mixture-of-depths"] if report.settings else []), "---"]
+    metadata += ["tags:", f"- {report.family}", *(["- p-mod", "- mixture-of-depths"] if report.settings else []), "---"]
     lines = [*metadata, "", f"# {title}", "", f"{_what(report)} {_STATES[report.router_state]}", ""]
     lines += [f"This is {toy.NOTE}.", ""] if THIS_IS_TOY in report.notes else []
     lines += ["## Use", "", LAYOUTS[report.to].usage.replace(THIS_FOLDER, title)]
@@ -203,8 +207,10 @@ def model_card(report: ConversionReport, calibration: str = "", scores: str = ""
 
 
 def _what(report: ConversionReport) -> str:
-    kind = "LLaVA-NeXT" if report.model_type.endswith("next") else "LLaVA"
-    size = f"{kind} over a {report.decoder.capitalize()} decoder of {report.num_layers} layers"
+    over = f" over a {report.decoder.capitalize()} decoder"
+    if any(kind.family == report.family for kind in DECODERS.values()):
+        over = ""  # its own, which has no other name
+    size = f"{FAMILIES[report.family].title}{over} of {report.num_layers} layers"
     if not report.settings:
         return f"{size}."
     return (

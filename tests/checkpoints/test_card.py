@@ -26,6 +26,15 @@ def test_of_a_p_mod_checkpoint(stock_model, tmp_path):
     assert str(tmp_path) not in body
 
 
+def test_the_family_is_called_by_its_name(tmp_path):
+    convert(bundled_path("tiny-qwen3-vl"), tmp_path / "qwen")
+    metadata, body = card(tmp_path / "qwen")
+    assert "qwen3_vl" in metadata["tags"]
+    assert "of a Qwen3-VL of 12 layers: 9 layers have a router" in body
+    convert(bundled_path(), tmp_path / "next")
+    assert "of a LLaVA-NeXT over a Llama decoder of 32 layers" in card(tmp_path / "next")[1]
+
+
 def test_of_a_published_checkpoint_its_results_are_called_published(tmp_path):
     convert(GOLDEN / "next" / "ckpt", tmp_path / "next", origin="MCG-NJU/p-MoD-LLaVA-NeXT-7B@0123")
     _, body = card(tmp_path / "next")

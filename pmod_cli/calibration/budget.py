@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,7 +103,7 @@ class Budget:
             name = "budget" if self.of == "flops" else "target_retention"
             raise PmodError(
                 f"`{name}={self.share:g}` cannot be met: this model reaches {least:.3f} to 1",
-                hint=f"`{name}={min(1.0, least + 0.05):.2f}`, or more",
+                hint=f"`{name}={min(1.0, math.ceil(100 * least) / 100):.2f}`, or more",
             )
         if cosine and self.cosine() is None:
             raise PmodError(f"no shift of the cosine costs as little as {self.share:g}", hint="`schedule=search`")

@@ -29,7 +29,7 @@ from pmod_cli.checkpoints.conversion_report import (
 from pmod_cli.checkpoints.layout import Calibrated, Options, Source
 from pmod_cli.checkpoints.layouts import LAYOUTS, output_layout, output_layouts, read_source
 from pmod_cli.checkpoints.layouts.huggingface import HUGGINGFACE
-from pmod_cli.checkpoints.lora import keep_apart, merged, read_config
+from pmod_cli.checkpoints.lora import APART, keep_apart, merged, read_config, stands_apart
 from pmod_cli.checkpoints.verify import verify
 from pmod_cli.checkpoints.writing import place, stream, write_routers
 from pmod_cli.core.atomic import write_json
@@ -78,6 +78,12 @@ def convert(
     if options.adapter is not None:
         read_config(options.adapter)
         read = merged(read, options.adapter) if options.merge else read
+        if not options.merge:
+            note = f"the adapter is kept in {target / APART}, and no command of pmod applies it"
+            read = replace(read, notes=[*read.notes, note])
+    elif (apart := stands_apart(folder)) is not None:
+        note = f"the adapter in {apart} is left out: `--adapter {apart}` merges it"
+        read = replace(read, notes=[*read.notes, note])
     _refuse_same_again(read, options)
     plan = make_plan(read, settings, options, calibrated=calibrated is not None)
     report = planned_report(plan, target, origin or str(folder))
@@ -103,7 +109,7 @@ def convert(
         if (finish := LAYOUTS[options.to].finish) is not None:
             report = replace(report, notes=[*report.notes, *finish(plan.draft, staging, progress)])
         if options.adapter is not None and not options.merge:
-            keep_apart(options.adapter, staging / "adapter")
+            keep_apart(options.adapter, staging / APART)
         write_json(staging / files.CONFIG, plan.draft.config)
         said = "" if calibrated is None else calibrated.card
         (staging / CARD).write_text(printable(model_card(report, said, _scores(plan))), encoding="utf-8")

@@ -183,7 +183,7 @@ def model_card(report: ConversionReport, calibration: str = "", scores: str = ""
     metadata = ["---", "pipeline_tag: image-text-to-text", "library_name: transformers"]
     metadata += [f"base_model: {base}"] if from_hub else []
     metadata += ["tags:", f"- {report.family}", *(["- p-mod", "- mixture-of-depths"] if report.settings else []), "---"]
-    lines = [*metadata, "", f"# {title}", "", f"{_what(report)} {_STATES[report.router_state]}", ""]
+    lines = [*metadata, "", f"# {title}", "", f"{_what(report)} {_state(report)}", ""]
     lines += [f"This is {toy.NOTE}.", ""] if THIS_IS_TOY in report.notes else []
     lines += ["## Use", "", LAYOUTS[report.to].usage.replace(THIS_FOLDER, title)]
     if report.settings:
@@ -204,6 +204,13 @@ def model_card(report: ConversionReport, calibration: str = "", scores: str = ""
     ]
     lines += ["Digests, settings and versions are in `pmod_provenance.json`. The licence is that of the source.", ""]
     return "\n".join(lines)
+
+
+def _state(report: ConversionReport) -> str:
+    selection = report.settings.get("selection", "router")
+    if report.router_state == "untrained" and selection != "router":
+        return f"The routers are new and untrained, and only weigh tokens: `{selection}` chooses them."
+    return _STATES[report.router_state]
 
 
 def _what(report: ConversionReport) -> str:

@@ -56,6 +56,15 @@ class Tensor:
         return prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
+def is_zero(tensor: Tensor) -> bool:
+    """Whether every byte of a tensor is zero; it is read whole."""
+    if tensor.loaded is not None:
+        return not tensor.loaded.any()
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        return not any(file.read(tensor.nbytes))
+
+
 def read_json(path: Path) -> dict:
     """A JSON object.
 

@@ -14,6 +14,7 @@ from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 
 CONFIG = "adapter_config.json"
+APART = "adapter"  # the folder of one that is not merged
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FULL = "non_lora_trainables.bin"  # what the original code trains beside LoRA: projector, image_newline
 _UPDATE = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
@@ -61,7 +62,15 @@ def merged(source: Source, folder: Path) -> Source:
                 f"{tensor.path}: {spelled} {list(tensor.shape)} has no counterpart of its shape in the model"
             )
         parts[own] = TensorSource(tensor, dtype=parts[own].result.dtype)
-    return replace(source, parts=parts)
+    trained = source.settings is not None and any(".router." in name for name in full)
+    return replace(source, parts=parts, router_state="trained" if trained else source.router_state)
+
+
+def stands_apart(folder: Path) -> Path | None:
+    """The adapter that `keep_apart` has put beside a model, which is not in the model's weights; None without one."""
+    if not (folder / APART / CONFIG).is_file():
+        return None
+    return folder / APART if files.read_json(folder / APART / CONFIG).get("base_model_name_or_path") == ".." else None
 
 
 def read_config(folder: Path) -> dict:

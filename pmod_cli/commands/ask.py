@@ -63,6 +63,8 @@ def ask(
     """Ask a model about a picture. The answer goes to stdout as it is written, all else to stderr."""
     if question is None and not interactive:
         raise PmodError("what is the question?", hint=f'pmod ask {image} "what is shown here?", or -i to ask several')
+    if keep_cache and not interactive:
+        raise PmodError("--keep-cache is for later questions, and without -i there is one", hint="leave it out")
     if interactive and as_json:
         raise PmodError("--json is one object, and -i asks many questions", hint="leave one of them out")
     if question is not None and not question.strip():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.checkpoints import toy
+from pmod_cli.commands import common
 from pmod_cli.core import output
 from pmod_cli.core.errors import BAD_INPUT, PARTIAL, PmodError
 from pmod_cli.core.images import load_image
@@ -64,8 +65,7 @@ def speakers(
         loaded = loaded or eval_models.load(column, dtype=dtype, device=device, attention="sdpa")
         conversation = Chat(Answerer(loaded.model, loaded.processor), keep_cache=keep_cache)
         found.append(Speaker(column, loaded, conversation))
-    if any(each.column.routers == "untrained" for each in found):
-        output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
+    common.warn_of_ties((each.column.routers, each.column.selection) for each in found)
     return found
 
 

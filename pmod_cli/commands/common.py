@@ -157,6 +157,34 @@ def pick_device(device: str) -> str:
     return found or "cpu"
 
 
+def warn_of_ties(models: Iterable[tuple[str, str | None]]) -> None:
+    """Warns where untrained routers decide what is kept.
+
+    Args:
+        models: The router state of each model, and what chooses its tokens.
+    """
+    if ("untrained", "router") in models:
+        output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
+
+
+def refuse_ignored(context: typer.Context, names: Iterable[str], place: str, command: str) -> None:
+    """Raises PmodError at an option of the command line that belongs to another call.
+
+    Args:
+        names: Parameters that this call would ignore.
+        place: What they belong to.
+        command: Of pmod, whose help says more.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = next((option for each in context.command.params if each.name == name for option in each.opts), name)
+            raise PmodError(
+                f"{flag} belongs to {place}: here it would change nothing",
+                hint=f"leave it out, or see pmod {command} --help",
+            )
+
+
 def given_settings(*, select_at: str | None, **settings: Any) -> dict[str, Any]:
     """The fields of `PmodSettings` that were typed, `8,14` of --select-at as a list.
 

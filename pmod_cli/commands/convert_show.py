@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -77,11 +78,12 @@ def print_next(report: ConversionReport, *, tiny: bool) -> None:
     goes_on = output_layout(report.to).current
     if goes_on and report.router_state == "untrained":
         output.note("next: pmod finetune --recipe tiny" if tiny else "next: pmod finetune")
-        output.note("  the routers are untrained: every token ties, so what is kept now means nothing yet")
+        if report.settings.get("selection", "router") == "router":
+            output.note("  the routers are untrained: every token ties, so what is kept now means nothing yet")
     elif goes_on:
-        output.note(f"next: pmod eval --tasks docvqa,chartqa --model {report.target}")
+        output.note(f"next: pmod eval --tasks docvqa,chartqa --model {quote(str(report.target))}")
     else:
-        output.note(f"next: hf upload YOUR/NAME {report.target}")
+        output.note(f"next: hf upload YOUR/NAME {quote(str(report.target))}")
 
 
 @contextmanager

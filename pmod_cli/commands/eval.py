@@ -60,6 +60,7 @@ def _batch_size(text: str) -> tuple[int, bool]:
 
 
 def eval(
+    context: typer.Context,
     runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="Finished runs, after --compare.")] = None,
     tasks: Annotated[
         str,
@@ -191,7 +192,9 @@ def eval(
     from pmod_cli.evaluation import data, eval_models
 
     others = _against(against, name, benchmarks, offline)
-    if methods is not None:
+    if methods is None:
+        common.refuse_ignored(context, ("budgets",), "--methods", "eval")
+    else:
         reached, notes = eval_models.at_budgets(name, methods.split(","), budgets.split(","), offline=offline)
         others += reached
         for sentence in notes:
@@ -291,7 +294,10 @@ def _against(against: str | None, name: str, benchmarks: tuple[Benchmark, ...], 
     from pmod_cli.evaluation import eval_models
 
     if against is not None:
-        return [part.strip() for part in against.split(",") if part.strip() not in ("", "none")]
+        named = [part.strip() for part in against.split(",") if part.strip()]
+        if "none" in named and len(named) > 1:
+            raise PmodError(f"--against {against}: none, and others beside it", hint="leave none out")
+        return [] if named == ["none"] else named
     path = resolve(name, offline=offline).path
     if router_state(path) == "stock" or any(not benchmark.drawn for benchmark in benchmarks):
         return []

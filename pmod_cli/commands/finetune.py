@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,10 +55,13 @@ SETTINGS = {  # those of a recipe that have an option of their own
 }
 _data = common.option_under("Data")
 _processes = common.option_under("Several GPUs and machines")
+MERGING = {"merge", "model", "as_json", "quiet", "shown", "offline", "help"}
+"""What `--merge` reads."""
 _planning = common.option_under("Planning (--dry-run)")
 
 
 def finetune(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")] = None,
     recipe: Annotated[
         str | None,
@@ -153,6 +158,7 @@ def finetune(
     """
     from pmod_cli.training.recipe import dump, load_settings
 
+    _check_used(context, dry_run=dry_run, sweep=sweep is not None, merge=merge is not None)
     if overwrite and resume:
         raise PmodError(
             "--overwrite starts anew and --resume goes on: they exclude each other", hint="give one of them"
@@ -194,6 +200,8 @@ def finetune(
         _merge(merge, model, as_json)
         return
     settings = load_settings(recipe_files.find(name or recipe or DEFAULT), overrides or (), flags)
+    if not settings.eval:
+        common.refuse_ignored(context, ("eval_limit",), "--eval", "finetune")
     if print_config:
         output.stdout.file.write(dump(settings))
         return
@@ -274,6 +282,18 @@ def finetune(
     show_report(report, as_json, quiet)
 
 
+def _check_used(context: typer.Context, *, dry_run: bool, sweep: bool, merge: bool) -> None:
+    """Raises PmodError at an option that this call would ignore."""
+    refuse = partial(common.refuse_ignored, context, command="finetune")
+    if merge:
+        names = {parameter.name or "" for parameter in context.command.params}
+        refuse(sorted(names - MERGING), place="a training run, and --merge ends one")
+    if not dry_run:
+        refuse(("gpu", "utilization"), place="--dry-run")
+    if not sweep:
+        refuse(("seeds",), place="--sweep")
+
+
 def _check_data(settings: Settings, folder: Path, as_json: bool) -> None:
     silence_transformers()
     from pmod_cli.training.run_data import check_all
@@ -293,7 +313,7 @@ def _merge(folder: Path, model: str | None, as_json: bool) -> None:
         return
     output.note(f"merged {merged}")
     output.print_line(folder)
-    output.note(f"next: pmod eval --tasks tiny --model {folder}")
+    output.note(f"next: pmod eval --tasks tiny --model {quote(str(folder))}")
 
 
 def _lasting_name(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -132,7 +133,7 @@ def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:
             )
     output.print_line(report.path)
     merged = (report.path / "config.json").is_file()
-    following = f"eval --tasks tiny --model {report.path}" if merged else f"finetune --merge {report.path}"
+    following = ("eval --tasks tiny --model " if merged else "finetune --merge ") + quote(str(report.path))
     output.note(f"next: pmod {following}")
 
 

@@ -187,7 +187,9 @@ def profile(
             raise PmodError(
                 f"{flag} counts; it does not go with --report {report}", hint=f"leave --report {report} out"
             )
-    check_used(context, report, from_data is not None, sweep is not None)
+    check_used(context, report, from_data is not None, None if sweep is None else sweep.partition("=")[0].strip())
+    if videos and not sizes:
+        common.refuse_ignored(context, ("images",), "rows with pictures, whose size --image-size says", "profile")
     if report == "depth":
         from pmod_cli.commands.profile_depth import read_depth
 

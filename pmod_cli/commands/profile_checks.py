@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 
 import typer
 
-from pmod_cli.commands.common import check_name
+from pmod_cli.commands.common import check_name, refuse_ignored
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model.registry import SELECTIONS
 
@@ -77,7 +78,7 @@ _USES = {
     "--from-data or --report depth": (("images_root",), lambda report, data, sweep: data or report == "depth"),
     "--sweep": (("runs",), lambda report, data, sweep: sweep),
     "a report of one batch": (
-        ("image_size", "images", "new_tokens", "batch_size", "sweep"),
+        ("image_size", "images", "video", "new_tokens", "batch_size", "sweep"),
         lambda report, data, sweep: not data and report != "depth",
     ),
     "another report": (
@@ -92,16 +93,19 @@ _USES = {
 }
 
 
-def check_used(context: typer.Context, report: str, data: bool, sweep: bool) -> None:
-    """Raises PmodError at an option that this call would ignore."""
+def check_used(context: typer.Context, report: str, data: bool, swept: str | None) -> None:
+    """Raises PmodError at an option that this call would ignore.
+
+    Args:
+        data: Whether rows of a file are counted.
+        swept: What --sweep sweeps.
+    """
+    sweep = swept is not None
     for place, (names, applies) in _USES.items():
-        for name in names:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE" and not applies(report, data, sweep):
-                raise PmodError(
-                    f"--{name.replace('_', '-')} belongs to {place}: here it would change nothing",
-                    hint="leave it out, or see pmod profile --help",
-                )
+        if not applies(report, data, sweep):
+            refuse_ignored(context, names, place, "profile")
+    if swept is not None:
+        refuse_ignored(context, [swept.replace("-", "_")], f"a call that does not sweep {swept}", "profile")
 
 
 def check_files(plot: Path | None, html: Path | None) -> None:
@@ -110,6 +114,8 @@ def check_files(plot: Path | None, html: Path | None) -> None:
         raise PmodError(f"--plot {plot}: the name ends in none of {', '.join(PICTURES)}", hint="--plot cost.png")
     for file, flag, example in ((plot, "--plot", "cost.png"), (html, "--html", "cost.html")):
         if file is not None and not file.absolute().parent.is_dir():
-            raise PmodError(f"{flag} {file}: there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
+            raise PmodError(
+                f"{flag} {file}: there is no folder {file.parent}", hint=f"mkdir -p {quote(str(file.parent))}"
+            )
         if file is not None and file.is_dir():
             raise PmodError(f"{flag} {file} is a folder: expected a file", hint=f"{flag} {example}")

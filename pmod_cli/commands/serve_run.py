@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from pmod_cli.checkpoints import load_model, router_state, toy
+from pmod_cli.commands import common
 from pmod_cli.core import output
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.serving.app import ServeSettings, Service
@@ -40,8 +41,8 @@ def run(
         PmodError: the address cannot be taken.
     """
     model, processor = load_model(found.path, dtype=dtype, device=device)
-    if router_state(found.path) == "untrained":
-        output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
+    if (state := router_state(found.path)) != "stock":
+        common.warn_of_ties([(state, model.config.settings.selection)])
     if toy.is_toy(model.config):
         output.note(f"this is {toy.NOTE}")
     settings = ServeSettings(name, media=Media(media_root, allow_urls), **taking)

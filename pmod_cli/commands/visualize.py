@@ -183,8 +183,8 @@ def visualize(
             output.note(f"{subject.name}: {line}")
         if against in SELECTIONS:
             other = replace(subject, name=f"{subject.name}, {against}", selection=against)
-        if "untrained" in (subject.router_state, getattr(other, "router_state", None)):
-            output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
+        drawn = [each for each in (subject, other) if isinstance(each, visualization.LoadedModel)]
+        common.warn_of_ties((each.router_state, each.chosen_by) for each in drawn)
     elif asked:
         raise PmodError("--method asks a model, and these selections are saved", hint="name a picture")
     elif against and not saved_other:

@@ -189,6 +189,8 @@ def _load(path: str) -> Any:
     from datasets.exceptions import DatasetNotFoundError
 
     folder, _, split = path.partition(":")
+    if Path(path).is_file():
+        raise PmodError(f"{path} is no file of rows: expected .json, .jsonl, or the folder of a data set")
     try:
         if Path(folder, "dataset_info.json").is_file():
             return load_from_disk(folder)
@@ -197,7 +199,7 @@ def _load(path: str) -> Any:
         hint = "set data.path to its name on the hub; one that is gated or private wants a login: hf auth login"
         raise PmodError(f"no such data set: {path} ({error})", hint=hint) from None
     except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise PmodError(f"the data set {path} cannot be read: {first_line(error)}", hint="see data.path") from None
+        raise PmodError(f"the data set {path} cannot be read: {first_line(error)}", hint="see docs/data.md") from None
 
 
 def _undecoded(rows: Any) -> Any:

@@ -169,7 +169,7 @@ def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None)
     raise PmodError(
         f"the data of {titles} is not {place}: {listed}; {total} in all",
         hint=f"where there is a network: {_fetch_command(lacking, data_root)}"
-        + ("; then copy DIR here and add `data_root=DIR`" if data_root is None else f"; then copy {data_root} here")
+        + ("; then copy DIR here: pmod eval --data-root DIR" if data_root is None else f"; then copy {data_root} here")
         + ". `pmod eval --tasks tiny` needs no data",
     )
 

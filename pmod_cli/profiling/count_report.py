@@ -204,7 +204,7 @@ def to_json(result: Profile, latency: Latency | None = None, *, macs: bool = Fal
         },
         "workload": {
             "batch_size": len(result.rows),
-            "images_per_row": workload.images,
+            "images_per_row": workload.images if workload.image_sizes or not workload.videos else 0,
             "text_tokens": result.longest.text_tokens,
             "new_tokens": workload.new_tokens,
             **({"videos": [list(video) for video in workload.videos]} if workload.videos else {}),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pmod_cli.core import json_text
@@ -224,7 +225,7 @@ def one_target(item: Item, out: Path | None, ending: str, beside: Sequence[str] 
     """
     target = out or Path(f"{item.name}-pmod.{ending}")
     if not target.parent.is_dir():
-        raise PmodError(f"{target}: there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
+        raise PmodError(f"{target}: there is no folder {target.parent}", hint=f"mkdir -p {quote(str(target.parent))}")
     check_writable(target.parent)
     return _checked([target], [item], beside)
 

@@ -53,6 +53,12 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     budget: PromptBudget | None = None
 
+    @property
+    def chosen_by(self) -> str | None:
+        """What chooses its tokens; None in a stock model."""
+        settings = getattr(self.model.config, "settings", None)
+        return self.selection or (None if settings is None else settings.selection)
+
 
 def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str, method: bool = False) -> None:
     """Can this checkpoint be drawn? Read from its configuration alone.

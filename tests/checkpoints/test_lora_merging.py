@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from pmod_cli.checkpoints import Options, convert, load_model
+from pmod_cli.checkpoints import Options, convert, load_model, router_state
 from pmod_cli.core.errors import PmodError
 from tests.checkpoints.originals import twins
 
@@ -59,10 +59,25 @@ def test_merged_on_top_of_a_p_mod_checkpoint(adapter, stock_model, tmp_path):
     assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in expected.items())
 
 
+def test_routers_that_an_adapter_has_trained_are_called_trained(adapter, stock_model, tmp_path):
+    """Else `finetune` would fit new ones in their place, and every command would warn."""
+    convert(stock_model(), tmp_path / "pmod")
+    model, _ = load_model(tmp_path / "pmod")
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router"]))
+    tuned.save_pretrained(tmp_path / "routers")
+    convert(tmp_path / "pmod", tmp_path / "merged", options=Options(adapter=tmp_path / "routers"))
+    assert router_state(tmp_path / "merged") == "trained"
+    convert(tmp_path / "pmod", tmp_path / "others", options=Options(adapter=adapter[0]))
+    assert router_state(tmp_path / "others") == "untrained"
+
+
 def test_kept_apart(adapter, stock_model, tmp_path):
     folder, expected = adapter
     report = convert(stock_model(), tmp_path / "pmod", options=Options(adapter=folder, merge=False))
     assert report.linked
+    assert any("no command of pmod applies it" in note for note in report.notes)
+    exported = convert(tmp_path / "pmod", tmp_path / "exported", options=STOCK)
+    assert any(f"--adapter {tmp_path / 'pmod' / 'adapter'}" in note for note in exported.notes)
     model, _ = load_model(tmp_path / "pmod")
     merged = PeftModel.from_pretrained(model, tmp_path / "pmod" / "adapter").merge_and_unload().state_dict()
     assert all(torch.allclose(merged[name], tensor, atol=1e-6) for name, tensor in expected.items())

@@ -86,6 +86,7 @@ def test_stock_and_published_round_trip(stock_model, tmp_path):
     convert(tmp_path / "pmod", tmp_path / "published", options=PUBLISHED)
     report = convert(tmp_path / "published", tmp_path / "back")
     assert (report.settings["shift"], report.settings["norm"]) == (0.4, "sigmoid_1_1")
+    assert report.router_state == "untrained"  # the layout does not say it, zeros do
     convert(tmp_path / "back", tmp_path / "back-stock", options=Options(to="stock"))
     before = load_file(source / "model.safetensors")
     for folder in ("stock", "back-stock"):

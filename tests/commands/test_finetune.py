@@ -142,6 +142,12 @@ def test_print_config_is_a_recipe(workdir, capsys):
         (["--recipe", "none.yaml"], ["none.yaml"]),
         ([], ["no model", "pmod convert tiny-llava-next"]),
         (["--model", "./nowhere"], ["there is no folder ./nowhere"]),
+        (["--gpu", "h100"], ["--gpu belongs to --dry-run: here it would change nothing"]),
+        (["--utilization", "0.9"], ["--utilization belongs to --dry-run"]),
+        (["--seeds", "5"], ["--seeds belongs to --sweep"]),
+        (["--eval-limit", "2"], ["--eval-limit belongs to --eval"]),
+        (["--merge", "lo", "-o", "elsewhere"], ["--out belongs to a training run"]),
+        (["tiny", "--merge", "lo"], ["belongs to a training run"]),
     ],
 )
 def test_bad_input_is_a_sentence(workdir, capsys, words, parts):

@@ -163,10 +163,15 @@ def test_samples_are_documents_of_unseen_seeds():
         with Image.open(ROOT / "samples" / row["image"]) as picture:
             assert picture.convert("RGB").tobytes() == document.image.tobytes()
             assert toy.is_document(picture)
-        question, answer = (turn["value"] for turn in row["conversations"])
+        question, answer = (turn["value"].removeprefix("<image>\n") for turn in row["conversations"])
         assert (question, answer, row["boxes"][0]) in [
             (turn.question, turn.answer, list(turn.region or ())) for turn in document.turns
         ]
+
+
+def test_samples_are_rows_that_every_command_takes(capsys):
+    assert call("profile", "-m", "tiny-llava-next", "--from-data", ROOT / "samples" / "rows.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"]["rows"] == 4
 
 
 def test_letters_without_a_font_are_told_once(ready, capsys):

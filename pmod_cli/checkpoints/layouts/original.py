@@ -124,9 +124,15 @@ def from_flat(
         files=read | files_of(tower),
         layout="published" if settings else layout,
         settings=settings,
-        router_state="trained" if settings else "stock",
+        router_state="stock" if settings is None else _router_state(parts),
         original_config=config if layout == "original" else None,
     )
+
+
+def _router_state(parts: dict[str, TensorSource]) -> str:
+    """The layout does not say it: routers that are all zero, as `convert` makes them, are not trained."""
+    routers = [part.source for name, part in parts.items() if ".router." in name]
+    return "untrained" if all(map(files.is_zero, routers)) else "trained"
 
 
 def _whole(

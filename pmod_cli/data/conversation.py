@@ -137,10 +137,10 @@ def _joined(row: Mapping) -> Any:
 
 def _names(row: Mapping, key: str) -> Sequence[Any]:
     """The value of ``key``, or of ``key`` with an s, as a list of file names; a video may be a list of its frames."""
-    found = row.get(key) if row.get(key) is not None else row.get(f"{key}s")
-    found = () if found is None else (found,) if isinstance(found, str) else found
+    given = row.get(key) if row.get(key) is not None else row.get(f"{key}s")
+    found = () if given is None else (given,) if isinstance(given, str) else given
     if not isinstance(found, list | tuple) or not all(_is_name(name, key) for name in found):
-        raise BadRow(f"'{key}': expected a file name or a list of them, found {found!r:.60}")
+        raise BadRow(f"'{key}': expected a file name or a list of them, found {given!r:.60}")
     return found
 
 

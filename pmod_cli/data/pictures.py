@@ -85,6 +85,8 @@ def inside(name: str, folder: Path | None) -> Path:
         BadRow: It lies outside.
     """
     path, own = Path(name), folder or Path()
+    if ".." in path.parts and not path.is_absolute() and not os.path.normpath(name).startswith(".."):
+        raise BadRow(f"{name} has '..' in it: expected the name as it is below {own}")
     if ".." in path.parts or (path.is_absolute() and not path.is_relative_to(own.absolute())):
         raise BadRow(f"{name} lies outside the image folder {own}")
     return own / path

@@ -75,6 +75,8 @@ class LlavaFile:
         start, size, _ = self._index[row].tolist()
         try:
             return from_row(json_text.loads(os.pread(self._descriptor(), size, start)), answered=self.answered)
+        except UnicodeEncodeError:
+            raise BadRow("a text holds half of a character, such as \\ud800") from None
         except ValueError as error:
             raise BadRow(f"not JSON: {error}") from None
 

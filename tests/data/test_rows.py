@@ -224,6 +224,7 @@ def broken_images(folder):
         "folder.png": "folder.png: this is a folder, expected image file",
         "none.png": "no such image: none.png",
         "../secret.png": "../secret.png lies outside the image folder",
+        "a/../b.png": "a/../b.png has '..' in it",
         "/etc/secret.png": "/etc/secret.png lies outside the image folder",
         **dict.fromkeys(["cmyk.jpg", "palette.gif", "palette.png", "alpha.png", "grey.png"]),
         **dict.fromkeys(["one.png", "long.png", "tall.png"]),
@@ -252,7 +253,7 @@ def test_every_kind_of_image_trains_or_is_named(tmp_path, pictures, kind):
                 data[row]
             assert caught.value.what.startswith(f"row {row} of {path}: ")
             assert "\n" not in caught.value.what
-    with pytest.raises(PmodError, match=r"9 of 17 rows looked at in .*rows.json cannot be used:\n  row 0: cut.jpg"):
+    with pytest.raises(PmodError, match=r"10 of 18 rows looked at in .*rows.json cannot be used:\n  row 0: cut.jpg"):
         refuse_bad(report)
 
 
@@ -271,6 +272,7 @@ def test_every_kind_of_image_trains_or_is_named(tmp_path, pictures, kind):
         (said() | {"image": "a.png"}, "the row has 1 image, and 0 <image> places in its turns"),
         (said("<image>\nWhat?"), "the row has 0 images, and 1 <image> place in its turns"),
         (said() | {"image": 7}, "'image': expected a file name or a list of them, found 7"),
+        (said() | {"image": ""}, "'image': expected a file name or a list of them, found ''"),
     ],
 )
 def test_a_broken_row_says_what_is_wrong(row, reason):

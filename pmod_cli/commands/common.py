@@ -178,9 +178,10 @@ def refuse_ignored(context: typer.Context, names: Iterable[str], place: str, com
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            flag = next((option for each in context.command.params if each.name == name for option in each.opts), name)
+            given = next(each for each in context.command.params if each.name == name)
+            called = given.opts[0] if given.opts[0].startswith("-") else getattr(given, "metavar", None) or name
             raise PmodError(
-                f"{flag} belongs to {place}: here it would change nothing",
+                f"{called} belongs to {place}: here it would change nothing",
                 hint=f"leave it out, or see pmod {command} --help",
             )
 

@@ -288,8 +288,8 @@ def _check_used(context: typer.Context, *, dry_run: bool, sweep: bool, merge: bo
     if merge:
         names = {parameter.name or "" for parameter in context.command.params}
         refuse(sorted(names - MERGING), place="a training run, and --merge ends one")
-    if not dry_run:
-        refuse(("gpu", "utilization"), place="--dry-run")
+    if not dry_run or sweep:
+        refuse(("gpu", "utilization"), place="--dry-run of one recipe")
     if not sweep:
         refuse(("seeds",), place="--sweep")
 

@@ -142,12 +142,13 @@ def test_print_config_is_a_recipe(workdir, capsys):
         (["--recipe", "none.yaml"], ["none.yaml"]),
         ([], ["no model", "pmod convert tiny-llava-next"]),
         (["--model", "./nowhere"], ["there is no folder ./nowhere"]),
-        (["--gpu", "h100"], ["--gpu belongs to --dry-run: here it would change nothing"]),
+        (["--gpu", "h100"], ["--gpu belongs to --dry-run of one recipe: here it would change nothing"]),
         (["--utilization", "0.9"], ["--utilization belongs to --dry-run"]),
         (["--seeds", "5"], ["--seeds belongs to --sweep"]),
         (["--eval-limit", "2"], ["--eval-limit belongs to --eval"]),
         (["--merge", "lo", "-o", "elsewhere"], ["--out belongs to a training run"]),
-        (["tiny", "--merge", "lo"], ["belongs to a training run"]),
+        (["tiny", "--merge", "lo"], ["[RECIPE] belongs to a training run"]),
+        (["--sweep", "choice", "--dry-run", "--gpu", "h100"], ["--gpu belongs to --dry-run of one recipe"]),
     ],
 )
 def test_bad_input_is_a_sentence(workdir, capsys, words, parts):

@@ -94,6 +94,17 @@ def test_calibrated_on_the_bundled_model(run):
     assert mean(found, "calibrated-61") > mean(found, "calibrated-36")
 
 
+def test_recovered_on_the_bundled_model(run):
+    """One of the six: where calibration alone loses most."""
+    recorded = read(EVIDENCE / "recovered-tiny.csv")
+    folder = run("to-recover", "calibrate", BUNDLED, "--budget", "0.45,0.35", "--seed", "0").parent / "to-recover-35"
+    recovered = run("recovered", "finetune", "recover", "-m", folder, "--seed", "0")
+    models = ("-m", recovered, "--against", folder)
+    found = read(run("recovered-eval", "eval", "-t", "tiny", *models, "--limit", "100", "-b", "16") / "results.csv")
+    check({key: value for key, value in found.items() if key[1] == "recovered"}, recorded, {"recovered": "r0-35"})
+    assert mean(found, "recovered") > mean(found, folder.name)
+
+
 def test_a_choice_that_is_held(run):
     """Two cells of eighteen, with the questions of the table: the same seeds, and so nearly the same answers."""
     recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "choice.json").read_text())["rows"]}
@@ -104,6 +115,21 @@ def test_a_choice_that_is_held(run):
         # Three standard deviations of the seeds, and one point for another machine.
         assert abs(found[name] - recorded[name]["mean_score_percent"]["mean"]) < 4
     assert found["held-1"] > found["p-mod"] + 2
+
+
+def test_the_papers_ablations(run):
+    """Four cells of fifty-one: the reference, and the rows of Table 5 and Figure 3 that lie farthest behind it."""
+    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "ablations.json").read_text())["rows"]}
+    names = ("p-mod", "schedule-stepped", "layers-8-15", "layers-16-23")
+    sweep = ",".join(f"ablations/{name}" for name in names)
+    steps = ("--set", "train.max_steps=60")
+    folder = run("ablations", "finetune", "--sweep", sweep, "--seeds", "1", *steps, timeout=7200)
+    found = {row["recipe"]: row for row in json.loads((folder / "table.json").read_text())["rows"]}
+    means = {name: found[name]["mean_score_percent"]["mean"] for name in names}
+    for name, mean_score in means.items():
+        of_seeds = recorded[name]["mean_score_percent"]
+        assert abs(mean_score - of_seeds["mean"]) < max(4, 3 * of_seeds["spread"]), name
+    assert sorted(means, key=means.get) == ["layers-16-23", *sorted(names[1:3], key=means.get), "p-mod"]
 
 
 def test_routed_from_the_start(tmp_path):

@@ -57,12 +57,13 @@ class Tensor:
 
 
 def is_zero(tensor: Tensor) -> bool:
-    """Whether every byte of a tensor is zero; it is read whole."""
+    """Whether every byte of a tensor is zero; it is read in pieces, up to the first that is not."""
     if tensor.loaded is not None:
         return not tensor.loaded.any()
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
-        return not any(file.read(tensor.nbytes))
+        pieces = (file.read(min(1 << 20, tensor.nbytes - start)) for start in range(0, tensor.nbytes, 1 << 20))
+        return not any(map(any, pieces))
 
 
 def read_json(path: Path) -> dict:

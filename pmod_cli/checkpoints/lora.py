@@ -68,9 +68,11 @@ def merged(source: Source, folder: Path) -> Source:
 
 def stands_apart(folder: Path) -> Path | None:
     """The adapter that `keep_apart` has put beside a model, which is not in the model's weights; None without one."""
-    if not (folder / APART / CONFIG).is_file():
+    try:
+        base = files.read_json(folder / APART / CONFIG).get("base_model_name_or_path")
+    except PmodError:  # there is none, or it is damaged: nothing that the conversion needs
         return None
-    return folder / APART if files.read_json(folder / APART / CONFIG).get("base_model_name_or_path") == ".." else None
+    return folder / APART if base == ".." else None
 
 
 def read_config(folder: Path) -> dict:

@@ -100,7 +100,9 @@ class RoutedDecoder(Stock):
             ValueError: Attention is to be returned, and frozen layers compute only some rows of it.
         """
         if kwargs.get("routing") is not None and self.layers[0].keep_keys and self._returns_attention(kwargs):
-            raise ValueError("output_attentions: layers that freeze tokens (shortv) compute no rows of theirs")
+            raise ValueError(
+                "output_attentions: layers that freeze tokens (shortv) compute no attention of frozen ones"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.before is not None and kwargs.get("routing") is not None:

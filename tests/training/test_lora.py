@@ -72,17 +72,22 @@ def test_a_lora_run_ends_in_a_checkpoint_whose_base_changed_by_low_rank_only(rou
     assert json.loads((report.path / folder.ADAPTER / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_distillation_adds_the_divergence_from_the_stock_model(routed, stock_model, tmp_path):
-    """Adapters, routers and projector are moved first: the teacher is the stock checkpoint still."""
-    settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")
-    base, processor = load_model(routed)
+def with_moved_adapters(source, settings, out):
+    """A trainer, its model whose trained parts are no longer what they started as, and the processor."""
+    base, processor = load_model(source)
     model = add_adapters(base, settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    arguments = training_arguments(settings, tmp_path, "cpu")
-    trainer = PmodTrainer(train=settings.train, watch=Watch(), model=model, args=arguments)
+    arguments = training_arguments(settings, out, "cpu")
+    return PmodTrainer(train=settings.train, watch=Watch(), model=model, args=arguments), model, processor
+
+
+def test_distillation_adds_the_divergence_from_the_stock_model(routed, stock_model, tmp_path):
+    """Adapters, routers and projector are moved first: the teacher is the stock checkpoint still."""
+    settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")
+    trainer, model, processor = with_moved_adapters(routed, settings, tmp_path)
     batch = Collator(processor)([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
     loss = trainer.compute_loss(model, dict(batch))
     stock, _ = load_model(stock_model("llava_next", "llama"))
@@ -102,14 +107,7 @@ def test_distillation_adds_the_divergence_from_the_stock_model(routed, stock_mod
 def test_distillation_weighs_as_much_in_several_processes(routed, tmp_path, monkeypatch):
     """Each sees a part of a step's rows, and what all return is averaged: the mean is what one alone returns."""
     settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")
-    base, processor = load_model(routed)
-    model = add_adapters(base, settings)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    arguments = training_arguments(settings, tmp_path, "cpu")
-    trainer = PmodTrainer(train=settings.train, watch=Watch(), model=model, args=arguments)
+    trainer, model, processor = with_moved_adapters(routed, settings, tmp_path)
     rows = [SyntheticDocuments(settings.data, 2)[index] for index in range(2)]
     batch, parts = Collator(processor)(rows), [Collator(processor)([row]) for row in rows]
     tokens = (batch["labels"][:, 1:] != -100).sum()

@@ -151,6 +151,8 @@ def convert(
     from pmod_cli.commands.convert_settings import choose_settings
 
     if list_names:
+        if name is not None:
+            raise PmodError(f"--list lists the aliases, and takes no model: {name!r:.60} is one", hint="leave it out")
         view.print_aliases(checkpoints.ALIASES, as_json)
         return
     if (llm is None) != (projector is None) or (anyres and llm is None):

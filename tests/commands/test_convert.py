@@ -116,6 +116,8 @@ def test_list_and_no_name(workdir, capsys):
     assert json.loads(capsys.readouterr().out)["aliases"]["tiny-llava-next"]["repo"] == "bundled"
     assert main(["convert"]) == 2
     assert "--list" in capsys.readouterr().err
+    assert main(["convert", "--list", "llava"]) == 2  # and not a list that passes for one of "llava"
+    assert "takes no model" in capsys.readouterr().err
 
 
 def test_an_export_is_not_the_current_model(stock_model, workdir):

@@ -47,7 +47,7 @@ def choose_settings(
             return settings
         layers = source.num_layers
         if target_flops is not None:
-            return _solve(settings, target_flops, _prefill_share(source, settings))
+            return _solve(settings, target_flops, _prefill_share(source))
         if settings.mean is not None and takes_shift(settings.schedule):
             limits = {"max_ratio": settings.max_ratio, "min_ratio": settings.min_ratio}
             shift = solve_shift(settings.schedule, layers, settings.mean, **limits)
@@ -57,26 +57,14 @@ def choose_settings(
         raise PmodError(str(error), hint="pmod convert --help") from None
 
 
-def _prefill_share(source: Source, settings: PmodSettings) -> Callable[[PmodSettings], float]:
+def _prefill_share(source: Source) -> Callable[[PmodSettings], float]:
     """Decoder FLOPs beside stock, with attention: an image of 672 x 672 pixels and 58 text tokens."""
     from pmod_cli.checkpoints.processor_limits import with_limits
-    from pmod_cli.profiling import Routed, Sizes, Workload, prefill
+    from pmod_cli.families.sizes import Sizes
+    from pmod_cli.profiling.budgets import cost_of
 
     sizes = with_limits(Sizes.of(source.config), source.folder)
-    rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(sizes)
-    stock = prefill(sizes, rows).decoder
-
-    def share(settings: PmodSettings) -> float:
-        ratios = settings.retention(sizes.decoder.layers)
-        routers = settings.routed(sizes.decoder.layers)
-        return (
-            prefill(
-                sizes, rows, Routed(ratios, settings.target_tokens, routers, per_image=settings.quota == "per_image")
-            ).decoder
-            / stock
-        )
-
-    return share
+    return lambda settings: cost_of(sizes, settings).flops
 
 
 def _solve(settings: PmodSettings, target: float, share: Callable[[PmodSettings], float]) -> PmodSettings:

@@ -23,8 +23,8 @@ def share_of(folder: str) -> float:
     config = json.loads(Path(folder, "config.json").read_text())
     sizes = Sizes.of(config)
     rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(sizes)
-    ratios = settings_of(folder).retention(sizes.decoder.layers)
-    return prefill(sizes, rows, Routed(ratios)).decoder / prefill(sizes, rows).decoder
+    routed = Routed.by(settings_of(folder), sizes.decoder.layers)
+    return prefill(sizes, rows, routed).decoder / prefill(sizes, rows).decoder
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,13 @@ def test_target_flops(schedule, target, workdir, capsys):
     assert share_of("out") == pytest.approx(target, abs=0.01)
     solved = settings_of("out")
     assert (solved.shift is None) == (schedule not in ("cosine", "linear"))
+
+
+def test_target_flops_count_what_is_dropped_in_front(workdir):
+    options = ["--before", "divprune:0.6", "--target-flops", "0.4", "-o", "out", "-q"]
+    assert main(["convert", "tiny-llava-next", *options]) == 0
+    assert settings_of("out").before == "divprune:0.6"
+    assert share_of("out") == pytest.approx(0.4, abs=0.01)
 
 
 def test_target_retention_becomes_a_shift(workdir, capsys):

@@ -13,10 +13,11 @@ from rich.table import Table
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import image_size
 from pmod_cli.core.text import GIGA, MIB, TERA, percent
-from pmod_cli.data.conversation import IMAGE, BadRow, Conversation
-from pmod_cli.data.pictures import find_image
+from pmod_cli.core.videos import Frames
+from pmod_cli.data.conversation import IMAGE, VIDEO, BadRow, Conversation
+from pmod_cli.data.pictures import find_image, open_video
 from pmod_cli.data.sources import LlavaFile
-from pmod_cli.families.sizes import Sizes, image_tokens
+from pmod_cli.families.sizes import Sizes, image_tokens, video_tokens
 from pmod_cli.profiling.count import formulas
 from pmod_cli.profiling.count.memory import kv_bytes
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
@@ -31,7 +32,7 @@ class Average:
 
     Args:
         rows: How many there were.
-        with_image: How many have images.
+        with_image: How many have images or videos.
         vision_tokens: V: mean, median and largest.
         text_tokens: The same.
         tiles: Mean passes through the vision tower.
@@ -75,18 +76,26 @@ def read_rows(
         PmodError: No such file, a row that cannot be understood, or an image that is not there: with the row's number.
     """
     source = LlavaFile(file, images)
+    frames = Frames(exact=not hasattr(sizes.tower, "temporal"))  # as training takes them; what is no grid is a tile
     rows, seen = [], {}
     for number in range(len(source) if limit is None else min(limit, len(source))):
         try:
             conversation = source[number]
-            cut = []
             for name in conversation.images:
                 if name not in seen:
-                    seen[name] = image_tokens(sizes, _size(name, source.images))
-                cut.append(seen[name])
+                    seen[name] = _size(name, source.images)
+            count = len(conversation.images)
+            cut = [image_tokens(sizes, seen[name], count) for name in conversation.images]
+            between = 0
+            for name in conversation.videos:
+                if sizes.family.video_tokens is None:
+                    raise BadRow(f"it has a video, and {sizes.family.title} takes images alone")
+                video = open_video(name, source.images, frames)
+                cut.append(video_tokens(sizes, video.size))
+                between += sizes.family.frame_text(cut[-1].frames, video.per_second)
         except BadRow as error:
             raise PmodError(f"{file}, row {number}: {error.what}", hint="mend or remove the row") from error
-        rows.append(Row(tuple(cut), count_text(_text(conversation))))
+        rows.append(Row(tuple(cut), count_text(_text(conversation)) + between))
     if not rows:
         raise PmodError(f"{file} has no rows", hint="expected a JSON array or JSON lines in LLaVA's layout")
     return rows
@@ -151,7 +160,7 @@ def _size(name: str, folder: Path) -> tuple[int, int]:
 
 
 def _text(conversation: Conversation) -> str:
-    return "\n".join(turn.text.replace(IMAGE, "") for turn in conversation.turns)
+    return "\n".join(turn.text.replace(IMAGE, "").replace(VIDEO, "") for turn in conversation.turns)
 
 
 def average_tables(average: Average) -> list[Table]:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pmod_cli.checkpoints.aliases import builtin_config
+from pmod_cli.checkpoints.processor_limits import with_limits
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.videos import Frames, load_video
 from pmod_cli.data.collator import Collator
@@ -15,8 +17,10 @@ from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.data.sources import LlavaFile
 from pmod_cli.data.templates import renderer
+from pmod_cli.families.sizes import Sizes
+from pmod_cli.profiling.average import read_rows
 from tests.films import write_avi
-from tests.visual_processors import KINDS, processor
+from tests.visual_processors import KINDS, processor, save_stock
 
 QWEN = ("qwen2_5_vl", "qwen3_vl")
 FRAMES = 4
@@ -234,3 +238,27 @@ def test_published_templates_are_those_of_llava_models():
     with pytest.raises(PmodError, match=r"template qwen is one of LLaVA models.*<\|image_pad\|>"):
         renderer("qwen", processor("qwen3_vl"))
     assert renderer("qwen", processor("llava_onevision"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_profile_counts_the_tokens_that_training_is_given(kind, pictures):
+    """Several images are not tiled by all families, and a film has tokens too."""
+    model = save_stock(pictures / "model", kind)
+    sizes = with_limits(Sizes.of(json.loads((model / "config.json").read_text())), model)
+    made = processor(kind)
+    marks = torch.tensor([made.image_token_id, made.video_token_id])
+    given, rows = conversations(kind), []
+    for messages, images, videos in given:
+        rows.append({"messages": messages, "images": images, "videos": videos})
+    (pictures / "rows.json").write_text(json.dumps(rows))
+    encode = RowEncoder(made)
+    for row, counted in zip(rows, read_rows(pictures / "rows.json", None, sizes, len), strict=True):
+        ids = encode(from_messages(row), pictures)["input_ids"]
+        assert counted.vision_tokens == int(torch.isin(ids, marks).sum()), row
+
+
+def test_profile_refuses_a_film_for_a_model_of_images(pictures):
+    (pictures / "rows.json").write_text(json.dumps([said(image="wide.png", question="<image>"), said(video="clip")]))
+    sizes = Sizes.of(builtin_config("llava-next-7b"))
+    with pytest.raises(PmodError, match=r"row 1: it has a video, and LLaVA-NeXT takes images alone"):
+        read_rows(pictures / "rows.json", None, sizes, len)

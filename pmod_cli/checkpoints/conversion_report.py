@@ -16,6 +16,7 @@ from pmod_cli.checkpoints.layout import THIS_FOLDER
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.core.text import printable
 from pmod_cli.families import DECODERS, FAMILIES
+from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"
 CARD = "README.md"
@@ -87,8 +88,8 @@ class ConversionReport:
 
     @property
     def mean_retention(self) -> float:
-        """Mean of the retention ratios: the share of the vision KV cache that is left."""
-        return sum(self.retention) / len(self.retention) if self.retention else 1.0
+        """The share of the vision KV cache that is left: mean of the ratios, times what `before` leaves."""
+        return PmodSettings.from_dict(self.settings).mean_retention(self.num_layers) if self.settings else 1.0
 
 
 def planned_report(plan: ConversionPlan, target: Path, origin: str) -> ConversionReport:
@@ -231,7 +232,10 @@ def _schedule(report: ConversionReport) -> list[str]:
     norm = f"{settings['norm']} (alpha {settings['alpha']})" if settings["norm"] == "tanh" else settings["norm"]
     string = "scaled by their weight" if settings["string"] else "passed on unchanged"
     lines = ["## Schedule", "", f"`{settings['schedule']}`, weight norm {norm}, skipped tokens {string}, "]
-    lines[-1] += f"routed tokens `{settings['target_tokens']}`. Vision tokens that each layer keeps:"
+    lines[-1] += f"routed tokens `{settings['target_tokens']}`. Vision tokens that each layer keeps"
+    if settings.get("before"):
+        lines[-1] += f" (of those that `{settings.get('before')}` leaves in front of the decoder)"
+    lines[-1] += ":"
     lines += ["", "| layers | retention ratio |", "|---|---|"]
     start = 0
     for layer in range(1, report.num_layers + 1):

@@ -62,7 +62,8 @@ def print_report(report: ConversionReport, dry_run: bool) -> None:
         ratios = f"{report.retention[0]:.2f} → {report.retention[-1]:.2f}, mean {report.mean_retention:.4f}"
         shift = report.settings["shift"]
         shifted = f", shift {shift:.4g}" if shift is not None else ""
-        table.add_row("schedule", f"{report.settings['schedule']}{shifted}")
+        before = f", behind {report.settings['before']}" if report.settings.get("before") else ""
+        table.add_row("schedule", f"{report.settings['schedule']}{shifted}{before}")
         table.add_row("retention", f"{_chart(report.retention)}  {ratios}")
     for checked in report.verified:
         table.add_row("verified", checked)

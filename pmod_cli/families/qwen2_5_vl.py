@@ -62,11 +62,12 @@ DEFAULTS = {
 def tower(config: Any) -> grid.GridTower:
     """Its sizes: a gated MLP, windows in most blocks, no table of positions."""
     get = grid.reader(config, VISION)
+    blocks = range(get("depth"))  # the list may name more of them than there are
     return grid.tower(
         get,
         gated=True,
         window=get("window_size"),
-        whole=len(get("fullatt_block_indexes", sequence=True)),
+        whole=len({*get("fullatt_block_indexes", sequence=True)} & {*blocks}),
         deepstack=0,
         positions=0,
         pixels=(56 * 56, 12_845_056),

@@ -1,5 +1,6 @@
 """The model card: metadata the hub reads, the schedule, results marked as published, no path of the machine."""
 
+import pytest
 import yaml
 
 from pmod_cli.checkpoints import Options, bundled_path, convert
@@ -24,6 +25,15 @@ def test_of_a_p_mod_checkpoint(stock_model, tmp_path):
     assert "untrained" in body
     assert "None measured yet" in body
     assert str(tmp_path) not in body
+
+
+def test_what_is_dropped_in_front_counts(stock_model, tmp_path):
+    settings = PmodSettings(schedule="list", values=(1.0, 0.5, 0.5, 0.25), before="divprune:0.4")
+    report = convert(stock_model(), tmp_path / "two", settings)
+    assert report.mean_retention == pytest.approx(0.4 * 2.25 / 4)
+    _, body = card(tmp_path / "two")
+    assert "the mean retention ratio is 0.2250" in body
+    assert "keeps (of those that `divprune:0.4` leaves in front of the decoder):" in body
 
 
 def test_the_family_is_called_by_its_name(tmp_path):

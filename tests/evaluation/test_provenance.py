@@ -31,6 +31,16 @@ def test_digest_tells_checkpoints_apart(stock_model, tmp_path):
     assert provenance.weights_sha256(tmp_path / "trained") != pmod
 
 
+@pytest.mark.parametrize(
+    "name", ["preprocessor_config.json", "video_preprocessor_config.json", "special_tokens_map.json", "merges.txt"]
+)
+def test_what_the_processor_reads_is_part_of_it(stock_model, tmp_path, name):
+    shutil.copytree(stock_model(), tmp_path / "other")
+    before = provenance.checkpoint(tmp_path / "other", None)
+    (tmp_path / "other" / name).write_text("{}")
+    assert provenance.checkpoint(tmp_path / "other", None) != before
+
+
 def test_a_file_of_the_cache_is_not_read(stock_model, tmp_path):
     """The cache names a blob by its SHA-256; a blob of other content with that name proves that it is not read."""
     digest = hashlib.sha256(b"weights").hexdigest()

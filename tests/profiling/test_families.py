@@ -118,3 +118,10 @@ def test_a_narrow_model_takes_the_prompt_that_is_counted(name):
     assert [layer.keys.shape[-2] for layer in held] == counted
     shares = shares_of_time(pair[STOCK], bench.call(FIRST_TOKEN, STOCK), "cpu")
     assert shares["vision tower"] > 0
+
+
+def test_blocks_that_a_tower_does_not_have_are_not_counted():
+    """A list that names more blocks than there are is what a shortened tower is left with: the model ignores them."""
+    config = builtin_config("qwen2.5-vl-3b")
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 10, [7, 15, 23, 31]
+    assert Sizes.of(config).tower.whole == 1

@@ -20,7 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.evaluation.prompts import Prompt, preparing_threads
 from pmod_cli.serving.chat import check_length, conversation_prompt
 from pmod_cli.serving.generation import Answerer
@@ -45,6 +45,7 @@ class ServeSettings:
         max_tokens: longest answer that a client may ask for; None: as the context allows.
         api_key: what clients have to send; None: nothing.
         media: where pictures may come from.
+        patience: seconds in which the body of a request has to come.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ServeSettings:
     max_tokens: int | None = None
     api_key: str | None = field(default=None, repr=False)
     media: Media = field(default_factory=Media)
+    patience: float = 60.0
 
 
 class Service:
@@ -103,6 +105,10 @@ class Service:
             response = _fault(f"a request may have {LARGEST_BODY // 2**20} MiB", 413)
         except web.HTTPException as error:
             response = _fault(f"{request.method} {request.path:.80}: {error.reason}", error.status)
+        except ConnectionError:  # nobody is there to read an answer
+            raise
+        except Exception as error:
+            response = _fault(f"the request cannot be handled: {type(error).__name__}", 500)
         if request.path == "/v1/chat/completions":
             self.metrics.requests.labels(response.status).inc()
         return response
@@ -111,7 +117,11 @@ class Service:
     async def _key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         key = self.settings.api_key
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        if key is not None and request.path != "/health" and not hmac.compare_digest(given.encode(), key.encode()):
+        if (
+            key is not None
+            and request.path != "/health"
+            and not hmac.compare_digest(given.encode(errors="replace"), key.encode())
+        ):
             raise BadRequest("the API key is missing or wrong", status=401, code="invalid_api_key")
         return await handler(request)
 
@@ -135,7 +145,7 @@ class Service:
         self._taken += 1
         came, ticket = time.perf_counter(), None
         try:
-            asked = parse(await request.read(), served=self.settings.name)
+            asked = parse(await self._body(request), served=self.settings.name)
             prompt = await self._prepare(asked)
             limit = check_length(self.answerer, prompt, asked.sampling)
             limit = min(limit, self.settings.max_tokens or limit)
@@ -156,6 +166,14 @@ class Service:
             if ticket is not None:
                 ticket.left = True
 
+    async def _body(self, request: web.Request) -> bytes:
+        """The body. Who sends it too slowly would keep a place that others wait for."""
+        try:
+            return await asyncio.wait_for(request.read(), self.settings.patience)
+        except TimeoutError:
+            told = f"the request's body has not come within {self.settings.patience:g} seconds"
+            raise BadRequest(told, status=408) from None
+
     async def _prepare(self, asked: ChatRequest) -> Prompt:
         """The prompt, made in a thread; a file or an address is read here."""
         texts = sum(len(part["text"]) for each in asked.messages for part in each["content"] if part["type"] == "text")
@@ -170,7 +188,10 @@ class Service:
             self._of_thread.processor = copy.deepcopy(self.answerer.processor)
         images = decode(sources, [where for _, where in asked.images])
         processor = self._of_thread.processor
-        return conversation_prompt(self.answerer, asked.messages, images, processor=processor, memory=None)
+        try:
+            return conversation_prompt(self.answerer, asked.messages, images, processor=processor, memory=None)
+        except ValueError as error:  # what a processor does not take, such as a picture 300 times as wide as high
+            raise BadRequest(f"the model's processor refuses the request: {first_line(error):.200}") from None
 
     async def _whole(self, answer: _Answer, pieces: asyncio.Queue[Piece]) -> web.Response:
         text = ""

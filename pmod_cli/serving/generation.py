@@ -25,6 +25,7 @@ from pmod_cli.evaluation.prompts import Prompt, collate, special_ids
 from pmod_cli.model.cache import CACHE_NAME, RoutedDynamicLayer
 
 MAX_NEW_TOKENS = 512  # where nobody sets a limit
+COLDEST = 1e-3  # temperature: logits that are divided by less overflow, and this one draws the likeliest as well
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class BatchRow:
 
     def draw(self, logits: Tensor) -> int:
         """A token drawn from logits `(vocabulary,)`."""
-        scores = logits.cpu()[None]
-        for warp in (TemperatureLogitsWarper(self.sampling.temperature), TopPLogitsWarper(self.sampling.top_p)):
+        scores, temperature = logits.cpu()[None], max(self.sampling.temperature, COLDEST)
+        for warp in (TemperatureLogitsWarper(temperature), TopPLogitsWarper(self.sampling.top_p)):
             scores = warp(None, scores)
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._draws))
 

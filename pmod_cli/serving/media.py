@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pmod_cli.serving.requests import BadRequest
 
 LARGEST = 20_000_000  # bytes of one picture from a web address
 PATIENCE = 20  # seconds for one
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,18}):")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Media:
         Raises:
             BadRequest: It is none that may be read.
         """
-        scheme = urlsplit(url[:4096]).scheme.lower() if ":" in url[:20] else ""
+        found = _SCHEME.match(url)
+        scheme = found[1].lower() if found else ""
         if scheme == "data":
             return _data(url, where)
         if scheme in ("http", "https"):
@@ -51,10 +54,10 @@ class Media:
     def _file(self, url: str, where: str) -> Path:
         if self.root is None:
             raise BadRequest(f"{where}: this server reads no files; send the picture as a data URL", param=where)
-        name = unquote(urlsplit(url).path) if url.lower().startswith("file:") else url
         root = self.root.resolve()
         outside = BadRequest(f"{where}: the file is not there, or outside the folder that may be read", param=where)
         try:
+            name = unquote(urlsplit(url).path) if url.lower().startswith("file:") else url
             path = (root / name).resolve()  # links are followed first
             if not path.is_relative_to(root) or not path.is_file():
                 raise outside

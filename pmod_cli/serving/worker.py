@@ -160,6 +160,23 @@ class Worker:
 
     def _deliver(self, batch: Batch, rows: Sequence[BatchRow]) -> None:
         """Lets rows go that are done, and hands out what the newest tokens say."""
+        try:
+            said, done = self._said(rows), batch.drop_finished()
+        except Exception as error:  # memory may run out here too, and the thread has to live
+            self._fail_all(error)
+            return
+        self._metrics.new_tokens.inc(len(rows))
+        for row in done:
+            ticket, _ = self._of.pop(row)
+            self._metrics.duration.observe(time.perf_counter() - ticket.came)
+        if not batch.rows:
+            self._batch = None
+        self._count()
+        for ticket, news in said:
+            ticket.deliver(news)
+
+    def _said(self, rows: Sequence[BatchRow]) -> list[tuple[Ticket, Piece]]:
+        """What the newest tokens say, and to whom; rows that end are marked."""
         said = []
         for row in rows:
             ticket, text = self._of[row]
@@ -172,15 +189,7 @@ class Worker:
                 said.append((ticket, Piece(more + text.end(), row.finished, len(row.ids))))
             elif more:
                 said.append((ticket, Piece(more)))
-        self._metrics.new_tokens.inc(len(rows))
-        for row in batch.drop_finished():
-            ticket, _ = self._of.pop(row)
-            self._metrics.duration.observe(time.perf_counter() - ticket.came)
-        if not batch.rows:
-            self._batch = None
-        self._count()
-        for ticket, news in said:
-            ticket.deliver(news)
+        return said
 
     def _count(self) -> None:
         layers = [] if self._batch is None else self._batch.cache.layers

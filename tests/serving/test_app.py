@@ -410,3 +410,84 @@ def test_a_stopping_server_answers_what_it_has_taken(answerer, stream):
     found = asyncio.run(both())
     assert [status for status, _ in found] == [200] * 3
     assert all(("[DONE]" if stream else '"finish_reason"') in text for _, text in found)
+
+
+def test_who_withholds_a_body_keeps_no_place(serve, answerer):
+    """Three bodies that never come would fill a server of one row and two places for ever."""
+
+    async def withheld(client):
+        reader, writer = await asyncio.open_connection(client.server.host, client.server.port)
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
+        writer.write(head.encode())
+        await writer.drain()
+        answer = await reader.readline()
+        writer.close()
+        return answer
+
+    async def use(client):
+        slow = [asyncio.create_task(withheld(client)) for _ in range(3)]
+        while client.service._taken < 3:
+            await asyncio.sleep(0.01)
+        full = (await client.post(CHAT, json=body(QUESTIONS[0]))).status
+        said = await asyncio.gather(*slow)
+        return full, said, await ask(client, QUESTIONS[0], PICTURES[0])
+
+    full, said, answer = serve(use, max_batch=1, max_queue=2, patience=0.5)
+    assert full == 429
+    assert all(b"408" in line for line in said)
+    assert answer == alone(answerer, QUESTIONS[0], PICTURES[0])
+
+
+class Forgetful(Answerer):
+    """A real model whose batch fails once while rows are taken out of it."""
+
+    def prefill(self, rows):
+        batch = super().prefill(rows)
+        if any("ring" in row.prompt.prompt for row in rows):
+
+            def fail():
+                raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+
+            batch.drop_finished = fail
+        return batch
+
+
+def test_a_batch_that_fails_between_two_tokens_ends_no_server(serve, answerer):
+    async def use(client):
+        failed = await client.post(CHAT, json=body(QUESTIONS[3]))
+        return failed.status, client.service.worker.alive, await ask(client, QUESTIONS[0], PICTURES[0])
+
+    status, alive, answer = serve(use, model=Forgetful(answerer.model, answerer.processor))
+    assert (status, alive) == (500, True)
+    assert answer == alone(answerer, QUESTIONS[0], PICTURES[0])
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1.2e-38, 1e-9])
+def test_the_coldest_draw_is_the_likeliest_token(serve, answerer, temperature):
+    async def use(client):
+        return await ask(client, QUESTIONS[0], PICTURES[0], temperature=temperature)
+
+    assert serve(use) == alone(answerer, QUESTIONS[0], PICTURES[0])
+
+
+@pytest.mark.parametrize("url", ["http://[", "file://[", "file://a]b/c", "data://["])
+def test_an_address_that_is_none(serve, url, tmp_path):
+    async def use(client):
+        response = await client.post(CHAT, json=body(QUESTIONS[0], url))
+        return response.status, (await response.json())["error"]
+
+    status, error = serve(use, media=Media(tmp_path, urls=True))
+    assert status == 400
+    assert error["param"].startswith("messages[0]")
+
+
+def test_a_key_of_other_characters_is_wrong_and_no_fault(serve):
+    async def use(client):
+        reader, writer = await asyncio.open_connection(client.server.host, client.server.port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+        await writer.drain()
+        answer = await reader.readline()
+        writer.close()
+        return answer
+
+    assert b"401" in serve(use, api_key="secret")

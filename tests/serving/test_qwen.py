@@ -86,3 +86,15 @@ def test_the_command_asks_a_checkpoint_on_disk(tmp_path, monkeypatch, capsys):
     assert "stock" in written.out
     assert "first token after" in written.err
     assert "a layer keeps" in written.err
+
+
+def test_a_picture_that_the_processor_refuses(answerer, serve):
+    """Qwen-VL takes none that is more than 200 times as wide as high."""
+
+    async def use(client):
+        response = await client.post(CHAT, json=body(QUESTIONS[0], data_url(Image.new("RGB", (900, 2)))))
+        return response.status, (await response.json())["error"]["message"]
+
+    status, told = serve(use, model=answerer)
+    assert status == 400
+    assert "aspect ratio" in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from pmod_cli.core.errors import BAD_INPUT, PARTIAL, PmodError
 from pmod_cli.core.images import load_image
 from pmod_cli.core.text import memory_size, printable
 from pmod_cli.evaluation import eval_models
+from pmod_cli.evaluation.prompts import Prompt
+from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.serving.chat import AnswerStats, Chat
 from pmod_cli.serving.generation import Answerer, Sampling
 
@@ -25,19 +27,35 @@ SCHEMA_VERSION = 1
 PROMPT = "> "
 
 
-@dataclass
 class Speaker:
-    """Who answers: a column of `pmod eval`, and its conversation so far."""
+    """Who answers: a column of `pmod eval`, and its conversation so far.
 
-    column: eval_models.EvalModel
-    loaded: eval_models.Loaded
-    conversation: Chat
+    Args:
+        column: Of `pmod eval`.
+        loaded: Its model, which several columns may share.
+        keep_cache: As `Chat` takes it.
+    """
+
+    def __init__(self, column: eval_models.EvalModel, loaded: eval_models.Loaded, *, keep_cache: bool) -> None:
+        self.column, self.loaded = column, loaded
+        self.conversation = Chat(
+            Answerer(loaded.model, loaded.processor), keep_cache=keep_cache, on_prefill=self._meet_budget
+        )
+        self._budget, self._settings = loaded.budget(column), column.method
 
     def get_ready(self) -> None:
-        """Gives a model that several columns share the selection of this one."""
-        self.loaded.take_method(self.column)
+        """Gives a model that several columns share the method and the selection of this one."""
+        if self._settings is not None:
+            self.loaded.model.set_method(self._settings.to_dict())
         if hasattr(self.loaded.model, "set_selection"):
             self.loaded.model.set_selection(self.column.selection)
+
+    def _meet_budget(self, prompt: Prompt) -> None:
+        """A method's budget is met on the prompt that is computed, as `pmod eval` does it."""
+        if self._budget is not None:
+            vision = prompt.count(vision_token_ids(self.loaded.model.config))
+            self._settings = self._budget.settings(vision, prompt.length - vision)
+            self.get_ready()
 
 
 def open_picture(path: Path) -> Image:
@@ -63,8 +81,7 @@ def speakers(
     for column in eval_models.choose(name, against, revision=revision, offline=offline):
         loaded = next((each.loaded for each in found if each.loaded.serves(column)), None)
         loaded = loaded or eval_models.load(column, dtype=dtype, device=device, attention="sdpa")
-        conversation = Chat(Answerer(loaded.model, loaded.processor), keep_cache=keep_cache)
-        found.append(Speaker(column, loaded, conversation))
+        found.append(Speaker(column, loaded, keep_cache=keep_cache))
     common.warn_of_ties((each.column.routers, each.column.selection) for each in found)
     return found
 
@@ -89,25 +106,34 @@ class Asking:
     def answer(self, question: str) -> None:
         """Ask everybody, and print each answer as it comes; with a name in front where there are several."""
         self._warn_once()
-        pictures, escape = list(self._shown), output.stdout.is_terminal
-        for speaker in self._speakers:
-            speaker.get_ready()
-            out, front = output.stdout.file, f"{printable(speaker.column.label)}: " if len(self._speakers) > 1 else ""
-            pieces = speaker.conversation.ask(question, pictures, self._sampling)
-            piece = next(pieces, "")  # what cannot be asked leaves stdout empty
-            try:
-                while piece or front:
-                    out.write(front + (printable(piece) if escape else piece))
-                    out.flush()
-                    front, piece = "", next(pieces, "")
-            finally:
-                out.write("\n")
-                out.flush()
-            if speaker.conversation.finished == "length":
-                output.note("the answer is cut off: --max-new-tokens allows a longer one")
-            if self._shows_stats and speaker.conversation.stats:
-                output.note(stats_line(speaker.conversation.stats))
+        said: list[Speaker] = []
+        try:
+            for speaker in self._speakers:
+                self._answer(speaker, question)
+                said.append(speaker)
+        except BaseException:  # Ctrl-C too
+            for speaker in said:  # the question is forgotten, and so by all
+                speaker.conversation.forget()
+            raise
         self._shown = []
+
+    def _answer(self, speaker: Speaker, question: str) -> None:
+        speaker.get_ready()
+        out, front = output.stdout.file, f"{printable(speaker.column.label)}: " if len(self._speakers) > 1 else ""
+        pieces, escape = speaker.conversation.ask(question, self._shown, self._sampling), output.stdout.is_terminal
+        piece = next(pieces, "")  # what cannot be asked leaves stdout empty
+        try:
+            while piece or front:
+                out.write(front + (printable(piece) if escape else piece))
+                out.flush()
+                front, piece = "", next(pieces, "")
+        finally:
+            out.write("\n")
+            out.flush()
+        if speaker.conversation.finished == "length":
+            output.note("the answer is cut off: --max-new-tokens allows a longer one")
+        if self._shows_stats and speaker.conversation.stats:
+            output.note(stats_line(speaker.conversation.stats))
 
     def answer_as_json(self, question: str, image: Path) -> None:
         """Ask everybody, and print one object."""

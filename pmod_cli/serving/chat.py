@@ -8,7 +8,7 @@ turn brings a picture, the whole conversation is computed anew, since the pictur
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -55,12 +55,19 @@ class Chat:
     Args:
         answerer: The model.
         keep_cache: Go on from the cache also where a computation from the start would keep other vision tokens.
+        on_prefill: Told each prompt that is computed from its start, before that.
     """
 
-    def __init__(self, answerer: Answerer, *, keep_cache: bool = False) -> None:
+    def __init__(
+        self,
+        answerer: Answerer,
+        *,
+        keep_cache: bool = False,
+        on_prefill: Callable[[Prompt], None] = lambda prompt: None,
+    ) -> None:
         self.stats: AnswerStats | None = None
         self.finished: str | None = None
-        self._answerer, self._keep_cache = answerer, keep_cache
+        self._answerer, self._keep_cache, self._on_prefill = answerer, keep_cache, on_prefill
         self._messages: list[dict[str, Any]] = []
         self._images: list[Image] = []
         self._batch: Batch | None = None
@@ -102,6 +109,13 @@ class Chat:
         self._images += images
         self.finished, self.stats = row.finished, self._measure(batch, row, reused, first - started, seconds)
 
+    def forget(self) -> None:
+        """Takes the last question, its pictures and its answer out of the conversation."""
+        *self._messages, question, _ = self._messages
+        shown = sum(part["type"] == "image" for part in question["content"])
+        if shown:
+            self._images, self._cached = self._images[:-shown], []
+
     def _begin(self, row: BatchRow, *, new_images: bool) -> tuple[Batch, int]:
         """Processes the prompt up to the first token of the answer; also says how many tokens were in the cache."""
         ids, cached, self._cached = row.prompt.inputs["input_ids"].tolist(), self._cached, []
@@ -119,6 +133,7 @@ class Chat:
             else:
                 return self._batch, same
         self._batch = None  # its memory is free before the next prefill
+        self._on_prefill(row.prompt)
         self._batch = self._answerer.prefill([row])
         return self._batch, 0
 

@@ -1,6 +1,7 @@
 """`pmod ask` as a user runs it: what is on stdout, what on stderr, exit codes."""
 
 import json
+import shutil
 import sys
 from io import StringIO
 
@@ -9,7 +10,9 @@ from PIL import Image
 
 from pmod_cli import checkpoints, cli
 from pmod_cli.data.documents import draw, seed_of
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
+from pmod_cli.profiling.budgets import cost_of, prompt_of, solve
 
 SETTINGS = PmodSettings(schedule="list", values=(1.0, 0.5, 0.3, 0.15))
 FOREIGN = "this is a bundled model or made from one"
@@ -129,3 +132,37 @@ def test_a_question_that_fails_leaves_the_others_answered(ready, routed, capsys,
     assert len(written.out.splitlines()) == 2
     assert "none.png: no such image file" in written.err
     assert "/what is no command" in written.err
+
+
+def test_a_question_that_one_cannot_take_is_forgotten_by_all(ready, routed, stock_model, capsys, monkeypatch, workdir):
+    """Else the first would be shown the picture twice, and would answer beside a question that nobody else knows."""
+    shutil.copytree(stock_model(), workdir / "short")
+    config = json.loads((workdir / "short" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 400
+    (workdir / "short" / "config.json").write_text(json.dumps(config))
+    options = ("-m", routed, "--against", "short", "--device", "cpu", "--max-new-tokens", 6, "--stats")
+    assert call("ask", "doc.png", "what is it?", *options) == 0
+    once = capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", StringIO(f"{'a ' * 400}\nwhat is it?\n"))
+    assert call("ask", "doc.png", "-i", *options) == 3
+    again = capsys.readouterr()
+    assert "the model takes 400" in again.err
+    assert again.out.splitlines()[-2:] == once.out.splitlines()
+
+    def kept(written):
+        return [line.split("; ", 3)[2:] for line in written.err.splitlines() if line.startswith("first token")][-2:]
+
+    assert kept(again) == kept(once)
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.6])
+def test_a_budget_is_met_on_the_prompt_that_is_asked(ready, capsys, budget):
+    options = ("-m", "tiny-llava-next", "--device", "cpu", "--max-new-tokens", 2, "--json")
+    assert call("ask", "doc.png", ready[0].question, "--against", f"fastv@{budget}", *options) == 0
+    _, found = json.loads(capsys.readouterr().out)["answers"]
+    vision, text = found["vision_tokens"], found["prompt_tokens"] - found["vision_tokens"]
+    sizes = Sizes.of(json.loads((checkpoints.bundled_path() / "config.json").read_text()))
+    rows = prompt_of(vision, text)
+    settings = solve("fastv", budget, sizes, rows)
+    assert cost_of(sizes, settings, rows).flops == pytest.approx(budget, rel=0.01)
+    assert found["kept_tokens"] == pytest.approx(vision * settings.mean_retention(32), abs=1)

@@ -183,3 +183,21 @@ def test_overwrite_and_resume_contradict_each_other(stock_model, workdir, capsys
     assert main(["convert", str(stock_model()), "-o", "out", "--overwrite", "--resume"]) == 2
     assert "give one" in capsys.readouterr().err
     assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_folder_that_is_not_whole_is_not_kept(stock_model, workdir, capsys, damage):
+    assert main(["convert", str(stock_model()), "-o", "out", "--copy", "-q"]) == 0
+    weights = next(path for path in Path("out").glob("*.safetensors") if "routers" not in path.name)
+    Path(".pmod/current").unlink()
+    if damage == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-9])
+    capsys.readouterr()
+    assert main(["convert", str(stock_model()), "-o", "out", "--copy", "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert weights.name in told
+    assert "--overwrite" in told
+    assert not Path(".pmod/current").exists()
+    assert main(["convert", str(stock_model()), "-o", "out", "--copy", "--overwrite", "--verify"]) == 0

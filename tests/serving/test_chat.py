@@ -120,3 +120,16 @@ def test_what_cannot_be_asked_is_a_sentence():
         asked(Chat(model), QUESTIONS[0], image(64, 64, seed=1))
     with pytest.raises(PmodError, match="the mark of a picture's place"):
         asked(Chat(model), "what is <image>?")
+
+
+def test_a_turn_that_is_forgotten_was_not_there():
+    model, shown, other = talkative(), image(64, 40, seed=3), image(32, 64, seed=4)
+    conversation = Chat(model)
+    asked(conversation, QUESTIONS[1], shown)
+    conversation.forget()
+    first = asked(conversation, QUESTIONS[0], shown)
+    assert first == from_start(model, [], QUESTIONS[0], [shown])
+    for pictures in ([], [other]):  # the last turn is taken back, with what it brought
+        asked(conversation, QUESTIONS[1], *pictures)
+        conversation.forget()
+    assert asked(conversation, QUESTIONS[2]) == from_start(model, [(QUESTIONS[0], first, [shown])], QUESTIONS[2], [])

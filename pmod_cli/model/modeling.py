@@ -30,6 +30,7 @@ from .configuration import CONFIGS, RoutedConfig
 from .decoder import has_tokens, is_2d, route_layers, routed_class, routed_decoder, stock_class
 from .registry import SELECTIONS
 from .routing import Routing
+from .selection import looks_ahead
 from .selfcheck import check_release
 from .settings import PmodSettings
 from .stock import Stock
@@ -327,6 +328,19 @@ class RoutedGeneration(CheckedRelease):
         if is_first_iteration and vision_mask is not None:
             inputs["vision_mask"] = vision_mask
         return inputs
+
+    def _assisted_decoding(self, *arguments: Any, **named: Any) -> Any:
+        """Candidates stand behind the prompt in the first pass already: no selection may read them.
+
+        Raises:
+            ValueError: The selection in use reads what stands behind the images.
+        """
+        if looks_ahead(self):
+            raise ValueError(
+                "assisted decoding and prompt lookup put candidates behind the prompt, and the selection in use reads "
+                "its end: it would keep other vision tokens. Generate without them, or by routers"
+            )
+        return super()._assisted_decoding(*arguments, **named)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)

@@ -122,6 +122,16 @@ def test_assisted_decoding_equals_greedy(model):
     assert torch.equal(assisted, model.generate(**inputs, **greedy))
 
 
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "attention"])
+def test_assisted_decoding_is_refused_where_candidates_would_choose(name):
+    """The first pass holds candidates behind the prompt, and these methods rank by its end."""
+    model, inputs = pmod_model(pmod={"method": name, "mean": 0.5}), batch("llava_next", ROWS[:1])
+    for assisted in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": pmod_model(seed=5)}):
+        with pytest.raises(ValueError, match="candidates behind the prompt"):
+            model.generate(**inputs, max_new_tokens=4, do_sample=False, **assisted)
+    model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+
 def test_beam_search_of_a_batch_equals_single_rows(model):
     beams = {"num_beams": 3, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     inputs = batch("llava_next", ROWS)

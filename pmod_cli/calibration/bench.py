@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pmod_cli import __version__
 from pmod_cli.calibration.asked import AskedBatch
-from pmod_cli.calibration.importance import fisher_information, received_attention
+from pmod_cli.calibration.importance import fisher_information, received_attention, target_of
 from pmod_cli.calibration.measured import Measured, digest
 from pmod_cli.calibration.regression import FOLDS, Moments
 from pmod_cli.calibration.replay import Replay, Stream
@@ -238,12 +238,13 @@ class Bench:
             The router, its correlation with the target on pictures left out, and the shrinkage of the ridge.
         """
         moments, served = Moments(), schedule.served(chooser)
+        ratio = sum(schedule.ratios[layer] for layer in served) / len(served)
         for place, (stream, importance) in enumerate(zip(streams, self.importance, strict=True)):
             wanted = importance[target][served].sum(dim=0)
             assert stream.routing is not None  # a sample has an image
             for row, vision in enumerate(stream.routing.target):
                 fold = self.folds[place] if self.folds else moments.pictures % FOLDS
-                moments.add(stream.hidden[row][vision], wanted[row][vision], fold)
+                moments.add(stream.hidden[row][vision], target_of(target, wanted[row][vision], ratio), fold)
         router = CrossFitted(self._router)
         return router, *moments.fit(router.whole, router.crossed)
 

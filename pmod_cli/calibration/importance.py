@@ -6,7 +6,8 @@
                diagonal of the Fisher information, from a few backward passes with random signs
 
 All are `(L, B, N)`: importance in layer l. A choice that is held up to layer m serves the layers up to m, so its target
-is the sum over them.
+is the sum over them. Of `fisher` the order alone is a target: a few tokens have a thousand times the value of all others,
+and a regression would see nothing but these.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pmod_cli.calibration.replay import Replay, Stream
+from pmod_cli.model import kept_tokens
 
 WATCHED = "pmod_watched"
 CHUNK = 256  # queries at a time: attention is never held as a whole square
@@ -71,6 +73,27 @@ def fisher_information(replay: Replay, stream: Stream, *, seed: int = 0) -> Tens
             total, gradients[draw] = total + of_gates, back
         layers.append(total / DRAWS)
     return torch.stack(layers[::-1])
+
+
+def target_of(name: str, importance: Tensor, ratio: float) -> Tensor:
+    """What a router is regressed on, from the importance of one picture's tokens in the layers that it chooses for.
+
+    Args:
+        name: Of the importance.
+        importance: `(V,)`, summed over these layers.
+        ratio: What they keep, in the mean.
+
+    Returns:
+        `(V,)` float32. `fisher`: 2 for the half of the K tokens that matter most, 1 for the other half, 0 for the rest.
+    """
+    if name != "fisher":
+        return importance
+    most = importance.argsort(descending=True, stable=True)
+    kept = kept_tokens(len(importance), ratio)
+    found = torch.zeros_like(importance)
+    found[most[:kept]] += 1
+    found[most[: (kept + 1) // 2]] += 1
+    return found
 
 
 def _received(query: Tensor, key: Tensor, scaling: float, asking: Tensor) -> Tensor:

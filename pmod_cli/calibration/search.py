@@ -177,7 +177,7 @@ class Search:
         streams = self.bench.streams_at(chooser)
         for name in self.targets[1:]:
             other = self._with_router(Found(schedule), chooser, name, streams)
-            best = other if _is_better(other, best) else best
+            best = min(best, other, key=lambda each: each.divergence)  # none of them is simpler than another
         return best
 
     def _with_router(self, found: Found, chooser: int, target: str, streams: Sequence[Stream]) -> Found:

@@ -6,8 +6,8 @@
                diagonal of the Fisher information, from a few backward passes with random signs
 
 All are `(L, B, N)`: importance in layer l. A choice that is held up to layer m serves the layers up to m, so its target
-is the sum over them. Of `fisher` the order alone is a target: a few tokens have a thousand times the value of all others,
-and a regression would see nothing but these.
+is the sum over them. Of `fisher` the order alone is a target: a few tokens have a thousand times the value of the
+others, and a regression would see nothing but these.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Questions:
         requests: One per question. Their `doc_id` counts the drawn rows.
         rows: By task, the place of each drawn row in the whole data set.
         available: By task, the number of rows of the whole data set.
-        digests: By request, a digest of the question: its row without pictures, its text and generation settings.
+        digests: By request, a digest of the question: its row with its pictures, its text and generation settings.
     """
 
     tasks: dict[str, ConfigurableTask]
@@ -137,7 +137,7 @@ def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int
 
 
 def _add(questions: Questions, name: str, task: ConfigurableTask) -> None:
-    docs = task.eval_docs_no_media
+    docs, pictures = task.eval_docs_no_media, _encoded_pictures(task)
     for request in task.instances:
         if request.request_type != "generate_until":
             raise PmodError(f"{name} asks by {request.request_type}; pmod scores generated answers only")
@@ -145,9 +145,30 @@ def _add(questions: Questions, name: str, task: ConfigurableTask) -> None:
             raise PmodError(f"{name} asks each question {request.repeats} times; pmod asks once")
         text, settings = request.args[:2]
         parts = (name, str(task.VERSION), questions.rows[name][request.doc_id], text, settings, docs[request.doc_id])
-        line = json.dumps(parts, sort_keys=True, default=_name_of)
-        questions.digests.append(hashlib.sha256(line.encode()).hexdigest())
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=_name_of).encode())
+        for picture in pictures(request.doc_id):
+            digest.update(hashlib.sha256(picture).digest())
+        questions.digests.append(digest.hexdigest())
         questions.requests.append(request)
+
+
+def _encoded_pictures(task: ConfigurableTask) -> Callable[[int], Iterator[bytes]]:
+    """From the place of a row to its pictures as the data files hold them: nothing is decoded."""
+    if isinstance(task.config.doc_to_visual, PicturesApart):
+        apart = task.config.doc_to_visual
+        return lambda place: _bytes_in(apart.encoded(task.eval_docs_no_media[place]))
+    if not hasattr(task.eval_docs, "with_format"):
+        return lambda place: iter(())  # drawn from numbers, which the row has
+    rows = task.eval_docs.with_format("arrow")
+    return lambda place: _bytes_in(rows[place : place + 1].to_pylist())
+
+
+def _bytes_in(value: Any) -> Iterator[bytes]:
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _bytes_in(part)
 
 
 def _name_of(value: Any) -> str:
@@ -190,12 +211,11 @@ class Tasks(TaskManager):
         source = self._source(config)
         if source is None:
             return config | {"dataset_kwargs": _without_login(config.get("dataset_kwargs"))}
-        files = data_files.obtain(source, self._data_root)
-        _check(source, files)
+        files = self._obtain(source)
         opened = {"data_files": {source.split: [str(file) for file in files]}}
         config = config | {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": opened}
         if (pictures := _pictures_of(source)) is not None:
-            config |= {"process_docs": None, "doc_to_visual": self._picture(pictures)}
+            config |= {"process_docs": None, "doc_to_visual": PicturesApart(pictures, self._obtain(pictures))}
         return config
 
     def _source(self, config: dict[str, Any]) -> Split | None:
@@ -212,26 +232,44 @@ class Tasks(TaskManager):
             raise PmodError(f"{Split(*key)}: not in {self._data_root}", code=RUN_FAILED)
         return Split(*key)
 
-    def _picture(self, source: Split) -> Callable[[dict], list]:
-        """lmms-eval's GQA names its pictures' repository in code, and copies a picture to each of its questions.
-
-        Args:
-            source: The split with the pictures.
-        """
-        from datasets import load_dataset
-
+    def _obtain(self, source: Split) -> list[Path]:
         files = data_files.obtain(source, self._data_root)
         _check(source, files)
-        pictures = load_dataset("parquet", data_files={source.split: [str(file) for file in files]})[source.split]
-        place = {name: index for index, name in enumerate(pictures["id"])}
+        return files
 
-        def picture(doc: dict) -> list:
-            name = doc[source.pictures_of]
-            if name not in place:
-                raise PmodError(f"{source} has no picture {name}", code=RUN_FAILED)
-            return [pictures[place[name]]["image"].convert("RGB")]
 
-        return picture
+class PicturesApart:
+    """Pictures that lie beside the questions, found by name.
+
+    lmms-eval's GQA names its pictures' repository in code, and copies a picture to each of its questions.
+
+    Args:
+        source: The split with the pictures.
+        files: Of it.
+    """
+
+    def __init__(self, source: Split, files: Sequence[Path]) -> None:
+        from datasets import load_dataset
+
+        opened = load_dataset("parquet", data_files={source.split: [str(file) for file in files]})[source.split]
+        self._source, self._pictures = source, opened
+        self._places = {name: place for place, name in enumerate(opened["id"])}
+
+    def __call__(self, doc: dict) -> list:
+        """The picture of a row, RGB."""
+        return [self._pictures[self._place(doc)]["image"].convert("RGB")]
+
+    def encoded(self, doc: dict) -> list[dict]:
+        """The same as the file holds it; nothing where there is none, which is said when it is asked for."""
+        name = doc[self._source.pictures_of]
+        rows = self._pictures.with_format("arrow")
+        return rows[self._places[name] : self._places[name] + 1].to_pylist() if name in self._places else []
+
+    def _place(self, doc: dict) -> int:
+        name = doc[self._source.pictures_of]
+        if name not in self._places:
+            raise PmodError(f"{self._source} has no picture {name}", code=RUN_FAILED)
+        return self._places[name]
 
 
 def _pictures_of(source: Split) -> Split | None:

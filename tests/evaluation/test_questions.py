@@ -66,3 +66,20 @@ def test_only_what_can_be_asked(tmp_path, monkeypatch):
             patch.setattr(task.instances[0], *change)
             with pytest.raises(PmodError, match=sentence):
                 questions._add(whole, "tiny_doc", task)
+
+
+@pytest.mark.parametrize("name", ["chartqa", "gqa"])
+def test_other_pictures_are_another_question(tmp_path, name):
+    """Same texts, other pictures: no answer may be taken over. Of GQA the pictures lie in files of their own."""
+    for place in ("a", "b", "c"):
+        mirrors.write(tmp_path / place, [name])
+    made, benchmark = mirrors.mirrored(name), suite.resolve([name])[0]
+    source = benchmark.data[-1]
+    rows = [dict(row) for row in (made.rows[source.split] if name == "chartqa" else made.pictures)]
+    for row in rows:
+        row["image"] = mirrors.picture(77)
+    features = made.features if name == "chartqa" else {"id": mirrors.TEXT, "image": mirrors.PICTURE}
+    mirrors.write_split(tmp_path / "b", source, rows, features)
+    first, other, same = (opened(name, tmp_path, data_root=tmp_path / place).digests for place in ("a", "b", "c"))
+    assert first == same
+    assert not set(first) & set(other)

@@ -65,6 +65,8 @@ def demo(
         if step.command in done:
             output.note(f"[{number}/{len(steps)}] done before: {step.command}")
             continue
+        for later in steps[number:]:  # what they have left is of what this step is about to replace
+            done.pop(later.command, None)
         output.note(f"\n[{number}/{len(steps)}] {step.why}\n$ {step.command}", style="bold")
         done[step.command] = _run(step, out)
         write_json(out / DONE, done)
@@ -98,7 +100,7 @@ def _steps(out: Path, samples: int, limit: int, max_steps: int | None, question:
         "The calibrated model is scored beside the stock one and as many random and evenly spaced tokens.",
         (
             *("eval", "-t", "tiny", "-m", calibrated, "--against", ",".join(columns)),
-            *("--limit", str(limit), "-o", str(out / "eval")),
+            *("--limit", str(limit), "-o", str(out / "eval"), "--overwrite"),
         ),
     )
     yield DemoCommand("profile", "What it saves, at the size of the paper's model.", ("profile", "-m", PAPER_MODEL))

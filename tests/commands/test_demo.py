@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from pmod_cli.checkpoints.digests import weights_sha256
+
 pytest.importorskip("lmms_eval", reason="needs the eval extra")
 
 
@@ -22,6 +24,14 @@ def test_demo_runs_all_verbs_and_goes_on(pmod, workdir):
     assert second.returncode == 0, second.stderr
     assert second.stderr.count("done before:") == 4
     assert second.stdout == first.stdout
+
+    third = pmod("demo", "--out", "all", "--samples", 12, "--limit", 1, cwd=workdir, timeout=600)
+    assert third.returncode == 0, third.stderr
+    assert "done before:" not in third.stderr  # scores and pictures would be of the model that is gone
+    made = json.loads((workdir / "all" / "p-mod" / "calibration.json").read_text())
+    assert made["asked_for"]["samples"] == 12
+    weights = json.loads((workdir / "all" / "eval" / "results.json").read_text())["models"]["all/p-mod"]
+    assert weights["weights_sha256"] == weights_sha256(workdir / "all" / "p-mod")
 
 
 @pytest.mark.slow

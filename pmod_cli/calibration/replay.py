@@ -91,10 +91,18 @@ class Replay:
         return len(self.layers)
 
     def keep_all(self) -> None:
-        """Makes the decoder the stock one: every layer keeps every token, and routers are gone."""
-        from pmod_cli.model.decoder import route_layers
+        """Makes the model the stock one: every layer keeps every token, and routers are gone.
 
-        route_layers(self.decoder, PmodSettings(schedule="list", values=(1.0,) * len(self)))
+        Nothing is left of the settings that a p-MoD model came with: which vision tokens it routes, and what ranks
+        them in its tower, is said in front of the decoder.
+        """
+        from pmod_cli.model.decoder import route_layers
+        from pmod_cli.model.modeling import RoutedModel
+
+        settings = PmodSettings(schedule="list", values=(1.0,) * len(self))
+        route_layers(self.decoder, settings)
+        if isinstance(self.model.model, RoutedModel):
+            self.model.model.apply_settings(settings)
 
     def begin(self, batch: AskedBatch) -> Stream:
         """A batch in front of layer 0, as the model itself puts it there."""

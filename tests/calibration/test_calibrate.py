@@ -186,6 +186,30 @@ def test_no_picture_is_ranked_by_a_router_that_was_fitted_on_it(monkeypatch):
     assert same == [True] + [False] * FOLDS
 
 
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"target_tokens": "vision_hr"},
+        {"selection": "visionzip", "schedule": "constant", "mean": 0.6},
+    ],
+    ids=["which tokens", "what ranks in the tower"],
+)
+def test_a_p_mod_model_is_measured_as_the_stock_model_that_it_was(old):
+    """What is written routes all vision tokens by its own routers, whatever the source was converted with."""
+    stock = factories.model("llava_next", layers=4)
+    batches, found = batches_of(stock, "llava_next"), []
+    for model in (stock, pmod_twin(stock, old)):
+        replay = Replay(model)
+        replay.keep_all()
+        bench = Bench(replay, batches, ("text",))
+        schedule = Schedule((1.0, 0.6, 0.5, 0.25), (1,))
+        router = bench.fit(schedule, 1, "text", bench.streams_at(1))[0].whole
+        bench.apply(schedule, {1: router})
+        found.append((bench.divergence(), *(stream.routing.target for stream in bench.start)))
+    for expected, ours in zip(*found, strict=True):
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
+
+
 def _prompt(processor):
     image = read_samples("doc", 1)[0].images[0]
     return processor(images=[image], text="<image> what is the price of egg?", return_tensors="pt")

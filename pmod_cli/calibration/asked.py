@@ -45,12 +45,12 @@ class Asked:
 
     Args:
         model: A LLaVA in eval mode. It answers as it is.
-        processor: Its processor.
+        processor: Its processor; images are made what it makes of them, as in use.
         template: Conversation template, as `data.template` of a recipe.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, template: str = "auto") -> None:
-        self.model, self.encode = model, RowEncoder(processor, template)
+        self.model, self.encode = model, RowEncoder(processor, template, as_is=True)
         self.collate, self.tokenizer = Collator(processor), processor.tokenizer
 
     def mean_prompt(self, samples: Sequence[Sample]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow, Conversation
-from pmod_cli.data.pictures import is_square, open_image, open_video, padding_processor, reduced
+from pmod_cli.data.pictures import open_image, open_video, padding_processor, pads_to_square, reduced
 from pmod_cli.data.rendered import IGNORED, Encoded, encode
 from pmod_cli.data.sources import RowSource, open_source
 from pmod_cli.data.templates import renderer
@@ -80,11 +80,13 @@ class RowEncoder:
     """Turns a conversation into tokens, labels and pixels.
 
     Args:
-        processor: of a model; LLaVA-1.5's then pads images to a square.
+        processor: of a model; LLaVA-1.5's then pads images to a square, unless ``as_is``.
         template: one of ``pmod_cli.data.templates.TEMPLATES``.
         max_length: tokens of a row, vision tokens included; longer rows are cut.
         video_fps: frames of a video that are taken a second.
         video_frames: of one video at most.
+        as_is: images are made what this processor makes of them, also where it crops: for a model that is asked
+            with it, and not trained.
 
     Raises:
         PmodError: a template that does not fit the tokenizer.
@@ -97,8 +99,10 @@ class RowEncoder:
         max_length: int | None = None,
         video_fps: float = 2.0,
         video_frames: int = 32,
+        *,
+        as_is: bool = False,
     ) -> None:
-        self.processor = padding_processor(processor)
+        self.processor = processor if as_is else padding_processor(processor)
         self.render = renderer(template, processor)
         self.max_length = max_length
         self.frames = frames_of(processor, video_fps, video_frames)
@@ -163,7 +167,7 @@ class RowEncoder:
         )
 
     def _open(self, image: Any, folder: Path | None) -> Any:
-        return reduced(open_image(image, folder), padded=is_square(self.processor))
+        return reduced(open_image(image, folder), padded=pads_to_square(self.processor))
 
 
 def _filled(text: Encoded, inserted: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:

@@ -107,6 +107,11 @@ def is_square(processor: "ProcessorMixin") -> bool:
     return not hasattr(images, "image_grid_pinpoints") and not hasattr(images, "merge_size")
 
 
+def pads_to_square(processor: "ProcessorMixin") -> bool:
+    """Whether an image is padded to a square, and not cropped or squashed."""
+    return is_square(processor) and bool(getattr(processor.image_processor, "do_pad", False))
+
+
 def padding_processor(processor: "ProcessorMixin") -> "ProcessorMixin":
     """A LLaVA-1.5 processor that pads images to a square with their mean colour, as LLaVA-1.5 was trained.
 
@@ -115,7 +120,7 @@ def padding_processor(processor: "ProcessorMixin") -> "ProcessorMixin":
     that does not crop (SigLIP's, of LLaVA-Interleave).
     """
     images = processor.image_processor
-    if not is_square(processor) or getattr(images, "do_pad", False) or not getattr(images, "do_center_crop", False):
+    if not is_square(processor) or pads_to_square(processor) or not getattr(images, "do_center_crop", False):
         return processor
     if type(images).__name__.endswith("Pil"):
         from transformers import LlavaImageProcessorPil as Padding

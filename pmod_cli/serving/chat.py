@@ -16,7 +16,7 @@ from typing import Any
 from PIL.Image import Image
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.data.pictures import is_square, reduced
+from pmod_cli.data.pictures import pads_to_square, reduced
 from pmod_cli.evaluation.prompts import Prompt, encode, render_chat
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.model.selection import looks_ahead
@@ -178,8 +178,7 @@ def conversation_prompt(
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     if mark and any(mark in text for text in texts):
         raise PmodError(f"the text holds {mark}, the mark of a picture's place", hint="leave it out")
-    pads = bool(getattr(processor.image_processor, "do_pad", False)) and is_square(processor)
-    pictures = [reduced(image, padded=pads) for image in images]  # as training does
+    pictures = [reduced(image, padded=pads_to_square(processor)) for image in images]  # as training does
     return encode(processor, 0, render_chat(processor, messages, **rendering), pictures)
 
 

@@ -12,7 +12,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.core.text import printable
 from pmod_cli.core.videos import Video
-from pmod_cli.data.pictures import is_square, reduced
+from pmod_cli.data.pictures import pads_to_square, reduced
 from pmod_cli.families.configs import known_family, vision_token_ids
 from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
 from pmod_cli.visualization.prompt import prepare
@@ -188,9 +188,8 @@ def select_together(
     boxes = list(regions) or [()] * max(1, len(stills))
     told = [(*picture.notes, *notes) for picture in stills] or [notes]
     images: list[Image.Image] = []
-    pads = bool(getattr(processor.image_processor, "do_pad", False)) and is_square(processor)
     for number, picture in enumerate(stills):
-        image = reduced(picture.pixels, padded=pads)  # as training does
+        image = reduced(picture.pixels, padded=pads_to_square(processor))  # as training does
         if image is not picture.pixels:
             told[number] += (f"reduced to {image.width} × {image.height} before it is padded to a square",)
             across, down = picture.pixels.width / image.width, picture.pixels.height / image.height

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pmod_cli import checkpoints
 from pmod_cli.calibration.asked import Asked
@@ -21,7 +22,7 @@ from pmod_cli.calibration.importance import target_of
 from pmod_cli.calibration.measured import Measured
 from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
-from pmod_cli.calibration.samples import read_samples
+from pmod_cli.calibration.samples import Sample, read_samples
 from pmod_cli.cli import main
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.budgets import prompt_of
@@ -208,6 +209,16 @@ def test_a_p_mod_model_is_measured_as_the_stock_model_that_it_was(old):
         found.append((bench.divergence(), *(stream.routing.target for stream in bench.start)))
     for expected, ours in zip(*found, strict=True):
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
+
+
+def test_pictures_are_asked_about_as_the_model_and_the_result_see_them(stock_model):
+    """A LLaVA-1.5 of the hub crops, and so does the checkpoint that is written, which has the same processor."""
+    model, processor = checkpoints.load_model(stock_model("llava"))
+    wide = Image.new("RGB", (128, 32), "white")
+    wide.paste("red", (0, 0, 16, 32))
+    (batch,) = Asked(model, processor).batches([Sample("wide", (wide,), ("<image>\nwhat?",), ("white",))])
+    seen = processor(images=[wide], text="<image>", return_tensors="pt")
+    assert torch.equal(batch.inputs["pixel_values"], seen["pixel_values"])
 
 
 def _prompt(processor):

@@ -3,7 +3,8 @@
 Zero routers tie all vision tokens. The first steps then choose by chance, and the choice swings from step to step
 however small the learning rate is, since a ranking knows directions only: in a short run the model never gets a stable
 set of tokens to learn from. Here each router starts as a linear regression while the stock weights, with every token
-kept, read some training batches. `attention`: which vision tokens are among the K most attended to in its layer.
+kept, read some training batches. `attention`: which vision tokens are among the K most attended to in its layer, K the
+mean of what the layers keep that its choice serves.
 `calibrated`: how much text attends to each token in the layers that the choice serves, fitted as `pmod calibrate` does.
 """
 
@@ -18,6 +19,7 @@ from pmod_cli.calibration.regression import FOLDS, Moments
 from pmod_cli.calibration.regression import SPREAD as CALIBRATED_SPREAD
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.model import kept_tokens
+from pmod_cli.model.configuration import RoutedConfig
 from pmod_cli.model.layer import Router
 
 RIDGE = 1e-2  # of the mean feature variance
@@ -38,10 +40,12 @@ def calibrate_routers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) ->
     config = model.config
     layers = {i: model.model.language_model.layers[i] for i in config.routed_layers}
     moments = {i: _Moments() for i in layers}
+    # A layer that chooses for others may itself keep everything.
+    ratios = {i: sum(config.retention[j] for j in group) / len(group) for i, group in _served(config).items()}
     with _plain(model):
         for batch in batches:
             vision = torch.isin(batch["input_ids"], torch.tensor(vision_token_ids(config)))  # (B, N)
-            with _watch(layers, config.retention, vision, moments):
+            with _watch(layers, ratios, vision, moments):
                 model.model(**_inputs(batch), use_cache=False)
     return {i: moments[i].fit(layers[i].router) for i in layers}
 
@@ -60,8 +64,7 @@ def fit_routers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[
         By layer, the correlation of the routers' logits with their target, on pictures left out of the fit.
     """
     config, layers = model.config, model.model.language_model.layers
-    schedule = Schedule(tuple(config.retention), tuple(config.settings.select_at or ()))
-    served = {i: schedule.served(i) if schedule.select_at else [i] for i in config.routed_layers}
+    served = _served(config)
     moments = {i: Moments() for i in served}
     seen: dict[int, Tensor] = {}
     received: dict[int, Tensor] = {}
@@ -104,6 +107,12 @@ STARTS = {"attention": calibrate_routers, "calibrated": fit_routers}
 """By the name that `model.router_start` has for it."""
 
 
+def _served(config: RoutedConfig) -> dict[int, list[int]]:
+    """By layer with a router, the layers that keep some tokens by its choice."""
+    schedule = Schedule(tuple(config.retention), tuple(config.settings.select_at or ()))
+    return {i: schedule.served(i) if schedule.select_at else [i] for i in config.routed_layers}
+
+
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model is run with: rows are padded on the right, where a causal decoder does not look."""
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
@@ -126,7 +135,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watch(
-    layers: dict[int, nn.Module], retention: list[float], vision: Tensor, moments: dict[int, "_Moments"]
+    layers: dict[int, nn.Module], ratios: dict[int, float], vision: Tensor, moments: dict[int, "_Moments"]
 ) -> Iterator[None]:
     """While this lasts, each layer hands over its residual stream and which of its vision tokens are looked at most."""
     streams: dict[int, Tensor] = {}
@@ -137,7 +146,7 @@ def _watch(
             streams[i] = arguments[0]
 
         def attended(module, arguments, output, i=i):
-            wanted = _most_attended(output[1], vision, retention[i])
+            wanted = _most_attended(output[1], vision, ratios[i])
             moments[i].add(streams.pop(i)[vision], wanted[vision])
 
         handles += [layer.register_forward_pre_hook(enter), layer.self_attn.register_forward_hook(attended)]
@@ -154,7 +163,7 @@ def _most_attended(attention: Tensor, vision: Tensor, ratio: float) -> Tensor:
     Args:
         attention: `(B, heads, N, N)` probabilities, queries before keys.
         vision: `(B, N)` bool.
-        ratio: Retention ratio of the layer.
+        ratio: K is this share of them.
     """
     received = attention.tril(-1).amax(dim=(1, 2))  # (B, N), a token's look at itself left out
     rank = received.masked_fill(~vision, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -177,14 +186,17 @@ class _Moments:
         self.outer = self.outer + joint.T @ joint
 
     def fit(self, router: Router) -> float:
-        """Fills the router; returns the correlation of its logits with the target."""
+        """Fills the router; returns the correlation of its logits with the target.
+
+        Where all tokens are wanted, or none, nothing is to be learned: the router stays at zero.
+        """
         mean = self.sum / self.count
         covariance = self.outer / self.count - torch.outer(mean, mean)
         features, towards, variance = covariance[:-1, :-1], covariance[:-1, -1], covariance[-1, -1]
         damping = RIDGE * features.diagonal().mean() * torch.eye(len(features)).to(features)
         direction = torch.linalg.solve(features + damping, towards)
-        spread = (direction @ features @ direction).sqrt()
-        correlation = float(direction @ towards / (spread * variance.sqrt()))
+        spread = (direction @ features @ direction).sqrt().clamp(min=1e-12)
+        correlation = float(direction @ towards / (spread * variance.sqrt()).clamp(min=1e-12))
         direction = direction * SPREAD / spread
         router.weight.copy_(direction.unsqueeze(0))
         router.bias.fill_(-(direction @ mean[:-1]))

@@ -42,6 +42,25 @@ def test_calibrated_routers_predict_what_is_attended_to(kind):
     assert record.layers[0].K.tolist() == [kept_tokens(n, model.config.retention[0]) for n in num_vision]
 
 
+def test_a_layer_that_keeps_everything_learns_what_the_layers_behind_it_keep_by_its_choice():
+    held = pmod_model(pmod={"schedule": "list", "values": [1.0, 1.0, 0.6, 0.2], "select_at": [1]}, router_std=0.0)
+    itself = pmod_model(pmod={"schedule": "list", "values": [1.0, 0.4, 1.0, 1.0]}, router_std=0.0)
+    inputs = batch("llava_next", ROWS, "right")
+    assert calibrate_routers(held, [inputs]) == calibrate_routers(itself, [inputs])  # as the mean of 0.6 and 0.2
+    routers = [model.model.language_model.layers[1].router for model in (held, itself)]
+    assert routers[0].weight.any()
+    assert torch.equal(routers[0].weight, routers[1].weight)
+
+
+def test_a_router_that_nothing_is_left_to_choose_for_stays_at_zero():
+    model = pmod_model(pmod={"schedule": "list", "values": [1.0, 0.6, 0.35, 0.15], "max_ratio": 2.0}, router_std=0.0)
+    correlations = calibrate_routers(model, [batch("llava_next", ROWS, "right")])
+    routers = [layer.router.weight for layer in model.model.language_model.layers]
+    assert correlations[0] == 0
+    assert [bool(weight.any()) for weight in routers] == [False, True, True, True]
+    assert all(weight.isfinite().all() for weight in routers)
+
+
 @pytest.mark.parametrize("select_at", [None, (1,)])
 def test_a_calibrated_start_is_the_router_of_pmod_calibrate(select_at):
     """The same direction as the calibration's own bench finds with the same pictures, for each layer that chooses."""

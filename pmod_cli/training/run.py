@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -194,13 +195,22 @@ def _four_bits():
 
 
 def calibration_batches(data: Data, images: int, device: str) -> Iterator[dict[str, torch.Tensor]]:
-    """The first rows with ``images`` images in all, in small batches of model inputs: eager attention is large."""
-    total = min(images, len(data.rows))
-    for start in range(0, total, CALIBRATION_BATCH):
-        batch = data.collate([data.rows[i] for i in range(start, min(start + CALIBRATION_BATCH, total))])
-        if "pixel_values" in batch:
-            names = [name for name in batch if name != "labels"]
-            yield {name: batch[name].to(device) for name in names}
+    """The first ``images`` rows with images or videos, in small batches of model inputs: eager attention is large.
+
+    Raises:
+        PmodError: no row has any.
+    """
+    lengths = data.rows.lengths if isinstance(data.rows, Rows) else None  # synthetic documents are all pictures
+    pictured = (row for row in range(len(data.rows)) if lengths is None or lengths[row] > 0)
+    chosen = list(islice(pictured, images))
+    if not chosen:
+        raise PmodError(
+            f"none of the {len(data.rows)} rows has an image for `model.router_start` to look at",
+            hint="name rows with images, or set `model.router_start=zero`",
+        )
+    for start in range(0, len(chosen), CALIBRATION_BATCH):
+        batch = data.collate([data.rows[row] for row in chosen[start : start + CALIBRATION_BATCH]])
+        yield {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
 
 
 def publish(

@@ -54,7 +54,7 @@ class ModelArgs:
         router_start: where untrained routers start: zero as in the paper; attention, on what the stock weights attend
             to, for short runs; or calibrated, as pmod calibrate fits routers, for the schedule that is given. Trained
             and calibrated routers, and a stock model, are left as they are.
-        calibration_images: images of the train split that such a calibration reads.
+        calibration_images: rows of the train split that such a calibration reads, the first ones with images.
     """
 
     name: str | None = None

@@ -8,12 +8,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from pmod_cli.checkpoints import convert
+from pmod_cli.checkpoints import convert, load_model
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
+from pmod_cli.training.calibration import STARTS
 from pmod_cli.training.recipe import load_settings
-from pmod_cli.training.run import finetune
-from pmod_cli.training.run_data import SKIPPED
+from pmod_cli.training.run import calibration_batches, finetune
+from pmod_cli.training.run_data import SKIPPED, open_data
 from tests.factories import KINDS
 
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple")
@@ -97,3 +98,23 @@ def test_bad_rows_end_the_run_before_it_starts_or_are_left_out(routed, rows, tmp
     assert report.status == "finished"
     skipped = [json.loads(line) for line in (tmp_path / "run" / SKIPPED).read_text().splitlines()]
     assert [line["row"] for line in skipped] == [5]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_routers_start_from_rows_with_images_wherever_these_stand(routed, rows, start):
+    """As many rows as are asked for, behind rows of text. Of text alone the run is refused."""
+    made = json.loads(rows.read_text())
+    text, pictured = ([row for row in made if ("image" in row) == wanted] * 4 for wanted in (False, True))
+    rows.write_text(json.dumps(text))
+    settings = settings_of(routed, rows, f"model.router_start={start}", "model.calibration_images=10")
+    with pytest.raises(PmodError, match="none of the 24 rows has an image"):
+        finetune(settings, rows.parent / "run")
+    found = []
+    for behind in ([], text):
+        rows.write_text(json.dumps(behind + pictured))
+        data = open_data(settings, AutoProcessor.from_pretrained(routed), rows.parent)
+        found.append(list(calibration_batches(data, 10, "cpu")))
+    for alone, mixed in zip(*found, strict=True):
+        assert all(torch.equal(mixed[name], alone[name]) for name in alone)
+    model = load_model(routed)[0]
+    assert all(abs(value) <= 1 for value in STARTS[start](model, found[1]).values())

@@ -1,4 +1,4 @@
-"""A stock model to p-MoD settings and routers, without training: half of the samples choose, the other half judge."""
+"""A stock model to p-MoD settings and routers, without training: half of the pictures choose, the other half judge."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pmod_cli.calibration.asked import Asked
+from pmod_cli.calibration.asked import Asked, AskedBatch
 from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
 from pmod_cli.calibration.budget import Budget
 from pmod_cli.calibration.measured import Measured
 from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
-from pmod_cli.calibration.samples import read_samples
+from pmod_cli.calibration.samples import by_picture, read_samples
 from pmod_cli.calibration.search import Found, Search
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.vision import films_are_equal
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 FEWEST = 8  # samples
+FEWEST_PICTURES = 4  # two that choose, each ranked by a router that was fitted on the other, and two that judge
 RANDOM_SEEDS = 3
 COSINE, CONVERTED, UNIFORM, RANDOM = "cosine, calibrated", "cosine, converted", "uniform", "random"
 
@@ -39,7 +40,7 @@ class CalibrationSettings:
         data: As `read_samples` takes it.
         images: Folder of the images that a file names.
         questions: Asked instead of the data's own.
-        samples: Pictures; every second one judges.
+        samples: Pictures with their questions; every second picture judges.
         budgets: Shares of the stock model, one result each.
         of: What they are shares of.
         prompt: What FLOPs are counted on: the prompt of `profile`, or the mean prompt of the data.
@@ -81,8 +82,8 @@ class Judged:
         retention: Mean ratio.
         kv: Share of the stock model's K/V.
         divergence: KL to the stock model, nats an answer token.
-        unchanged: Pictures whose answers stay as they are, token by token.
-        pictures: All of them.
+        unchanged: Samples whose answers stay as they are, token by token.
+        pictures: All samples that judge; of a picture with several rows each counts.
     """
 
     name: str
@@ -144,6 +145,13 @@ def calibrate(
         seed=settings.seed,
         films=not films_are_equal(processor) and not settings.questions,
     )
+    groups = by_picture(samples)
+    if len(groups) < FEWEST_PICTURES:
+        raise PmodError(
+            f"{settings.data} has {len(groups)} different pictures in {len(samples)} samples: expected "
+            f"{FEWEST_PICTURES} or more, since those that judge are not those that choose",
+            hint="name data with more pictures",
+        )
     replay = Replay(model)
     replay.keep_all()
     asked = Asked(model, processor, settings.template)
@@ -151,13 +159,21 @@ def calibrate(
         vision, text = asked.mean_prompt(samples)
         note(f"FLOPs are counted on a prompt of {vision} vision and {text} text tokens, the mean of the data")
         budgets = _budgets(sizes, settings, prompt_of(vision, text)[0])
-    note(f"{len(samples)} pictures of {settings.data}: the stock model answers")
+    shown = (
+        f"{len(groups)} pictures" if len(groups) == len(samples) else f"{len(samples)} rows on {len(groups)} pictures"
+    )
+    note(f"{shown} of {settings.data}: the stock model answers")
     samples = asked.answered(samples, own=True)
-    folds = [(fold, batch) for fold in range(FOLDS) for batch in asked.batches(samples[::2][fold::FOLDS])]
+
+    def batches_of(chosen: Sequence[Sequence[int]]) -> list[AskedBatch]:
+        return asked.batches([samples[place] for group in chosen for place in group])
+
+    # Neither the halves nor the folds of one of them have a picture in common.
+    folds = [(fold, batch) for fold in range(FOLDS) for batch in batches_of(groups[::2][fold::FOLDS])]
     batches = [batch for _, batch in folds]
     of_batches = [fold for fold, _ in folds]
     chooses = Bench(replay, batches, TARGETS, folds=of_batches, seed=settings.seed, measured=measured)
-    judges = Bench(replay, asked.batches(samples[1::2]), (), measured=measured)
+    judges = Bench(replay, batches_of(groups[1::2]), (), measured=measured)
     note("where it reads")
     hidden = chooses.hidden()
     results = []

@@ -94,10 +94,10 @@ def _budget_json(result: Calibration) -> dict[str, Any]:
 
 def card(result: Calibration, settings: CalibrationSettings) -> str:
     """What the model card says."""
-    half = settings.samples // 2
+    judging = result.judged[0].pictures
     lines = [
-        f"No weight of the source was trained. {settings.samples} pictures of `{_data(settings)}`, half of them to "
-        f"choose by; the table is of the other {half}. {chosen(result)[0].upper()}{chosen(result)[1:]}.",
+        f"No weight of the source was trained. {settings.samples - judging} samples of `{_data(settings)}` chose; the "
+        f"table is of {judging} others, with other pictures. {chosen(result)[0].upper()}{chosen(result)[1:]}.",
         "",
         markdown_table(HEADINGS, [cells(row) for row in result.judged]),
         "",

@@ -5,8 +5,11 @@ A sample comes from the synthetic documents (`tiny`), a LLaVA JSON file, a folde
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +18,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import pictures_in
 from pmod_cli.data.conversation import IMAGE, VIDEO, BadRow, ChatTurn, Conversation
 from pmod_cli.data.documents import TASKS, seed_of
-from pmod_cli.data.pictures import open_image
+from pmod_cli.data.pictures import find_image, open_image
 from pmod_cli.data.several import ALL_TASKS, document_of, film_of
 from pmod_cli.data.sources import open_source
 
@@ -67,6 +70,9 @@ def read_samples(
 ) -> list[Sample]:
     """Samples of any source, drawn by the seed.
 
+    A file or data set may have several rows a picture. Each picture is asked about once before any is asked about
+    again, with the questions of another row.
+
     Args:
         data: `tiny` or one of its tasks, a LLaVA JSON or JSONL file, a folder of pictures, or a data set of the hub.
         count: How many; of `tiny`, as equally many of each task as goes.
@@ -87,13 +93,30 @@ def read_samples(
     elif Path(data).expanduser().is_dir() and not Path(data, "dataset_info.json").is_file():
         found = _of_folder(Path(data).expanduser(), count, seed)
     else:
-        found = _of_rows(data, images, count, seed)
+        found = _of_rows(data, images, count, seed, questions)
+    found = [_asked(each, questions) for each in found if each.images or not questions]
     if len(found) < count:
         raise PmodError(f"{data} has {len(found)} pictures to ask about, and `samples={count}` were asked for")
-    if questions:
-        asked = (f"{IMAGE}\n{questions[0]}", *questions[1:])
-        found = [Sample(each.task, each.images[:1], asked, (), each.folder) for each in found if each.images]
     return found
+
+
+def by_picture(samples: Sequence[Sample]) -> list[list[int]]:
+    """Places of the samples in groups that have no picture in common, in the order of the first of each.
+
+    Raises:
+        BadRow: a file that cannot be read.
+    """
+    group = list(range(len(samples)))  # of each sample, by the place of its first one
+    first: dict[bytes, int] = {}  # of each picture, the place where it came first
+    for place, sample in enumerate(samples):
+        for picture in _pictures_of(sample):
+            one, other = sorted((group[place], group[first.setdefault(picture, place)]))
+            if one != other:
+                group = [one if each == other else each for each in group]
+    found: dict[int, list[int]] = {}
+    for place, own in enumerate(group):
+        found.setdefault(own, []).append(place)
+    return list(found.values())
 
 
 def tiny_tasks(data: str) -> tuple[str, ...]:
@@ -126,35 +149,74 @@ def _of_folder(folder: Path, count: int, seed: int) -> list[Sample]:
     return [_readable(Sample(folder.name, (name,), asked, (), folder), f"{folder}") for name in chosen]
 
 
-def _of_rows(data: str, images: Path | None, count: int, seed: int) -> list[Sample]:
+def _of_rows(data: str, images: Path | None, count: int, seed: int, questions: Sequence[str]) -> list[Sample]:
     path = Path(data).expanduser()
     kind = "llava" if path.suffix.lower() in (".json", ".jsonl") else "hub"
     source = open_source(kind, data, None if images is None else str(images), answered=False)
     with_image = [row for row in range(len(source)) if source.lengths[row] > 0]
     samples: list[Sample] = []
+    seen: Counter[bytes] = Counter()
+    repeats: list[tuple[int, int]] = []  # how often the picture came before, and the row
     for row in Random(seed).sample(with_image, len(with_image)):
         if len(samples) == count:
             break
+        where = f"row {row} of {source.name}"
         try:
             sample = _of_conversation(path.stem or data, source[row], source.images)
+            pictures = [] if sample is None else _pictures_of(sample := _asked(sample, questions))
         except BadRow as fault:
-            raise PmodError(
-                f"row {row} of {source.name}: {fault.what}", hint="correct the row, or leave it out"
-            ) from None
-        if sample is not None:
-            samples.append(_readable(sample, f"row {row} of {source.name}"))
+            raise PmodError(f"{where}: {fault.what}", hint="correct the row, or leave it out") from None
+        if sample is None:
+            continue
+        if before := max((seen[picture] for picture in pictures), default=0):
+            repeats.append((before, row))
+        else:
+            samples.append(_readable(sample, where))
+        seen.update(pictures)
+    if not questions:  # which would be asked about the same picture again
+        for _, row in sorted(repeats, key=itemgetter(0))[: count - len(samples)]:
+            again = _of_conversation(path.stem or data, source[row], source.images)
+            assert again is not None  # as it was above
+            samples.append(_readable(again, f"row {row} of {source.name}"))
     return samples
 
 
 def _of_conversation(task: str, conversation: Conversation, folder: Path | None) -> Sample | None:
-    """Questions and answers in turn; None where the images do not all stand in the first question."""
+    """Questions and answers in turn; None where the images do not all stand in a first question."""
     turns = [turn for turn in conversation.turns if turn.role != "system"]
     asked = [turn.text for turn in turns if turn.role == "user"][:MOST_QUESTIONS]
     said = [turn.text for turn in turns if turn.role == "assistant"][: len(asked)]
-    if conversation.videos or asked[0].count(IMAGE) != len(conversation.images):
+    if not asked or conversation.videos or asked[0].count(IMAGE) != len(conversation.images):
         return None
     answers = tuple(said) if len(said) == len(asked) and all(said) else ()
     return Sample(task, conversation.images, tuple(asked), answers, folder)
+
+
+def _asked(sample: Sample, questions: Sequence[str]) -> Sample:
+    """The sample, or where questions are given its first picture with these, and no answers."""
+    if not questions:
+        return sample
+    asked = (f"{IMAGE}\n{questions[0]}", *questions[1:])
+    return Sample(sample.task, sample.images[:1], asked, folder=sample.folder)
+
+
+def _pictures_of(sample: Sample) -> list[bytes]:
+    """A digest of each image and film, which tells a picture whatever its name is.
+
+    Raises:
+        BadRow: no picture, or a file that cannot be read.
+    """
+    images = (_bytes_of(image, sample.folder) for image in sample.images)
+    return [blake2b(each).digest() for each in (*images, *(film.pixels.tobytes() for film in sample.videos))]
+
+
+def _bytes_of(image: Any, folder: Path | None) -> bytes:
+    if isinstance(image, str):
+        try:
+            return find_image(image, folder).read_bytes()
+        except OSError as error:
+            raise BadRow(f"cannot read the image {image}: {error.strerror}") from None
+    return image if isinstance(image, bytes) else open_image(image).tobytes()
 
 
 def _readable(sample: Sample, where: str) -> Sample:

@@ -44,7 +44,7 @@ def calibrate_routers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) ->
     ratios = {i: sum(config.retention[j] for j in group) / len(group) for i, group in _served(config).items()}
     with _plain(model):
         for batch in batches:
-            vision = torch.isin(batch["input_ids"], torch.tensor(vision_token_ids(config)))  # (B, N)
+            vision = _vision(batch["input_ids"], config)  # (B, N)
             with _watch(layers, ratios, vision, moments):
                 model.model(**_inputs(batch), use_cache=False)
     return {i: moments[i].fit(layers[i].router) for i in layers}
@@ -85,7 +85,7 @@ def fit_routers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[
             watch(i)
         with _plain(model):
             for batch in batches:
-                vision = torch.isin(batch["input_ids"], torch.tensor(vision_token_ids(config)))  # (B, N)
+                vision = _vision(batch["input_ids"], config)  # (B, N)
                 text = batch["attention_mask"].bool() & ~vision
                 model.model(**_inputs(batch), use_cache=False)
                 for i, group in served.items():
@@ -111,6 +111,11 @@ def _served(config: RoutedConfig) -> dict[int, list[int]]:
     """By layer with a router, the layers that keep some tokens by its choice."""
     schedule = Schedule(tuple(config.retention), tuple(config.settings.select_at or ()))
     return {i: schedule.served(i) if schedule.select_at else [i] for i in config.routed_layers}
+
+
+def _vision(ids: Tensor, config: RoutedConfig) -> Tensor:
+    """Which of the tokens `(B, N)` stand for images or videos, bool on their device."""
+    return torch.isin(ids, torch.tensor(vision_token_ids(config), device=ids.device))
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

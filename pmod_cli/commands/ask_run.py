@@ -155,6 +155,8 @@ class Asking:
 
     def converse(self) -> int:
         """Read questions from stdin, one a line, until it ends; returns the exit code."""
+        if sys.stdin is None:  # closed by whoever started this
+            raise PmodError("there is no stdin to read questions from", hint="leave -i out, or open it")
         asks, failed = sys.stdin.isatty(), False
         if asks:
             output.note("one line a question; /image FILE shows another picture; end with Ctrl-D")

@@ -10,6 +10,7 @@ import typer
 from pmod_cli import recipe_files
 from pmod_cli.commands.common import OverwriteOpt
 from pmod_cli.core import output
+from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 
 EXAMPLES = """\
@@ -49,5 +50,5 @@ def copy(
         target = target / source.name
     if target.exists() and not overwrite:
         raise PmodError(f"{target} exists", hint=f"pmod recipes cp {name} {target} --overwrite")
-    target.write_bytes(source.read_bytes())
+    write_bytes(target, source.read_bytes())
     output.print_line(target)

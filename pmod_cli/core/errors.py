@@ -119,6 +119,7 @@ def _explain_hub_error(error: BaseException) -> PmodError | None:
 _OS_ERRORS = {
     errno.ENOSPC: ("no space left on the disk for {}", "free some space, then repeat", RUN_FAILED),
     errno.EDQUOT: ("the disk quota does not allow {}", "free some space, then repeat", RUN_FAILED),
+    errno.EFBIG: ("{} is larger than files may be here", "look at `ulimit -f`, or choose another disk", RUN_FAILED),
     errno.EACCES: ("no permission for {}", "choose another folder", BAD_INPUT),
     errno.EPERM: ("no permission for {}", "choose another folder", BAD_INPUT),
     errno.EROFS: ("{} is on a read-only file system", "choose another folder", BAD_INPUT),

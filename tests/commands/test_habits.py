@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pmod_cli import cli
 from pmod_cli.core import output
+from pmod_cli.data.documents import draw, seed_of
 from tests.conftest import ROOT
 
 COMPLETIONS = [
@@ -192,3 +193,27 @@ def test_a_reader_that_leaves_and_a_full_disk(words, code, tmp_path):
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr
     assert "Exception ignored" not in run.stderr
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_a_recipe_that_cannot_be_written_is_not_begun(tmp_path):
+    """`ulimit -f 0` stands for a full disk; an empty file would also stand in the way of the next try."""
+    copy = f"{sys.executable} -m pmod_cli recipes cp tiny ."
+    run = shell(f"trap '' XFSZ; ulimit -f 0; {copy}", tmp_path)
+    assert run.returncode == 1
+    assert "larger than files may be here" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
+    assert shell(copy, tmp_path).returncode == 0
+
+
+def test_questions_from_a_stdin_that_is_closed(tmp_path):
+    draw("doc", seed_of("test", 0)).image.save(tmp_path / "doc.png")
+    run = shell(f"{sys.executable} -m pmod_cli ask doc.png -i -m tiny-llava-next --device cpu <&-", tmp_path)
+    assert run.returncode == 2
+    assert "there is no stdin" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -115,6 +115,7 @@ QWEN2_5_VL = Family(
     video_inputs=grid.video_inputs,
     place_tokens=place_tokens,
     image_processor=image_processor,
+    projector=("visual.merger",),
     tower=tower,
     tower_shapes=tower_shapes,
     asked_pixels=(256 * 28 * 28, 2048 * 28 * 28),

@@ -98,6 +98,7 @@ QWEN3_VL = Family(
     frame_text=frame_text,
     place_tokens=qwen2_5_vl.place_tokens,
     image_processor=qwen2_5_vl.image_processor,
+    projector=("visual.merger", "visual.deepstack_merger_list"),
     tower=tower,
     tower_shapes=tower_shapes,
     asked_as="You are a helpful assistant.",

@@ -170,6 +170,8 @@ class Family:
         more_shapes: `(hidden, projector_in)` to names and shapes of tensors beside decoder, tower and the two maps
             of the projector; `projector_in` is the width of what the projector takes.
         high_resolution: Whether images are cut into tiles beside the whole image, so that `vision_hr` can be routed.
+        projector: What leads from the tower's features to the decoder, modules and single tensors, as the model names
+            them. It is trained, frozen and counted apart from the tower, in which it may lie.
         tower: `(config)` to the sizes of a tower that is no CLIP or SigLIP, for `Sizes.tower`.
         tower_shapes: `(tower)` to names and shapes of its tensors, with all that leads to the decoder, below `visual.`.
         asked_as: What lmms-eval's own model of the family lets the system say before a question, where its
@@ -198,6 +200,7 @@ class Family:
     video_inputs: Callable[[Any, Sequence[tuple[int, int, int]]], PixelInputs] | None = None
     frames_apart: bool = False
     frame_text: Callable[[int, float], int] = lambda frames, per_second: 0
+    projector: tuple[str, ...] = ("multi_modal_projector", "image_newline")
     tower: Callable[[Any], Any] | None = None
     tower_shapes: Callable[[Any], dict[str, tuple[int, ...]]] | None = None
     asked_as: str | None = None

@@ -14,13 +14,11 @@ from pmod_cli.checkpoints.tokenizer_files import carry_model_file
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import held
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
+from pmod_cli.training.parts import freeze, modules_of
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.resume import SOURCE, check_adapter, newest_whole
 from pmod_cli.training.run_settings import Settings
 from pmod_cli.training.start import starting_checkpoint
-
-# Modules of a LLaVA that are trained whole beside adapters, by part. `image_newline` is no module and stays as it is.
-WHOLE = {"router": "router", "projector": "multi_modal_projector", "vision_tower": "vision_tower"}
 
 
 def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | None = None) -> PeftModel:
@@ -41,21 +39,21 @@ def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | 
         names = {name.rsplit(".", 1)[-1] for name, _ in model.model.language_model.layers[0].named_modules()}
         if unknown := [target for target in lora.targets if target not in names]:
             raise PmodError(f"lora.targets: the decoder has no {', '.join(unknown)}", hint="q_proj, v_proj, …")
-        here = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        # Routers also where they are frozen: `model.router_start` may have fitted them, and the source has not.
+        whole = {"router"} | ({"projector", "vision_tower"} - {*settings.model.freeze})
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, only ever divided
             lora_dropout=lora.dropout,
             target_modules=rf".*\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})",
-            modules_to_save=[
-                module for part, module in WHOLE.items() if module in here and part not in settings.model.freeze
-            ],
+            modules_to_save=modules_of(model, whole),
         )
         with _quiet():
             adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # what is trained is float32, whatever the frozen weights are
+    freeze(adapted, settings.model.freeze)  # of what is saved whole
     return adapted
 
 

@@ -3,17 +3,14 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pmod_cli.families import FAMILIES
 from pmod_cli.families.configs import known_family
 from pmod_cli.training.run_settings import PARTS, TrainArgs
 
-if TYPE_CHECKING:
-    from torch import nn
-
-MERGER = re.compile(r"\.visual\.(merger|deepstack_merger_list)\.")  # of a Qwen-VL: its tower holds its projector
 TOWER_LAYER = re.compile(r"vision_tower\..*layers\.(\d+)\.")
 
 
@@ -29,7 +26,7 @@ def part_of(name: str) -> str:
     """Which of ``PARTS`` a parameter belongs to, by its name in the model."""
     if ".router." in name:
         return "router"
-    if "multi_modal_projector." in name or name.endswith("image_newline") or MERGER.search(name):
+    if any(f".{named}." in f".{name}." for family in FAMILIES.values() for named in family.projector):
         return "projector"
     if "vision_tower." in name or ".visual." in name:
         return "vision_tower"
@@ -37,14 +34,39 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
-    """Let gradients reach every parameter outside ``parts``, and none inside.
+    """Let no gradient reach the parameters of ``parts``; those of the others stay as they are.
 
     What the vision tower has above the layer whose features are taken never gets a gradient: it is frozen in any case,
     since distributed training waits for each gradient that it expects.
+
+    Args:
+        model: a LLaVA, with or without adapters.
     """
     frozen, used = set(parts), _used_tower_layers(model.config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in frozen and not _above(name, used))
+        if part_of(name) in frozen or _above(name, used):
+            parameter.requires_grad_(False)
+
+
+def modules_of(model: nn.Module, parts: Iterable[str], name: str = "") -> list[str]:
+    """Names of the largest modules whose parameters are all of one part, for each of ``parts``.
+
+    A list of modules is no module that can be called, so its items are named instead. A parameter that lies beside
+    modules of other parts (``image_newline``) is in none.
+
+    Args:
+        model: a LLaVA, or the module of it that is called ``name``.
+    """
+    own = {part_of(f"{name}.{inner}") for inner, _ in model.named_parameters()}
+    if own.isdisjoint(parts):
+        return []
+    if len(own) == 1 and type(model).forward is not nn.Module.forward:
+        return [name]
+    return [
+        found
+        for child, module in model.named_children()
+        for found in modules_of(module, parts, f"{name}.{child}" if name else child)
+    ]
 
 
 def repeat_in_backward(model: PreTrainedModel, frozen: Iterable[str]) -> None:
@@ -81,7 +103,7 @@ def _above(name: str, used: int | None) -> bool:
     return int(layer[1]) >= used if layer else "post_layernorm" in name or ".head." in name
 
 
-def count(model: "nn.Module") -> dict[str, PartCount]:
+def count(model: nn.Module) -> dict[str, PartCount]:
     """Parameters of each part that the model has."""
     counted: dict[str, PartCount] = {}
     for name, parameter in model.named_parameters():
@@ -95,7 +117,7 @@ def count(model: "nn.Module") -> dict[str, PartCount]:
     return {part: counted[part] for part in PARTS if part in counted}
 
 
-def parameter_groups(model: "nn.Module", train: TrainArgs, decayed: Iterable[str]) -> list[dict]:
+def parameter_groups(model: nn.Module, train: TrainArgs, decayed: Iterable[str]) -> list[dict]:
     """Optimizer groups of the trained parameters: by part, and within it by weight decay.
 
     Args:

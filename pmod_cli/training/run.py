@@ -190,7 +190,7 @@ def _four_bits():
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", "router", "multi_modal_projector", "vision_tower"],
+        llm_int8_skip_modules=["lm_head", "router", "multi_modal_projector", "vision_tower", "visual"],
     )
 
 

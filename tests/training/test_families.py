@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import Options, convert, load_model
@@ -15,9 +16,11 @@ from pmod_cli.data.conversation import from_messages
 from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
+from pmod_cli.training.adapters import merge
 from pmod_cli.training.cost import row_of
-from pmod_cli.training.parts import freeze
+from pmod_cli.training.parts import freeze, part_of
 from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.run import finetune
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
 from tests.visual_processors import KINDS, save_stock
@@ -77,6 +80,29 @@ def test_a_few_steps_lower_the_loss_and_leave_a_checkpoint(kind, workdir, capsys
     still = set(old) - moved
     assert not [name for name in still if "post_layernorm" not in name and ".layers.2." not in name], still
     assert any(layer.router.weight.any() for layer in trained.model.language_model.layers if layer.router is not None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen"), [("qwen2_5_vl", ["vision_tower"]), ("qwen3_vl", []), ("qwen3_vl", ["projector"])]
+)
+def test_beside_adapters_what_is_not_frozen_is_trained_whole(kind, frozen, tmp_path):
+    """A Qwen-VL holds its projector in its tower. What was trained whole is in the merged model, to the bit."""
+    save_stock(tmp_path / "stock", kind)
+    settings = ["data.kind=llava", f"data.path={write_rows(tmp_path)}", "data.video_frames=4", "train.max_steps=2"]
+    settings += ["train.batch_size=4", "train.learning_rate=5e-3", "train.warmup_steps=0", "train.report_to=none"]
+    settings += [f"model.name={tmp_path / 'stock'}", f"model.freeze={frozen}", "pmod.enabled=true"]
+    settings += ["lora.enabled=true", "lora.rank=2", "lora.dropout=0", "lora.merge=false"]
+    out = finetune(load_settings(None, settings), tmp_path / "run").path
+    merge(out)
+    before, after = (dict(load_model(path)[0].named_parameters()) for path in (tmp_path / "stock", out))
+    moved = {part_of(name) for name in before if "visual" in name and not torch.equal(before[name], after[name])}
+    assert moved == {"projector", "vision_tower"} - {*frozen}
+    still = [name for name in before if part_of(name) in moved and torch.equal(before[name], after[name])]
+    assert not still
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    whole = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items() if "lora_" not in name}
+    assert {part_of(name) for name in whole} == moved | {"router"}
+    assert all(torch.equal(after[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("frozen", [[], pytest.param(["vision_tower"], marks=pytest.mark.slow)])

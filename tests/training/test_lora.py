@@ -161,6 +161,37 @@ def test_an_interrupted_lora_run_ends_where_an_unbroken_one_does(stock_model, tm
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+def test_beside_a_tower_that_is_trained_each_trained_parameter_gets_a_gradient(routed, tmp_path):
+    """Several processes wait for each that they expect; what lies above the features that are taken never has one."""
+    settings = lora_settings(routed, "model.freeze=[]")
+    trainer, model, processor = with_moved_adapters(routed, settings, tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    trainer.compute_loss(model, dict(Collator(processor)([SyntheticDocuments(settings.data, 1)[0]]))).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum("vision_tower" in name for name in trained) > 20
+    assert not [name for name, parameter in model.named_parameters() if name in trained and parameter.grad is None]
+    again = add_adapters(load_model(routed)[0], settings, tmp_path / "adapter")
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_routers_that_are_fitted_and_frozen_are_in_the_result(routed, tmp_path):
+    """Of a run that was interrupted too: the model that it started from has not got them."""
+    overrides = ["model.freeze=[vision_tower, router]", "model.router_start=attention", "data.rows=4"]
+    settings = lora_settings(routed, *overrides, "train.max_steps=2")
+
+    def interrupt(step):
+        if step.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert finetune(settings, tmp_path / "run", on_step=interrupt).status == "interrupted"
+    assert finetune(settings, tmp_path / "run").status == "finished"
+    finetune(lora_settings(routed, *overrides, "lora.enabled=false", "train.max_steps=1"), tmp_path / "full")
+    adapted, full = weights(tmp_path / "run"), weights(tmp_path / "full")
+    routers = [name for name in full if ".router." in name]
+    assert any(full[name].any() for name in routers)
+    assert all(torch.equal(adapted[name], full[name]) for name in routers)
+
+
 def test_merging_what_is_no_lora_run(routed, tmp_path):
     with pytest.raises(PmodError, match="is not a run"):
         merge(tmp_path)

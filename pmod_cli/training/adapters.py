@@ -13,12 +13,13 @@ from pmod_cli.checkpoints import load_model
 from pmod_cli.checkpoints.tokenizer_files import carry_model_file
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import held
+from pmod_cli.data.pictures import padding_processor
 from pmod_cli.training.folder import ADAPTER, SETTINGS, STATE, adapter_of, publishing
 from pmod_cli.training.parts import freeze, modules_of
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.resume import SOURCE, check_adapter, newest_whole
 from pmod_cli.training.run_settings import Settings
-from pmod_cli.training.start import starting_checkpoint
+from pmod_cli.training.start import hold_selection, starting_checkpoint
 
 
 def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | None = None) -> PeftModel:
@@ -96,11 +97,12 @@ def fold(out: Path, *, name: str | None = None) -> str:
         with _quiet():
             adapted = PeftModel.from_pretrained(model, adapter)
         merged = adapted.merge_and_unload().to(model.dtype)
+        hold_selection(merged.config, settings)
         if hasattr(merged.config, "router_state"):
             merged.config.router_state = "trained"
         with publishing(out) as staging:
             merged.save_pretrained(staging)
-            processor.save_pretrained(staging)
+            padding_processor(processor).save_pretrained(staging)  # as it was trained
             carry_model_file(start, staging)
             if adapter != out / ADAPTER:
                 copy_adapter(adapter, staging / ADAPTER)

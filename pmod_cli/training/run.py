@@ -24,7 +24,7 @@ from pmod_cli.training.preflight import check_requirements, check_settings
 from pmod_cli.training.resume import hold_source, set_damaged_aside
 from pmod_cli.training.run_data import Counting, Data, open_data
 from pmod_cli.training.run_settings import Settings, processes
-from pmod_cli.training.start import source_of, starting_checkpoint
+from pmod_cli.training.start import hold_selection, source_of, starting_checkpoint
 from pmod_cli.training.summary import FinetuneReport, Summary, write_reports
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Step, Watch
@@ -164,9 +164,7 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
             model.to(device)
         STARTS[settings.model.router_start](model, calibration_batches(data, settings.model.calibration_images, device))
     if hasattr(model, "set_selection"):
-        if settings.pmod.selection is not None:  # trained with it, so it is the result's own from here on
-            changed = replace(model.config.settings, selection=settings.pmod.selection)
-            model.config.pmod = changed.to_dict()
+        hold_selection(model.config, settings)
         model.set_selection(model.config.settings.selection, seed=settings.train.seed)
     if hasattr(model.config, "router_state"):
         model.config.router_state = "trained"

@@ -16,6 +16,7 @@ from pmod_cli.data.check import DataReport, check_rows, refuse_bad
 from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.documents import seed_of
+from pmod_cli.data.pictures import padding_processor
 from pmod_cli.data.rows import row
 from pmod_cli.data.several import document_of
 from pmod_cli.training.folder import SKIPPED
@@ -66,7 +67,7 @@ class Data:
     Attributes:
         rows: the data set.
         collate: makes a batch of its rows.
-        processor: of the model, to be saved with it.
+        processor: what reads the pictures, to be saved with the model: LLaVA-1.5's pads them to a square.
         sampler: the order of the rows; None is a shuffle.
     """
 
@@ -91,6 +92,7 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
     Raises:
         PmodError: the data cannot be found or read, bad rows in a sample of it, synthetic documents without a number.
     """
+    processor = padding_processor(processor)
     if settings.data.kind == "synthetic":
         return Data(SyntheticDocuments(settings.data, _images(settings)), Collator(processor), processor)
     rows = build_dataset(settings.data, processor, skipped=out / SKIPPED)
@@ -100,7 +102,7 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
     if settings.data.group_by_modality:
         train, batches = settings.train, settings.accumulation(processes()) * processes()
         sampler = ModalityBatches(rows.lengths, train.batch_size, batches, train.seed)
-    return Data(rows, Collator(rows.encoder.processor), rows.encoder.processor, sampler)
+    return Data(rows, Collator(processor), processor, sampler)
 
 
 def check_all(settings: Settings) -> DataReport:

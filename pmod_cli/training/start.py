@@ -18,7 +18,7 @@ from pmod_cli.model import PmodSettings
 from pmod_cli.training.run_settings import Settings, needed
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PretrainedConfig, ProcessorMixin
 
 PROJECTOR = "mm_projector.bin"  # of a repository of the original authors
 
@@ -87,6 +87,12 @@ def starting_checkpoint(settings: Settings, converted: Path) -> Path:
     options = _options(settings, source, converted)
     convert(source, converted, PmodSettings.from_dict(settings.pmod.given), options, origin=origin)
     return converted
+
+
+def hold_selection(config: "PretrainedConfig", settings: Settings) -> None:
+    """Write the selection that a run trains with into the model's own settings: its result keeps it."""
+    if settings.pmod.selection is not None and hasattr(config, "settings"):
+        config.pmod = replace(config.settings, selection=settings.pmod.selection).to_dict()
 
 
 def processor_of(settings: Settings) -> "ProcessorMixin":

@@ -3,15 +3,19 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 
-from pmod_cli.checkpoints import convert, load_model, router_state
+from pmod_cli.checkpoints import convert, load_model, load_processor, router_state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
+from pmod_cli.data.conversation import from_messages
+from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, merge
@@ -138,6 +142,28 @@ def test_the_merged_model_answers_as_the_adapted_one(routed, tmp_path):
     whole = finetune(lora_settings(routed, "lora.dropout=0"), tmp_path / "whole")
     one, other = weights(report.path), weights(whole.path)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("overrides", [["lora.enabled=false"], [], ["lora.merge=false"]])
+def test_the_result_reads_pictures_as_the_run_did(stock_model, tmp_path, overrides):
+    """LLaVA-1.5's stock processor crops the centre; it is trained on whole pictures, padded to a square."""
+    settings = lora_settings(stock_model("llava", "llama"), "train.max_steps=1", *overrides)
+    out = finetune(settings, tmp_path / "run").path
+    if "lora.merge=false" in overrides:
+        merge(out)
+    picture = Image.effect_mandelbrot((96, 32), (-2, -1.5, 1, 1.5), 30).convert("RGB")
+    encode = RowEncoder(load_processor(stock_model("llava", "llama")))
+    answer = {"role": "assistant", "content": "two"}
+    row = from_messages({"messages": [{"role": "user", "content": "what?"}, answer], "images": [picture]})
+    seen = load_processor(out).image_processor(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(seen, encode(row)["pixel_values"])
+
+
+@pytest.mark.parametrize("lora", ["true", "false"])
+def test_the_result_keeps_the_selection_it_was_trained_with(routed, tmp_path, lora):
+    settings = lora_settings(routed, f"lora.enabled={lora}", "pmod.selection=uniform", "train.max_steps=1")
+    model, _ = load_model(finetune(settings, tmp_path / "run").path)
+    assert model.config.settings == replace(PmodSettings(), selection="uniform")
 
 
 def test_an_interrupted_lora_run_ends_where_an_unbroken_one_does(stock_model, tmp_path):

@@ -23,6 +23,7 @@ from pmod_cli.training.parts import PartCount, count, freeze
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.run_data import SyntheticDocuments
 from pmod_cli.training.run_settings import Settings, needed
+from pmod_cli.training.start import is_routed
 
 SAMPLE = 16  # synthetic rows drawn to estimate the tokens of a row
 TEXT_TOKENS = 200  # of a row that nobody has seen
@@ -201,7 +202,7 @@ def model_of(settings: Settings) -> tuple[Subject, bool, str]:
         name = "llava-1.5-7b" if model.kind == LLAVA.name else "llava-next-7b"
         shown = f"{model.llm} and others, taken to have the sizes of {name}"
     subject = load_subject(name, settings.pmod.given)
-    asked = settings.pmod.enabled or bool(settings.pmod.given) or _holds_routers(name)
+    asked = is_routed(settings) or _holds_routers(name)
     return subject, settings.pmod.enabled is not False and asked, shown
 
 

@@ -12,6 +12,9 @@ from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import SCHEDULES, SELECTIONS
 from pmod_cli.profiling.count.training import PARTS
 
+# Settings of `data` that nothing of drawn documents depends on.
+OF_ROWS = ("path", "images", "template", "max_length", "video_fps", "video_frames", "on_bad_row", "group_by_modality")
+
 
 def at_least(minimum: float, default: float | None) -> Any:
     """A number field that may not be below ``minimum``."""
@@ -112,10 +115,15 @@ class PmodArgs:
     selection: str | None = one_of(SELECTIONS, None)
 
     @property
-    def given(self) -> dict[str, Any]:
-        """Those of the settings of a conversion that were given."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("enabled", "selection")}
+    def stated(self) -> dict[str, Any]:
+        """Those that were given of the settings that say how the model is routed."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "enabled"}
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those of them that a conversion is told. A selection may be changed later."""
+        return {name: value for name, value in self.stated.items() if name != "selection"}
 
 
 @dataclass
@@ -308,8 +316,13 @@ class Settings:
             found.append("eval: an adapter that is not merged cannot be scored; expected lora.merge: true with it")
         if model.quantize != "none" and not self.lora.enabled:
             found.append("model.quantize: 4-bit weights cannot be trained; expected lora.enabled: true with it")
-        if self.pmod.enabled is False and self.pmod.given:
-            found.append(f"pmod.enabled: false, yet pmod.{next(iter(self.pmod.given))} is given")
+        if self.pmod.enabled is False and self.pmod.stated:
+            found.append(f"pmod.enabled: false, yet pmod.{next(iter(self.pmod.stated))} is given")
+        unread = [name for name in OF_ROWS if getattr(data, name) != getattr(DataArgs, name)]
+        if data.kind == "synthetic" and unread:
+            found.append(
+                f"data.{', data.'.join(unread)}: synthetic documents are drawn; expected data.kind llava or hub"
+            )
         if data.kind != "synthetic" and data.path is None:
             found.append(f"data.path: expected the file or data set of data.kind {data.kind}")
         if train.global_batch_size is not None and train.gradient_accumulation != 1:

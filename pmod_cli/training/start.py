@@ -46,7 +46,7 @@ def source_of(settings: Settings) -> tuple[Path, bool]:
 
 def is_routed(settings: Settings) -> bool:
     """Whether the settings ask for a p-MoD model; where they do not, the checkpoint decides."""
-    return bool(settings.pmod.given) if settings.pmod.enabled is None else settings.pmod.enabled
+    return bool(settings.pmod.stated) if settings.pmod.enabled is None else settings.pmod.enabled
 
 
 def check_start(settings: Settings, converted: Path) -> None:

@@ -16,6 +16,7 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.model import PmodSettings, capture_selection
 from pmod_cli.training.folder import LOG, SETTINGS, STATE
 from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of, repeat_in_backward
+from pmod_cli.training.plan import model_of
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import Counting, SyntheticDocuments
@@ -116,6 +117,18 @@ def test_the_stock_model_trains_on_the_same_data_and_stays_stock(stock, routed, 
         assert of_stock["num_input_tokens_seen"] == of_routed["num_input_tokens_seen"]
         assert of_stock["vision_tokens_kept"] == of_stock["vision_tokens"] == of_routed["vision_tokens"]
         assert of_routed["vision_tokens_kept"] < of_routed["vision_tokens"]
+
+
+def test_a_selection_alone_makes_a_stock_model_a_routed_one(stock, tmp_path):
+    """As every setting of `pmod` does."""
+    settings = run_settings(stock, max_steps=1)
+    settings.pmod.selection = "uniform"
+    finetune(settings, tmp_path / "run")
+    assert router_state(tmp_path / "run") == "trained"
+    assert load_model(tmp_path / "run")[0].config.settings == PmodSettings(selection="uniform")
+    assert model_of(settings)[1]
+    with pytest.raises(PmodError, match=r"pmod\.enabled: false, yet pmod\.selection is given"):
+        load_settings(None, ["pmod.enabled=false", "pmod.selection=uniform"])
 
 
 def test_weights_keep_the_dtype_of_the_source(stock_model, tmp_path):

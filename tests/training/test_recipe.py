@@ -83,6 +83,8 @@ def test_every_fault_is_reported_with_its_place_and_the_nearest_name(tmp_path):
         ("model.llm=base", "expected model.vision_tower"),
         ("model.projector=x", "expected model.llm"),
         ("data.kind=llava", "data.path: expected the file"),
+        ("data.path=rows.json", "data.path: synthetic documents are drawn; expected data.kind llava or hub"),
+        ("data.group_by_modality=true", "data.group_by_modality: synthetic documents"),
         ("pmod.schedule=sine", "expected one of cosine, linear"),
         ("pmod.norm=cosh", "norm must be one of"),
         ("pmod.values=[1, half]", "expected a number"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.checkpoints.files import CONFIG, missing_files, read_json, shard_names
+from pmod_cli.checkpoints.files import CONFIG, TORCH_NAMES, missing_files, read_json, read_tensors, shard_names
 from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.families.llava_next import is_pinpoint
@@ -90,6 +90,22 @@ def _routed_config(path: Path, pmod: dict[str, Any]) -> PreTrainedConfig:
     values = {name: value for name, value in stock.to_dict().items() if name not in ("model_type", "architectures")}
     config_class: Any = CONFIGS[stock.model_type]
     return config_class.from_dict(values | {"pmod": pmod})
+
+
+def stored_dtype(path: Path) -> str:
+    """What ``dtype="auto"`` stands for: the dtype that config.json names, else that of the first weights in the files.
+
+    Raises:
+        PmodError: the files lack config.json or weights.
+    """
+    from transformers import AutoConfig
+
+    import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
+
+    if (named := AutoConfig.from_pretrained(path, local_files_only=True).dtype) is not None:
+        return str(named).removeprefix("torch.")
+    found = (TORCH_NAMES.get(tensor.dtype, "") for tensor in read_tensors(path).values())
+    return next((dtype for dtype in found if "float" in dtype), "float32")
 
 
 def load_processor(path: Path) -> ProcessorMixin:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from pmod_cli.checkpoints import load_model, load_processor
+from pmod_cli.checkpoints import load_model, load_processor, stored_dtype
 from pmod_cli.checkpoints.tokenizer_files import carry_model_file
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
@@ -224,9 +224,7 @@ def publish(
         if settings.lora.enabled:
             copy_adapter(last, staging / folder.ADAPTER)
         else:
-            # Stored in the dtype that the source is stored in.
-            dtype = str(AutoConfig.from_pretrained(source).dtype or torch.float32).removeprefix("torch.")
-            model, _ = load_model(last, dtype=dtype)
+            model, _ = load_model(last, dtype=stored_dtype(source))
             model.save_pretrained(staging)
             data.processor.save_pretrained(staging)
             carry_model_file(source, staging)

@@ -3,7 +3,7 @@
 Imports no torch.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -158,11 +158,10 @@ def _local_projector(name: str) -> Path | None:
 
 def _check_routing(source: Path, settings: Settings) -> None:
     """A p-MoD checkpoint keeps its routing: another one would be another model."""
-    own = PmodSettings.from_dict(read_json(source / CONFIG)["pmod"]).to_dict()
+    own = PmodSettings.from_dict(read_json(source / CONFIG)["pmod"])
+    held = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(own).items()}
     other = [
-        f"pmod.{key}: {own.get(key)!r} -> {value!r}"
-        for key, value in settings.pmod.given.items()
-        if own.get(key) != value
+        f"pmod.{key}: {held[key]!r} -> {value!r}" for key, value in settings.pmod.given.items() if held[key] != value
     ]
     if other:
         raise PmodError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from copy import deepcopy
 from pathlib import Path
@@ -20,7 +21,8 @@ from pmod_cli.training.plan import model_of
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import Counting, SyntheticDocuments
-from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.run_settings import PmodArgs, Settings
+from pmod_cli.training.start import source_of
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
 
@@ -119,6 +121,18 @@ def test_the_stock_model_trains_on_the_same_data_and_stays_stock(stock, routed, 
         assert of_routed["vision_tokens_kept"] < of_routed["vision_tokens"]
 
 
+@pytest.mark.parametrize(
+    "stated", [{"quota": "row"}, {"alpha": 0.2, "string": True}, {"target_tokens": "vision_all", "schedule": "cosine"}]
+)
+def test_a_routing_may_be_stated_that_a_checkpoint_has(routed, stated):
+    settings = run_settings(routed)
+    settings.pmod = PmodArgs(**stated)
+    assert source_of(settings) == (routed, False)
+    settings.pmod.quota = "per_image"
+    with pytest.raises(PmodError, match=r"another routing:\n  pmod\.quota: 'row' -> 'per_image'$"):
+        source_of(settings)
+
+
 def test_a_selection_alone_makes_a_stock_model_a_routed_one(stock, tmp_path):
     """As every setting of `pmod` does."""
     settings = run_settings(stock, max_steps=1)
@@ -131,8 +145,14 @@ def test_a_selection_alone_makes_a_stock_model_a_routed_one(stock, tmp_path):
         load_settings(None, ["pmod.enabled=false", "pmod.selection=uniform"])
 
 
-def test_weights_keep_the_dtype_of_the_source(stock_model, tmp_path):
-    source = stock_model("llava_next", "llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("named", [True, False])
+def test_weights_keep_the_dtype_of_the_source(stock_model, tmp_path, named):
+    """Also where its config.json does not say which that is."""
+    source = shutil.copytree(stock_model("llava_next", "llama", dtype=torch.bfloat16), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    for part in () if named else (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    (source / "config.json").write_text(json.dumps(config))
     report = finetune(run_settings(source, max_steps=1, log_steps=10), tmp_path / "run")
     assert report.loss > 0  # also of a run that ends before the log's first interval
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.bfloat16}

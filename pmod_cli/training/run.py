@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -28,6 +29,9 @@ from pmod_cli.training.start import hold_selection, source_of, starting_checkpoi
 from pmod_cli.training.summary import FinetuneReport, Summary, write_reports
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Step, Watch
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 CALIBRATION_BATCH = 8
 
@@ -151,7 +155,7 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
     lora, quantized = settings.lora.enabled, settings.model.quantize != "none"
     # Frozen weights of a LoRA run are held as they are computed with; weights that are trained are float32.
     dtype = settings.dtype_on(device) if lora else "float32"
-    options = {"quantization": _four_bits()} if quantized else {}
+    options = {"quantization": four_bits()} if quantized else {}
     model, _ = load_model(
         source if lora or checkpoint is None else checkpoint,
         dtype=dtype,
@@ -179,7 +183,7 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
     return model
 
 
-def _four_bits():
+def four_bits() -> "BitsAndBytesConfig":
     """QLoRA's 4-bit numbers for the decoder's matrices. The rest is small, or read by the router: it stays as it is."""
     from transformers import BitsAndBytesConfig
 
@@ -188,7 +192,12 @@ def _four_bits():
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", "router", "multi_modal_projector", "vision_tower", "visual"],
+        # Each is the beginning of a module's name, or its end.
+        llm_int8_skip_modules=[
+            *("model.multi_modal_projector", "model.vision_tower", "model.visual"),
+            "lm_head",
+            "router",
+        ],
     )
 
 

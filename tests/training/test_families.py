@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import Options, convert, load_model
@@ -20,10 +21,12 @@ from pmod_cli.training.adapters import merge
 from pmod_cli.training.cost import row_of
 from pmod_cli.training.parts import freeze, part_of
 from pmod_cli.training.recipe import load_settings
-from pmod_cli.training.run import finetune
+from pmod_cli.training.run import finetune, four_bits
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
+from tests.model.models import pmod_twin
 from tests.visual_processors import KINDS, save_stock
+from tests.visual_processors import model as stock_model
 
 COLOURS = ("red", "green", "blue")
 
@@ -103,6 +106,15 @@ def test_beside_adapters_what_is_not_frozen_is_trained_whole(kind, frozen, tmp_p
     whole = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items() if "lora_" not in name}
     assert {part_of(name) for name in whole} == moved | {"router"}
     assert all(torch.equal(after[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_four_bits_are_for_the_layers_of_the_decoder(kind):
+    """By the rule that transformers reads the list by."""
+    model, skipped = pmod_twin(stock_model(kind), {}), four_bits().llm_int8_skip_modules
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    held = {name for name in linear if should_convert_module(name, skipped)}
+    assert held == {name for name in linear if ".language_model.layers." in name}
 
 
 @pytest.mark.parametrize("frozen", [[], pytest.param(["vision_tower"], marks=pytest.mark.slow)])

@@ -17,7 +17,7 @@ from pmod_cli.calibration.regression import FOLDS, Moments
 from pmod_cli.calibration.replay import Replay, Stream
 from pmod_cli.model import PmodSettings
 
-TARGETS = ("text", "attention", "fisher")
+TARGETS = ("text", "fisher", "attention")
 
 
 @dataclass(frozen=True)

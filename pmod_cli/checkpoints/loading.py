@@ -92,17 +92,31 @@ def _routed_config(path: Path, pmod: dict[str, Any]) -> PreTrainedConfig:
     return config_class.from_dict(values | {"pmod": pmod})
 
 
+def read_config(path: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint, stock or p-MoD.
+
+    Raises:
+        PmodError: it is damaged, or holds a setting that nothing here knows.
+    """
+    from transformers import AutoConfig
+
+    import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except ValueError as error:
+        raise PmodError(
+            f"{path / CONFIG}: {first_line(error)}", hint="if a package adds what is unknown here, install it"
+        ) from error
+
+
 def stored_dtype(path: Path) -> str:
     """What ``dtype="auto"`` stands for: the dtype that config.json names, else that of the first weights in the files.
 
     Raises:
         PmodError: the files lack config.json or weights.
     """
-    from transformers import AutoConfig
-
-    import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
-
-    if (named := AutoConfig.from_pretrained(path, local_files_only=True).dtype) is not None:
+    if (named := read_config(path).dtype) is not None:
         return str(named).removeprefix("torch.")
     found = (TORCH_NAMES.get(tensor.dtype, "") for tensor in read_tensors(path).values())
     return next((dtype for dtype in found if "float" in dtype), "float32")

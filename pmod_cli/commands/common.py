@@ -164,7 +164,7 @@ def warn_of_ties(models: Iterable[tuple[str, str | None]]) -> None:
         models: The router state of each model, and what chooses its tokens.
     """
     if ("untrained", "router") in models:
-        output.warn("the routers are untrained: all weights tie, and the patches that are kept mean nothing yet")
+        output.warn("the routers are untrained, and the patches that are kept mean nothing yet")
 
 
 def refuse_ignored(context: typer.Context, names: Iterable[str], place: str, command: str) -> None:

@@ -80,7 +80,7 @@ def print_next(report: ConversionReport, *, tiny: bool) -> None:
     if goes_on and report.router_state == "untrained":
         output.note("next: pmod finetune --recipe tiny" if tiny else "next: pmod finetune")
         if report.settings.get("selection", "router") == "router":
-            output.note("  the routers are untrained: every token ties, so what is kept now means nothing yet")
+            output.note("  the routers are untrained: they have learnt nothing, so what is kept now means nothing yet")
     elif goes_on:
         output.note(f"next: pmod eval --tasks docvqa,chartqa --model {quote(str(report.target))}")
     else:

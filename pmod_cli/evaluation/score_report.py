@@ -46,7 +46,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
         if (model.get("routers"), model.get("selection", "router")) == ("untrained", "router")
     ]
     if untrained:
-        lines.append(f"{', '.join(untrained)}: untrained routers; every token ties, so what is kept means nothing")
+        lines.append(f"{', '.join(untrained)}: untrained routers, so what is kept means nothing yet")
     if any(score.get("limited") for task in results["tasks"] for score in task["scores"].values()):
         lines.append("limited run: scores marked * are not the scores of the benchmarks")
     return lines + _other_data(results)

@@ -38,6 +38,7 @@ from .tower import with_ranks, working_in_tower
 
 ONE_KIND: dict[str, tuple[str, ...]] = {"vision_image": ("image_token_id",), "vision_video": ("video_token_id",)}
 """Attributes of the configuration that hold the ids of vision tokens, where `target_tokens` asks for one kind."""
+PAGED = "a paged cache has one length for all layers, and a p-MoD layer its own: use a dynamic or static cache"
 _made: dict[str, tuple[type, type]] = {}
 """By family: our models without and with a language-model head, as far as they have been asked for."""
 
@@ -348,7 +349,13 @@ class RoutedGeneration(CheckedRelease):
             raise ValueError(
                 "prefill_chunk_size is not supported: each chunk would be routed alone, and keep other tokens"
             )
+        if generation_config.cache_implementation == "paged":
+            raise ValueError(PAGED)
         return generation_config, model_kwargs
+
+    def init_continuous_batching(self, *arguments: Any, **named: Any) -> Any:
+        """Refused: `pmod serve` joins requests to a batch."""
+        raise ValueError(PAGED)
 
     @staticmethod
     def create_masks_for_generate(config: Any, inputs_embeds: Any, attention_mask: Any, **kwargs: Any) -> Any:

@@ -77,8 +77,8 @@ class PmodSettings:
             object.__setattr__(self, "values", tuple(self.values))
         for name in ("shift", "mean", "max_ratio", "min_ratio", "alpha"):
             value = getattr(self, name)
-            if value is not None and not abs(value) <= LARGEST:
-                raise ValueError(f"{name} must be a number in -1e6 ... 1e6, found {value}")
+            if value is not None and not (isinstance(value, int | float) and abs(value) <= LARGEST):
+                raise ValueError(f"{name} must be a number in -1e6 ... 1e6, found {value!r:.80}")
         if self.target_tokens not in TARGET_TOKENS:
             raise ValueError(f"target_tokens must be one of {', '.join(TARGET_TOKENS)}, found {self.target_tokens!r}")
         if not self.alpha > 0:

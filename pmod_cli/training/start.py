@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints import Options, convert, load_processor, read_source, resolve, router_state
 from pmod_cli.checkpoints.files import CONFIG, read_json
+from pmod_cli.checkpoints.loading import read_config
 from pmod_cli.checkpoints.resolve import find_here
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
@@ -158,7 +159,7 @@ def _local_projector(name: str) -> Path | None:
 
 def _check_routing(source: Path, settings: Settings) -> None:
     """A p-MoD checkpoint keeps its routing: another one would be another model."""
-    own = PmodSettings.from_dict(read_json(source / CONFIG)["pmod"])
+    own = read_config(source).settings
     held = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(own).items()}
     other = [
         f"pmod.{key}: {held[key]!r} -> {value!r}" for key, value in settings.pmod.given.items() if held[key] != value

@@ -275,6 +275,6 @@ def _about(record: ImageSelection, answer_only: bool, *, answer: bool = True) ->
         texts.append("; ".join([f"{record.model}, {chosen}", *answered, *record.notes]))
     about = [(text, QUIET) for text in texts]
     if record.router_state == "untrained" and record.chosen_by == "router":
-        words = "Untrained routers: all weights tie and the first tokens win. This is no choice of the model."
+        words = "Untrained routers, which have learnt nothing yet. This is no choice of the model."
         about.append((words, ALERT))
     return about

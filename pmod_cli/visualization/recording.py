@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pmod_cli.checkpoints.loading import read_config
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage
 from pmod_cli.core.text import printable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from pmod_cli.checkpoints import Resolved
     from pmod_cli.profiling.budgets import PromptBudget
@@ -76,7 +76,7 @@ def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str, met
             f"{name} is a stock LLaVA: each of its layers processes every token, so there is no selection to draw",
             hint=f"pmod convert {name}",
         )
-    config = _config(found.path)
+    config = read_config(found.path)
     parse_layers(layers, config.text_config.num_hidden_layers)
     if parts in ("base", "tiles") and not (family := known_family(config)).high_resolution:
         raise PmodError(f"`parts={parts}`: {name} is a {family.title}, which sees one picture", hint="`parts=separate`")
@@ -84,7 +84,7 @@ def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str, met
 
 def check_pair(first: Resolved, second: Resolved) -> None:
     """Raises PmodError where two checkpoints have different numbers of layers."""
-    depths = [_config(found.path).text_config.num_hidden_layers for found in (first, second)]
+    depths = [read_config(found.path).text_config.num_hidden_layers for found in (first, second)]
     if depths[0] != depths[1]:
         raise PmodError(
             f"{first.path} has {depths[0]} layers and {second.path} {depths[1]}: nothing can be compared",
@@ -112,7 +112,7 @@ def load_checkpoint(
     shown = found.path.resolve().name if found.origin == "folder" else name
     options: dict[str, Any] = {"attn_implementation": "eager" if state == "stock" and not method else "sdpa"}
     if method:
-        settings, _ = nearest(*method, with_limits(Sizes.of(_config(found.path)), found.path))
+        settings, _ = nearest(*method, with_limits(Sizes.of(read_config(found.path)), found.path))
         options |= {"pmod": settings.to_dict()} if state == "stock" else {}
     model, processor = load_model(found.path, dtype=dtype, device=device, **options)
     notes: tuple[str, ...] = (toy.NOTE,) if toy.is_toy(model.config) else ()
@@ -121,14 +121,6 @@ def load_checkpoint(
     notes += (f"{method[0]} at {100 * method[1]:.3g} % of the stock FLOPs",)
     budget = PromptBudget(Sizes.of(model.config), *method)
     return LoadedModel(printable(shown), model, processor, "none", notes=notes, budget=budget)
-
-
-def _config(path: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    import pmod_cli.model.configuration  # noqa: F401 - registers the p-MoD configurations
-
-    return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
 def select(

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pmod_cli import cli
 from pmod_cli.checkpoints import convert, load_model, router_state
 from pmod_cli.checkpoints.conversion import PROVENANCE, ROUTERS
 from pmod_cli.checkpoints.files import CONFIG, INDEX, SINGLE, read_tensors
@@ -249,3 +250,35 @@ def test_a_router_on_a_plain_layer_is_not_dropped(stock_model, tmp_path):
     edit(target / CONFIG, pmod=PmodSettings(schedule="list", values=(1.0, 1.0, 0.5, 0.5)).to_dict())
     with pytest.raises(PmodError, match=r"calls plain.*layers\.1\.router"):
         load_model(target)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("selection", "outliers", "selection must be one of"),
+        ("alpha", "x", "alpha must be a number"),
+        ("nothing", 1, ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["visualize", "img.png"],
+        ["finetune", "tiny", "--dry-run"],
+        ["ask", "img.png", "what?"],
+        ["profile"],
+        ["eval", "-t", "tiny_doc"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_settings_that_nothing_here_knows_are_a_sentence(stock_model, workdir, capsys, field, value, told, command):
+    """A package that is missing, or a damaged file: the same for every command that opens the model."""
+    convert(stock_model(), workdir / "own", PmodSettings(schedule="list", values=(1.0, 0.5, 0.5, 0.25)))
+    config = json.loads((workdir / "own" / "config.json").read_text())
+    (workdir / "own" / "config.json").write_text(json.dumps(config | {"pmod": config["pmod"] | {field: value}}))
+    Image.new("RGB", (20, 20)).save(workdir / "img.png")
+    assert cli.main([*command, "-m", "own"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert told in message
+    assert "own" in message
+    assert "Traceback" not in message

@@ -288,7 +288,7 @@ def test_untrained_routers_are_named_but_not_for_controls():
         "random": {**reports.PMOD, "routers": "untrained", "selection": "random"},
     }
     first = score_report.warnings(results)[0]
-    assert first.startswith("new: untrained routers; every token ties")
+    assert first.startswith("new: untrained routers")
 
 
 def test_other_sizes_are_told_from_the_papers():

@@ -132,6 +132,14 @@ def test_assisted_decoding_is_refused_where_candidates_would_choose(name):
     model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
 
+def test_a_paged_cache_is_refused(model):
+    inputs = batch("llava_next", ROWS[:1])
+    with pytest.raises(ValueError, match="a paged cache has one length"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="paged")
+    with pytest.raises(ValueError, match="a paged cache has one length"):
+        model.generate_batch(inputs=[[1, 5, 6]])
+
+
 def test_beam_search_of_a_batch_equals_single_rows(model):
     beams = {"num_beams": 3, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     inputs = batch("llava_next", ROWS)

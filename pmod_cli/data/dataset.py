@@ -22,7 +22,7 @@ from pmod_cli.data.pictures import open_image, open_video, padding_processor, pa
 from pmod_cli.data.rendered import IGNORED, Encoded, encode
 from pmod_cli.data.sources import RowSource, open_source
 from pmod_cli.data.templates import renderer
-from pmod_cli.data.vision import frames_of, image_lengths, image_tensors, video_tensors
+from pmod_cli.data.vision import frames_of, image_lengths, image_tensors, refusals, video_tensors
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -124,7 +124,8 @@ class RowEncoder:
         videos, tensors = self._videos(conversation, folder)
         tokens = self.tokens(conversation, [image.size[::-1] for image in images], videos)
         if images:
-            tensors = image_tensors(self.processor, images) | tensors
+            with refusals(BadRow):
+                tensors = image_tensors(self.processor, images) | tensors
         return {"input_ids": torch.from_numpy(tokens.ids), "labels": torch.from_numpy(tokens.labels)} | tensors, tokens
 
     def check(self, conversation: Conversation, folder: Path | None = None) -> "Tokens":
@@ -142,7 +143,8 @@ class RowEncoder:
             videos: the tokens of each of its videos.
         """
         text = encode(self.render(conversation.turns), self.processor.tokenizer, self.max_length)
-        lengths = image_lengths(self.processor, sizes)
+        with refusals(BadRow):
+            lengths = image_lengths(self.processor, sizes)
         images: list[np.ndarray] = [
             np.full(length, self.processor.image_token_id, dtype=np.int64) for length in lengths
         ]
@@ -162,9 +164,9 @@ class RowEncoder:
             return [], {}
         if getattr(self.processor, "video_processor", None) is None:
             raise BadRow("it has a video, and this model takes images alone")
-        return video_tensors(
-            self.processor, [open_video(source, folder, self.frames) for source in conversation.videos]
-        )
+        videos = [open_video(source, folder, self.frames) for source in conversation.videos]
+        with refusals(BadRow):
+            return video_tensors(self.processor, videos)
 
     def _open(self, image: Any, folder: Path | None) -> Any:
         return reduced(open_image(image, folder), padded=pads_to_square(self.processor))

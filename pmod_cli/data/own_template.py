@@ -39,12 +39,15 @@ class OwnTemplate:
         self.in_order = self._keeps_order()
 
     def __call__(self, turns: Sequence[ChatTurn]) -> Rendered:
-        """The conversation as text. Raises BadRow where the template puts an answer elsewhere."""
+        """The conversation as text. Raises BadRow where the template refuses it, or puts an answer elsewhere."""
         messages = [{"role": turn.role, "content": self._parts(turn.text)} for turn in turns]
-        if self.is_marked:
-            text, spans = self._rendered(messages, return_assistant_tokens_mask=True)
-        else:
-            (text, _), spans = self._rendered(messages), self._answers(messages)
+        try:
+            if self.is_marked:
+                text, spans = self._rendered(messages, return_assistant_tokens_mask=True)
+            else:
+                (text, _), spans = self._rendered(messages), self._answers(messages)
+        except PmodError as fault:  # such as a template that takes no system turn
+            raise BadRow(fault.what) from None
         begins = not (self.begin and text.startswith(self.begin))
         return Rendered(text, list(spans), overlapping=self.is_marked, begins=begins, marks=self.marks)
 

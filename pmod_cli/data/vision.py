@@ -5,11 +5,13 @@ torch is imported where tensors are made: prompts are checked without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.core.videos import Frames, Video
 from pmod_cli.data.pictures import is_square
 
@@ -18,6 +20,19 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     Tensors = dict[str, torch.Tensor]
+
+
+@contextmanager
+def refusals(refused: type[PmodError] = PmodError) -> Iterator[None]:
+    """Says in one sentence what a stock processor refuses with a ValueError, such as a picture of sides above 200 : 1.
+
+    Args:
+        refused: The class of the error; it takes the sentence.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise refused(f"the model's processor refuses this input: {first_line(error):.200}") from None
 
 
 def frames_of(processor: ProcessorMixin, per_second: float, most: int) -> Frames:
@@ -53,6 +68,11 @@ def image_tensors(processor: ProcessorMixin, images: Sequence[Any]) -> Tensors:
     return dict(processor.image_processor(images=as_given(processor, images), return_tensors="pt"))
 
 
+def marks_of(processor: ProcessorMixin) -> list[str]:
+    """What marks the place of an image in a prompt, and of a video where the model takes any."""
+    return [mark for mark in (processor.image_token, getattr(processor, "video_token", None)) if mark]
+
+
 def as_given(processor: ProcessorMixin, images: Sequence[Any]) -> list[Any]:
     """The images of one row, as the processor is told that they belong together."""
     return [list(images)] if _joins_images(processor) else list(images)
@@ -62,7 +82,7 @@ def video_tensors(processor: ProcessorMixin, videos: Sequence[Video]) -> tuple[l
     """The tokens of each video of a row, int64, timestamps included; and ``pixel_values_videos`` float32."""
     import torch
 
-    tensors, texts = processor._process_videos(**clips(videos), return_metadata=True, return_tensors="pt")
+    tensors, texts = processor._process_videos(**clips(processor, videos), return_metadata=True, return_tensors="pt")
     ids = processor.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     kept = {name: value for name, value in tensors.items() if name in processor.model_input_names}
     return [np.array(each, dtype=np.int64) for each in ids], {
@@ -70,19 +90,22 @@ def video_tensors(processor: ProcessorMixin, videos: Sequence[Video]) -> tuple[l
     }
 
 
-def clips(videos: Sequence[Video]) -> dict[str, Any]:
-    """Videos as arguments of a processor: their frames are chosen already, and when each was is said."""
+def clips(processor: ProcessorMixin, videos: Sequence[Video]) -> dict[str, Any]:
+    """Videos as arguments of a processor: their frames are chosen already, and when each was is said.
+
+    Where the tower reads frames in pairs, a single one is its own pair, as its processor of still images has it too.
+    """
     import torch
 
+    pair = getattr(processor.video_processor, "temporal_patch_size", 1)
+    seen = [[*range(len(video.pixels)), *[0] * (pair - len(video.pixels))] for video in videos]
     metadata = [
-        {
-            "total_num_frames": len(video.pixels),
-            "fps": video.per_second,
-            "frames_indices": list(range(len(video.pixels))),
-        }
-        for video in videos
+        {"total_num_frames": len(places), "fps": video.per_second, "frames_indices": places}
+        for video, places in zip(videos, seen, strict=True)
     ]
-    frames = [torch.from_numpy(video.pixels).permute(0, 3, 1, 2) for video in videos]
+    frames = [
+        torch.from_numpy(video.pixels[places]).permute(0, 3, 1, 2) for video, places in zip(videos, seen, strict=True)
+    ]
     return {"videos": frames, "video_metadata": metadata, "do_sample_frames": False}
 
 

@@ -17,7 +17,7 @@ from PIL.Image import Image
 from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.videos import Video, load_video
-from pmod_cli.data.vision import as_given, clips, frames_of, joined
+from pmod_cli.data.vision import as_given, clips, frames_of, joined, refusals
 from pmod_cli.families import family_of
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ def prepare(
         if getattr(processor, "video_processor", None) is None:
             raise PmodError("it asks about a video, and this model takes images alone")
         frames = replace(frames_of(processor, per_second=1e6, most=FRAMES), down=True)
-        given = clips([each if isinstance(each, Video) else load_video(Path(each), frames) for each in videos])
+        given = clips(
+            processor, [each if isinstance(each, Video) else load_video(Path(each), frames) for each in videos]
+        )
     return encode(processor, index, prompt, images, **given)
 
 
@@ -152,10 +154,14 @@ def encode(processor: Any, index: int, prompt: str, images: Sequence[Image], **g
 
     Args:
         given: What it is given besides, such as videos.
+
+    Raises:
+        PmodError: it refuses a picture, or the text.
     """
     if images:
         given["images"] = as_given(processor, images)
-    encoded = processor(text=[prompt], return_tensors="pt", **given)
+    with refusals():
+        encoded = processor(text=[prompt], return_tensors="pt", **given)
     inputs = {
         name: torch.as_tensor(value) for name, value in encoded.items() if name not in (*OF_TEXT, "attention_mask")
     }

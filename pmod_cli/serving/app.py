@@ -20,7 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pmod_cli.core.errors import PmodError, first_line
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.prompts import Prompt, preparing_threads
 from pmod_cli.serving.chat import check_length, conversation_prompt
 from pmod_cli.serving.generation import Answerer
@@ -188,10 +188,7 @@ class Service:
             self._of_thread.processor = copy.deepcopy(self.answerer.processor)
         images = decode(sources, [where for _, where in asked.images])
         processor = self._of_thread.processor
-        try:
-            return conversation_prompt(self.answerer, asked.messages, images, processor=processor, memory=None)
-        except ValueError as error:  # what a processor does not take, such as a picture 300 times as wide as high
-            raise BadRequest(f"the model's processor refuses the request: {first_line(error):.200}") from None
+        return conversation_prompt(self.answerer, asked.messages, images, processor=processor, memory=None)
 
     async def _whole(self, answer: _Answer, pieces: asyncio.Queue[Piece]) -> web.Response:
         text = ""

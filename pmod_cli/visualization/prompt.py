@@ -13,7 +13,7 @@ from PIL import Image
 from pmod_cli.core import chat
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.videos import Video
-from pmod_cli.data.vision import as_given, clips, image_lengths
+from pmod_cli.data.vision import as_given, clips, image_lengths, marks_of, refusals
 from pmod_cli.families.configs import known_family
 from pmod_cli.families.geometry import TokenLayout, numbered, patch_spans
 from pmod_cli.visualization.image_selection import IMAGE_MARK
@@ -43,16 +43,20 @@ def prepare(
     """The model's inputs, and each picture with its tokens.
 
     Raises:
-        PmodError: no chat template, a film for a model of images alone, or image tokens that do not match the layout.
+        PmodError: no chat template, a film for a model of images alone, a picture that the processor refuses, or image
+            tokens that do not match the layout.
     """
     if isinstance(pictures, Video):
         if getattr(processor, "video_processor", None) is None:
             raise PmodError("this model takes images alone, no films", hint="pmod convert qwen2.5-vl-3b")
-        inputs = processor(text=[_text(processor, question, 1, "video")], return_tensors="pt", **clips([pictures]))
+        text = _text(processor, question, 1, "video")
+        with refusals():
+            inputs = processor(text=[text], return_tensors="pt", **clips(processor, [pictures]))
         total = int((inputs["input_ids"] == model.config.video_token_id).sum())
         return inputs.to(model.device, model.dtype), [_film(processor, inputs, pictures, total)]
     text = _text(processor, question, len(pictures), "image")
-    inputs = processor(text=[text], images=as_given(processor, pictures), return_tensors="pt")
+    with refusals():
+        inputs = processor(text=[text], images=as_given(processor, pictures), return_tensors="pt")
     total = int((inputs["input_ids"] == model.config.image_token_id).sum())
     lengths, alone = image_lengths(processor, [image.size[::-1] for image in pictures]), len(pictures) == 1
     shown, first = [], 0
@@ -113,6 +117,9 @@ def _text(processor: ProcessorMixin, question: str, count: int, kind: str) -> st
             "the processor has no chat template, so the prompt's form is not known",
             hint="add chat_template.jinja of the stock checkpoint to the model's folder",
         )
+    for mark in marks_of(processor):
+        if mark != IMAGE_MARK and mark in question:
+            raise PmodError(f"the question holds {mark}, the mark of a picture's place", hint="leave it out")
     marks = question.count(IMAGE_MARK)
     if marks and (kind == "video" or marks != count):
         one = "more than once" if count == 1 else f"{marks} times, for {count} pictures"

@@ -1,5 +1,6 @@
 """Rows of the families that take several images and videos, held to each processor's own `apply_chat_template`."""
 
+import copy
 import json
 
 import numpy as np
@@ -219,6 +220,48 @@ def test_videos_that_cannot_be_used_are_bad_rows(pictures):
     ):
         with pytest.raises(BadRow, match=reason):
             encode(from_llava(said(video=name)), pictures)
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_what_the_processor_refuses_is_a_bad_row(kind, pictures):
+    """Qwen-VL takes no picture whose sides are more than 200 : 1, and no such film."""
+    (pictures / "strip").mkdir()
+    for name in ("long.png", "strip/0.png", "strip/1.png"):
+        Image.new("RGB", (3000, 10)).save(pictures / name)
+    encode = RowEncoder(processor(kind))
+    for row in (said(image="long.png", question="<image>"), said(video="strip")):
+        for use in (encode, encode.check):
+            with pytest.raises(BadRow, match=r"refuses this input: absolute aspect ratio .* 200"):
+                use(from_llava(row), pictures)
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_a_single_frame_is_its_own_pair(kind, pictures):
+    """As the processors of still images have it: pixels are those of the frame twice, tokens those of a pair."""
+    single = RowEncoder(processor(kind), video_frames=1)(from_llava(said(video="clip")), pictures)
+    twice = RowEncoder(processor(kind))(from_llava(said(video=[["clip/0.png"] * 2])), pictures)
+    assert single["video_grid_thw"][0, 0] == 1
+    for tensor in ("pixel_values_videos", "video_grid_thw"):
+        assert torch.equal(single[tensor], twice[tensor])
+    assert (single["input_ids"] == processor(kind).video_token_id).sum() == single["video_grid_thw"][0].prod() // 4
+    text = processor(kind).tokenizer.decode(single["input_ids"])
+    assert ("<0.0 seconds>" in text) == (kind == "qwen3_vl")
+
+
+def test_a_frame_of_tiles_stays_alone(pictures):
+    row = RowEncoder(processor("llava_next_video"), video_frames=1)(from_llava(said(video="clip")), pictures)
+    assert row["pixel_values_videos"].shape[1] == 1
+
+
+def test_a_row_that_the_chat_template_refuses_is_a_bad_row(tmp_path):
+    made = copy.copy(processor("qwen3_vl"))
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    made.chat_template = refusal + made.chat_template
+    encode, row = RowEncoder(made), said(question="what?")
+    assert len(encode(from_llava(row))["input_ids"])
+    row["conversations"].insert(0, {"from": "system", "value": "be kind"})
+    with pytest.raises(BadRow, match=r"the chat template fails: .*no system turns"):
+        encode(from_llava(row))
 
 
 def test_a_video_file_is_read_at_the_rate_that_is_asked_for(tmp_path):

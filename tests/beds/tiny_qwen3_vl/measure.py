@@ -37,7 +37,7 @@ def prompts(processor: ProcessorMixin, documents: list[Document], blank: bool = 
         for document in documents
     ]
     if documents[0].is_film:
-        given = clips([film_of(document) for document in documents])
+        given = clips(processor, [film_of(document) for document in documents])
     else:
         given = {"images": [document.images for document in documents]}
     return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **given)

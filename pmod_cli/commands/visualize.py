@@ -12,7 +12,7 @@ import typer
 
 from pmod_cli.commands import common
 from pmod_cli.core import output
-from pmod_cli.core.errors import PARTIAL, PmodError
+from pmod_cli.core.errors import BAD_INPUT, PARTIAL, PmodError
 from pmod_cli.core.text import one_of
 from pmod_cli.model.registry import SELECTIONS
 
@@ -190,8 +190,12 @@ def visualize(
     elif against and not saved_other:
         raise PmodError(f"saved selections are compared with saved ones, not with {against}", hint="--against B.npz")
 
-    run = visualization.run(items, settings, targets, subject=subject, against=other, beside=beside)
-    _report(run, len(items), folder / STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
+    run = visualization.run(
+        items, settings, targets, subject=subject, against=other, beside=beside, faults=faults if is_batch else None
+    )
+    drew = _report(run, len(items), folder / STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
+    if not drew:
+        raise visualization.summed_up(faults, BAD_INPUT)
     if faults:
         raise visualization.summed_up(faults, PARTIAL)
 
@@ -221,11 +225,14 @@ def _check_comparison(mode: str, against: str | None, against_question: str | No
         raise PmodError("--mode compare: with what?", hint="--against MODEL or --against-question TEXT")
 
 
-def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_json: bool, quiet: bool) -> None:
+def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_json: bool, quiet: bool) -> bool:
     """Draw, and print what was drawn: paths, JSON, or tables.
 
     Args:
         statistics: where the numbers of a batch are written; None for a single picture.
+
+    Returns:
+        Whether any was drawn; else nothing is printed or written.
     """
     from pmod_cli import visualization
     from pmod_cli.core.atomic import write_json
@@ -252,6 +259,8 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
             else:
                 _render(drawn)
             bar.advance(task)
+    if not numbers:
+        return False
     summary = visualization.summarise(numbers, layers)
     if statistics:
         write_json(statistics, {"schema_version": SCHEMA_VERSION, "models": sorted(models), **summary})
@@ -262,7 +271,8 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
     elif statistics:
         for line in visualization.summary_lines(summary):
             output.stdout.print(line, markup=False, soft_wrap=True)
-        output.stdout.print(f"wrote {total} pictures and {statistics}", markup=False, soft_wrap=True)
+        output.stdout.print(f"wrote {len(numbers)} pictures and {statistics}", markup=False, soft_wrap=True)
+    return True
 
 
 def _warnings(drawn: Drawn) -> Iterator[str]:

@@ -17,6 +17,7 @@ from PIL.Image import Image
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.pictures import pads_to_square, reduced
+from pmod_cli.data.vision import marks_of
 from pmod_cli.evaluation.prompts import Prompt, encode, render_chat
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.model.selection import looks_ahead
@@ -82,7 +83,7 @@ class Chat:
             sampling: How tokens are chosen.
 
         Raises:
-            PmodError: the prompt is longer than the context of the model, or holds the mark of an image.
+            PmodError: the prompt is longer than the context of the model; or as `conversation_prompt`.
         """
         started, sampling = time.perf_counter(), sampling or Sampling()
         tokenizer = self._answerer.processor.tokenizer
@@ -171,13 +172,13 @@ def conversation_prompt(
         rendering: As `render_chat`.
 
     Raises:
-        PmodError: a text holds the mark of an image, or the template fails.
+        PmodError: a text holds the mark of an image or a video, the template fails, or the processor refuses a picture.
     """
     processor = processor or answerer.processor
-    mark = getattr(processor, "image_token", None)
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    if mark and any(mark in text for text in texts):
-        raise PmodError(f"the text holds {mark}, the mark of a picture's place", hint="leave it out")
+    for mark in marks_of(processor):
+        if any(mark in text for text in texts):
+            raise PmodError(f"the text holds {mark}, the mark of a picture's place", hint="leave it out")
     pictures = [reduced(image, padded=pads_to_square(processor)) for image in images]  # as training does
     return encode(processor, 0, render_chat(processor, messages, **rendering), pictures)
 

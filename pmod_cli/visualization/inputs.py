@@ -109,13 +109,13 @@ def load_film(path: Path) -> Video:
 
 
 def summed_up(faults: dict[Path, PmodError], code: int) -> PmodError:
-    """One error for all pictures that cannot be read; up to ten are named."""
-    first, *others = faults.values()
+    """One error for all pictures that cannot be drawn; up to ten reasons are told, each once."""
+    first, *others = reasons = list({fault.what: fault for fault in faults.values()}.values())
     if not others:
         return PmodError(first.what, hint=first.hint, code=code)
-    told = "; ".join(fault.what for fault in [first, *others][:10])
+    told = "; ".join(fault.what for fault in reasons[:10])
     return PmodError(
-        f"{len(faults)} pictures cannot be read: {told}", hint="remove them, or name the others", code=code
+        f"{len(faults)} pictures cannot be drawn: {told}", hint="remove them, or name the others", code=code
     )
 
 

@@ -95,6 +95,7 @@ def run(
     subject: LoadedModel | None,
     against: LoadedModel | Path | None = None,
     beside: Sequence[str] = (),
+    faults: dict[Path, PmodError] | None = None,
 ) -> Iterator[Drawn]:
     """Draw each item into its target, one by one; the files of an item are written when all of them are made.
 
@@ -103,29 +104,52 @@ def run(
         subject: the model; None where every item is saved.
         against: what `compare` compares with: a model or a saved selection.
         beside: endings of files to write beside each picture: `.html` for the page, `.npz` for the arrays.
+        faults: takes the errors of items that cannot be drawn, by path, and the others are drawn.
+
+    Raises:
+        PmodError: an item cannot be drawn, and there is no `faults`.
     """
     asked: dict[Any, list[ImageSelection]] = {}
     for item, target in zip(items, targets, strict=True):
-        if item.is_saved or subject is None:
-            record = load_npz(item.path)
-        else:
-            question = settings.question or item.question or DEFAULT_QUESTION
-            prompt = (item.together or item.path, question)
-            if prompt not in asked:
-                asked = {prompt: _ask(subject, item, question, settings)}  # one prompt: its pictures come in a row
-            record = asked[prompt][item.place]
-        other = _other(record, item, settings, subject, against) if settings.mode == "compare" else None
-        layers = parse_layers(settings.layers, record.num_layers)
-        figure = draw(
-            record, layers, settings.mode, against=other, parts=settings.parts, answer_only=settings.answer_only
-        )
-        files = {target: encode(figure, check_format(target))}
-        for ending in beside:
-            page = ending == ".html"
-            files[target.with_suffix(ending)] = html_page(record, layers=layers).encode() if page else npz_bytes(record)
+        try:
+            if item.is_saved or subject is None:
+                record = load_npz(item.path)
+            else:
+                question = settings.question or item.question or DEFAULT_QUESTION
+                prompt = (item.together or item.path, question)
+                if prompt not in asked:
+                    asked = {prompt: _ask(subject, item, question, settings)}  # one prompt: its pictures come in a row
+                record = asked[prompt][item.place]
+            other = _other(record, item, settings, subject, against) if settings.mode == "compare" else None
+            layers = parse_layers(settings.layers, record.num_layers)
+            files = _drawn(record, other, layers, settings, target, beside)
+        except PmodError as error:
+            if faults is None:
+                raise
+            paths = item.together or (item.path,)  # a prompt needs all of its pictures
+            told = PmodError(f"{', '.join(map(str, paths))}: {error.what}", hint=error.hint)
+            faults |= dict.fromkeys(paths, told)
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         write_files(files)
         yield Drawn(item, record, other, layers, tuple(files))
+
+
+def _drawn(
+    record: ImageSelection,
+    other: ImageSelection | None,
+    layers: Sequence[int],
+    settings: DrawSettings,
+    target: Path,
+    beside: Sequence[str],
+) -> dict[Path, bytes]:
+    """The files of an item: its picture, and what stands beside it."""
+    figure = draw(record, layers, settings.mode, against=other, parts=settings.parts, answer_only=settings.answer_only)
+    files = {target: encode(figure, check_format(target))}
+    for ending in beside:
+        page = ending == ".html"
+        files[target.with_suffix(ending)] = html_page(record, layers=layers).encode() if page else npz_bytes(record)
+    return files
 
 
 def _ask(

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
 
 from pmod_cli import cli
+from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.prompts import collate
 from pmod_cli.serving.chat import Chat, conversation_prompt
 from pmod_cli.serving.generation import Answerer, Sampling
@@ -86,6 +88,16 @@ def test_the_command_asks_a_checkpoint_on_disk(tmp_path, monkeypatch, capsys):
     assert "stock" in written.out
     assert "first token after" in written.err
     assert "a layer keeps" in written.err
+
+
+def test_what_cannot_be_asked_is_a_sentence(answerer):
+    conversation = Chat(answerer)
+    with pytest.raises(PmodError, match="refuses this input: absolute aspect ratio"):
+        list(conversation.ask(QUESTIONS[0], [Image.new("RGB", (900, 2))]))
+    for mark in ("<|image_pad|>", "<|video_pad|>"):
+        with pytest.raises(PmodError, match=f"the text holds {re.escape(mark)}"):
+            list(conversation.ask(f"what does {mark} mean?", [image(24, 16, seed=3)]))
+    assert "".join(conversation.ask(QUESTIONS[0], [image(24, 16, seed=3)], Sampling(2)))
 
 
 def test_a_picture_that_the_processor_refuses(answerer, serve):

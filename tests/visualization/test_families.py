@@ -141,6 +141,36 @@ def test_the_command_draws_several_images_rows_and_films(ready, workdir, capsys)
     assert cli.main(["visualize", "a.png", "--against", str(folder / "stock"), *model, "-o", "one.png"]) == 0
 
 
+def test_what_the_processor_refuses_leaves_the_others(ready, workdir, capsys):
+    """Qwen-VL takes no picture whose sides are more than 200 : 1; a mark in the question is no place of a film."""
+    kind, folder, _, processor = ready
+    for name, size in (("a", (24, 16)), ("b", (900, 2)), ("c", (16, 24))):
+        noise(*size).save(workdir / f"{name}.png")
+    model = ["-m", str(folder / "routed"), "--device", "cpu", "--max-new-tokens", "0", "--layers", "1"]
+    refused = "b.png: the model's processor refuses this input: absolute aspect ratio"
+    code = cli.main(["visualize", "a.png", "b.png", "c.png", *model, "-o", "drawn"])
+    told, drawn = " ".join(capsys.readouterr().err.split()), {path.name for path in (workdir / "drawn").iterdir()}
+    assert (code, refused in told) == ((3, True) if kind in QWEN else (0, False))
+    assert drawn - {"b-pmod.png"} == {"a-pmod.png", "c-pmod.png", "statistics.json"}
+    assert ("b-pmod.png" in drawn) == (kind not in QWEN)
+    if kind in QWEN:
+        assert cli.main(["visualize", "b.png", *model, "-o", "b-pmod.png"]) == 2
+        assert cli.main(["visualize", "b.png", "b.png", *model, "-o", "none"]) == 2
+        assert refused in " ".join(capsys.readouterr().err.split())
+        assert not (workdir / "b-pmod.png").exists()
+        assert not (workdir / "none").exists()
+    mark = processor.video_token
+    assert cli.main(["visualize", "a.png", "--question", f"what is {mark}?", *model, "-o", "q.png"]) == 2
+    assert f"the question holds {mark}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_film_of_one_frame_is_drawn(ready):
+    _, _, model, processor = ready
+    frame = np.random.default_rng(0).integers(0, 255, (1, 16, 24, 3), dtype=np.uint8)
+    record = visualization.select_together(model, processor, Video(frame, 2.0), "what?", max_new_tokens=0)[0]
+    assert (record.layout.frames, record.image.size) == (1, (24, 16))
+
+
 def test_a_film_for_a_model_of_images_alone_is_refused(stock_model, workdir):
     convert(stock_model(), workdir / "routed", SETTINGS)
     model, processor = load_model(workdir / "routed", dtype="float32")

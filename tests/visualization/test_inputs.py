@@ -95,7 +95,7 @@ def test_every_bad_picture_is_named_at_once(tmp_path):
         (tmp_path / name).write_text("no picture")
     bad = [tmp_path / "bad.png", tmp_path / "worse.png"]
     assert list(check_pictures(find_items([tmp_path]))) == bad
-    with pytest.raises(PmodError, match=r"2 pictures cannot be read: .*bad\.png.*worse\.png"):
+    with pytest.raises(PmodError, match=r"2 pictures cannot be drawn: .*bad\.png.*worse\.png"):
         check_pictures(find_items(bad))
     assert check_pictures(find_items([tmp_path / "good.png"])) == {}
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmod_cli.checkpoints import files
+from pmod_cli.checkpoints.changes import transformed
 from pmod_cli.checkpoints.conversion_plan import ConversionPlan
 from pmod_cli.checkpoints.layout import TensorSource
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.checkpoints.layouts.huggingface import OURS
 from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, canonical, tied
-from pmod_cli.checkpoints.writing import transformed
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.core.text import memory_size
 from pmod_cli.families import FAMILIES
@@ -74,7 +74,7 @@ def _same_tensor(written: files.Tensor, part: TensorSource, name: str) -> None:
     with open(written.path, "rb") as file:
         file.seek(written.offset)
         changes = part.changed or part.source.loaded is not None
-        for piece in transformed(part) if changes else _raw(part.source):
+        for piece in transformed(name, part) if changes else _raw(part.source):
             if file.read(len(piece)) != bytes(piece):
                 raise _differs(written.path, f"{name} differs from {part.source.path}")
 

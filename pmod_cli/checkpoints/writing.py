@@ -1,7 +1,7 @@
 """Weight files of the result: linked where not a byte differs, else written anew, shard by shard in bounded memory.
 
-A tensor may change on its way: cast, rows added or cut, a LoRA update merged. Only that needs torch. New routers are
-written without it, in any dtype of the format.
+Only a tensor that changes on its way (`checkpoints/changes.py`) needs torch. New routers are written without it, in any
+dtype of the format.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from pmod_cli.checkpoints.files import SINGLE, TORCH_NAMES, Tensor, encode_header
-from pmod_cli.checkpoints.layout import LowRank, Source, TensorSource
+from pmod_cli.checkpoints.changes import too_large, transformed
+from pmod_cli.checkpoints.files import SINGLE, Tensor, encode_header
+from pmod_cli.checkpoints.layout import Source, TensorSource
 from pmod_cli.core.atomic import sync
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 SHARD_BYTES = 5 * 10**9
 _CHUNK = 64 * 2**20  # bytes that are copied at a time
-_PIECE = 32 * 2**20  # bytes that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -163,15 +162,15 @@ class _Range:
         return self.path, self.start + self.length, self.target + self.length
 
 
-def _places(parts: dict[str, TensorSource], start: int) -> tuple[list[_Range], list[tuple[int, TensorSource]]]:
-    """(ranges to copy, parts that change with their places). Neighbours that stay neighbours are one range."""
+def _places(parts: dict[str, TensorSource], start: int) -> tuple[list[_Range], list[tuple[int, str, TensorSource]]]:
+    """(ranges to copy, places, names and parts of what changes). Neighbours that stay neighbours are one range."""
     ranges: list[_Range] = []
     changing = []
-    for part in parts.values():
+    for name, part in parts.items():
         tensor, target = part.source, start
         start += part.result.nbytes
         if part.changed or tensor.loaded is not None:
-            changing.append((target, part))
+            changing.append((target, name, part))
             continue
         if ranges and ranges[-1].end == (tensor.path, tensor.offset, target):
             ranges[-1].length += tensor.nbytes
@@ -180,9 +179,11 @@ def _places(parts: dict[str, TensorSource], start: int) -> tuple[list[_Range], l
     return ranges, changing
 
 
-def _write_changing(out: BinaryIO, changing: list[tuple[int, TensorSource]], progress: Callable[[int], None]) -> None:
-    for place, part in changing:
-        for piece in transformed(part):
+def _write_changing(
+    out: BinaryIO, changing: list[tuple[int, str, TensorSource]], progress: Callable[[int], None]
+) -> None:
+    for place, name, part in changing:
+        for piece in transformed(name, part):
             _write_at(out, piece, place)
             place += len(piece)
             progress(len(piece))
@@ -229,6 +230,9 @@ def write_routers(
         dtype: `F32`, `BF16` or `F16`.
         std: Standard deviation of the weights; biases are zero.
         given: Instead: what each holds, float32.
+
+    Raises:
+        PmodError: a number is too large for the dtype.
     """
     import numpy as np  # a third of the time that `pmod convert --help` would take
 
@@ -240,86 +244,11 @@ def write_routers(
                 file.write(bytes(Tensor(path, dtype, shape).nbytes))
                 continue
             drawn = generator.normal(0.0, std, shape) if given is None else given[name].reshape(shape)
-            values = np.ascontiguousarray(drawn, dtype=np.float16 if dtype == "F16" else np.float32)
+            with np.errstate(over="ignore"):
+                values = np.ascontiguousarray(drawn, dtype=np.float16 if dtype == "F16" else np.float32)
+            if (np.isinf(values) & np.isfinite(drawn)).any():
+                raise too_large(name, dtype)
             if dtype == "BF16":  # numpy has none: the upper half of a float32, rounded to even
                 bits = values.view(np.uint32)
                 values = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
             file.write(values.tobytes())
-
-
-def transformed(part: TensorSource) -> Iterator[memoryview]:
-    """Bytes of the result, in pieces of bounded size; a LoRA update is merged in float32, a whole matrix at once."""
-    result = part.result
-    if part.low_rank is not None:
-        yield _bytes(_cut_or_grow(_merged(part.source, part.low_rank), part.rows), result.dtype)
-        return
-    rows = part.source.shape[0] if part.source.shape else 1
-    kept = rows if part.rows is None else min(rows, part.rows)
-    for piece in _pieces(part.source, kept):
-        yield _bytes(piece, result.dtype)
-    if part.rows is not None and part.rows > rows:
-        mean = _mean_row(part.source)
-        yield _bytes(mean.expand(part.rows - rows, *mean.shape[1:]).contiguous(), result.dtype)
-
-
-def _merged(source: Tensor, update: LowRank) -> torch.Tensor:
-    """`weight + scale * up @ down`, in float32."""
-    weight, up, down = (_load(tensor).float() for tensor in (source, update.up, update.down))
-    return weight.addmm_(up, down, alpha=update.scale)
-
-
-def _mean_row(tensor: Tensor) -> torch.Tensor:
-    """The mean of all rows, in float32, shape (1, ...).
-
-    As a row of lm_head it gives a new token the mean of all logits, which is never the largest.
-    """
-    import torch
-
-    total = torch.zeros(1, *tensor.shape[1:], dtype=torch.float64)
-    for piece in _pieces(tensor, tensor.shape[0]):
-        total += piece.sum(dim=0, keepdim=True, dtype=torch.float32)
-    return (total / tensor.shape[0]).float()
-
-
-def _load(tensor: Tensor) -> torch.Tensor:
-    """The tensor itself, in memory."""
-    import torch
-
-    if tensor.loaded is not None:
-        return tensor.loaded
-    if not tensor.nbytes:
-        return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
-    with open(tensor.path, "rb") as file:
-        file.seek(tensor.offset)
-        data = bytearray(tensor.nbytes)
-        file.readinto(data)
-    return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
-
-
-def _pieces(tensor: Tensor, rows: int) -> Iterator[torch.Tensor]:
-    """The first rows, a few at a time."""
-    if not tensor.shape or tensor.loaded is not None:
-        whole = _load(tensor)
-        yield whole[:rows] if tensor.shape else whole
-        return
-    row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
-    step = max(_PIECE // max(row_bytes, 1), 1)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        yield _load(Tensor(tensor.path, tensor.dtype, (count, *tensor.shape[1:]), tensor.offset + start * row_bytes))
-
-
-def _cut_or_grow(weight: torch.Tensor, rows: int | None) -> torch.Tensor:
-    import torch
-
-    if rows is None or rows <= len(weight):
-        return weight[:rows]
-    mean = weight.mean(dim=0, keepdim=True)
-    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
-
-
-def _bytes(tensor: torch.Tensor, dtype: str) -> memoryview:
-    import torch
-
-    tensor = tensor.to(getattr(torch, TORCH_NAMES[dtype])).contiguous()
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

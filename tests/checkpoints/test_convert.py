@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pmod_cli import cli
-from pmod_cli.checkpoints import convert, load_model, router_state
+from pmod_cli.checkpoints import Options, changes, convert, load_model, router_state
 from pmod_cli.checkpoints.conversion import PROVENANCE, ROUTERS
 from pmod_cli.checkpoints.files import CONFIG, INDEX, SINGLE, read_tensors
+from pmod_cli.checkpoints.writing import write_routers
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 from tests.factories import DECODERS, KINDS
@@ -74,6 +76,35 @@ def test_routers_are_zero_in_the_dtype_of_the_checkpoint(dtype, name, stock_mode
     assert {tuple(tensor.shape) for tensor in tensors.values()} == {(1, 32), (1,)}
     model, _ = load_model(tmp_path / "pmod")
     assert model.dtype == dtype
+
+
+def large(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] = -99840.0
+    return tensor
+
+
+def test_a_number_beyond_float16_is_refused_and_nothing_is_left(stock_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "_PIECE", 256)  # bytes: it stands in a later piece than the first
+    source = tmp_path / "source"
+    shutil.copytree(stock_model(dtype=torch.bfloat16, max_shard_size="60KB"), source)
+    rewrite(source, UP, large)
+    with pytest.raises(PmodError, match=f"{UP} holds a number that is too large for float16") as caught:
+        convert(source, tmp_path / "half", PmodSettings(), Options(dtype="float16"))
+    assert "`dtype=bfloat16`" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    for dtype in (None, "float32"):
+        convert(source, tmp_path / f"{dtype}", PmodSettings(), Options(dtype=dtype))
+        with safe_open(read_tensors(tmp_path / f"{dtype}")[UP].path, framework="pt") as file:
+            assert file.get_tensor(UP).view(-1)[-1] == -99840.0
+
+
+def test_a_router_beyond_float16_is_refused(tmp_path):
+    given = {"a.router.weight": np.array([1.0, 1e6], dtype=np.float32)}
+    shapes = {"a.router.weight": (1, 2)}
+    write_routers(tmp_path / "wide", shapes, "BF16", 0.0, 0, given)
+    with pytest.raises(PmodError, match=r"a\.router\.weight holds a number that is too large for float16"):
+        write_routers(tmp_path / "half", shapes, "F16", 0.0, 0, given)
 
 
 def test_provenance_and_state(stock_model, tmp_path):

@@ -20,7 +20,7 @@ from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 
 ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("length", "<i4")])
-VERSION = 2  # of ROW and of how it is filled
+VERSION = 3  # of ROW and of how it is filled
 CHUNK = 1 << 22  # bytes read at a time
 LONGEST_ROW = 1 << 28  # bytes
 
@@ -146,6 +146,12 @@ def _array_rows(path: Path, file: BinaryIO, length_of: Callable[[object], int]) 
                     ) from None
         yield base + place, end - place, length_of(_as_utf8(value))
         place, row, expected = end, row + 1, ","
+    place += 1
+    if skip(" \t\r\n"):
+        raise PmodError(
+            f"the data file {path} goes on at byte {base + place}, behind the array of its {row} rows",
+            hint="rows stand in one array, or each on a line of its own",
+        )
 
 
 def _as_utf8(value: object) -> object:

@@ -195,7 +195,12 @@ def _load(path: str) -> Any:
         raise PmodError(f"{path} is no file of rows: expected .json, .jsonl, or the folder of a data set")
     try:
         if Path(folder, "dataset_info.json").is_file():
-            return load_from_disk(folder)
+            rows = load_from_disk(folder)
+            if split and split != str(rows.split):
+                raise PmodError(
+                    f"{folder} holds one data set without splits, and not {split}", hint=f"`data.path={folder}`"
+                )
+            return rows
         return load_dataset(folder, split=split or "train")
     except DatasetNotFoundError as error:
         hint = "set data.path to its name on the hub; one that is gated or private wants a login: hf auth login"

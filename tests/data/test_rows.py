@@ -24,6 +24,7 @@ from pmod_cli.data.dataset import build_dataset
 from pmod_cli.data.index import open_index
 from pmod_cli.data.pictures import open_image
 from pmod_cli.data.rendered import IGNORED
+from pmod_cli.data.sources import open_source
 from tests import factories
 from tests.data.tokenizers import processor_of
 from tests.factories import KINDS
@@ -104,6 +105,8 @@ def test_the_index_is_cached_and_follows_the_file(tmp_path, monkeypatch):
         ('[{"a": 1}, {"a": ', "broken in row 1, which begins at byte 11"),
         ('[{"a": 1} {"a": 2}]', "broken at byte 10: expected ',' or ']' after row 1"),
         ('[{"a": 1}', "expected ',' or ']' after row 1"),
+        ('[{"a": 1}]\n[{"a": 2}]', "goes on at byte 11, behind the array of its 1 rows"),
+        ('[{"a": 1}] \n}', "goes on at byte 12"),
         ("hello", "neither a JSON array nor JSONL: it begins with b'h'"),
         ('{\n"data": []\n}', "neither a JSON array nor JSONL: no line of it is JSON by itself"),
         ("[]", "has no rows"),
@@ -406,6 +409,21 @@ def test_a_hub_data_set_with_llavas_columns(tmp_path, pictures):
         assert hub[row].keys() == own[row].keys()
         assert all(torch.equal(hub[row][name], own[row][name]) for name in hub[row])
     assert hub.source.id_of(2) == "3"
+
+
+def test_a_split_of_a_data_set_without_any_is_refused(tmp_path):
+    """One that was saved from a split is taken by that name too."""
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"conversations": [said()["conversations"]]})
+    rows.save_to_disk(tmp_path / "saved")
+    with pytest.raises(PmodError, match="saved holds one data set without splits, and not test"):
+        open_source("hub", f"{tmp_path / 'saved'}:test", None)
+    rows._split = "validation"
+    rows.save_to_disk(tmp_path / "split")
+    assert len(open_source("hub", f"{tmp_path / 'split'}:validation", None)) == 1
+    with pytest.raises(PmodError, match="and not train"):
+        open_source("hub", f"{tmp_path / 'split'}:train", None)
 
 
 def test_a_hub_data_set_gives_the_rows_of_its_json(tmp_path, pictures):

@@ -38,3 +38,16 @@ def find(name: str) -> Path:
         return folder() / f"{name}{SUFFIX}"
     near = difflib.get_close_matches(name, names()) or [known for known in names() if "/" not in known]
     raise PmodError(f"no recipe is called {name!r}; near: {', '.join(near)}", hint="pmod recipes ls")
+
+
+def read(name: str) -> str:
+    """The text of a recipe, as its author wrote it.
+
+    Raises:
+        PmodError: as `find`; or it is not UTF-8.
+    """
+    path = find(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PmodError(f"{path} is no recipe: it is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -16,12 +16,14 @@ def shares(flag: str, text: str) -> tuple[float, ...]:
     """`0.54,0.35` as numbers, each once.
 
     Raises:
-        PmodError: something else than numbers, or two that would be written to one folder.
+        PmodError: something else than numbers above 0 and up to 1, or two that would be written to one folder.
     """
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise PmodError(f"{flag} {text!r:.60}: expected shares separated by commas, such as 0.54,0.35") from None
+    if not all(0 < share <= 1 for share in found):  # NaN too, which no folder can be named by
+        raise PmodError(f"{flag} {text}: expected shares above 0 and at most 1, such as 0.54,0.35")
     names = [_percent(share) for share in found]
     if len(set(names)) < len(names):
         raise PmodError(f"{flag} {text}: two shares that are the same in whole percent, and would be one folder")

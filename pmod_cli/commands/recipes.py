@@ -28,14 +28,14 @@ def list_recipes() -> None:
     """List the shipped recipes, each with its first line."""
     width = max(map(len, recipe_files.names()), default=0)
     for name in recipe_files.names():
-        lines = recipe_files.find(name).read_text(encoding="utf-8").splitlines()
+        lines = recipe_files.read(name).splitlines()
         output.print_line(f"{name:{width}}  {lines[0].lstrip('# ') if lines else ''}".rstrip())
 
 
 @recipes.command("show")
 def show(name: NameArg) -> None:
     """Print a recipe."""
-    output.print_line(recipe_files.find(name).read_text(encoding="utf-8").rstrip("\n"))
+    output.print_line(recipe_files.read(name).rstrip("\n"))
 
 
 @recipes.command("cp")

@@ -164,6 +164,13 @@ def test_an_alias_in_any_case(workdir, capsys):
     assert json.loads(capsys.readouterr().out)["model"]["name"] == "tiny-llava-next"
 
 
+def test_a_recipe_that_is_no_text_is_a_sentence(workdir, capsys):
+    Path("mine.yaml").write_bytes(b"train: \xff\n")
+    assert cli.main(["recipes", "show", "mine.yaml"]) == 2
+    written = capsys.readouterr()
+    assert (written.out, "mine.yaml is no recipe: it is not UTF-8" in written.err) == ("", True)
+
+
 def test_a_recipe_is_named_with_or_without_its_option(workdir, capsys):
     told = []
     for words in (["tiny"], ["--recipe", "tiny"], []):

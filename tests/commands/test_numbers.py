@@ -70,3 +70,12 @@ def test_of_a_measured_report_too(flag, number, place, capsys):
         pytest.skip("so many rounds are what was asked for")
     assert main(["profile", "-m", "config.json", "--report", "latency", "--random-weights", flag, number]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--budget", "--target-retention"])
+def test_of_a_budget_of_calibrate_too(flag, workdir, stock_model, capsys):
+    for number in filter(None, NUMBERS):
+        assert main(["calibrate", str(stock_model()), flag, number]) == 2, number[:40]
+        out, err = capsys.readouterr()
+        assert (out, "expected shares above 0 and at most 1" in err) == ("", True), err
+    assert list(workdir.iterdir()) == []

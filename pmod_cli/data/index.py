@@ -149,7 +149,7 @@ def _array_rows(path: Path, file: BinaryIO, length_of: Callable[[object], int]) 
     place += 1
     if skip(" \t\r\n"):
         raise PmodError(
-            f"the data file {path} goes on at byte {base + place}, behind the array of its {row} rows",
+            f"the data file {path} goes on at byte {base + place}, behind its array: expected the end",
             hint="rows stand in one array, or each on a line of its own",
         )
 

@@ -105,7 +105,7 @@ def test_the_index_is_cached_and_follows_the_file(tmp_path, monkeypatch):
         ('[{"a": 1}, {"a": ', "broken in row 1, which begins at byte 11"),
         ('[{"a": 1} {"a": 2}]', "broken at byte 10: expected ',' or ']' after row 1"),
         ('[{"a": 1}', "expected ',' or ']' after row 1"),
-        ('[{"a": 1}]\n[{"a": 2}]', "goes on at byte 11, behind the array of its 1 rows"),
+        ('[{"a": 1}]\n[{"a": 2}]', "goes on at byte 11, behind its array: expected the end"),
         ('[{"a": 1}] \n}', "goes on at byte 12"),
         ("hello", "neither a JSON array nor JSONL: it begins with b'h'"),
         ('{\n"data": []\n}', "neither a JSON array nor JSONL: no line of it is JSON by itself"),

@@ -81,6 +81,7 @@ def ask(
         revision=revision,
         offline=offline,
         keep_cache=keep_cache,
+        seed=seed,
     )
     asking = ask_run.Asking(
         speakers,

@@ -34,10 +34,13 @@ class Speaker:
         column: Of `pmod eval`.
         loaded: Its model, which several columns may share.
         keep_cache: As `Chat` takes it.
+        seed: Of a selection that draws.
     """
 
-    def __init__(self, column: eval_models.EvalModel, loaded: eval_models.Loaded, *, keep_cache: bool) -> None:
-        self.column, self.loaded = column, loaded
+    def __init__(
+        self, column: eval_models.EvalModel, loaded: eval_models.Loaded, *, keep_cache: bool, seed: int
+    ) -> None:
+        self.column, self.loaded, self._seed = column, loaded, seed
         self.conversation = Chat(
             Answerer(loaded.model, loaded.processor), keep_cache=keep_cache, on_prefill=self._meet_budget
         )
@@ -48,7 +51,7 @@ class Speaker:
         if self._settings is not None:
             self.loaded.model.set_method(self._settings.to_dict())
         if hasattr(self.loaded.model, "set_selection"):
-            self.loaded.model.set_selection(self.column.selection)
+            self.loaded.model.set_selection(self.column.selection, seed=self._seed)
 
     def _meet_budget(self, prompt: Prompt) -> None:
         """A method's budget is met on the prompt that is computed, as `pmod eval` does it."""
@@ -75,13 +78,14 @@ def speakers(
     revision: str | None,
     offline: bool,
     keep_cache: bool,
+    seed: int,
 ) -> list[Speaker]:
     """The model and what is compared with it, loaded; columns of one model share it."""
     found: list[Speaker] = []
     for column in eval_models.choose(name, against, revision=revision, offline=offline):
         loaded = next((each.loaded for each in found if each.loaded.serves(column)), None)
         loaded = loaded or eval_models.load(column, dtype=dtype, device=device, attention="sdpa")
-        found.append(Speaker(column, loaded, keep_cache=keep_cache))
+        found.append(Speaker(column, loaded, keep_cache=keep_cache, seed=seed))
     common.warn_of_ties((each.column.routers, each.column.selection) for each in found)
     return found
 

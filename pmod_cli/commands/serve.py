@@ -68,6 +68,7 @@ def serve(
         raise PmodError(f"--media-root {media_root}: there is no such folder")
     if api_key is not None and not api_key.strip():
         raise PmodError("the API key is empty", hint="leave --api-key out, or give one")
+    api_key = None if api_key is None else api_key.strip()  # a key from a file ends in a newline
     if host not in LOOPBACK and api_key is None:
         output.warn(f"whoever reaches {host} may ask: --api-key demands a key")
     from pmod_cli import checkpoints

@@ -116,7 +116,8 @@ class Service:
     @web.middleware
     async def _key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         key = self.settings.api_key
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
         if (
             key is not None
             and request.path != "/health"

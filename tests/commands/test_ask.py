@@ -100,6 +100,29 @@ def test_equal_seeds_give_equal_answers(ready, routed, capsys):
     assert len(set(answers)) > 1
 
 
+def test_random_tokens_are_drawn_by_the_seed(ready, routed, capsys):
+    answers = []
+    for seed in (0, 0, 1, 2, 3):
+        options = (
+            "-m",
+            routed,
+            "--against",
+            "random",
+            "--device",
+            "cpu",
+            "--seed",
+            seed,
+            "--max-new-tokens",
+            8,
+            "--json",
+        )
+        assert call("ask", "doc.png", "what is it?", *options) == 0
+        answers.append([each["answer"] for each in json.loads(capsys.readouterr().out)["answers"]])
+    assert len({ours for ours, _ in answers}) == 1
+    assert answers[0] == answers[1]
+    assert len({drawn for _, drawn in answers}) > 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "what", "hint"),
     [

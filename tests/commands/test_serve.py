@@ -32,7 +32,7 @@ def post(address: str, sent: dict) -> dict:
 def test_it_answers_and_ends_when_it_is_told_to(workdir):
     document = draw("doc", seed_of("test", 0))
     command = [sys.executable, "-m", "pmod_cli", "serve", "-m", "tiny-llava-next", "--port", "0", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PMOD_API_KEY": "s3cret"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PMOD_API_KEY": "s3cret\n"}  # as from a file
     with subprocess.Popen(
         command, cwd=workdir, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as server:

@@ -271,7 +271,7 @@ def data_of(picture: Image.Image) -> bytes:
 def test_a_key_is_demanded(serve):
     async def use(client):
         statuses = []
-        for key in (None, "Bearer wrong", "Bearer s3cret"):
+        for key in (None, "Bearer wrong", "Basic s3cret", "bearer s3cret"):
             headers = {"Authorization": key} if key else {}
             for path in ("/health", "/v1/models", "/metrics"):
                 statuses.append((await client.get(path, headers=headers)).status)
@@ -281,7 +281,7 @@ def test_a_key_is_demanded(serve):
         return statuses, repr(client.service.settings)
 
     statuses, shown = serve(use, api_key="s3cret")
-    assert statuses == [200, 401, 401, 401] * 2 + [200] * 4
+    assert statuses == [200, 401, 401, 401] * 3 + [200] * 4
     assert "s3cret" not in shown
 
 

@@ -147,8 +147,8 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
     dtype = cache_dtype(stock) if dtype == "auto" else dtype
     prompt = (longest.text_tokens, workload.new_tokens, len(rows))
     stock_kv, pmod_kv = (
-        kv_cache(sizes.decoder, dtype, [whole or layer.tokens for layer in cost.layers], *prompt)
-        for cost, whole in ((stock_cost, 0), (pmod_cost, longest.tokens if pmod.settings.keep_keys else 0))
+        kv_cache(sizes.decoder, dtype, [layer.cached for layer in cost.layers], *prompt)
+        for cost in (stock_cost, pmod_cost)
     )
     one_image = len(rows) == workload.images == 1
     return Profile(

@@ -7,10 +7,10 @@ from transformers import DynamicCache
 from pmod_cli.checkpoints import builtin_config
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import Routed, Sizes, Workload, load_subject, profile, scaled
-from pmod_cli.profiling.count.memory import RESERVE, fit, inference_memory
+from pmod_cli.profiling.count.memory import RESERVE, bytes_per_token, fit, inference_memory
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.devices import DEVICES, parse_memory
-from pmod_cli.profiling.measure.latency import cache_bytes
+from pmod_cli.profiling.measure.latency import bytes_read, cache_bytes
 from pmod_cli.profiling.measure.phases import PhaseBench, prompt, random_pair
 
 STEPS = 16
@@ -39,6 +39,21 @@ def test_cache_after_a_real_prefill_and_16_decoded_tokens(alias: str, sizes: tup
 
 def _by_layer(cache: DynamicCache) -> list[int]:
     return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "shortv", "mean": 0.5}], ids=["p-mod", "shortv"])
+def test_a_decoded_token_reads_the_cache_that_is_held(settings: dict) -> None:
+    """The mean of two tokens, which read one and two of their own: ShortV's skipped tokens are among what is read."""
+    subject = scaled(load_subject("llava-1.5-7b", settings), hidden_size=64, layers=4)
+    counted = profile(subject, Workload(text_tokens=9), dtype="float32")
+    models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
+    batch = prompt(subject.stock, counted.rows, device="cpu", dtype=torch.float32)
+    bench = PhaseBench(models, batch, steps=2)
+    for name in ("stock", "p-mod"):
+        decoder, new = models[name].model.language_model, 1.5 * 4 * bytes_per_token(counted.sizes.decoder, "float32")
+        parts = (decoder.layers, decoder.norm, models[name].lm_head)
+        weights = sum(parameter.nbytes for part in parts for parameter in part.parameters())
+        assert bytes_read(counted, models, name, 2) == weights + cache_bytes(bench.filled_cache(name)) + new
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

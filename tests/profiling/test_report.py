@@ -64,6 +64,7 @@ def _prefill(
         ("llava", "llama", {}),
         ("llava_next", "mistral", {"schedule": "constant", "mean": 0.4}),
         ("llava_next", "qwen2", {"target_tokens": "vision_hr"}),
+        ("llava", "llama", {"method": "shortv", "mean": 0.5}),  # skipped tokens stay in the cache
     ],
 )
 def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, settings: dict) -> None:

@@ -22,7 +22,7 @@ class KvCost:
     """Bytes of K and V that one layer holds.
 
     Args:
-        vision: Of the vision tokens that the layer kept, and of the padding of rows that kept fewer.
+        vision: Of the vision tokens that it holds, and of the padding of rows that hold fewer.
         text: Of the text tokens, generated ones included.
     """
 
@@ -45,11 +45,11 @@ def bytes_per_token(decoder: Decoder, dtype: str) -> int:
 
 
 def kv_cache(decoder: Decoder, dtype: str, tokens: list[int], text: int, new: int, batch: int) -> list[KvCost]:
-    """KV cache per layer. A skipped token has no K and V in that layer.
+    """KV cache per layer.
 
     Args:
         dtype: Dtype of the cache, one of `DTYPE_BYTES`.
-        tokens: Tokens of a row that each layer holds after the prefill, M, length L.
+        tokens: Tokens of a row that each layer holds after the prefill, length L; see `cached_tokens`.
         text: Text tokens of a row among them.
         new: Tokens decoded after the prefill; every layer keeps them.
         batch: Rows, B.

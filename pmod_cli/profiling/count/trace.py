@@ -22,7 +22,7 @@ from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import Routing, kept_tokens
 from pmod_cli.model.routing import EVERYTHING
 from pmod_cli.profiling.count.operators import Count, count
-from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens, pictures, selector_flops
+from pmod_cli.profiling.count.workload import Routed, Row, cached_tokens, layer_tokens, pictures, selector_flops
 
 FLOPS_PER_MAC = 2
 
@@ -36,6 +36,8 @@ class LayerCost:
         retention: Retention ratio r; 1.0 is a plain layer.
         vision_tokens: Vision tokens that the layer processes, K, in the row where they are most.
         tokens: All tokens of a row that the layer processes, M: K and the text, after padding to the longest row.
+        cached: Tokens of a row whose keys and values it holds after the prefill: M, or all N where skipped ones keep
+            theirs.
         router_tokens: Tokens of a row that the router scores: all after padding, 0 in a plain layer.
         attention: Matrix products of attention without the next.
         attention_products: QKᵀ and attention weights times V, over the full rectangle.
@@ -48,6 +50,7 @@ class LayerCost:
     retention: float
     vision_tokens: int
     tokens: int
+    cached: int
     router_tokens: int
     attention: int
     attention_products: int
@@ -113,7 +116,7 @@ class DecoderCost:
 
         In each layer it attends to that layer's cache and to the tokens decoded so far, itself included.
         """
-        keys = sum(layer.tokens + step for layer in self.layers)
+        keys = sum(layer.cached + step for layer in self.layers)
         return self.batch * (self.step_matrix + self.step_products * keys)
 
 
@@ -162,8 +165,9 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
         decoder.set_selection("uniform")
     counts: dict[tuple, Count] = {}  # layers of one model differ only in ratio, router, and whether they choose
     layers = []
-    for index, (layer, ratio, (vision, tokens)) in enumerate(
-        zip(decoder.layers, routed.retention, layer_tokens(rows, routed), strict=True)
+    held = zip(layer_tokens(rows, routed), cached_tokens(rows, routed), strict=True)
+    for index, (layer, ratio, ((vision, tokens), cached)) in enumerate(
+        zip(decoder.layers, routed.retention, held, strict=True)
     ):
         has_router, chosen_at = getattr(layer, "router", None) is not None, getattr(layer, "chosen_at", None)
         alike = (ratio, has_router, chosen_at == index)
@@ -182,6 +186,7 @@ def decoder_cost(model: PreTrainedModel, rows: Sequence[Row], routed: Routed) ->
                 retention=ratio,
                 vision_tokens=vision,
                 tokens=tokens,
+                cached=cached,
                 router_tokens=longest if has_router else 0,
                 attention=FLOPS_PER_MAC * (counted.linear - mlp - router),
                 attention_products=FLOPS_PER_MAC * counted.attention_products,

@@ -257,7 +257,7 @@ def bytes_read(result: Profile, pair: ModelPair, name: str, steps: int) -> int:
     weights = sum(p.nbytes for part in (decoder.layers, decoder.norm, model.lm_head) for p in part.parameters())
     held = result.stock if name == STOCK else result.pmod
     token = bytes_per_token(result.sizes.decoder, result.dtype)
-    keys = sum(layer.tokens + (steps + 1) / 2 for layer in held.layers)
+    keys = sum(layer.cached + (steps + 1) / 2 for layer in held.layers)
     return weights + round(held.batch * keys * token)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from pmod_cli.core.text import MIB, TERA
 from pmod_cli.profiling.comparison import Profile
+from pmod_cli.profiling.count.memory import kv_bytes
 from pmod_cli.profiling.measure.latency import Latency, PhaseResult, peak_share
 from pmod_cli.profiling.measure.phases import DECODE, PHASES, STOCK
 from pmod_cli.reporting import plain_table
@@ -78,9 +79,7 @@ def tokens(result: Profile, phase: PhaseResult) -> int:
 
 def predicted_cache(result: Profile) -> tuple[int, int]:
     """Counted bytes after a prefill, before any token is decoded: p-MoD, stock."""
-    new = result.workload.new_tokens
-    per_token = result.stock_kv[0].text // max(1, result.workload.text_tokens + new)
-    pmod, stock = (sum(layer.total - new * per_token for layer in kv) for kv in (result.pmod_kv, result.stock_kv))
+    pmod, stock = (kv_bytes(result.sizes, result.rows, result.dtype, routed=routed) for routed in (result.routed, None))
     return pmod, stock
 
 

@@ -1,5 +1,7 @@
 """Predicted KV cache and peak memory, against what real models hold: padded batches and decoded tokens included."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -8,10 +10,12 @@ from pmod_cli.checkpoints import builtin_config
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling import Routed, Sizes, Workload, load_subject, profile, scaled
 from pmod_cli.profiling.count.memory import RESERVE, bytes_per_token, fit, inference_memory
+from pmod_cli.profiling.latency_report import predicted_cache
 from pmod_cli.profiling.measure.clock import peak_bytes
 from pmod_cli.profiling.measure.devices import DEVICES, parse_memory
 from pmod_cli.profiling.measure.latency import bytes_read, cache_bytes
 from pmod_cli.profiling.measure.phases import PhaseBench, prompt, random_pair
+from tests.model import visual
 
 STEPS = 16
 
@@ -54,6 +58,18 @@ def test_a_decoded_token_reads_the_cache_that_is_held(settings: dict) -> None:
         parts = (decoder.layers, decoder.norm, models[name].lm_head)
         weights = sum(parameter.nbytes for part in parts for parameter in part.parameters())
         assert bytes_read(counted, models, name, 2) == weights + cache_bytes(bench.filled_cache(name)) + new
+
+
+def test_new_tokens_are_no_part_of_the_cache_after_a_prefill(tmp_path: Path) -> None:
+    """Of a film whose frames have timestamps between them, which are text beside the text that was asked for."""
+    file = tmp_path / "config.json"
+    visual.stock_config("qwen3_vl").to_json_file(file)
+    subject = load_subject(str(file), {"mean": 0.3})
+    counted = profile(subject, Workload(videos=((4, 32, 32),), text_tokens=9, new_tokens=4), dtype="float32")
+    models = random_pair(subject, device="cpu", dtype="float32", attention="sdpa")
+    bench = PhaseBench(models, prompt(subject.stock, counted.rows, device="cpu", dtype=torch.float32), 4)
+    held = tuple(cache_bytes(bench.filled_cache(name)) for name in ("p-mod", "stock"))
+    assert predicted_cache(counted) == held
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -150,7 +150,6 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         kv_cache(sizes.decoder, dtype, [layer.cached for layer in cost.layers], *prompt)
         for cost in (stock_cost, pmod_cost)
     )
-    one_image = len(rows) == workload.images == 1
     return Profile(
         subject=subject,
         workload=workload,
@@ -162,9 +161,7 @@ def profile(subject: Subject, workload: Workload, *, dtype: str = "auto") -> Pro
         vision=vision_cost(stock_model, rows),
         stock_kv=stock_kv,
         pmod_kv=pmod_kv,
-        published=_of_paper(stock.text_config, longest.vision_tokens, longest.text_tokens, pmod.retention)
-        if one_image
-        else None,
+        published=printed_case(subject, workload),
     )
 
 
@@ -174,10 +171,18 @@ def cache_dtype(config: Any) -> str:
     return name if name in DTYPE_BYTES else "bfloat16"
 
 
-def _of_paper(text_config: object, vision_tokens: int, text_tokens: int, retention: list[float]) -> paper.Model | None:
-    """The paper's model whose printed numbers are of this very case: decoder, prompt and schedule; else None."""
-    if any(getattr(text_config, key, None) != value for key, value in paper.VICUNA_7B.items()):
+def printed_case(subject: Subject, workload: Workload) -> paper.Model | None:
+    """The paper's model whose printed numbers are of this very case: model, prompt and what its layers keep; else None.
+
+    Norm, alpha and STRing may differ: they cost the same.
+    """
+    stock, settings, own = subject.stock, subject.pmod.settings, PmodSettings()
+    model, rows = paper.MODELS.get(stock.model_type), workload.rows(subject.sizes)
+    prompts = [(len(row.images), row.vision_tokens, row.text_tokens) for row in rows]
+    if model is None or prompts != [(1, model.vision_tokens, paper.TEXT_TOKENS)]:
         return None
-    if text_tokens != paper.TEXT_TOKENS or retention != PmodSettings().retention(len(retention)):
+    if any(getattr(stock.text_config, key, None) != value for key, value in paper.VICUNA_7B.items()):
         return None
-    return next((model for model in paper.MODELS.values() if model.vision_tokens == vision_tokens), None)
+    layers = stock.text_config.num_hidden_layers
+    same = settings.selection == own.selection and Routed.by(settings, layers) == Routed.by(own, layers)
+    return model if same else None

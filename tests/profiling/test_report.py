@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
 from pmod_cli.model.modeling import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration
 from pmod_cli.profiling import Subject, Workload, load_subject, profile
+from pmod_cli.profiling.comparison import printed_case
 from pmod_cli.profiling.count.operators import count
 from pmod_cli.profiling.count_report import to_json
 from tests import factories
@@ -32,6 +33,24 @@ def test_the_papers_figures(alias: str, stock: float, pmod: float, with_attentio
     assert kv["total_pmod_of_stock_percent"] == pytest.approx(kv_with_text, abs=0.15)
     assert (result.published.tflops.stock, result.published.tflops.pmod) == (stock, pmod)
     assert not result.unknown_operators
+
+
+@pytest.mark.parametrize(
+    ("alias", "settings", "prompt", "printed"),
+    [
+        ("llava-next-7b", {"before": "divprune:0.33"}, {}, False),
+        ("llava-next-7b", {"target_tokens": "vision_hr"}, {}, False),
+        ("llava-next-7b", {"select_at": [3, 10]}, {}, False),
+        ("llava-next-7b", {"shift": 0.5, "norm": "softmax"}, {}, True),  # the paper's shift, said; and no norm costs
+        ("llava-next-7b", {"selection": "attention"}, {}, False),
+        ("llava-next-7b", {}, {"batch_size": 2}, False),
+        ("llava-next-video-7b", {}, {"videos": ((4, 336, 336),)}, False),  # 576 tokens, as many as a LLaVA-1.5's image
+    ],
+)
+def test_printed_numbers_stand_beside_their_own_case_alone(
+    alias: str, settings: dict, prompt: dict, printed: bool
+) -> None:
+    assert (printed_case(load_subject(alias, settings), Workload(**prompt)) is not None) == printed
 
 
 def _subject(kind: str, decoder: str, **settings) -> Subject:

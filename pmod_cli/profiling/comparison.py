@@ -19,7 +19,7 @@ from pmod_cli.profiling.subject import Subject
 
 CONVENTIONS = {
     "paper": "decoder layers and lm_head on every position, without attention products and vision tower",
-    "full": "paper, with attention products (scores and weighted values, full square), vision tower and projector",
+    "full": "paper, with attention products (scores and weighted values, full square), selection, tower and projector",
 }
 
 

@@ -58,7 +58,8 @@ def sections(result: Profile, report: str, *, macs: bool = False) -> list[Table]
 def layers_table(result: Profile, *, macs: bool = False) -> Table:
     """FLOPs and KV cache of every p-MoD layer; neighbours that cost the same share a row, and so does all of stock."""
     unit, kv_unit = _units(result, macs)[1], _kv_unit(result)
-    headings = ("ratio", "kept", "tokens", "attention", "products", "MLP", "router", "total", "of stock", "KV")
+    ranking = "choice" if any(layer.selector for layer in result.pmod.layers) else "router"
+    headings = ("ratio", "kept", "tokens", "attention", "products", "MLP", ranking, "total", "of stock", "KV")
     title = f"Each decoder layer: {unit.name} of the prefill, KV cache in {kv_unit.name}"
     table = plain_table(title, "layers", *headings, space=1)
 
@@ -69,7 +70,7 @@ def layers_table(result: Profile, *, macs: bool = False) -> Table:
             f"{layer.vision_tokens}",
             f"{layer.tokens}",
             *(unit.show(part, 1) for part in parts),
-            unit.show(layer.router) if layer.router else "-",
+            unit.show(ranks) if (ranks := layer.router + layer.selector) else "-",
             unit.show(layer.total, 1),
             _share(layer.total, stock.total),
             kv_unit.show(kv.total),
@@ -78,7 +79,7 @@ def layers_table(result: Profile, *, macs: bool = False) -> Table:
     stock = result.stock.layers[0]
     table.add_row("stock", *cells(stock, result.stock_kv[0]), style="dim")
     pairs = zip(result.pmod.layers, result.pmod_kv, strict=True)
-    for _, group in groupby(pairs, key=lambda pair: (pair[0].retention, pair[0].vision_tokens, pair[0].router)):
+    for _, group in groupby(pairs, key=lambda pair: (pair[0].retention, pair[0].vision_tokens, pair[0].total)):
         same = list(group)
         first, last = same[0][0].layer, same[-1][0].layer
         table.add_row(f"{first}" if first == last else f"{first}-{last}", *cells(*same[0]))
@@ -99,7 +100,8 @@ def flops_table(result: Profile, *, macs: bool = False) -> Table:
     published = result.published
     said = f"{published.tflops.stock} -> {published.tflops.pmod}" if published else ""
     table.add_row("paper convention", *_pair(unit, *result.totals("paper")), said, style="bold")
-    table.add_row("paper + attention products", *_pair(unit, result.stock.total, result.pmod.total))
+    more = " + selection" if "selection" in _parts(result) else ""
+    table.add_row(f"paper + attention products{more}", *_pair(unit, result.stock.total, result.pmod.total))
     table.add_row("full convention", *_pair(unit, *result.totals("full")), style="bold")
     return table
 
@@ -153,11 +155,12 @@ def kv_layers_table(result: Profile) -> Table:
 
 
 def _parts(result: Profile) -> dict[str, tuple[int, int]]:
-    """FLOPs of the prefill by part, stock and p-MoD."""
+    """FLOPs of the prefill by part, stock and p-MoD. They sum up to the full convention."""
     stock, pmod, vision = result.stock, result.pmod, result.vision
     return {
         "decoder_matrix_products": (stock.matrix, pmod.matrix),
         "attention_products": (stock.attention_products, pmod.attention_products),
+        **({"selection": (stock.selector, pmod.selector)} if pmod.selector else {}),  # where no router ranks
         "lm_head": (stock.lm_head, pmod.lm_head),
         "vision_tower": (vision.tower,) * 2,
         "projector": (vision.projector,) * 2,
@@ -178,7 +181,12 @@ def _pair(unit: _Unit, stock: int, pmod: int) -> list[str]:
 
 def _share(part: float, whole: float) -> str:
     """Percent with one digit. Rounded twice, so that a mean of 0.5375 less a float's last bit is still 53.8 %."""
-    return f"{round(percent(part, whole), 6):.1f} %"
+    return "-" if (share := _of_stock(part, whole)) is None else f"{round(share, 6):.1f} %"
+
+
+def _of_stock(part: float, whole: float) -> float | None:
+    """Percent; None of what the stock model has nothing of."""
+    return percent(part, whole) if whole or not part else None
 
 
 SCHEMA_VERSION = 2
@@ -229,14 +237,14 @@ def to_json(result: Profile, latency: Latency | None = None, *, macs: bool = Fal
 def _flops_json(result: Profile, macs: bool) -> dict[str, Any]:
     stock, pmod = result.stock, result.pmod
 
-    def pair(stock_flops: int, pmod_flops: int) -> dict[str, float]:
+    def pair(stock_flops: int, pmod_flops: int) -> dict[str, float | None]:
         said = {
             "stock_tflops": stock_flops / TERA,
             "pmod_tflops": pmod_flops / TERA,
-            "pmod_of_stock_percent": percent(pmod_flops, stock_flops),
+            "pmod_of_stock_percent": _of_stock(pmod_flops, stock_flops),
         }
         in_macs = {"stock_tmacs": stock_flops / FLOPS_PER_MAC / TERA, "pmod_tmacs": pmod_flops / FLOPS_PER_MAC / TERA}
-        return said | in_macs if macs else said
+        return {**said, **(in_macs if macs else {})}
 
     conventions = {name: {"counts": counted, **pair(*result.totals(name))} for name, counted in CONVENTIONS.items()}
     if result.published:
@@ -278,6 +286,7 @@ def _layer_json(result: Profile, index: int) -> dict[str, Any]:
         "attention_products_gflops": pmod.attention_products / GIGA,
         "mlp_gflops": pmod.mlp / GIGA,
         "router_gflops": pmod.router / GIGA,
+        "selection_gflops": pmod.selector / GIGA,
         "total_gflops": pmod.total / GIGA,
         "stock_total_gflops": stock.total / GIGA,
         "kv_cache_vision_mib": result.pmod_kv[index].vision / MIB,

@@ -11,7 +11,7 @@ from pmod_cli.model.modeling import PmodLlavaForConditionalGeneration, PmodLlava
 from pmod_cli.profiling import Subject, Workload, load_subject, profile
 from pmod_cli.profiling.comparison import printed_case
 from pmod_cli.profiling.count.operators import count
-from pmod_cli.profiling.count_report import to_json
+from pmod_cli.profiling.count_report import layers_table, to_json
 from tests import factories
 
 TERA = 1e12
@@ -104,6 +104,33 @@ def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, setti
         assert counter.get_total_flops() == result.pmod.decode(step)
     held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     assert held == [layer.total for layer in result.pmod_kv]
+
+
+@pytest.mark.parametrize(
+    ("settings", "selects"),
+    [({}, False), ({"before": "divprune:0.6"}, True), ({"method": "fastv", "mean": 0.5}, True)],
+)
+def test_parts_add_up_to_the_whole_whatever_ranks_the_tokens(settings: dict, selects: bool) -> None:
+    result = profile(_subject("llava_next", "llama", **settings), Workload())
+    report = to_json(result)
+    parts = report["flops"]["parts"]
+    assert ("selection" in parts) == selects
+    for key in ("stock_tflops", "pmod_tflops"):
+        whole = report["flops"]["conventions"]["full"][key]
+        assert sum(part[key] for part in parts.values()) == pytest.approx(whole, rel=1e-9)
+    for layer in report["layers"]:
+        kinds = ("attention", "attention_products", "mlp", "router", "selection")
+        assert sum(layer[f"{kind}_gflops"] for kind in kinds) == pytest.approx(layer["total_gflops"], rel=1e-9)
+
+
+def test_the_layer_that_ranks_has_a_row_of_its_own() -> None:
+    """FastV ranks in a layer that keeps everything, as the layers in front of it do."""
+    table = layers_table(profile(_subject("llava_next", "llama", method="fastv", mean=0.7), Workload()))
+    columns = {column.header: list(column.cells) for column in table.columns}
+    (ranks,) = (index for index, cell in enumerate(columns["choice"]) if cell != "-")
+    assert columns["layers"][ranks].isdecimal()
+    assert columns["ratio"][ranks] == columns["ratio"][ranks - 1] == "1.000"
+    assert float(columns["total"][ranks]) > float(columns["total"][ranks - 1])
 
 
 def test_an_operator_that_nobody_counts_is_named() -> None:

@@ -108,7 +108,7 @@ class DecoderCost:
 
     @property
     def total(self) -> int:
-        """Decoder layers with attention products, and lm_head."""
+        """Decoder layers with attention products and selection, and lm_head."""
         return self.matrix + self.attention_products + self.lm_head + self.selector
 
     def decode(self, step: int) -> int:

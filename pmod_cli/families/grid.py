@@ -35,6 +35,7 @@ class GridTower:
         window: Side of an attention window in pixels; None: every block attends to the whole frame.
         whole: Number of blocks that attend to the whole frame.
         deepstack: Mergers beside the last, whose features go to the first layers of the decoder.
+        mergers: Those that run: the last, and of DeepStack's those whose block is there.
         positions: Rows of the table of positions; 0 without one.
         pixels: Least and most pixels of an image, height x width, as the processor of the published models has them.
         clip: The same for all frames of a video together, or for each, see `per_frame`.
@@ -53,6 +54,7 @@ class GridTower:
     window: int | None
     whole: int
     deepstack: int
+    mergers: int
     positions: int
     pixels: tuple[int, int]
     clip: tuple[int, int]
@@ -77,7 +79,7 @@ class GridTower:
         rows, columns = image.height // self.patch, image.width // self.patch
         windowed = 0
         if self.window is not None:
-            side = self.window // self.patch
+            side = self.window // self.cell * self.merge  # a window has whole cells
             windowed = prod(
                 (count // side) * side**2 + (count % side) ** 2  # full windows, and what is left at the end
                 for count in (rows, columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.families import grid
 from pmod_cli.families.record import DecoderKind, Family
 
@@ -60,15 +61,26 @@ DEFAULTS = {
 
 
 def tower(config: Any) -> grid.GridTower:
-    """Its sizes: a gated MLP, windows in most blocks, no table of positions."""
+    """Its sizes: a gated MLP, windows in most blocks, no table of positions.
+
+    Raises:
+        PmodError: A window has no room for a cell, or as `grid.reader`.
+    """
     get = grid.reader(config, VISION)
     blocks = range(get("depth"))  # the list may name more of them than there are
+    window, cell = get("window_size"), get("patch_size") * get("spatial_merge_size")
+    if window < cell:
+        raise PmodError(
+            f"vision_config.window_size is {window}: expected {cell} or more, a cell of pixels",
+            hint="name a Qwen2.5-VL's config.json",
+        )
     return grid.tower(
         get,
         gated=True,
-        window=get("window_size"),
+        window=window,
         whole=len({*get("fullatt_block_indexes", sequence=True)} & {*blocks}),
         deepstack=0,
+        mergers=1,
         positions=0,
         pixels=(56 * 56, 12_845_056),
         clip=(128 * 28 * 28, 28 * 28 * 768),

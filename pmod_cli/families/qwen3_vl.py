@@ -48,12 +48,15 @@ TEMPORAL = 2  # frames that become one
 def tower(config: Any) -> grid.GridTower:
     """Its sizes: a plain MLP, no windows, a table of positions, and a merger for each DeepStack feature."""
     get = grid.reader(config, VISION)
+    deepstack = get("deepstack_visual_indexes", sequence=True)
+    blocks = range(get("depth"))  # the list may name more of them than there are
     return grid.tower(
         get,
         gated=False,
         window=None,
-        whole=get("depth"),
-        deepstack=len(get("deepstack_visual_indexes", sequence=True)),
+        whole=len(blocks),
+        deepstack=len(deepstack),
+        mergers=1 + len({*deepstack} & {*blocks}),
         positions=get("num_position_embeddings"),
         pixels=(256 * 256, 4096 * 4096),
         clip=(4096, 25_165_824),

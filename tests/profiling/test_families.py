@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from pmod_cli import cli
 from pmod_cli.checkpoints.aliases import ALIASES, builtin_config
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families import FAMILIES
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling import Workload, prefill
+from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.trace import decoder_cost, meta_model, vision_cost
 from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 from pmod_cli.profiling.measure.clock import shares_of_time
@@ -120,8 +123,35 @@ def test_a_narrow_model_takes_the_prompt_that_is_counted(name):
     assert shares["vision tower"] > 0
 
 
-def test_blocks_that_a_tower_does_not_have_are_not_counted():
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("qwen2_5_vl", {"fullatt_block_indexes": [1, 7, 15]}),
+        ("qwen2_5_vl", {"fullatt_block_indexes": [7, 15]}),
+        ("qwen2_5_vl", {"window_size": 10}),  # two cells of 4 pixels, and 2 pixels over
+        ("qwen3_vl", {"deepstack_visual_indexes": [0, 8, 16]}),
+        ("qwen3_vl", {"deepstack_visual_indexes": [8, 16]}),
+    ],
+)
+def test_a_tower_is_counted_as_its_model_reads_it(kind, change):
     """A list that names more blocks than there are is what a shortened tower is left with: the model ignores them."""
-    config = builtin_config("qwen2.5-vl-3b")
-    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 10, [7, 15, 23, 31]
-    assert Sizes.of(config).tower.whole == 1
+    config = visual.stock_config(kind)
+    vars(config.vision_config).update(change)
+    config._attn_implementation = "eager"
+    pixels = visual.prompt(kind, config, [visual.Row([(36, 28)])])
+    (image,) = (tokens for _, tokens in visual.visuals(kind, config, visual.Row([(36, 28)])))
+    model, sizes = getattr(transformers, FAMILIES[kind].stock_class)(config).eval(), Sizes.of(config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+    row = Row((image,), 5)
+    seen, formula = vision_cost(meta_model(config), [row]), prefill(sizes, [row])
+    assert seen.total == formula.tower + formula.projector == counter.get_total_flops()
+    visual_weights = sum(parameter.numel() for parameter in model.model.visual.parameters())
+    assert parameters(sizes).tower + parameters(sizes).projector == visual_weights  # unused mergers are there
+
+
+def test_a_window_without_room_for_a_cell_is_refused():
+    config = visual.stock_config("qwen2_5_vl")
+    config.vision_config.window_size = 3
+    with pytest.raises(PmodError, match="window_size is 3: expected 4 or more"):
+        Sizes.of(config)

@@ -137,7 +137,7 @@ def projector(sizes: Sizes, rows: Sequence[Row]) -> int:
     if sizes.family.tiled:
         return patches * projector_token(sizes)
     tower: GridTower = sizes.tower
-    return 2 * patches * (1 + tower.deepstack) * (tower.cell_width + tower.out) * tower.cell_width
+    return 2 * patches * tower.mergers * (tower.cell_width + tower.out) * tower.cell_width
 
 
 def grid(tower: GridTower, image: ImageTokens) -> int:

@@ -276,7 +276,8 @@ def _grid_cost(visual: PreTrainedModel, tower: GridTower, rows: Sequence[Row]) -
     tables = (_meta(1, width // visual.config.num_heads),) * 2
     one = count(block, _meta(1, width), cu_seqlens=torch.tensor([0, 1]), position_embeddings=tables)
     cell = _meta(tower.merge**2, width)
-    mergers = [count(each, cell) for each in (visual.merger, *getattr(visual, "deepstack_merger_list", ()))]
+    run = [visual.merger, *getattr(visual, "deepstack_merger_list", ())][: tower.mergers]  # DeepStack's are alike
+    mergers = [count(each, cell) for each in run]
     patches = sum(times * tower.patches(image) for image, times in pictures(rows).items())
     pairs = sum(times * tower.pairs(image) for image, times in pictures(rows).items())
     # Of one patch that sees itself: with the pairs of the real grid that is every window, whatever its size.

@@ -165,7 +165,7 @@ def training_flops(
     if sizes.family.tiled:
         first = patches * 2 * tower_sizes.features * tower_sizes.hidden * sizes.decoder.hidden
     else:
-        first = patches * 2 * (1 + tower_sizes.deepstack) * tower_sizes.cell_width**2
+        first = patches * 2 * tower_sizes.mergers * tower_sizes.cell_width**2
     if projector:
         backward += 2 * counted.projector - (0 if tower else first)
     elif tower:

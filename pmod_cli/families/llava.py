@@ -9,6 +9,7 @@ from pmod_cli.families.record import Family, ImageTokens, PixelInputs
 from pmod_cli.families.towers import CLIP, CLIP_L_336
 
 if TYPE_CHECKING:
+    from transformers import ProcessorMixin
     from transformers.image_processing_utils import BaseImageProcessor
 
     from pmod_cli.families.geometry import TokenLayout
@@ -36,10 +37,11 @@ def pixel_inputs(config: Any, images: Sequence[tuple[int, int]], rows: Sequence[
     return (len(images), 3, tile, tile), {}
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
+def place_tokens(processor: ProcessorMixin, patch_size: int, height: int, width: int) -> TokenLayout:
     """One grid over the image, which is padded to a square or cropped from its centre as the processor says."""
     from pmod_cli.families.geometry import TokenLayout, numbered, patch_spans
 
+    image_processor = processor.image_processor
     pad = bool(image_processor.do_pad) and hasattr(image_processor, "pad_to_square")
     side = max(height, width)
     seen_h, seen_w = (side, side) if pad else (height, width)

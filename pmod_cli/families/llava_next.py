@@ -13,6 +13,7 @@ from pmod_cli.families import llava
 from pmod_cli.families.record import Family, ImageTokens, PixelInputs
 
 if TYPE_CHECKING:
+    from transformers import ProcessorMixin
     from transformers.image_processing_utils import BaseImageProcessor
 
     from pmod_cli.families.geometry import TokenLayout
@@ -42,7 +43,7 @@ def pixel_inputs(config: Any, images: Sequence[tuple[int, int]], rows: Sequence[
     return (len(images), most, 3, tile, tile), {"image_sizes": [list(size) for size in images]}
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
+def place_tokens(processor: ProcessorMixin, patch_size: int, height: int, width: int) -> TokenLayout:
     """Base image squashed to one square, then the tiles of the resized and padded image, unpadded and row-ended."""
     import numpy as np
     import torch
@@ -51,6 +52,7 @@ def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: i
 
     from pmod_cli.families import geometry
 
+    image_processor = processor.image_processor
     # Base: the whole image, its aspect ratio given up, in one square.
     square_h, square_w = geometry.square(image_processor)
     rows, columns = geometry.patch_spans(image_processor, patch_size, square_h, square_w)

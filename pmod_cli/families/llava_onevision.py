@@ -1,20 +1,23 @@
-"""LLaVA-OneVision (and LLaVA-Video): anyres as LLaVA-NeXT's with up to 36 tiles, pooled beyond nine.
+"""LLaVA-OneVision (and LLaVA-Video): anyres as LLaVA-NeXT's with up to 36 tiles, pooled beyond nine unless told.
 
 That is of one image of a row; of several images, and of the frames of a video, there is one tile each.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
+from pmod_cli.core.errors import PmodError
 from pmod_cli.families import llava_next
 from pmod_cli.families.llava_next_video import video_inputs
 from pmod_cli.families.record import Family, ImageTokens, PixelInputs
 from pmod_cli.families.towers import SIGLIP
 
 if TYPE_CHECKING:
+    from transformers import ProcessorMixin
     from transformers.image_processing_utils import BaseImageProcessor
 
     from pmod_cli.families.geometry import TokenLayout
@@ -42,7 +45,28 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "image_grid_pinpoints": PINPOINTS,
 }
-MOST_TILES = 9  # of `anyres_max_9`: patches beyond so many tiles are pooled
+
+
+def pooling(aspect_ratio: object, rows: int, columns: int, side: int) -> float:
+    """By how much a grid of patches is too long on each side; up to 1.1 it is not pooled.
+
+    Args:
+        aspect_ratio: `vision_aspect_ratio`, such as `anyres_max_9`: as many patches as nine tiles have are left.
+        rows: Of the grid.
+        columns: Of the grid.
+        side: Patches along the side of a tile.
+
+    Raises:
+        PmodError: It names no number of tiles; the stock code takes no image alone in its row then.
+    """
+    # The stock code strips the letters of `anyres_max_` from both ends, and reads what is left.
+    found = re.fullmatch(r"[anyresmx_]*(\d{1,6})[anyresmx_]*", aspect_ratio) if isinstance(aspect_ratio, str) else None
+    if found is None or not (tiles := int(found[1])):
+        raise PmodError(
+            f"vision_aspect_ratio is {aspect_ratio!r:.60}: expected anyres_max_N, N a whole number of tiles",
+            hint=f"the published models have {DEFAULTS['vision_aspect_ratio']}",
+        )
+    return sqrt(rows * columns / (tiles * side**2))
 
 
 def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None, images: int = 1) -> ImageTokens:
@@ -55,7 +79,7 @@ def image_tokens(sizes: Any, image_size: tuple[int, int] | None = None, images: 
     whole = llava_next.image_tokens(sizes, (width, height))
     high, wide = llava_next.best_resolution(width, height, sizes.pinpoints)
     rows, columns = llava_next.unpadded(width, height, high // tower.tile * side, wide // tower.tile * side)
-    ratio = sqrt(rows * columns / (MOST_TILES * side**2))
+    ratio = pooling(sizes.aspect_ratio, rows, columns, side)
     if ratio > 1.1:
         rows, columns = int(rows // ratio), int(columns // ratio)
     return ImageTokens(width, height, whole.tiles, patches, rows * (columns + 1), patches)
@@ -75,16 +99,16 @@ def video_tokens(sizes: Any, size: tuple[int, int, int]) -> ImageTokens:
     return ImageTokens(tower.tile, tower.tile, frames, frames * pooled + 1, 0, patches, frames=frames, video=True)
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
+def place_tokens(processor: ProcessorMixin, patch_size: int, height: int, width: int) -> TokenLayout:
     """As LLaVA-NeXT's, with larger cells where tiles are pooled."""
     import numpy as np
 
     from pmod_cli.families import geometry
 
-    layout = llava_next.place_tokens(image_processor, patch_size, height, width)
+    layout = llava_next.place_tokens(processor, patch_size, height, width)
     base, tiles = layout.parts
     rows, columns, side = len(tiles.row_spans), len(tiles.column_spans), len(base.row_spans)
-    ratio = sqrt(rows * columns / (MOST_TILES * side**2))
+    ratio = pooling(processor.vision_aspect_ratio, rows, columns, side)
     if ratio <= 1.1:
         return layout
 

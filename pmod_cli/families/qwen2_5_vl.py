@@ -14,6 +14,7 @@ from pmod_cli.families import grid
 from pmod_cli.families.record import DecoderKind, Family
 
 if TYPE_CHECKING:
+    from transformers import ProcessorMixin
     from transformers.image_processing_utils import BaseImageProcessor
 
     from pmod_cli.families.geometry import TokenLayout
@@ -102,11 +103,11 @@ def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
     }
 
 
-def place_tokens(image_processor: BaseImageProcessor, patch_size: int, height: int, width: int) -> TokenLayout:
+def place_tokens(processor: ProcessorMixin, patch_size: int, height: int, width: int) -> TokenLayout:
     """One grid of cells over the whole image."""
-    size = dict(image_processor.size)
+    size = dict(processor.image_processor.size)
     limits = size["shortest_edge"], size["longest_edge"]
-    return grid.cells(height, width, patch_size * image_processor.merge_size, *limits)
+    return grid.cells(height, width, patch_size * processor.image_processor.merge_size, *limits)
 
 
 def image_processor(config: Mapping[str, Any], options: dict[str, Any], pad_to_square: bool) -> BaseImageProcessor:

@@ -157,7 +157,7 @@ class Family:
         video_inputs: As `pixel_inputs`, for `pixel_values_videos`: `(config, [(frames, height, width)])`.
         frames_apart: Whether text (a timestamp) stands between the frames of a video.
         frame_text: Text tokens between the frames of a video: `(frames with tokens of their own, frames a second)`.
-        place_tokens: Where the vision tokens of an image lie: `(image_processor, patch_size, height, width)` to a
+        place_tokens: Where the vision tokens of an image lie: `(processor, patch_size, height, width)` to a
             `geometry.TokenLayout`.
         image_processor: `(config, options, pad_to_square)` to the stock image processor for such a config.
         small_config: What the configuration of a tiny model needs besides, its tower one of 8-pixel tiles of 2-pixel

@@ -90,12 +90,14 @@ class Sizes:
         tower: Vision tower and projector: a `Tower`, or a `GridTower` of families that read grids.
         pinpoints: The (height, width) in pixels that an image may be fitted to. None where images are not cut.
         family: How an image is cut.
+        aspect_ratio: LLaVA-OneVision's `vision_aspect_ratio`: how many patches of an image are left. None of others.
     """
 
     decoder: Decoder
     tower: Any
     pinpoints: tuple[tuple[int, int], ...] | None
     family: Family
+    aspect_ratio: Any = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | object) -> Sizes:
@@ -142,7 +144,11 @@ class Sizes:
         )
         tower = family.tower(config) if family.tower else _tower(config, family)
         anyres = "image_grid_pinpoints" in family.defaults
-        return cls(decoder, tower, _pinpoints(config, tower.tile, family) if anyres else None, family)
+        pinpoints = _pinpoints(config, tower.tile, family) if anyres else None
+        ratio = get(config, "vision_aspect_ratio")
+        return cls(
+            decoder, tower, pinpoints, family, family.defaults.get("vision_aspect_ratio") if ratio is None else ratio
+        )
 
 
 def image_tokens(sizes: Sizes, image_size: tuple[int, int] | None = None, images: int = 1) -> ImageTokens:

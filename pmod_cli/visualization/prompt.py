@@ -77,7 +77,7 @@ def prepare(
 def _picture(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, first: int, alone: bool) -> Shown:
     patch = getattr(processor, "patch_size", None) or model.config.vision_config.patch_size
     if alone or not hasattr(processor, "vision_aspect_ratio"):
-        layout = known_family(model.config).place_tokens(processor.image_processor, patch, image.height, image.width)
+        layout = known_family(model.config).place_tokens(processor, patch, image.height, image.width)
     else:  # LLaVA-OneVision pads each of several images to a square
         count, side = model.config.vision_config.image_size // patch, max(image.size)
         edges = _spans(count, side)

@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionModel, LlavaOnevisionProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
 from pmod_cli.checkpoints import builtin_config
+from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import image_tokens
 from pmod_cli.profiling import Sizes
 from tests import factories
@@ -40,6 +42,35 @@ def test_any_size_is_cut_as_the_stock_code_cuts_it() -> None:
     for width, height in cases:
         image = image_tokens(sizes, (width, height))
         assert (image.tokens, image.tiles) == stock_tokens(config, width, height), (width, height)
+
+
+@pytest.mark.parametrize("ratio", ["anyres_max_9", "anyres_max_4", "anyres_max_1"])
+def test_many_tiles_are_pooled_to_as_many_as_the_config_says(ratio: str) -> None:
+    """LLaVA-OneVision's packing code, and its processor's count."""
+    draw, config = random.Random(0), builtin_config("llava-onevision-7b")
+    config.vision_aspect_ratio = ratio
+    sizes, side, tile = Sizes.of(config), 27, config.vision_config.image_size
+    processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+    processor.vision_aspect_ratio, processor.num_image_tokens = ratio, side**2
+    processor.image_processor = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints)
+    cases = [(2000, 1500), (384, 384), (1, 3000)] + [(draw.randint(1, 2500), draw.randint(1, 2500)) for _ in range(20)]
+    for width, height in cases:
+        image = image_tokens(sizes, (width, height))
+        features, newline = [torch.zeros(image.tiles, side**2, 1)], torch.zeros(1)
+        packed, _ = LlavaOnevisionModel.pack_image_features(
+            Packer(config), features, [(height, width)], newline, vision_aspect_ratio=ratio
+        )
+        placed = processor._get_number_of_features(height, width, tile, tile)
+        assert image.tokens == packed[0].shape[0] == placed, (width, height)
+
+
+@pytest.mark.parametrize("ratio", ["anyres", "square", "anyres_max_0", "anyres_max_-1", 9])
+def test_a_ratio_that_the_stock_code_cannot_read_is_refused(ratio: object) -> None:
+    """It reads the number where an image stands alone in its row: several images, and films, have no use for it."""
+    config = builtin_config("llava-onevision-7b").to_dict() | {"vision_aspect_ratio": ratio}
+    with pytest.raises(PmodError, match=r"vision_aspect_ratio is .*expected anyres_max_N"):
+        image_tokens(Sizes.of(config), (64, 64))
+    assert image_tokens(Sizes.of(config), (64, 64), images=2).tokens == 730
 
 
 def test_the_papers_image() -> None:

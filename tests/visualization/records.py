@@ -1,5 +1,7 @@
 """Records with a planted selection, for tests that need no model."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -19,7 +21,7 @@ PINPOINTS = [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]]
 def image_layout(image_processor, patch_size: int, height: int, width: int) -> TokenLayout:
     """Where the vision tokens of an image lie, by the family whose image processor this is."""
     family = LLAVA_NEXT if hasattr(image_processor, "image_grid_pinpoints") else LLAVA
-    return family.place_tokens(image_processor, patch_size, height, width)
+    return family.place_tokens(SimpleNamespace(image_processor=image_processor), patch_size, height, width)
 
 
 def record_of(layout: TokenLayout, kept: np.ndarray | None = None, *, layers: int = 4, **changes) -> ImageSelection:

@@ -68,6 +68,20 @@ def test_a_token_of_native_resolution_lies_where_its_patches_change(ready, size)
         assert token in pixel_change(processor, model, image, middle)
 
 
+def test_a_picture_of_many_tiles_lies_in_as_few_cells_as_its_processor_says(tmp_path):
+    """Four tiles of LLaVA-OneVision pooled to one: the model takes as many placeholders, each at a place of its own."""
+    stock = save_stock(tmp_path / "stock", "llava_onevision")
+    for file in ("config.json", "processor_config.json"):
+        said = json.loads((stock / file).read_text())
+        (stock / file).write_text(json.dumps(said | {"vision_aspect_ratio": "anyres_max_1"}))
+    convert(stock, tmp_path / "routed", SETTINGS)
+    model, processor = load_model(tmp_path / "routed", dtype="float32")
+    inputs, (shown,) = prepare(model, processor, [noise(16, 16)], "what?")
+    assert shown.layout.size == 16 + 4 * 5  # the base image, and 8 x 8 patches of four tiles made 4 x 4
+    with torch.no_grad():
+        model(**inputs)  # which refuses another number
+
+
 def test_several_images_are_a_record_each_and_together_the_row(ready):
     _, _, model, processor = ready
     pictures = [LoadedImage(noise(16, 12)), LoadedImage(noise(24, 16, 1))]

@@ -161,7 +161,7 @@ class PmodTrainer(Trainer):
             del logs["learning_rate"]
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
                 logs[f"{group['part']}_learning_rate"] = rate
-            logs |= self.watch.interval()
+            logs |= {"num_input_tokens_seen": self.state.num_input_tokens_seen, **self.watch.interval()}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -251,7 +251,6 @@ def training_arguments(settings: Settings, out: Path, device: str) -> TrainingAr
         dataloader_num_workers=settings.data.workers,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
-        include_num_input_tokens_seen="non_padding",
         report_to="wandb" if train.report_to == "wandb" else "none",  # TensorBoard: a callback of PmodTrainer
         run_name=out.name,
         disable_tqdm=True,

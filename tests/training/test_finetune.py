@@ -15,6 +15,7 @@ from pmod_cli.checkpoints import convert, load_model, router_state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.model import PmodSettings, capture_selection
+from pmod_cli.training.cost import run_flops
 from pmod_cli.training.folder import LOG, SETTINGS, STATE
 from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of, repeat_in_backward
 from pmod_cli.training.plan import model_of
@@ -119,6 +120,23 @@ def test_the_stock_model_trains_on_the_same_data_and_stays_stock(stock, routed, 
         assert of_stock["num_input_tokens_seen"] == of_routed["num_input_tokens_seen"]
         assert of_stock["vision_tokens_kept"] == of_stock["vision_tokens"] == of_routed["vision_tokens"]
         assert of_routed["vision_tokens_kept"] < of_routed["vision_tokens"]
+
+
+def test_tokens_are_counted_once(routed, tmp_path):
+    """In the report, the log and the summary, and in the FLOPs that come of them; padding is none."""
+    settings = run_settings(routed)
+    settings.data.turns = None  # rows of several lengths
+    report = finetune(settings, tmp_path / "run")
+    model, processor = load_model(routed)
+    collate, documents = Collator(processor), SyntheticDocuments(settings.data, 6)
+    rows = [collate([documents[index]])["input_ids"] for index in range(6)]
+    tokens, vision = sum(ids.numel() for ids in rows), sum(int((ids == processor.image_token_id).sum()) for ids in rows)
+    lines = log(tmp_path / "run")
+    assert report.tokens == lines[-1]["num_input_tokens_seen"] == tokens
+    assert sum(line["vision_tokens"] for line in lines) == vision
+    assert report.summary.tokens_per_second * report.seconds == pytest.approx(tokens, rel=0.01)
+    flops = run_flops(settings, model.config, 6, tokens, vision)
+    assert report.summary.tflops_per_second * report.seconds * 1e12 == pytest.approx(flops, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class Watch(TrainerCallback):
         self._loss = self._loss + loss
 
     def interval(self) -> dict[str, float]:
-        """Entries for a line of the log; the counts start anew."""
+        """Entries for a line of the log; counts and router statistics start anew."""
         now = perf_counter()
         tokens, vision, kept = self._interval
         entries = {
@@ -138,6 +138,7 @@ class Watch(TrainerCallback):
             **self.statistics.read(),
         }
         self._interval, self._since = [0.0, 0.0, 0.0], now
+        self.statistics = RouterStatistics()
         return entries
 
     def elapsed(self) -> float:
@@ -153,8 +154,9 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before a step that is logged, watch the routers."""
-        if self.retention is not None and (state.global_step + 1) % args.logging_steps == 0:
-            self.statistics = RouterStatistics()
+        step = state.global_step + 1
+        due = step == state.max_steps or 0 in (step % args.logging_steps, step % args.save_steps)
+        if self.retention is not None and due:
             self.decoder.selection_recorder = self.statistics
 
     def on_pre_optimizer_step(
@@ -193,8 +195,9 @@ class Watch(TrainerCallback):
         self.interrupted = self.interrupted or (args.world_size == 1 and self.asked is not None)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-        if control.should_training_stop:
-            control.should_log = True  # the last loss, whatever the interval
+        if control.should_save or control.should_training_stop:
+            # Whatever the interval: a run that goes on from a checkpoint has no more of the steps before than its log.
+            control.should_log = True
 
     def _seconds_left(self, state: TrainerState) -> float:
         pace = (perf_counter() - self.started) / max(state.global_step - self.first, 1)

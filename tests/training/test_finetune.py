@@ -122,6 +122,9 @@ def test_the_stock_model_trains_on_the_same_data_and_stays_stock(stock, routed, 
         assert of_routed["vision_tokens_kept"] < of_routed["vision_tokens"]
 
 
+COUNTED = ("vision_tokens", "vision_tokens_kept")
+
+
 def test_tokens_are_counted_once(routed, tmp_path):
     """In the report, the log and the summary, and in the FLOPs that come of them; padding is none."""
     settings = run_settings(routed)
@@ -195,6 +198,41 @@ def test_a_run_that_was_interrupted_ends_where_an_unbroken_one_does(routed, tmp_
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "broken")]
     assert finetune(settings, tmp_path / "broken").status == "already finished"
+
+
+class Killed(Exception):
+    pass
+
+
+def test_what_a_killed_run_counted_is_counted_after_it_too(routed, tmp_path):
+    """Checkpoints lie between the lines of the log: what a run goes on from has the counts of all steps up to it."""
+    settings = run_settings(routed, max_steps=5, log_steps=2, save_steps=3)
+
+    def kill(step):
+        if step.step == 4:
+            raise Killed
+
+    whole = finetune(settings, tmp_path / "whole")
+    with pytest.raises(Killed):
+        finetune(settings, tmp_path / "broken", on_step=kill)
+    broken = finetune(settings, tmp_path / "broken")
+    assert broken.tokens == whole.tokens
+    totals = [[sum(line[key] for line in log(run.path)) for key in COUNTED] for run in (whole, broken)]
+    assert totals[0] == totals[1]
+    assert [line["step"] for line in log(broken.path)] == [2, 3, 4, 5]
+
+
+def test_each_line_has_the_router_weights_of_its_own_step(routed, tmp_path):
+    """Also the last one, where the steps are no multiple of the interval."""
+    for interval in (1, 3):
+        settings = run_settings(routed, max_steps=5, log_steps=interval, router_learning_rate=1e-2)
+        finetune(settings, tmp_path / str(interval))
+    every, third = log(tmp_path / "1"), log(tmp_path / "3")
+    assert [line["step"] for line in third] == [3, 5]
+    for line in third:
+        routers = {key: value for key, value in line.items() if key.startswith("router/")}
+        assert routers
+        assert routers == {key: every[line["step"] - 1][key] for key in routers}
 
 
 def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(routed, tmp_path, monkeypatch):

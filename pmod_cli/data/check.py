@@ -13,6 +13,7 @@ import numpy as np
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.conversation import BadRow
 from pmod_cli.data.dataset import Rows
+from pmod_cli.data.vision import vision_ids
 
 SAMPLE = 64  # rows looked at before every run
 
@@ -40,7 +41,9 @@ class DataReport:
         cut: rows longer than ``max_length``.
         without_labels: rows that teach nothing, since they do not come out even in the template or were cut.
         tokens: sum over the good rows, after cutting.
+        vision_tokens: those of them that stand for images and videos.
         longest: tokens of the longest row before cutting.
+        longest_vision: its vision tokens.
         bad: the bad rows, all of them.
     """
 
@@ -51,7 +54,9 @@ class DataReport:
     cut: int = 0
     without_labels: int = 0
     tokens: int = 0
+    vision_tokens: int = 0
     longest: int = 0
+    longest_vision: int = 0
     bad: list[Fault] = field(default_factory=list)
 
     @property
@@ -64,11 +69,17 @@ class DataReport:
         """Mean over the good rows."""
         return self.tokens / max(self.checked - self.num_bad, 1)
 
+    @property
+    def vision_tokens_per_row(self) -> float:
+        """Mean over the good rows, with and without images."""
+        return self.vision_tokens / max(self.checked - self.num_bad, 1)
+
     def add(self, other: "DataReport") -> None:
         """Take in what was found in later rows."""
-        for name in ("checked", "with_images", "cut", "without_labels", "tokens"):
+        for name in ("checked", "with_images", "cut", "without_labels", "tokens", "vision_tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.longest = max(self.longest, other.longest)
+        both = (self.longest, self.longest_vision), (other.longest, other.longest_vision)
+        self.longest, self.longest_vision = max(both)
         self.bad += other.bad
 
 
@@ -118,7 +129,7 @@ def describe_bad(report: DataReport) -> str:
 
 
 def _look(rows: Rows, chosen: np.ndarray) -> DataReport:
-    found = DataReport(rows.source.name, len(rows))
+    found, marks = DataReport(rows.source.name, len(rows)), vision_ids(rows.encoder.processor)
     for row in chosen.tolist():
         found.checked += 1
         try:
@@ -130,6 +141,8 @@ def _look(rows: Rows, chosen: np.ndarray) -> DataReport:
         found.with_images += bool(conversation.images or conversation.videos)
         found.cut += tokens.is_cut
         found.without_labels += not tokens.teaches
+        vision = int(np.isin(tokens.ids, marks).sum())
         found.tokens += len(tokens.ids)
-        found.longest = max(found.longest, tokens.whole)
+        found.vision_tokens += vision
+        found.longest, found.longest_vision = max((found.longest, found.longest_vision), (tokens.whole, vision))
     return found

@@ -45,6 +45,12 @@ def films_are_equal(processor: ProcessorMixin) -> bool:
     return not hasattr(getattr(processor, "video_processor", None), "merge_size")
 
 
+def vision_ids(processor: ProcessorMixin) -> list[int]:
+    """Ids of the tokens that stand for images, and for videos where the processor takes them."""
+    ids = [getattr(processor, f"{what}_token_id", None) for what in ("image", "video")]
+    return [number for number in ids if number is not None]
+
+
 def image_lengths(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Vision tokens of each image of a row.
 

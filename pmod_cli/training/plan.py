@@ -9,8 +9,9 @@ from transformers import PretrainedConfig, ProcessorMixin
 from pmod_cli.checkpoints import load_processor, resolve
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.check import check_rows, refuse_bad
-from pmod_cli.data.collator import Collator
+from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.dataset import build_dataset
+from pmod_cli.data.vision import vision_ids
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.trace import meta_model
@@ -36,16 +37,20 @@ class DataShape:
 
     Attributes:
         rows: of the data set.
+        rows_per_epoch: of one pass over it, with those that fill up the batches of ``data.group_by_modality``.
         tokens: of a row, mean.
-        longest: of the longest row.
-        vision_tokens: of a row with an image, mean.
+        vision_tokens: of these, those of images and videos; a row without any has 0.
+        longest: tokens of the longest row.
+        longest_vision: of these, those of images and videos.
         source: how that is known.
     """
 
     rows: int
+    rows_per_epoch: int
     tokens: float
-    longest: int
     vision_tokens: float
+    longest: int
+    longest_vision: int
     source: str
 
 
@@ -143,12 +148,12 @@ def plan(
     subject, routed, name = model_of(settings)
     sizes = subject.sizes
     data = data_shape(settings, sizes, per_step)
-    steps = settings.steps(data.rows, processes)
+    steps = settings.steps(data.rows_per_epoch, processes)
     passes = steps * settings.accumulation(processes)  # of one device
     room = USABLE * target.memory
 
     def memory(settings: Settings, processes: int, which: Routed) -> TrainingMemory:
-        batch = [row_of(sizes, data.vision_tokens, data.longest)] * settings.train.batch_size
+        batch = [row_of(sizes, data.longest_vision, data.longest)] * settings.train.batch_size
         return training_memory(sizes, batch, setup_of(settings, processes, on_gpu), which)
 
     def cost(which: Routed) -> Cost:
@@ -245,8 +250,9 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
             hint="`data.rows=100000`",
         )
     tokens = min(vision + TEXT_TOKENS, data.max_length or vision + TEXT_TOKENS)
+    vision = min(vision, tokens)
     said = f"{data.path} is not here: {rows:,} rows of one large image and {TEXT_TOKENS} text tokens are assumed"
-    return DataShape(rows, tokens, max(tokens, data.max_length or 0), min(vision, tokens), said)
+    return DataShape(rows, rows, tokens, vision, max(tokens, data.max_length or 0), vision, said)
 
 
 def _sampled(settings: Settings, processor: ProcessorMixin, per_step: int) -> DataShape:
@@ -256,13 +262,20 @@ def _sampled(settings: Settings, processor: ProcessorMixin, per_step: int) -> Da
         rows = data.rows or (settings.train.max_steps or 0) * per_step
         documents = SyntheticDocuments(data, SAMPLE)
         batch = Collator(processor)([documents[index] for index in range(SAMPLE)])
-        lengths = batch["attention_mask"].sum(dim=1)
-        vision = (batch["input_ids"] == processor.image_token_id).sum(dim=1).double().mean().item()
-        said = f"{SAMPLE} drawn documents"
-        return DataShape(rows, lengths.double().mean().item(), int(lengths.max()), vision, said)
+        tokens = batch["attention_mask"].sum(dim=1)
+        vision = torch.isin(batch["input_ids"], torch.tensor(vision_ids(processor))).sum(dim=1)
+        longest = int(tokens.argmax())
+        means = tokens.double().mean().item(), vision.double().mean().item()
+        return DataShape(rows, rows, *means, int(tokens[longest]), int(vision[longest]), f"{SAMPLE} drawn documents")
     found = build_dataset(data, processor)
     report = check_rows(found)
     if data.on_bad_row == "error":
         refuse_bad(report)
-    vision = report.tokens_per_row if report.with_images else 0.0
-    return DataShape(len(found), report.tokens_per_row, report.longest, vision, f"{report.checked} rows of the data")
+    rows = len(found)
+    if data.group_by_modality:
+        batch_size = settings.train.batch_size
+        rows = len(ModalityBatches(found.lengths, batch_size, per_step // batch_size))
+    means = report.tokens_per_row, report.vision_tokens_per_row
+    longest = min(report.longest, data.max_length or report.longest)
+    said = f"{report.checked} rows of the data"
+    return DataShape(len(found), rows, *means, longest, report.longest_vision, said)

@@ -75,7 +75,7 @@ def _row(settings: Settings, shapes: dict[str, DataShape]) -> dict:
     read = repr((asdict(settings.data), settings.model.name, per_step))
     if read not in shapes:
         shapes[read] = data_shape(settings, sizes, per_step)
-    shape, steps = shapes[read], settings.steps(shapes[read].rows)
+    shape, steps = shapes[read], settings.steps(shapes[read].rows_per_epoch)
     config, trained = subject.pmod if routed else subject.stock, steps * per_step
     tokens, vision = round(shape.tokens * trained), round(shape.vision_tokens * trained)
     return {

@@ -1,0 +1,75 @@
+"""What `--dry-run` says of a run is what the run then does: its steps, tokens, and the FLOPs that come of them."""
+
+import json
+
+import pytest
+from PIL import Image
+from transformers import AutoConfig
+
+from pmod_cli.checkpoints import convert, load_processor, resolve
+from pmod_cli.data.collator import Collator
+from pmod_cli.families.configs import vision_token_ids
+from pmod_cli.model import PmodSettings
+from pmod_cli.training.folder import LOG
+from pmod_cli.training.plan import SAMPLE, plan
+from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.run import finetune
+from pmod_cli.training.run_data import Counting, SyntheticDocuments
+
+
+@pytest.fixture(scope="module")
+def routed(stock_model, tmp_path_factory):
+    target = tmp_path_factory.mktemp("routed") / "model"
+    convert(stock_model("llava_next", "llama"), target, PmodSettings())
+    return target
+
+
+def settings_of(model, *more):
+    own = [f"model.name={model}", "train.batch_size=2", "train.log_steps=1", "train.report_to=none"]
+    return load_settings(None, [*own, *more])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Nine rows with an image and nine of text alone, which are longer."""
+    made = []
+    for number in range(18):
+        words = "what colour? " * (1 if number < 9 else 40)
+        said = [{"from": "human", "value": words + "<image>" * (number < 9)}, {"from": "gpt", "value": "red"}]
+        made.append({"conversations": said, **({"image": "a.png"} if number < 9 else {})})
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "a.png")
+    (tmp_path / "rows.json").write_text(json.dumps(made))
+    return tmp_path / "rows.json"
+
+
+def test_vision_tokens_are_those_of_the_rows_that_have_images(routed, rows, tmp_path):
+    settings = settings_of(routed, "data.kind=llava", f"data.path={rows}")
+    planned, report = plan(settings, device="cpu"), finetune(settings, tmp_path / "run")
+    lines = map(json.loads, (report.path / LOG).read_text().splitlines())
+    assert (planned.steps, planned.tokens) == (report.step, report.tokens)
+    assert planned.data.vision_tokens * 18 == pytest.approx(sum(line.get("vision_tokens", 0) for line in lines))
+    assert 0 < planned.data.vision_tokens < planned.data.tokens
+    assert planned.data.longest_vision == 0  # a row of text alone is the longest
+    flops = report.summary.tflops_per_second * report.seconds * 1e12
+    assert planned.pmod.flops == pytest.approx(flops, rel=0.05)  # the run's is of its mean row, the plan's of a batch
+    cut = plan(settings_of(routed, "data.kind=llava", f"data.path={rows}", "data.max_length=90"), device="cpu")
+    assert cut.data.longest == 90
+
+
+def test_batches_of_one_kind_are_filled_up_in_the_plan_too(routed, rows, tmp_path):
+    more = ("data.kind=llava", f"data.path={rows}", "data.group_by_modality=true", "train.batch_size=4")
+    settings = settings_of(routed, *more)
+    planned = plan(settings, device="cpu")
+    assert (planned.data.rows, planned.steps) == (18, 6)  # three of each kind
+    assert finetune(settings, tmp_path / "run").step == 6
+
+
+def test_the_vision_tokens_of_a_film_are_counted():
+    source = resolve("tiny-qwen3-vl").path
+    settings = settings_of(source, "data.tasks=[moving]", "pmod.enabled=true", "train.max_steps=2")
+    planned, processor = plan(settings, device="cpu"), load_processor(source)
+    counting = Counting(Collator(processor), processor, vision_token_ids(AutoConfig.from_pretrained(source)))
+    documents = SyntheticDocuments(settings.data, SAMPLE)
+    counts = counting([documents[index] for index in range(SAMPLE)])["counts"]
+    assert planned.data.vision_tokens == sum(counts.vision) / SAMPLE > 0
+    assert planned.pmod.flops < planned.stock.flops

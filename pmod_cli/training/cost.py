@@ -29,6 +29,7 @@ def setup_of(settings: Settings, processes: int, on_gpu: bool) -> TrainingSetup:
         frozen_dtype=_frozen_dtype(settings, on_gpu),
         lora_rank=settings.lora.rank if settings.lora.enabled else None,
         lora_targets=tuple(settings.lora.targets),
+        distilled=settings.train.loss == "distill",
         accumulation=settings.accumulation(processes),
         engine="ddp" if settings.train.engine == "auto" else settings.train.engine,
         devices=processes,

@@ -6,15 +6,24 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
-from pmod_cli.checkpoints import convert, load_processor, resolve
+from pmod_cli.checkpoints import convert, load_model, load_processor, resolve
 from pmod_cli.data.collator import Collator
 from pmod_cli.families.configs import vision_token_ids
+from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
+from pmod_cli.profiling.count.formulas import prefill
+from pmod_cli.profiling.count.training import training_memory
+from pmod_cli.profiling.count.workload import Routed
+from pmod_cli.profiling.measure.clock import peak_bytes
+from pmod_cli.training.adapters import add_adapters
+from pmod_cli.training.cost import row_of, setup_of
 from pmod_cli.training.folder import LOG
 from pmod_cli.training.plan import SAMPLE, plan
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import Counting, SyntheticDocuments
+from pmod_cli.training.trainer import PmodTrainer, training_arguments
+from pmod_cli.training.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +82,39 @@ def test_the_vision_tokens_of_a_film_are_counted():
     counts = counting([documents[index] for index in range(SAMPLE)])["counts"]
     assert planned.data.vision_tokens == sum(counts.vision) / SAMPLE > 0
     assert planned.pmod.flops < planned.stock.flops
+
+
+def test_the_teacher_of_a_distillation_is_planned(routed):
+    """Its pass is the stock model's forward pass; in memory, the divergence has a gradient of all logits."""
+    lora = ("lora.enabled=true", "lora.rank=4", "train.max_steps=3")
+    answers, distill = (plan(settings_of(routed, *lora, f"train.loss={loss}")) for loss in ("answers", "distill"))
+    sizes = Sizes.of(AutoConfig.from_pretrained(routed))
+    batch = [row_of(sizes, answers.data.vision_tokens, answers.data.tokens)] * 2
+    for column in ("pmod", "stock"):
+        more = getattr(distill, column).flops - getattr(answers, column).flops
+        assert more == 3 * prefill(sizes, batch).full
+
+
+def test_a_distilled_step_holds_what_is_planned(routed, tmp_path):
+    """Peak memory of real steps with and without the divergence: they differ as the plan says they do."""
+    peaks, planned = [], []
+    for loss in ("answers", "distill"):
+        more = ("lora.enabled=true", "lora.rank=4", "lora.dropout=0", "train.max_steps=1", f"train.loss={loss}")
+        settings = settings_of(routed, *more)
+        model, processor = load_model(routed)
+        adapted = add_adapters(model, settings).train()
+        arguments = training_arguments(settings, tmp_path, "cpu")
+        trainer = PmodTrainer(train=settings.train, watch=Watch(), model=adapted, args=arguments)
+        documents = SyntheticDocuments(settings.data, 2)
+        inputs = Collator(processor)([documents[index] for index in range(2)])
+
+        def step(trainer=trainer, adapted=adapted, inputs=inputs):
+            trainer.compute_loss(adapted, dict(inputs)).backward()
+            adapted.zero_grad(set_to_none=True)
+
+        step()
+        peaks.append(peak_bytes(step, "cpu"))
+        sizes, vision = Sizes.of(model.config), (inputs["input_ids"] == processor.image_token_id).sum().item() / 2
+        rows = [row_of(sizes, vision, inputs["input_ids"].shape[1])] * 2
+        planned.append(training_memory(sizes, rows, setup_of(settings, 1, False), Routed.of(model.config)).total)
+    assert peaks[1] - peaks[0] == planned[1] - planned[0] > 0

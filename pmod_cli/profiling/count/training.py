@@ -37,6 +37,8 @@ class TrainingSetup:
         frozen_dtype: How frozen weights are held: one of `WEIGHT_BYTES`; nf4 applies to the decoder's layers.
         lora_rank: Rank of adapters on the decoder, whose own weights are frozen then; None trains it whole.
         lora_targets: Linear maps of a layer that have an adapter.
+        distilled: Whether the stock model's logits are learned too: one more forward pass of that model, and one more
+            gradient of the logits.
         accumulation: Forward passes to one optimizer step; above 1 the gradients of the pass before are held.
         engine: What devices share: `ddp` nothing; `zero1` optimizer states, `zero2` gradients too, `zero3` and `fsdp2`
             weights too.
@@ -52,6 +54,7 @@ class TrainingSetup:
     frozen_dtype: str = "float32"
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    distilled: bool = False
     accumulation: int = 1
     engine: str = "ddp"
     devices: int = 1
@@ -81,7 +84,7 @@ class TrainingMemory:
         optimizer: AdamW's two moments in float32.
         gradients: Those that exist at the peak.
         activations: What the backward pass needs and is held at the peak, with the work space around it.
-        logits: Of every position: log-softmax, its gradient and that of the logits.
+        logits: Of every position: log-softmax, its gradient and that of the logits; with distillation, its share too.
     """
 
     weights: int
@@ -101,7 +104,7 @@ class TrainingFlops:
     """FLOPs of one forward and backward pass of one batch.
 
     Args:
-        forward: All parts, lm_head on every position.
+        forward: All parts, lm_head on every position; with distillation, of the teacher too.
         backward: Gradients of what is trained, and of the inputs on the way to it.
         recomputed: What gradient checkpointing computes a second time: the decoder layers, up to the last product whose
             result the backward pass needs; in a plain layer that leaves out the MLP's last one. 0 without it.
@@ -171,8 +174,9 @@ def training_flops(
     elif tower:
         backward += counted.projector
     backward += 2 * counted.tower if tower else 0
+    teacher = prefill(sizes, rows).full if setup.distilled else 0
     return TrainingFlops(
-        forward=counted.full + adapters,
+        forward=counted.full + adapters + teacher,
         backward=backward + 2 * adapters,
         recomputed=counted.matrix + counted.attention_products + adapters - last if setup.checkpointing else 0,
     )
@@ -218,7 +222,8 @@ def training_memory(
     own = 4 * decoder.hidden * decoder.inner if setup.trains("language_model") else 0  # of the MLP's last matrix
     gradients = [head_gradient + own + (decoder.layers - 1 - i) * layer_gradient for i in range(decoder.layers)]
     all_gradients = 4 * _trained(numbers, setup)
-    logits = 3 * 4 * positions * decoder.vocabulary  # log-softmax and two gradients, in float32
+    # Log-softmax and two gradients, in float32; the divergence adds its gradient, zero where nothing is answered.
+    logits = (3 + setup.distilled) * 4 * positions * decoder.vocabulary
 
     # What the layers below hold, and what the layer itself needs beside it: with checkpointing, its inputs, and all.
     stored, again = ([inputs] * decoder.layers, held) if setup.checkpointing else (held, [0] * decoder.layers)

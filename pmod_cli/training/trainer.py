@@ -100,6 +100,9 @@ class PmodTrainer(Trainer):
         llava = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.blank_image = BlankImage(llava)
         self.maskless = maskless(llava)
+        # Qwen-VL says that it does not, and its loss does: each answer token of a step weighs the same in all families,
+        # however the step is cut into forward passes and processes.
+        self.model_accepts_loss_kwargs = True
         llava.config.__dict__.pop("use_cache", None)  # Trainer's mark; a LLaVA reads its decoder's, so see compute_loss
         self.remove_callback(PrinterCallback)  # it prints to stdout
         if logs_to is not None:

@@ -141,6 +141,23 @@ def test_every_batch_reaches_every_trained_parameter(kind, frozen, tmp_path):
         model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_batches_take_the_step_of_one_large_batch(kind, tmp_path):
+    """Rows of few and of many answer tokens: each token weighs the same, whichever pass it is in."""
+    save_stock(tmp_path / "stock", kind)
+    asked = {"role": "user", "content": "which?"}
+    rows = [{"messages": [asked, {"role": "assistant", "content": "red blue " * many}]} for many in (1, 9, 2, 1)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    steps = []
+    for size in (4, 1):
+        more = [f"train.batch_size={size}", "train.global_batch_size=4", "train.max_steps=1", "train.report_to=none"]
+        own = [f"model.name={tmp_path / 'stock'}", "data.kind=llava", f"data.path={tmp_path / 'rows.json'}"]
+        finetune(load_settings(None, [*own, *more, "pmod.enabled=true"]), tmp_path / str(size))
+        lines = map(json.loads, (tmp_path / str(size) / "training_log.jsonl").read_text().splitlines())
+        steps += [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "llava-onevision-7b"])
 def test_a_plan_counts_the_tower_for_the_tokens_that_rows_have(name):
     sizes = Sizes.of(builtin_config(name))

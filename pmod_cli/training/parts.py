@@ -104,9 +104,11 @@ def _above(name: str, used: int | None) -> bool:
 
 
 def count(model: nn.Module) -> dict[str, PartCount]:
-    """Parameters of each part that the model has."""
+    """Parameters of each part that the model has; a module that peft trains whole is counted once."""
     counted: dict[str, PartCount] = {}
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # beside the copy that is trained, peft keeps the module as it was
+            continue
         part = counted.setdefault(part_of(name), PartCount())
         # A 4-bit weight holds two numbers in a byte; DeepSpeed ZeRO-3 leaves an empty one and notes its size.
         number = getattr(parameter, "ds_numel", parameter.numel())

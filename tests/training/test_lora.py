@@ -19,6 +19,7 @@ from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, merge
+from pmod_cli.training.parts import PartCount, count, part_of
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import SyntheticDocuments
@@ -55,6 +56,18 @@ def test_adapters_lie_on_the_decoder_alone_and_routers_and_projector_are_whole(r
     assert sum(".router." in name for name in whole) == 2 * 3
     assert sum("multi_modal_projector" in name for name in whole) == 4
     assert len(whole) == 10
+
+
+def test_parts_that_are_trained_whole_are_counted_once(routed):
+    model, _ = load_model(routed)
+    before = count(model)
+    after = count(add_adapters(model, lora_settings(routed)))
+    for part in ("router", "projector"):  # but for image_newline, which is no module
+        assert after[part].parameters == before[part].parameters
+        assert after[part].trained == sum(
+            value.numel() for name, value in model.named_parameters() if part_of(name) == part and value.requires_grad
+        )
+    assert after["vision_tower"] == PartCount(before["vision_tower"].parameters, 0)
 
 
 def test_a_lora_run_ends_in_a_checkpoint_whose_base_changed_by_low_rank_only(routed, tmp_path, recwarn):

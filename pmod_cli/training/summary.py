@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, TrainerState
 
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.text import GIB, memory_size
+from pmod_cli.families.configs import known_family
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training import folder
 from pmod_cli.training.cost import run_flops, this_device
@@ -26,6 +27,7 @@ class Summary:
     """What a run took, over all its processes and sessions.
 
     Attributes:
+        model: what was trained: p-MoD or stock, and of which family.
         device: what it ran on; of several processes, what the first one did.
         processes: how many shared it.
         device_hours: wall time times processes.
@@ -35,6 +37,7 @@ class Summary:
         utilization: the same as a share of the devices' peak; None where that is not known.
     """
 
+    model: str
     device: str
     processes: int
     device_hours: float
@@ -55,6 +58,7 @@ class Summary:
         peak = this_device(device).flops * count
         rate = flops / max(seconds, 1e-9)
         return cls(
+            model=f"{'p-MoD' if hasattr(config, 'retention') else 'stock'} {known_family(config).title}",
             device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
             processes=count,
             device_hours=seconds * count / 3600,
@@ -165,11 +169,11 @@ def card(settings: Settings, report: FinetuneReport) -> str:
     """The model card of a finished run, as Markdown: what it is, how it was made, what it took."""
     model, summary, data = settings.model, report.summary, settings.data
     start = Path(model.name).name if model.name else f"{model.llm} + {model.vision_tower} + {model.projector or 'new'}"
-    kind = "p-MoD" if "router" in report.parameters else "stock LLaVA"
+    assert summary is not None  # a run that has ended has one
     trained = ", ".join(part.replace("_", " ") for part, numbers in report.parameters.items() if numbers.trained)
     source = "synthetic documents (pmod_cli.data.documents)" if data.path is None else Path(data.path).name
     rows = [
-        ("kind", kind),
+        ("kind", summary.model),
         ("started from", start),
         ("recipe", f"{settings.name}; all settings are in {folder.SETTINGS}"),
         ("data", source),
@@ -178,18 +182,17 @@ def card(settings: Settings, report: FinetuneReport) -> str:
         ("tokens", f"{report.tokens:,}"),
         ("last loss", "" if report.loss is None else f"{report.loss:.4f}"),
     ]
-    if summary is not None:
-        share = "" if summary.utilization is None else f" ({summary.utilization:.1%} of peak)"
-        rows += [
-            ("device", f"{summary.processes} x {summary.device}"),
-            ("device hours", f"{summary.device_hours:.3g}"),
-            ("tokens a second", f"{summary.tokens_per_second:,.0f}"),
-            ("TFLOPs a second", f"{summary.tflops_per_second:.3g}{share}"),
-            ("peak memory", memory_size(summary.peak_memory_gib * GIB)),
-        ]
+    share = "" if summary.utilization is None else f" ({summary.utilization:.1%} of peak)"
+    rows += [
+        ("device", f"{summary.processes} x {summary.device}"),
+        ("device hours", f"{summary.device_hours:.3g}"),
+        ("tokens a second", f"{summary.tokens_per_second:,.0f}"),
+        ("TFLOPs a second", f"{summary.tflops_per_second:.3g}{share}"),
+        ("peak memory", memory_size(summary.peak_memory_gib * GIB)),
+    ]
     parts = [
         f"# {report.path.name}",
-        f"A {kind} model, fine-tuned with `pmod finetune`.",
+        f"A {summary.model} model, fine-tuned with `pmod finetune`.",
         markdown_table(["", ""], rows, words=2),
         f"![training curves]({folder.CURVES})",
         "## Use\n\n```\npmod eval --tasks docvqa,chartqa --model DIR\npmod visualize image.png --model DIR\n```",

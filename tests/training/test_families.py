@@ -15,6 +15,7 @@ from pmod_cli.checkpoints.aliases import builtin_config
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import from_messages
 from pmod_cli.data.dataset import RowEncoder
+from pmod_cli.families.configs import known_family
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.adapters import merge
@@ -78,6 +79,8 @@ def test_a_few_steps_lower_the_loss_and_leave_a_checkpoint(kind, workdir, capsys
     before, _ = load_model(workdir / "stock", dtype="float32")
     assert type(trained).__name__ == f"Pmod{type(before).__name__}"
     assert processor.video_processor is not None
+    family = known_family(trained.config).title
+    assert f"A p-MoD {family} model, fine-tuned" in (workdir / "run" / "README.md").read_text()
     old = dict(before.named_parameters())
     moved = {name for name, value in trained.named_parameters() if name in old and not torch.equal(value, old[name])}
     still = set(old) - moved

@@ -16,7 +16,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.model import PmodSettings, capture_selection
 from pmod_cli.training.cost import run_flops
-from pmod_cli.training.folder import LOG, SETTINGS, STATE
+from pmod_cli.training.folder import CARD, LOG, SETTINGS, STATE
 from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of, repeat_in_backward
 from pmod_cli.training.plan import model_of
 from pmod_cli.training.recipe import load_settings
@@ -140,6 +140,15 @@ def test_tokens_are_counted_once(routed, tmp_path):
     assert report.summary.tokens_per_second * report.seconds == pytest.approx(tokens, rel=0.01)
     flops = run_flops(settings, model.config, 6, tokens, vision)
     assert report.summary.tflops_per_second * report.seconds * 1e12 == pytest.approx(flops, rel=0.01)
+
+
+def test_the_card_names_the_kind_of_model(stock, tmp_path):
+    """A p-MoD model may have no router at all, where another method chooses its tokens."""
+    convert(stock, tmp_path / "routed", PmodSettings(method="fastv", mean=0.6))
+    for source, named in ((stock, "stock LLaVA-NeXT"), (tmp_path / "routed", "p-MoD LLaVA-NeXT")):
+        report = finetune(run_settings(source, max_steps=1), tmp_path / named)
+        assert "router" not in report.parameters
+        assert f"A {named} model, fine-tuned" in (report.path / CARD).read_text()
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ from time import perf_counter, process_time
 
 from pmod_cli import recipe_files
 from pmod_cli.core.atomic import Busy, locked, write_json
-from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError
+from pmod_cli.core.errors import INTERRUPTED, PmodError
 from pmod_cli.core.memory import PeakMemory
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import flatten, load_settings
-from pmod_cli.training.run_settings import Settings, needed
+from pmod_cli.training.run_settings import Settings
 
 CELLS = "cells"
 REFERENCE = "p-mod"  # the recipe that the others of a group change in one thing
@@ -91,7 +91,8 @@ def sweep(
         on_cell: is told of each cell what becomes of it: running, done before, done, failed, taken.
 
     Raises:
-        PmodError: a recipe is wrong, a finished cell has other settings, or the sweep was interrupted.
+        PmodError: a recipe is wrong, a finished cell has other settings, the sweep was interrupted, or disk or memory
+            was full. A run that diverges is a result.
     """
     tell = on_cell or (lambda cell, what: None)
     wanted = prepared(cells, out, overrides, images, device)
@@ -195,11 +196,17 @@ def _spread(values: list[float]) -> dict:
 
 
 def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) -> dict:
-    """Train and score; the result, or with ``failed`` why there is none."""
+    """Train and score; the result, or with ``failed`` why there is none.
+
+    Raises:
+        PmodError: the run was interrupted, or failed for want of disk or memory. That says nothing of the recipe, so
+            the cell is not done.
+    """
     from pmod_cli.checkpoints import load_model
     from pmod_cli.data.documents import TASKS
     from pmod_cli.training.run import finetune
     from pmod_cli.training.teacher_forced import answered
+    from pmod_cli.training.watch import Diverged
 
     wall, cpu, memory, folder = perf_counter(), process_time(), PeakMemory(device), out / "runs" / cell.name
     result = {
@@ -214,9 +221,7 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     }
     try:
         report = finetune(settings, folder, device=device)
-    except PmodError as error:
-        if error.code != RUN_FAILED:
-            raise
+    except Diverged as error:
         return result | {"failed": error.what.partition(":")[0]}
     if report.status == "interrupted":
         raise PmodError(
@@ -239,14 +244,11 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
 
 
 def _mean_retention(settings: Settings) -> float:
-    from pmod_cli.checkpoints import resolve
-    from pmod_cli.model import PmodSettings
+    """Of the model that a cell trains: as its settings say, else as the checkpoint is routed."""
+    from pmod_cli.training.plan import model_of
 
-    if settings.pmod.enabled is False:
-        return 1.0
-    source = resolve(needed(settings.model.name, "model.name")).path
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    return PmodSettings.from_dict(settings.pmod.given).mean_retention(config["text_config"]["num_hidden_layers"])
+    subject, routed, _ = model_of(settings)
+    return subject.pmod.settings.mean_retention(subject.sizes.decoder.layers) if routed else 1.0
 
 
 def _settings(cell: Cell, overrides: Sequence[str]) -> Settings:

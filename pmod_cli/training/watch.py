@@ -28,6 +28,10 @@ from pmod_cli.model.routing import Routing
 from pmod_cli.training.run_data import Counts
 
 
+class Diverged(PmodError):
+    """The loss is not a number: another run with the same settings would end so too."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One finished optimizer step, as it is reported while a run lasts.
@@ -165,7 +169,7 @@ class Watch(TrainerCallback):
         """Tell the other processes, and hear from them.
 
         Raises:
-            PmodError: the loss is not a number. The optimizer has not stepped: checkpoints on disk are good.
+            Diverged: the loss is not a number. The optimizer has not stepped: checkpoints on disk are good.
         """
         if self.retention is not None:
             self.decoder.selection_recorder = None
@@ -181,7 +185,7 @@ class Watch(TrainerCallback):
         state.num_input_tokens_seen += round(counts[0])
         self.tokens += round(counts[0])
         if not math.isfinite(self.last_loss):
-            raise PmodError(
+            raise Diverged(
                 f"the loss is {self.last_loss} at step {state.global_step + 1}: training has diverged. "
                 f"The last good training checkpoint is the newest in {args.output_dir}",
                 hint="lower `train.learning_rate` or `train.router_learning_rate`, or use `model.precision=float32`",

@@ -15,8 +15,7 @@ from pmod_cli.checkpoints import convert, load_model, router_state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.model import PmodSettings, capture_selection
-from pmod_cli.training.cost import run_flops
-from pmod_cli.training.folder import CARD, LOG, SETTINGS, STATE
+from pmod_cli.training.folder import LOG, SETTINGS, STATE
 from pmod_cli.training.parts import PARTS, freeze, parameter_groups, part_of, repeat_in_backward
 from pmod_cli.training.plan import model_of
 from pmod_cli.training.recipe import load_settings
@@ -122,35 +121,6 @@ def test_the_stock_model_trains_on_the_same_data_and_stays_stock(stock, routed, 
         assert of_routed["vision_tokens_kept"] < of_routed["vision_tokens"]
 
 
-COUNTED = ("vision_tokens", "vision_tokens_kept")
-
-
-def test_tokens_are_counted_once(routed, tmp_path):
-    """In the report, the log and the summary, and in the FLOPs that come of them; padding is none."""
-    settings = run_settings(routed)
-    settings.data.turns = None  # rows of several lengths
-    report = finetune(settings, tmp_path / "run")
-    model, processor = load_model(routed)
-    collate, documents = Collator(processor), SyntheticDocuments(settings.data, 6)
-    rows = [collate([documents[index]])["input_ids"] for index in range(6)]
-    tokens, vision = sum(ids.numel() for ids in rows), sum(int((ids == processor.image_token_id).sum()) for ids in rows)
-    lines = log(tmp_path / "run")
-    assert report.tokens == lines[-1]["num_input_tokens_seen"] == tokens
-    assert sum(line["vision_tokens"] for line in lines) == vision
-    assert report.summary.tokens_per_second * report.seconds == pytest.approx(tokens, rel=0.01)
-    flops = run_flops(settings, model.config, 6, tokens, vision)
-    assert report.summary.tflops_per_second * report.seconds * 1e12 == pytest.approx(flops, rel=0.01)
-
-
-def test_the_card_names_the_kind_of_model(stock, tmp_path):
-    """A p-MoD model may have no router at all, where another method chooses its tokens."""
-    convert(stock, tmp_path / "routed", PmodSettings(method="fastv", mean=0.6))
-    for source, named in ((stock, "stock LLaVA-NeXT"), (tmp_path / "routed", "p-MoD LLaVA-NeXT")):
-        report = finetune(run_settings(source, max_steps=1), tmp_path / named)
-        assert "router" not in report.parameters
-        assert f"A {named} model, fine-tuned" in (report.path / CARD).read_text()
-
-
 @pytest.mark.parametrize(
     "stated", [{"quota": "row"}, {"alpha": 0.2, "string": True}, {"target_tokens": "vision_all", "schedule": "cosine"}]
 )
@@ -207,41 +177,6 @@ def test_a_run_that_was_interrupted_ends_where_an_unbroken_one_does(routed, tmp_
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "broken")]
     assert finetune(settings, tmp_path / "broken").status == "already finished"
-
-
-class Killed(Exception):
-    pass
-
-
-def test_what_a_killed_run_counted_is_counted_after_it_too(routed, tmp_path):
-    """Checkpoints lie between the lines of the log: what a run goes on from has the counts of all steps up to it."""
-    settings = run_settings(routed, max_steps=5, log_steps=2, save_steps=3)
-
-    def kill(step):
-        if step.step == 4:
-            raise Killed
-
-    whole = finetune(settings, tmp_path / "whole")
-    with pytest.raises(Killed):
-        finetune(settings, tmp_path / "broken", on_step=kill)
-    broken = finetune(settings, tmp_path / "broken")
-    assert broken.tokens == whole.tokens
-    totals = [[sum(line[key] for line in log(run.path)) for key in COUNTED] for run in (whole, broken)]
-    assert totals[0] == totals[1]
-    assert [line["step"] for line in log(broken.path)] == [2, 3, 4, 5]
-
-
-def test_each_line_has_the_router_weights_of_its_own_step(routed, tmp_path):
-    """Also the last one, where the steps are no multiple of the interval."""
-    for interval in (1, 3):
-        settings = run_settings(routed, max_steps=5, log_steps=interval, router_learning_rate=1e-2)
-        finetune(settings, tmp_path / str(interval))
-    every, third = log(tmp_path / "1"), log(tmp_path / "3")
-    assert [line["step"] for line in third] == [3, 5]
-    for line in third:
-        routers = {key: value for key, value in line.items() if key.startswith("router/")}
-        assert routers
-        assert routers == {key: every[line["step"] - 1][key] for key in routers}
 
 
 def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(routed, tmp_path, monkeypatch):

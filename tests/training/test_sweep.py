@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pmod_cli import recipe_files
-from pmod_cli.checkpoints import load_model, resolve
+from pmod_cli.checkpoints import convert, load_model, resolve
 from pmod_cli.core.atomic import locked
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
@@ -17,7 +17,9 @@ from pmod_cli.data.rendered import IGNORED
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.ablation_sweep import Cell, cells_of, markdown, sweep, table
 from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.sweep_plan import plan_sweep
 from pmod_cli.training.teacher_forced import answered, right_answers
+from pmod_cli.training.trainer import PmodTrainer
 
 QUICK = ["train.max_steps=1", "train.batch_size=2", "model.calibration_images=2"]
 
@@ -164,6 +166,33 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     assert row["status"] == "run"
     assert "the loss is" in markdown(found)
     assert json.loads((tmp_path / "cells" / "norm-none-seed0.json").read_text())["failed"] == row["failed"]["0"]
+
+
+def test_a_full_disk_is_no_result(stock_model, tmp_path, monkeypatch):
+    """The sweep ends with it, and the cell is run when it is repeated."""
+    cell, saved, told = Cell("choice/p-mod", 0), PmodTrainer._save_rng_state, []
+    small = [f"model.name={stock_model()}", "train.max_steps=1", "train.batch_size=1", "model.router_start=zero"]
+
+    def full(self, folder):
+        raise OSError(28, "No space left on device", folder)
+
+    monkeypatch.setattr(PmodTrainer, "_save_rng_state", full)
+    with pytest.raises(PmodError, match="the disk is full"):
+        sweep([cell], tmp_path, overrides=small, images=1)
+    assert table([cell], tmp_path)["rows"][0]["status"] == "not run"
+    monkeypatch.setattr(PmodTrainer, "_save_rng_state", saved)
+    sweep([cell], tmp_path, overrides=small, images=1, on_cell=lambda cell, what: told.append(what))
+    assert told == ["running", "done"]
+
+
+def test_the_retention_of_a_cell_is_that_of_its_model(stock_model, tmp_path):
+    """A p-MoD checkpoint keeps its own routing where a recipe names none."""
+    convert(stock_model("llava_next", "llama"), tmp_path / "routed", PmodSettings(shift=0.6))
+    small = [f"model.name={tmp_path / 'routed'}", "train.max_steps=1", "train.batch_size=1", "model.router_start=zero"]
+    cell = Cell("choice/p-mod", 0)
+    found = sweep([cell], tmp_path / "sweep", overrides=small, images=1)["rows"][0]["mean_retention"]
+    planned = plan_sweep([cell], tmp_path / "sweep", overrides=small, images=1)["rows"][0]["mean_retention"]
+    assert found == planned == load_model(tmp_path / "routed")[0].config.settings.mean_retention(4) > 0.6
 
 
 def test_mean_and_spread_are_over_seeds(tmp_path):

@@ -57,6 +57,9 @@ _data = common.option_under("Data")
 _processes = common.option_under("Several GPUs and machines")
 MERGING = {"merge", "model", "as_json", "quiet", "shown", "offline", "help"}
 """What `--merge` reads."""
+SWEEPING = {"sweep", "seeds", "model", "out", "overrides", "max_steps", "batch_size", "learning_rate", "report_to"}
+SWEEPING |= {"on_bad_row", "device", "dtype", "dry_run", "as_json", "quiet", "shown", "offline", "help"}
+"""What `--sweep` reads; it runs each recipe in one process, and scores it on the bundled tasks."""
 _planning = common.option_under("Planning (--dry-run)")
 
 
@@ -182,8 +185,6 @@ def finetune(
     }
     flags = {key: (SETTINGS[key], value) for key, value in given.items()}
     if sweep:
-        if seed is not None:
-            raise PmodError("--seed: a sweep runs several seeds", hint="say how many with --seeds")
         require("train", "accelerate", "peft")
         run_sweep(
             sweep,
@@ -285,13 +286,17 @@ def finetune(
 def _check_used(context: typer.Context, *, dry_run: bool, sweep: bool, merge: bool) -> None:
     """Raises PmodError at an option that this call would ignore."""
     refuse = partial(common.refuse_ignored, context, command="finetune")
+    names = {parameter.name or "" for parameter in context.command.params}
     if merge:
-        names = {parameter.name or "" for parameter in context.command.params}
         refuse(sorted(names - MERGING), place="a training run, and --merge ends one")
     if not dry_run or sweep:
         refuse(("gpu", "utilization"), place="--dry-run of one recipe")
     if not sweep:
         refuse(("seeds",), place="--sweep")
+        return
+    if context.params["seed"] is not None:
+        raise PmodError("--seed: a sweep runs several seeds", hint="say how many with --seeds")
+    refuse(sorted(names - SWEEPING), place="a run of one recipe")
 
 
 def _check_data(settings: Settings, folder: Path, as_json: bool) -> None:

@@ -149,6 +149,23 @@ def test_print_config_is_a_recipe(workdir, capsys):
         (["--merge", "lo", "-o", "elsewhere"], ["--out belongs to a training run"]),
         (["tiny", "--merge", "lo"], ["[RECIPE] belongs to a training run"]),
         (["--sweep", "choice", "--dry-run", "--gpu", "h100"], ["--gpu belongs to --dry-run of one recipe"]),
+        (["--sweep", "choice", "--seed", "1"], ["--seed: a sweep runs several seeds"]),
+        (["tiny", "--sweep", "choice"], ["[RECIPE] belongs to a run of one recipe: here it would change nothing"]),
+        *(
+            (["--sweep", "choice/held-1", "--dry-run", *words], [f"{words[0]} belongs to a run of one recipe"])
+            for words in (
+                ["--recipe", "lora"],
+                ["--eval", "tiny"],
+                ["--eval-limit", "3"],
+                ["--num-processes", "4"],
+                ["--engine", "zero3"],
+                ["--machine-rank", "1"],
+                ["--check-data"],
+                ["--print-config"],
+                ["--overwrite"],
+                ["--no-resume"],
+            )
+        ),
     ],
 )
 def test_bad_input_is_a_sentence(workdir, capsys, words, parts):

@@ -8,6 +8,7 @@ makes of them: ``pixel_values`` float32 (images, [tiles,] 3, side, side) of a LL
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -219,8 +220,10 @@ class Rows(Dataset):
         self.source, self.encoder = source, encoder
         self.skip_bad, self.skipped = skip_bad, skipped
         self.lengths = source.lengths
-        self._noted: set[int] = set()
-        # Shared memory, since rows are read in DataLoader workers: one line of (skipped, cut, without labels) each.
+        self._listed = _rows_in(skipped)  # by the processes that an interrupted run had before
+        # Shared memory, since rows are read in DataLoader workers, others in each epoch: which rows were left out, and
+        # one line of (skipped, cut, without labels) for each worker.
+        self._left_out = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self._counts = torch.zeros(SLOTS, 3, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -269,11 +272,11 @@ class Rows(Dataset):
         return dict(zip(("skipped", "cut", "without_labels"), self._counts.sum(dim=0).tolist(), strict=True))
 
     def _note(self, row: int, fault: BadRow) -> None:
-        if row in self._noted:
+        if self._left_out[row]:
             return
-        self._noted.add(row)
+        self._left_out[row] = True
         self._count(0, True)
-        if self.skipped is not None:
+        if self.skipped is not None and row not in self._listed:
             with open(self.skipped, "a", encoding="utf-8") as file:  # one short write: lines of workers do not mix
                 noted = {"row": row, "id": self.source.id_of(row), "file": self.source.name, "reason": fault.what}
                 file.write(json.dumps(noted) + "\n")
@@ -282,3 +285,13 @@ class Rows(Dataset):
         if happened:
             worker = get_worker_info()
             self._counts[(worker.id + 1) % SLOTS if worker else 0, column] += 1
+
+
+def _rows_in(skipped: Path | None) -> set[int]:
+    """Numbers of the rows that a file of left-out rows names; a killed process may have left half a line."""
+    found = set()
+    if skipped is not None and skipped.is_file():
+        for line in skipped.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                found.add(json.loads(line)["row"])
+    return found

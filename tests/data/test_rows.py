@@ -321,6 +321,22 @@ def test_bad_rows_are_skipped_and_written_down(tmp_path, pictures, workers):
     assert data.counts()["skipped"] >= 3
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_is_left_out_once(tmp_path, pictures, workers):
+    """Whichever worker meets it, in whichever epoch; and where a run goes on, it is in the list already."""
+    rows = [said(image="a.png") for _ in range(8)]
+    rows[3] = said(image="none.png")
+    path, skipped = write(tmp_path / "rows.json", rows), tmp_path / "skipped.jsonl"
+    for _ in range(2):  # the run, and the same run again
+        data = build_dataset(settings(path, pictures, on_bad_row="skip"), processor_of("vicuna_v1"), skipped=skipped)
+        loader = DataLoader(data, batch_size=2, num_workers=workers, collate_fn=Collator(data.encoder.processor))
+        for _ in range(2):
+            assert len(list(loader)) == 4
+        assert data.counts()["skipped"] == 1
+        skipped.write_text(skipped.read_text() + '{"row": 4')  # as a killed process may leave it
+    assert [json.loads(line)["row"] for line in skipped.read_text().splitlines() if line.endswith("}")] == [3]
+
+
 def test_an_error_in_a_worker_is_one_sentence(tmp_path, pictures):
     path = write(tmp_path / "rows.json", [said(), said(image="none.png")])
     data = build_dataset(settings(path, pictures), processor_of("vicuna_v1"))

@@ -179,7 +179,8 @@ def refuse_ignored(context: typer.Context, names: Iterable[str], place: str, com
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             given = next(each for each in context.command.params if each.name == name)
-            called = given.opts[0] if given.opts[0].startswith("-") else getattr(given, "metavar", None) or name
+            typed = given.secondary_opts if context.params.get(name) is False and given.secondary_opts else given.opts
+            called = typed[0] if typed[0].startswith("-") else getattr(given, "metavar", None) or name
             raise PmodError(
                 f"{called} belongs to {place}: here it would change nothing",
                 hint=f"leave it out, or see pmod {command} --help",

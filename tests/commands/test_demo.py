@@ -30,7 +30,7 @@ def test_demo_runs_all_verbs_and_goes_on(pmod, workdir):
     assert "done before:" not in third.stderr  # scores and pictures would be of the model that is gone
     made = json.loads((workdir / "all" / "p-mod" / "calibration.json").read_text())
     assert made["asked_for"]["samples"] == 12
-    weights = json.loads((workdir / "all" / "eval" / "results.json").read_text())["models"]["all/p-mod"]
+    weights = json.loads((workdir / "all" / "eval" / "results.json").read_text())["models"]["p-mod"]
     assert weights["weights_sha256"] == weights_sha256(workdir / "all" / "p-mod")
 
 

@@ -178,14 +178,12 @@ def _finished(report: ConversionReport, plan: ConversionPlan, target: Path) -> C
             f"{target} exists and was made otherwise: {', '.join(changed)} differ",
             hint="replace it with `overwrite=True`, or choose another folder with `out`",
         )
-    names = [*report.linked, *report.symlinked, *report.copied, *report.streamed]
-    of_source = {name: path.stat().st_size for name, path in plan.weights.unchanged.items()}
-    for name in names:
-        path = target / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None or size != of_source.get(name, size):
-            lacking = "is not there" if size is None else f"has {size:,} bytes, and its source {of_source[name]:,}"
-            raise PmodError(f"{path} {lacking}: the folder is not whole", hint="write it again with `overwrite=True`")
+    try:
+        files.read_tensors(target)  # headers alone
+    except PmodError as error:
+        raise PmodError(
+            f"{target} is not whole any more: {error.what}", hint="write it again with `overwrite=True`"
+        ) from error
     report = replace(report, notes=[*report.notes, f"{target} was there already, made the same way: kept"])
     return replace(report, verified=verify(plan, target)) if plan.options.verify else report
 

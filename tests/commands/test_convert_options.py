@@ -185,10 +185,11 @@ def test_overwrite_and_resume_contradict_each_other(stock_model, workdir, capsys
     assert not list(workdir.iterdir())
 
 
+@pytest.mark.parametrize("routers", [False, True])
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_folder_that_is_not_whole_is_not_kept(stock_model, workdir, capsys, damage):
+def test_a_folder_that_is_not_whole_is_not_kept(stock_model, workdir, capsys, damage, routers):
     assert main(["convert", str(stock_model()), "-o", "out", "--copy", "-q"]) == 0
-    weights = next(path for path in Path("out").glob("*.safetensors") if "routers" not in path.name)
+    weights = next(path for path in Path("out").glob("*.safetensors") if ("routers" in path.name) == routers)
     Path(".pmod/current").unlink()
     if damage == "gone":
         weights.unlink()

@@ -12,10 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pmod_cli.checkpoints import convert
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import draw, seed_of
-from pmod_cli.model import PmodSettings
 from pmod_cli.training import folder
 from pmod_cli.training.launch import Distributed, launch, launcher_arguments
 from pmod_cli.training.recipe import load_settings
@@ -41,13 +39,6 @@ def rows(tmp_path_factory):
         written.append(row)
     (place / "rows.json").write_text(json.dumps(written))
     return place
-
-
-@pytest.fixture(scope="module")
-def routed(stock_model, tmp_path_factory):
-    target = tmp_path_factory.mktemp("routed") / "model"
-    convert(stock_model("llava_next", "llama"), target, PmodSettings())
-    return target
 
 
 def settings_for(model, rows, *overrides):

@@ -27,19 +27,6 @@ from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
 
 
-@pytest.fixture(scope="module")
-def stock(stock_model) -> Path:
-    return stock_model("llava_next", "llama")
-
-
-@pytest.fixture(scope="module")
-def routed(stock, tmp_path_factory) -> Path:
-    """A p-MoD checkpoint whose 4 layers keep 1, 0.75, 0.25 and 0.15 of the vision tokens."""
-    target = tmp_path_factory.mktemp("routed") / "model"
-    convert(stock, target, PmodSettings())
-    return target
-
-
 def run_settings(model: Path, **train) -> Settings:
     """Three constant-rate steps of two images, and what the test changes."""
     settings = load_settings(None, [f"model.name={model}", "data.turns=1", "train.max_steps=3", "train.report_to=none"])

@@ -9,12 +9,12 @@ from pmod_cli.training.cost import run_flops
 from pmod_cli.training.folder import CARD
 from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import SyntheticDocuments
-from tests.training.test_finetune import log, routed, run_settings, stock  # noqa: F401 - two are fixtures
+from tests.training.test_finetune import log, run_settings
 
 COUNTED = ("vision_tokens", "vision_tokens_kept")
 
 
-def test_tokens_are_counted_once(routed, tmp_path):  # noqa: F811
+def test_tokens_are_counted_once(routed, tmp_path):
     """In the report, the log and the summary, and in the FLOPs that come of them; padding is none."""
     settings = run_settings(routed)
     settings.data.turns = None  # rows of several lengths
@@ -35,7 +35,7 @@ class Killed(Exception):
     pass
 
 
-def test_what_a_killed_run_counted_is_counted_after_it_too(routed, tmp_path):  # noqa: F811
+def test_what_a_killed_run_counted_is_counted_after_it_too(routed, tmp_path):
     """Checkpoints lie between the lines of the log: what a run goes on from has the counts of all steps up to it."""
     settings = run_settings(routed, max_steps=5, log_steps=2, save_steps=3)
 
@@ -53,7 +53,7 @@ def test_what_a_killed_run_counted_is_counted_after_it_too(routed, tmp_path):  #
     assert [line["step"] for line in log(broken.path)] == [2, 3, 4, 5]
 
 
-def test_each_line_has_the_router_weights_of_its_own_step(routed, tmp_path):  # noqa: F811
+def test_each_line_has_the_router_weights_of_its_own_step(routed, tmp_path):
     """Also the last one, where the steps are no multiple of the interval."""
     for interval in (1, 3):
         settings = run_settings(routed, max_steps=5, log_steps=interval, router_learning_rate=1e-2)
@@ -66,7 +66,7 @@ def test_each_line_has_the_router_weights_of_its_own_step(routed, tmp_path):  # 
         assert routers == {key: every[line["step"] - 1][key] for key in routers}
 
 
-def test_the_card_names_the_kind_of_model(stock, tmp_path):  # noqa: F811
+def test_the_card_names_the_kind_of_model(stock, tmp_path):
     """A p-MoD model may have no router at all, where another method chooses its tokens."""
     convert(stock, tmp_path / "routed", PmodSettings(method="fastv", mean=0.6))
     for source, named in ((stock, "stock LLaVA-NeXT"), (tmp_path / "routed", "p-MoD LLaVA-NeXT")):

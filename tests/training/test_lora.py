@@ -11,7 +11,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from pmod_cli.checkpoints import convert, load_model, load_processor, router_state
+from pmod_cli.checkpoints import load_model, load_processor, router_state
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import from_messages
@@ -25,13 +25,6 @@ from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import SyntheticDocuments
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
-
-
-@pytest.fixture(scope="module")
-def routed(stock_model, tmp_path_factory):
-    target = tmp_path_factory.mktemp("routed") / "model"
-    convert(stock_model("llava_next", "llama"), target, PmodSettings())
-    return target
 
 
 def lora_settings(model, *overrides):

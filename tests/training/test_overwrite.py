@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli.checkpoints import convert
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import held, staging_of
 from pmod_cli.core.markers import MARKER
-from pmod_cli.model import PmodSettings
 from pmod_cli.training.folder import SETTINGS, STATE
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
-
-
-@pytest.fixture(scope="module")
-def routed(stock_model, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("routed") / "model"
-    convert(stock_model("llava_next", "llama"), target, PmodSettings())
-    return target
 
 
 def settings_of(model: Path, *overrides: str):

@@ -6,11 +6,10 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
-from pmod_cli.checkpoints import convert, load_model, load_processor, resolve
+from pmod_cli.checkpoints import load_model, load_processor, resolve
 from pmod_cli.data.collator import Collator
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.families.sizes import Sizes
-from pmod_cli.model import PmodSettings
 from pmod_cli.profiling.count.formulas import prefill
 from pmod_cli.profiling.count.training import training_memory
 from pmod_cli.profiling.count.workload import Routed
@@ -24,13 +23,6 @@ from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import Counting, SyntheticDocuments
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
-
-
-@pytest.fixture(scope="module")
-def routed(stock_model, tmp_path_factory):
-    target = tmp_path_factory.mktemp("routed") / "model"
-    convert(stock_model("llava_next", "llama"), target, PmodSettings())
-    return target
 
 
 def settings_of(model, *more):

@@ -155,7 +155,9 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
             row["questions"] = {task: asked for task, (_, asked) in good[0]["answered"].items()}
             row["score_percent"] = {task: _spread([score[task] for score in scores]) for task in scores[0]}
             row["mean_score_percent"] = _spread([mean(score.values()) for score in scores])
-            row["cpu_seconds"] = round(mean(result["cpu_seconds"] for result in good), 1)
+            # A cell that was interrupted cannot tell what its earlier processes took.
+            spent = [result["cpu_seconds"] for result in good if result["cpu_seconds"] is not None]
+            row["cpu_seconds"] = round(mean(spent), 1) if spent else None
             # A cell of an earlier version says neither, and not every system tells the memory.
             row["steps"] = good[0].get("steps")
             row["peak_memory_mib"] = max(r.get("peak_memory_mib") or 0 for r in good) or None
@@ -209,6 +211,7 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     from pmod_cli.training.watch import Diverged
 
     wall, cpu, memory, folder = perf_counter(), process_time(), PeakMemory(device), out / "runs" / cell.name
+    goes_on = folder.exists()
     result = {
         "schema_version": 1,
         "recipe": cell.recipe,
@@ -236,8 +239,8 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     scores = answered(model, processor, TASKS, images)
     spent = {
         "steps": report.step,
-        "wall_seconds": round(perf_counter() - wall, 1),
-        "cpu_seconds": round(process_time() - cpu, 1),
+        "wall_seconds": None if goes_on else round(perf_counter() - wall, 1),
+        "cpu_seconds": None if goes_on else round(process_time() - cpu, 1),
         "peak_memory_mib": (peak := memory.mib()) and round(peak, 1),
     }
     return result | {"loss": report.loss, "answered": {task: list(score) for task, score in scores.items()}} | spent

@@ -99,8 +99,11 @@ def _run(
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
         data = open_data(settings, load_processor(source), out)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
-    if folder.is_finished(out, settings):
+    trained = folder.is_finished(out, settings) or (settings.lora.enabled and folder.adapter_of(out) is not None)
+    if trained:
         if PartialState().is_main_process:
+            if not folder.is_finished(out, settings):
+                fold(out)  # it was left apart, or the process died before it was merged
             folder.close_run(out)  # the start of a run that has nothing to do
             opened.put_in_place()
         PartialState().wait_for_everyone()
@@ -123,7 +126,8 @@ def _run(
     parameters = count(model)
     try:
         with watch.signals():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if not trainer.is_trained(checkpoint):
+                trainer.train(resume_from_checkpoint=checkpoint)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         raise _out_of_memory(error, settings) or error from None
     state = trainer.state

@@ -16,9 +16,9 @@ from pmod_cli.profiling.count.training import PARTS
 OF_ROWS = ("path", "images", "template", "max_length", "video_fps", "video_frames", "on_bad_row", "group_by_modality")
 
 
-def at_least(minimum: float, default: float | None) -> Any:
-    """A number field that may not be below ``minimum``."""
-    return field(default=default, metadata={"min": minimum})
+def at_least(minimum: float, default: float | None, *, below: float | None = None) -> Any:
+    """A number field that may not be below ``minimum``, nor reach ``below``."""
+    return field(default=default, metadata={"min": minimum, "below": below})
 
 
 def one_of(names: Iterable[str], default: str | None) -> Any:
@@ -143,7 +143,7 @@ class LoraArgs:
     enabled: bool = False
     rank: int = at_least(1, 128)
     alpha: float = at_least(0, 256.0)
-    dropout: float = at_least(0, 0.05)
+    dropout: float = at_least(0, 0.05, below=1)
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -235,7 +235,7 @@ class TrainArgs:
     lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_steps: float = at_least(0, 0.03)
     weight_decay: float = at_least(0, 0.0)
-    adam_beta2: float = at_least(0, 0.999)
+    adam_beta2: float = at_least(0, 0.999, below=1)
     max_grad_norm: float = at_least(0, 1.0)
     tf32: bool = True
     seed: int = at_least(0, 0)
@@ -312,6 +312,8 @@ class Settings:
             found.append("train.loss: distill learns from the weights without adapters; expected lora.enabled: true")
         if self.lora.enabled and "language_model" in model.freeze:
             found.append("lora.enabled: the language model is in model.freeze, nothing would be adapted")
+        if self.lora.enabled and not self.lora.targets:
+            found.append("lora.targets: expected at least one linear map, got none")
         if self.eval and self.lora.enabled and not self.lora.merge:
             found.append("eval: an adapter that is not merged cannot be scored; expected lora.merge: true with it")
         if model.quantize != "none" and not self.lora.enabled:
@@ -323,6 +325,8 @@ class Settings:
             found.append(
                 f"data.{', data.'.join(unread)}: synthetic documents are drawn; expected data.kind llava or hub"
             )
+        if data.kind == "synthetic" and not data.tasks:
+            found.append("data.tasks: expected at least one kind of document, got none")
         if data.kind != "synthetic" and data.path is None:
             found.append(f"data.path: expected the file or data set of data.kind {data.kind}")
         if train.global_batch_size is not None and train.gradient_accumulation != 1:

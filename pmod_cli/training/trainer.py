@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn, zeros
 from torch import tensor as as_tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import is_torch_tf32_available
 
@@ -120,6 +121,20 @@ class PmodTrainer(Trainer):
             groups = parameter_groups(model, self.train_args, self.get_decay_parameter_names(model))
             self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    def is_trained(self, checkpoint: str | None) -> bool:
+        """Whether a checkpoint is of the last step, so that its process died later. Then the state is taken from it.
+
+        Trainer's own loop takes a step more before it looks.
+        """
+        if checkpoint is None:
+            return False
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if state.global_step < self.args.max_steps:
+            return False
+        self.state = state
+        self.watch.on_train_begin(self.args, state, self.control)
+        return True
 
     def _get_train_sampler(
         self, train_dataset: torch.utils.data.Dataset | None = None

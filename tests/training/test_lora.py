@@ -193,6 +193,21 @@ def test_an_interrupted_lora_run_ends_where_an_unbroken_one_does(stock_model, tm
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+def test_an_adapter_that_was_left_apart_is_merged_by_the_same_run_without_a_step(routed, tmp_path):
+    settings = lora_settings(routed, "lora.merge=false")
+    finetune(settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    settings.lora.merge, seen = True, []
+    assert finetune(settings, tmp_path / "run", on_step=seen.append).status == "already finished"
+    assert not seen
+    assert router_state(tmp_path / "run") == "trained"
+    assert not (tmp_path / "run" / folder.STATE).exists()
+    finetune(settings, tmp_path / "whole")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_beside_a_tower_that_is_trained_each_trained_parameter_gets_a_gradient(routed, tmp_path):
     """Several processes wait for each that they expect; what lies above the features that are taken never has one."""
     settings = lora_settings(routed, "model.freeze=[]")

@@ -93,6 +93,9 @@ def test_every_fault_is_reported_with_its_place_and_the_nearest_name(tmp_path):
         ("nonsense.at.all=1", "unknown key nonsense.at.all"),
         ("train.max_steps.x=1", "unknown key train.max_steps.x"),
         ("train.seed=[", "not YAML"),
+        ("lora.dropout=1.5", "lora.dropout: expected less than 1, got 1.5"),
+        ("train.adam_beta2=1.0", "train.adam_beta2: expected less than 1, got 1.0"),
+        ("data.tasks=[]", "data.tasks: expected at least one kind of document"),
     ],
 )
 def test_bad_values_are_refused(override, part):
@@ -191,6 +194,11 @@ def test_a_global_batch_is_the_same_on_any_number_of_devices():
     assert [settings.steps(330, processes) for processes in (1, 2, 8)] == [22] * 3
     with pytest.raises(ValueError, match="no multiple of 4 rows x 3 processes"):
         settings.accumulation(3)
+
+
+def test_adapters_of_no_map_are_refused():
+    with pytest.raises(PmodError, match=r"lora\.targets: expected at least one linear map, got none"):
+        load_settings(None, ["lora.enabled=true", "lora.targets=[]"])
 
 
 def test_a_run_without_a_model_is_a_sentence():

@@ -108,6 +108,30 @@ def test_a_run_goes_on_from_the_checkpoint_before(routed, tmp_path, whole_run):
     assert all(torch.equal(whole_run[name], other[name]) for name in whole_run)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_process_that_dies_after_the_last_step_leaves_no_step_to_be_done_again(routed, tmp_path, monkeypatch, lora):
+    """Three steps of two images, of 20: an epoch's end would hide it."""
+    settings = run_settings(routed, max_steps=3)
+    settings.data.rows, settings.lora.enabled, settings.lora.rank = 20, lora, 4
+    whole = finetune(settings, tmp_path / "whole")
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pmod_cli.training.run.publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, tmp_path / "run")
+    seen = []
+    report = finetune(settings, tmp_path / "run", on_step=seen.append)
+    assert (report.status, report.step, seen) == ("finished", 3, [])
+    assert (report.loss, report.tokens) == (whole.loss, whole.tokens)
+    assert report.seconds > 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "run" / STATE).exists()
+
+
 def test_no_whole_checkpoint_is_a_sentence(routed, tmp_path):
     settings = run_settings(routed, max_steps=4)
     state = interrupted(settings, tmp_path / "run", 2)

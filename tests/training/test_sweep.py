@@ -113,6 +113,7 @@ def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
 
     told.clear()
     before = (tmp_path / "cells" / "p-mod-seed0.json").read_bytes()
+    (tmp_path / "runs" / "selection-uniform-seed0").mkdir()  # as of a process that was killed
     found = sweep(
         cells[:2], tmp_path, overrides=QUICK, images=4, on_cell=lambda cell, what: told.append((cell.name, what))
     )
@@ -122,6 +123,7 @@ def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
     ]
     assert (tmp_path / "cells" / "p-mod-seed0.json").read_bytes() == before
     assert not list((tmp_path / "runs").iterdir())  # a scored run is removed
+    assert found["rows"][1]["cpu_seconds"] is None  # what that one took is not known
     row = found["rows"][0]
     assert set(row["score_percent"]) == set(TASKS)
     assert row["mean_score_percent"]["spread"] is None

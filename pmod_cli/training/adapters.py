@@ -19,7 +19,7 @@ from pmod_cli.training.parts import freeze, modules_of
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.resume import SOURCE, check_adapter, newest_whole
 from pmod_cli.training.run_settings import Settings
-from pmod_cli.training.start import hold_selection, starting_checkpoint
+from pmod_cli.training.start import hold_routing, starting_checkpoint
 
 
 def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | None = None) -> PeftModel:
@@ -97,9 +97,7 @@ def fold(out: Path, *, name: str | None = None) -> str:
         with _quiet():
             adapted = PeftModel.from_pretrained(model, adapter)
         merged = adapted.merge_and_unload().to(model.dtype)
-        hold_selection(merged.config, settings)
-        if hasattr(merged.config, "router_state"):
-            merged.config.router_state = "trained"
+        hold_routing(merged.config, settings)
         with publishing(out) as staging:
             merged.save_pretrained(staging)
             padding_processor(processor).save_pretrained(staging)  # as it was trained

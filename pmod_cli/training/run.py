@@ -24,7 +24,7 @@ from pmod_cli.training.preflight import check_requirements, check_settings
 from pmod_cli.training.resume import hold_source, set_damaged_aside
 from pmod_cli.training.run_data import Counting, Data, open_data
 from pmod_cli.training.run_settings import Settings, processes
-from pmod_cli.training.start import hold_selection, source_of, starting_checkpoint
+from pmod_cli.training.start import hold_routing, source_of, starting_checkpoint
 from pmod_cli.training.summary import FinetuneReport, Summary, write_reports
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Step, Watch
@@ -170,11 +170,9 @@ def _model(settings: Settings, source: Path, checkpoint: Path | None, data: Data
         if not quantized:
             model.to(device)
         STARTS[settings.model.router_start](model, calibration_batches(data, settings.model.calibration_images, device))
+    hold_routing(model.config, settings)
     if hasattr(model, "set_selection"):
-        hold_selection(model.config, settings)
         model.set_selection(model.config.settings.selection, seed=settings.train.seed)
-    if hasattr(model.config, "router_state"):
-        model.config.router_state = "trained"
     if settings.model.liger_kernel:
         use_liger(model)
     if lora:

@@ -90,10 +90,18 @@ def starting_checkpoint(settings: Settings, converted: Path) -> Path:
     return converted
 
 
-def hold_selection(config: "PretrainedConfig", settings: Settings) -> None:
-    """Write the selection that a run trains with into the model's own settings: its result keeps it."""
-    if settings.pmod.selection is not None and hasattr(config, "settings"):
+def hold_routing(config: "PretrainedConfig", settings: Settings) -> None:
+    """Write into a p-MoD model's own settings what its result keeps: the selection, and that its routers are trained.
+
+    Routers that are frozen at zero stay untrained: every token ties, and commands say so.
+    """
+    if not hasattr(config, "settings"):
+        return
+    if settings.pmod.selection is not None:
         config.pmod = replace(config.settings, selection=settings.pmod.selection).to_dict()
+    frozen = settings.model.router_start == "zero" and "router" in settings.model.freeze
+    if not (frozen and config.router_state == "untrained"):
+        config.router_state = "trained"
 
 
 def processor_of(settings: Settings) -> "ProcessorMixin":

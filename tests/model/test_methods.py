@@ -81,6 +81,18 @@ def test_what_holds_for_every_method(variant, kind, side):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_in_front_changes_no_choice(variant):
+    """Without positions a row stands at the far end of its batch, which rotary attention does not mind."""
+    model, inputs = pmod_model(pmod=VARIANTS[variant]), batch("llava_next", ROWS, "left")
+    _, record = captured(model, inputs)
+    for row in range(len(ROWS)):
+        real = inputs["attention_mask"][row].bool()
+        _, alone = captured(model, single(inputs, row, IMAGES[row]))
+        for layer, selected in alone.layers.items():
+            assert torch.equal(record.layers[layer].kept[row][real], selected.kept[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_decode_equals_recompute(variant):
     """One token, then three at once, on a padded batch of several images; the choice is that of the prompt."""
     model = pmod_model(pmod=VARIANTS[variant])

@@ -239,6 +239,13 @@ def test_routers_that_are_fitted_and_frozen_are_in_the_result(routed, tmp_path):
     assert all(torch.equal(adapted[name], full[name]) for name in routers)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_routers_that_are_frozen_at_zero_stay_untrained(routed, tmp_path, lora):
+    overrides = ["model.freeze=[vision_tower, router]", f"lora.enabled={lora}", "train.max_steps=1"]
+    finetune(lora_settings(routed, *overrides), tmp_path / "run")
+    assert router_state(tmp_path / "run") == "untrained"
+
+
 def test_merging_what_is_no_lora_run(routed, tmp_path):
     with pytest.raises(PmodError, match="is not a run"):
         merge(tmp_path)

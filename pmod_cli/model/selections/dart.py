@@ -31,7 +31,7 @@ class DartSelection(Selection):
     def scores(self, hidden_states: Tensor, routing: Routing, layer: nn.Module) -> Tensor:
         """Above 16 for pivots, 0 ... 16 for what they take, the earlier pivot above the later, else -1, `(B, N)`."""
         normed = layer.input_layernorm(hidden_states)
-        keys = heads(layer.self_attn, normed, "k", routing.position_embeddings)
+        keys = heads(layer.self_attn, normed, "k", _from_first_token(routing))
         norms = keys.to(torch.promote_types(keys.dtype, torch.float32)).abs().sum(dim=(1, 3))  # (B, N)
         places = torch.arange(norms.shape[1], device=norms.device)
         free = routing.target & routing.alive
@@ -57,6 +57,20 @@ class DartSelection(Selection):
             scores = torch.where(takes, 2 * (pivots.shape[1] - pivot) - 2 + unlike[:, pivot].clamp(0, 1.99), scores)
             free = free & ~takes
         return scores
+
+
+def _from_first_token(routing: Routing) -> tuple[Tensor, Tensor]:
+    """Rotary tables of the distances to the first real token of each row, `(B, N, d)` each.
+
+    Norms of turned keys depend on where a row begins: padding in front of it would change its pivots.
+    """
+    tables = routing.position_embeddings
+    assert tables is not None  # the layer that is about to choose has given them
+    start = (routing.rank_base > -torch.inf).byte().argmax(dim=1)[:, None, None]  # the first of the largest
+    cosines, sines = (table.expand(len(start), -1, -1) for table in tables)
+    first, turned = (table.gather(1, start.expand(-1, -1, table.shape[-1])) for table in (cosines, sines))
+    length = first.square() + turned.square()  # above 1 where a rotary embedding also scales
+    return (cosines * first + sines * turned) / length, (sines * first - cosines * turned) / length
 
 
 def _largest(norms: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:

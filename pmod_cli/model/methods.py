@@ -41,9 +41,9 @@ def cost_of_distances(sizes: Any, tokens: int, vision: int, kept: int) -> int:
 
 
 def cost_of_pivots(sizes: Any, tokens: int, vision: int, kept: int) -> int:
-    """What DART costs: the keys of all tokens, and the similarity of eight pivots to all vision tokens."""
+    """What DART costs: the keys of all tokens, and the similarity of eight pivots to each."""
     decoder = sizes.decoder
-    return 2 * (tokens * decoder.hidden * decoder.kv_heads * decoder.head_size + 8 * vision * decoder.hidden)
+    return 2 * (tokens * decoder.hidden * decoder.kv_heads * decoder.head_size + 8 * tokens * decoder.hidden)
 
 
 def cost_in_tower(sizes: Any, tokens: int, vision: int, kept: int) -> int:

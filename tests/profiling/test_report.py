@@ -84,6 +84,7 @@ def _prefill(
         ("llava_next", "mistral", {"schedule": "constant", "mean": 0.4}),
         ("llava_next", "qwen2", {"target_tokens": "vision_hr"}),
         ("llava", "llama", {"method": "shortv", "mean": 0.5}),  # skipped tokens stay in the cache
+        *(("llava", "llama", {"selection": name}) for name in ("dart", "divprune", "uniform")),
     ],
 )
 def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, settings: dict) -> None:
@@ -108,7 +109,12 @@ def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, setti
 
 @pytest.mark.parametrize(
     ("settings", "selects"),
-    [({}, False), ({"before": "divprune:0.6"}, True), ({"method": "fastv", "mean": 0.5}, True)],
+    [
+        ({}, False),
+        ({"before": "divprune:0.6"}, True),
+        ({"method": "fastv", "mean": 0.5}, True),
+        ({"selection": "attention"}, True),
+    ],
 )
 def test_parts_add_up_to_the_whole_whatever_ranks_the_tokens(settings: dict, selects: bool) -> None:
     result = profile(_subject("llava_next", "llama", **settings), Workload())

@@ -195,7 +195,7 @@ class Routed:
             settings.target_tokens,
             settings.routed(layers),
             [at == layer for layer, at in enumerate(chosen_at)],
-            METHODS[settings.method].cost,
+            _ranking(settings),
             settings.keep_keys,
             settings.quota == "per_image",
             before,
@@ -216,6 +216,14 @@ class Routed:
     def mean_retention(self) -> float:
         """Share of the vision tokens that a layer processes, mean over the layers."""
         return self.before * sum(self.retention) / len(self.retention)
+
+
+def _ranking(settings: PmodSettings) -> Cost | None:
+    """What a choice costs: that of the method, or of the method whose selection stands in the place of its own."""
+    method = METHODS[settings.method]
+    if settings.selection == method.selection:
+        return method.cost
+    return next((METHODS[name].cost for name in METHODS if METHODS[name].selection == settings.selection), None)
 
 
 def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:

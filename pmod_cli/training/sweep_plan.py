@@ -39,7 +39,9 @@ def plan_sweep(
         mine = [cell for cell in cells if cell.recipe == recipe]
         found = {cell.seed: read_result(out, cell) for cell in mine}
         done = [seed for seed, result in found.items() if result is not None]
-        seconds += [result["cpu_seconds"] for result in found.values() if result and result.get("cpu_seconds") is not None]
+        seconds += [
+            result["cpu_seconds"] for result in found.values() if result and result.get("cpu_seconds") is not None
+        ]
         row = _row(wanted[mine[0]], shapes)
         left = len(mine) - len(done)
         rows.append(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -89,6 +90,45 @@ def test_memory_of_a_real_step(
         held = parameters(sizes, sum(routed.has_router) if routed else 0)
         beyond = predicted.total - 4 * held.total - 8 * (held.total - held.tower)
         assert beyond == pytest.approx(measured, rel=0.1), (predicted, measured)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_memory_of_a_step_whose_skipped_tokens_give_keys(precision: str) -> None:
+    subject = scaled(load_subject("llava-1.5-7b", {"method": "shortv", "mean": 0.5}), hidden_size=128, layers=4)
+    for config in (subject.stock, subject.pmod):
+        config.vision_config.num_hidden_layers = 6
+        config.text_config.vocab_size, config.text_config.intermediate_size = 500, 320
+        config.image_token_index = config.image_token_id = 499
+    sizes, setup = Sizes.of(subject.stock), TrainingSetup(precision=precision)
+    rows = Workload(text_tokens=30).rows(sizes)
+    model = random_pair(subject, device="cpu", dtype="float32", attention="sdpa").pmod
+    batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
+    train_mode(model, setup)
+    step(model, batch, low=precision == "bfloat16")
+    measured = peak_bytes(lambda: step(model, batch, low=precision == "bfloat16"), "cpu")
+    held = parameters(sizes, 0)
+    beyond = training_memory(sizes, rows, setup, Routed.of(subject.pmod)).total
+    assert beyond - 4 * held.total - 8 * (held.total - held.tower) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["pmod", "shortv"])
+def test_flops_of_a_real_step_with_adapters(method: str) -> None:
+    settings = {"method": "shortv", "mean": 0.5} if method == "shortv" else {}
+    subject = scaled(load_subject("llava-1.5-7b", settings), hidden_size=64, layers=3)
+    sizes, setup = Sizes.of(subject.stock), TrainingSetup(lora_rank=8)
+    rows = Workload(text_tokens=9).rows(sizes)
+    model = random_pair(subject, device="cpu", dtype="float32", attention="eager").pmod
+    targets = rf".*\.language_model\.layers\.\d+\.\w+\.({'|'.join(setup.lora_targets)})"
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=targets, lora_dropout=0.0))
+    for name, parameter in adapted.named_parameters():
+        if "router" in name or "multi_modal_projector" in name:
+            parameter.requires_grad_(True)
+    batch = prompt(subject.stock, rows, device="cpu", dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        step(adapted.train(), batch)
+    assert counter.get_total_flops() == pytest.approx(
+        training_flops(sizes, rows, setup, Routed.of(subject.pmod)).step, rel=1e-3
+    )
 
 
 def test_numbers_of_weights() -> None:

@@ -13,7 +13,7 @@ allocates (`tests/profiling/test_training.py`); what several devices share is ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
@@ -162,6 +162,9 @@ def training_flops(
     routed = routed or Routed.stock(sizes.decoder.layers)
     gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, routed)]
     adapters = 2 * sum(gathered) * _adapter(sizes, setup)
+    if routed.keep_keys:
+        keys = replace(setup, lora_targets=tuple(name for name in setup.lora_targets if name in ("k_proj", "v_proj")))
+        adapters += 2 * sum(len(rows) * max(row.tokens for row in rows) - g for g in gathered) * _adapter(sizes, keys)
     whole = sum(tokens for tokens, ratio in zip(gathered, routed.retention, strict=True) if ratio == 1)
     last = 2 * whole * sizes.decoder.hidden * sizes.decoder.inner
     tower_sizes, patches = sizes.tower, sum(row.patches for row in rows)
@@ -204,7 +207,7 @@ def training_memory(
 
     low = setup.precision == "bfloat16"
     layers = zip(gathered, routed.retention, strict=True)
-    held = [_saved(sizes, setup, positions, tokens, ratio < 1) for tokens, ratio in layers]
+    held = [_saved(sizes, setup, positions, tokens, ratio < 1, routed.keep_keys) for tokens, ratio in layers]
     # Gradients on their way through one layer: two of the MLP's inner ones, and three of the stream.
     work = [tokens * 2 * (2 if low else 4) * decoder.inner + 3 * 4 * positions * decoder.hidden for tokens in gathered]
     inputs = 4 * positions * decoder.hidden  # of a layer: the residual stream is float32
@@ -239,7 +242,9 @@ def training_memory(
     return _shared(numbers, setup, *max(moments, key=sum))
 
 
-def _saved(sizes: Sizes, setup: TrainingSetup, positions: int, tokens: int, routed: bool) -> int:
+def _saved(
+    sizes: Sizes, setup: TrainingSetup, positions: int, tokens: int, routed: bool, keep_keys: bool = False
+) -> int:
     """Bytes that one decoder layer keeps for its backward pass.
 
     In float32 and for each token: the residual stream twice, each norm's value before and after its weight, queries,
@@ -247,7 +252,7 @@ def _saved(sizes: Sizes, setup: TrainingSetup, positions: int, tokens: int, rout
     stream and the norms stay float32, and each linear map keeps a bfloat16 copy of its input of its own.
 
     A routed layer keeps, of the tokens that it gathers, the branch that the weight scales, and of all tokens the
-    stream that STRing scales.
+    stream that STRing scales. Where skipped tokens give keys and values, these are kept, and the norm in front of them.
     """
     decoder = sizes.decoder
     keys = decoder.kv_heads * decoder.head_size
@@ -263,7 +268,11 @@ def _saved(sizes: Sizes, setup: TrainingSetup, positions: int, tokens: int, rout
         return tokens * (vectors + scores)
     branch = 8 if setup.precision == "bfloat16" else 4
     tables = 2 * 4 * decoder.head_size  # rotary tables, gathered
-    return tokens * (vectors + scores + branch * decoder.hidden + tables) + 4 * positions * decoder.hidden
+    skipped = 0
+    if keep_keys:
+        low = setup.precision == "bfloat16"
+        skipped = (positions - tokens) * ((12 if low else 8) * decoder.hidden + 2 * (2 if low else 4) * keys)
+    return tokens * (vectors + scores + branch * decoder.hidden + tables) + 4 * positions * decoder.hidden + skipped
 
 
 def _trained(numbers: Parameters, setup: TrainingSetup) -> int:

@@ -187,7 +187,10 @@ class Asking:
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "/image":
-            self._shown.append(open_picture(Path(rest.strip()).expanduser()))
+            picture = open_picture(Path(rest.strip()).expanduser())
+            for speaker in self._speakers:  # what one of them refuses would end every question from here on
+                speaker.conversation.check(picture)
+            self._shown.append(picture)
             if self._speakers[0].conversation.stats:
                 output.note("with the next question the whole conversation is computed anew: its pictures share one K")
         elif command.startswith("/"):

@@ -110,6 +110,14 @@ class Chat:
         self._images += images
         self.finished, self.stats = row.finished, self._measure(batch, row, reused, first - started, seconds)
 
+    def check(self, image: Image) -> None:
+        """Refuse a picture before anything is asked about it.
+
+        Raises:
+            PmodError: as `conversation_prompt`.
+        """
+        conversation_prompt(self._answerer, [{"role": "user", "content": [{"type": "image"}]}], [image])
+
     def forget(self) -> None:
         """Takes the last question, its pictures and its answer out of the conversation."""
         *self._messages, question, _ = self._messages

@@ -157,6 +157,16 @@ def test_a_question_that_fails_leaves_the_others_answered(ready, routed, capsys,
     assert "/what is no command" in written.err
 
 
+def test_a_picture_that_the_model_refuses_is_not_shown_with_the_next_question(ready, capsys, monkeypatch, workdir):
+    Image.new("RGB", (3000, 10), "red").save(workdir / "line.png")
+    monkeypatch.setattr(sys, "stdin", StringIO("what is it?\n/image line.png\nwhat is it?\n"))
+    options = ("-m", "tiny-qwen3-vl", "--device", "cpu", "--max-new-tokens", 3)
+    assert call("ask", "doc.png", "-i", *options) == 3
+    written = capsys.readouterr()
+    assert len(written.out.splitlines()) == 2
+    assert written.err.count("aspect ratio") == 1
+
+
 def test_a_question_that_one_cannot_take_is_forgotten_by_all(ready, routed, stock_model, capsys, monkeypatch, workdir):
     """Else the first would be shown the picture twice, and would answer beside a question that nobody else knows."""
     shutil.copytree(stock_model(), workdir / "short")

@@ -62,6 +62,7 @@ def load_model(
 
     import pmod_cli.model.modeling  # noqa: F401 - registers the p-MoD classes
 
+    read_config(path)  # first, since the processor's classes would warn of what it refuses
     processor = load_processor(path)  # before the weights, which take longer
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(

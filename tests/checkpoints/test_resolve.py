@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli.checkpoints import ALIASES, builtin_config, load_processor, resolve
+from pmod_cli.checkpoints import ALIASES, builtin_config, convert, load_model, load_processor, resolve
 from pmod_cli.core.errors import PmodError
+from pmod_cli.model import PmodSettings
 
 REPO = ALIASES["llava-next-7b"].repo
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -151,6 +152,17 @@ def test_a_damaged_tokenizer_is_a_sentence(stock_model, tmp_path, text):
     (tmp_path / "model" / "tokenizer.json").write_text(text)
     with pytest.raises(PmodError, match=r"the tokenizer or the image processor in .*model cannot be loaded"):
         load_processor(tmp_path / "model")
+
+
+def test_a_selection_of_a_package_that_is_missing_is_a_sentence_and_no_more(stock_model, tmp_path, capfd):
+    convert(stock_model(), tmp_path / "model", PmodSettings())
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["pmod"]["selection"] = "elsewhere"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PmodError, match=r"config\.json: selection must be one of .* found 'elsewhere'") as caught:
+        load_model(tmp_path / "model")
+    assert "if a package adds" in caught.value.hint
+    assert "You are using a model of type" not in capfd.readouterr().err
 
 
 def test_an_alias_in_any_case():

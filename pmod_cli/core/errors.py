@@ -21,6 +21,7 @@ BAD_INPUT = 2
 RUN_FAILED = 1
 PARTIAL = 3
 INTERRUPTED = 130
+BAD_PACKAGE = "update or remove the package that it comes from"
 
 
 class PmodError(Exception):

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pmod_cli.core.errors import PmodError
+from pmod_cli.core.errors import BAD_PACKAGE, PmodError
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, groups
 
 LMMS_PREFIX = "lmms:"  # `lmms:docvqa` is lmms-eval's own group of that name
@@ -29,8 +29,8 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
         names: A benchmark or group, an lmms-eval task, or the path of a YAML file that defines one.
 
     Raises:
-        PmodError: no name, unknown names, each with the nearest known ones, a file that defines no task, or a judged
-            task without the judge's key.
+        PmodError: no name, unknown names, each with the nearest known ones, a file that defines no task, a benchmark
+            whose folder does not exist, or a judged task without the judge's key.
     """
     found: dict[str, Benchmark] = {}
     unknown = []
@@ -57,6 +57,10 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
         raise PmodError("; ".join(_unknown(name) for name in unknown), hint="pmod eval --list")
     if not found:
         raise PmodError("no task was named", hint="pmod eval --list")
+    for benchmark in found.values():
+        folder = benchmark.folder or ""
+        if os.path.isabs(folder) and not os.path.isdir(folder):
+            raise PmodError(f"the task files of {benchmark.name} are in {folder}: no such folder", hint=BAD_PACKAGE)
     return tuple(found.values())
 
 

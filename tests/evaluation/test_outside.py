@@ -104,6 +104,14 @@ def test_by_an_entry_point(registry, task, stock_model, workdir, tmp_path, monke
     assert (planned["name"], planned["questions"]) == ("colours", 3)
 
 
+def test_a_folder_that_does_not_exist_is_named_before_a_model_is_loaded(registry, stock_model, workdir, capsys):
+    register_benchmark(Benchmark("colours", "Colours", "toy_colours", "exact_match", "/no/such/folder"))
+    assert cli.main(["eval", "--tasks", "colours", "-m", str(stock_model()), "-o", "run"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the task files of colours are in /no/such/folder: no such folder" in said
+    assert not (workdir / "run").exists()
+
+
 def test_by_its_file(task, stock_model, workdir, capsys):
     (found,) = scores(capsys, str(task / "toy_colours.yaml"), stock_model())
     assert (found["name"], next(iter(found["scores"].values()))["questions"]) == ("toy_colours", 3)

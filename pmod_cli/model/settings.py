@@ -219,13 +219,10 @@ class PmodSettings:
         if self.before is None:
             return None
         name, _, share = str(self.before).partition(":")
-        if (
-            name not in SELECTIONS
-            or name == "router"
-            or not re.fullmatch(r"0?\.\d+|1|1\.0+", share)
-            or not float(share)
-        ):
+        if not re.fullmatch(r"0?\.\d+|1|1\.0+", share) or not float(share):
             raise ValueError(f"before must be a selection and a share, as divprune:0.33, found {self.before!r:.80}")
+        if name not in (known := [selection for selection in SELECTIONS if selection != "router"]):
+            raise ValueError(f"before must name one of {', '.join(known)}, found {name!r:.80}")
         return name, float(share)
 
     @property

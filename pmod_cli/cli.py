@@ -111,18 +111,19 @@ def main(arguments: Sequence[str] | None = None, *, on_ready: Callable[[], None]
 
     Args:
         arguments: The words behind `pmod`; by default those of the process.
-        on_ready: Called when the modules are loaded: from here on every exception is handled here.
+        on_ready: Called when the modules are loaded: from here on Ctrl-C is an exception too, which is handled here.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")  # bash; the other shells
     verb = _verb_in(arguments or completed.split()[1:])
-    command = typer.main.get_command(build_app(verb))
+    command: Any = None  # until its module is loaded, which reads what packages add to it
     output.hush_libraries()
     try:
+        command = typer.main.get_command(build_app(verb))
         on_ready()
         result: Any = command.main(args=arguments, prog_name="pmod", standalone_mode=False)
     except BaseException as error:
-        return _report(error, _options_of(command, verb))
+        return _report(error, _options_of(command, verb) if command else {})
     if result == INTERRUPTED:  # Typer turns Ctrl-C into this exit code, silently
         return _report(KeyboardInterrupt(), {})
     return result if isinstance(result, int) else 0

@@ -281,5 +281,5 @@ class Layout:
     current: bool = False
 
 
-LAYOUTS: PluginRegistry[Layout] = PluginRegistry("checkpoint layout", "pmod_cli.layouts")
+LAYOUTS: PluginRegistry[Layout] = PluginRegistry("checkpoint layout", "pmod_cli.layouts", Layout)
 register_layout = LAYOUTS.add  # an entry point of the group that names a `Layout` does the same

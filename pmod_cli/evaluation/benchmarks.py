@@ -107,7 +107,7 @@ class Benchmark:
         return sum(known) if asked and len(known) == len(asked) else self.questions
 
 
-BENCHMARKS: PluginRegistry[Benchmark] = PluginRegistry("benchmark", "pmod_cli.benchmarks")
+BENCHMARKS: PluginRegistry[Benchmark] = PluginRegistry("benchmark", "pmod_cli.benchmarks", Benchmark)
 register_benchmark = BENCHMARKS.add  # an entry point of the group that names a `Benchmark` does the same
 
 

@@ -36,9 +36,9 @@ __all__ = [
     "register_tower",
 ]
 
-FAMILIES: PluginRegistry[Family] = PluginRegistry("model family", "pmod_cli.families")
-DECODERS: PluginRegistry[DecoderKind] = PluginRegistry("decoder", "pmod_cli.decoders")
-TOWERS: PluginRegistry[TowerKind] = PluginRegistry("vision tower", "pmod_cli.towers")
+FAMILIES: PluginRegistry[Family] = PluginRegistry("model family", "pmod_cli.families", Family)
+DECODERS: PluginRegistry[DecoderKind] = PluginRegistry("decoder", "pmod_cli.decoders", DecoderKind)
+TOWERS: PluginRegistry[TowerKind] = PluginRegistry("vision tower", "pmod_cli.towers", TowerKind)
 
 register_family = FAMILIES.add
 register_decoder = DECODERS.add

@@ -53,9 +53,10 @@ class CheckedRelease(Stock):
         Raises:
             UnsupportedTransformers: This release of transformers does not do what routing builds on.
         """
-        decoders = [stock_class(kind, "Model") for kind in DECODERS.values() if kind.family in (None, cls.family.name)]
-        own = [stock_class(kind, "Model") for kind in DECODERS.values() if kind.family == cls.family.name]
-        check_release(routed_models(cls.family)[1], own or decoders)
+        kinds = [kind for kind in DECODERS.values() if kind.family in (None, cls.family.name)]
+        own = [kind for kind in kinds if kind.family == cls.family.name]
+        # Made when they are checked: a decoder that nobody uses may be of another transformers.
+        check_release(routed_models(cls.family)[1], (stock_class(kind, "Model") for kind in own or kinds))
         return super().from_pretrained(*args, **kwargs)
 
     @classmethod

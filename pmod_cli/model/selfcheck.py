@@ -5,6 +5,7 @@ at ratio 0.5 a cached step equals the same step without a cache. Costs a second,
 """
 
 import logging
+from collections.abc import Iterable
 from inspect import signature
 from typing import Any
 
@@ -19,7 +20,7 @@ _IMAGE_TOKEN, _VOCABULARY, _TILE, _PATCH = 9, 64, 8, 2  # 16 vision tokens a til
 _checked: set[type] = set()
 
 
-def check_release(ours: type[PreTrainedModel], decoders: list[type]) -> None:
+def check_release(ours: type[PreTrainedModel], decoders: Iterable[type]) -> None:
     """Under an untested newer release: one warning, and the check of one class. Under a tested one: nothing.
 
     Args:

@@ -110,6 +110,14 @@ def test_through_the_command_line(kind, decoder, outside, workdir, capsys):
     assert (workdir / "picture-selection.png").stat().st_size > 1000
 
 
+def test_a_decoder_that_transformers_lacks_is_in_nobodys_way(stock_model, monkeypatch, workdir):
+    """Loading any model asked for the classes of all decoders."""
+    assert run("convert", stock_model(), "-o", "routed", "--router-init", "normal:1") == 0
+    monkeypatch.setattr(DECODERS, "_items", dict(DECODERS._items))
+    register_decoder(DecoderKind("later", "OfALaterRelease", {}))
+    load_model(workdir / "routed")
+
+
 def test_an_unknown_decoder_is_a_sentence_in_each_command(stock_model, tmp_path, capsys):
     other = shutil.copytree(stock_model(), tmp_path / "other")
     config = json.loads((other / "config.json").read_text())

@@ -56,6 +56,8 @@ def explain(error: BaseException) -> PmodError | None:
     text = str(error).strip()
     if isinstance(error, PmodError):
         return error
+    if _instance_of(error, "pmod_cli.model.registry", "BadPlugin"):
+        return PmodError(text, hint=BAD_PACKAGE)
     if isinstance(error, KeyboardInterrupt):
         return PmodError("interrupted", hint="run the same command again to go on", code=INTERRUPTED)
     if _instance_of(error, "torch", "OutOfMemoryError") or isinstance(error, MemoryError) or "can't allocate" in text:

@@ -10,7 +10,7 @@ from typing import Any
 from pmod_cli.families import BUNDLED, FAMILIES, Family
 
 _HOMES = {
-    "registry": ("SELECTIONS", "Registry"),
+    "registry": ("BadPlugin", "SELECTIONS", "Registry"),
     "schedule": ("SCHEDULES", "kept_tokens", "retention_schedule", "setting_of", "solve_shift", "takes_shift"),
     "settings": ("NORMS", "PmodSettings", "TARGET_TOKENS"),
     "methods": ("METHODS", "Method"),

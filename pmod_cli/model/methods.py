@@ -5,12 +5,11 @@ group `pmod_cli.methods`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .registry import Registry
-
-METHODS = Registry("method", "pmod_cli.methods")
+from .registry import SELECTIONS, Registry, guarded
+from .schedule import SCHEDULES
 
 Cost = Callable[[Any, int, int, int], int]
 """FLOPs of one choice on one row: `(sizes, tokens, vision tokens, kept ones)`; `sizes.decoder` has `hidden`, `heads`,
@@ -78,6 +77,16 @@ class Method:
     cost: Cost | None = None
 
 
+def _take_method(method: Any, what: str) -> Method:
+    if not isinstance(method, Method):
+        raise TypeError(f"expected a Method, found {method!r:.60}")
+    for name, known in ((method.selection, SELECTIONS), (method.schedule, SCHEDULES)):
+        if name not in known:
+            raise ValueError(f"there is no {known.what} {name!r:.80}")
+    return method if method.cost is None else replace(method, cost=guarded(method.cost, what, int))
+
+
+METHODS = Registry("method", "pmod_cli.methods", _take_method)
 for _name, _method in {
     "pmod": Method("router", "cosine", returns=True, routers=True),
     "fastv": Method("fastv", "late", lead=1, cost=cost_of_rows()),

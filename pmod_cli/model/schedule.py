@@ -17,9 +17,15 @@ from inspect import Parameter, signature
 from math import cos, pi
 from struct import pack, unpack
 
-from .registry import Registry
+from .registry import Registry, guarded
 
-SCHEDULES = Registry("schedule", "pmod_cli.schedules")
+
+def _take_schedule(function: Callable, what: str) -> Callable:
+    signature(function)  # of what is no function there is none
+    return guarded(function, what, lambda ratios: [float(ratio) for ratio in ratios])
+
+
+SCHEDULES = Registry("schedule", "pmod_cli.schedules", _take_schedule)
 PAPER_MEAN = 0.5375
 """Mean retention ratio of the paper's schedule (cosine, shift 0.5, 32 layers): its 53.8 % of the KV cache."""
 

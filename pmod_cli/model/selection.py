@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .registry import BadPlugin
 from .routing import Routing
 
 
@@ -66,12 +67,14 @@ class Selection:
             `(B, N)` int64.
 
         Raises:
-            ValueError: The scores have another shape than `(B, N)`.
+            BadPlugin: The scores are no tensor, or have another shape than `(B, N)`.
         """
-        scores = self.scores(hidden_states, routing, layer).detach()
-        if scores.shape != routing.target.shape:
-            found, expected = tuple(scores.shape), tuple(routing.target.shape)
-            raise ValueError(f"the scores of {type(self).__name__} have shape {found}, expected {expected}")
+        scores = self.scores(hidden_states, routing, layer)
+        if not isinstance(scores, Tensor) or scores.shape != routing.target.shape:
+            found = f"of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            expected = f"a tensor of shape {tuple(routing.target.shape)}"
+            raise BadPlugin(f"the scores of {type(self).__name__} are {found}, expected {expected}")
+        scores = scores.detach()
         if not self.finite:
             scores = scores if scores.is_floating_point() else scores.to(routing.rank_base.dtype)
             most = torch.finfo(scores.dtype).max

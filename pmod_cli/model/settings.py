@@ -47,6 +47,7 @@ class PmodSettings:
 
     Raises:
         ValueError: A value out of range.
+        BadPlugin: What another package brings cannot be used.
     """
 
     schedule: str = "cosine"
@@ -91,6 +92,9 @@ class PmodSettings:
             raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, found {self.quota!r:.80}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, found {self.positions!r:.80}")
+        for name in (self.selection, *(self.before_decoder or ())[:1]):
+            if name not in SELECTIONS.built_in():  # one that its package cannot bring fails here, not in a model
+                _ = SELECTIONS[name]
         if self.before_decoder and (self.positions == "renumbered" or self.quota != "row"):
             raise ValueError("before goes with true positions and quota row alone")
         if self.keep_keys and not self.returns:

@@ -98,18 +98,21 @@ def nearest(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None
     if METHODS[method].in_tower and (reason := _without_class_token(sizes)):
         raise PmodError(f"{method} cannot run on {sizes.family.title}: {reason}")
     rows = PROMPT.rows(sizes) if rows is None else rows
-    found = []
+    found, faults = [], []
 
     def flops_at(mean: float) -> float:
         try:
             settings = PmodSettings(method=method, mean=mean)
             flops = cost_of(sizes, settings, rows).flops
-        except ValueError:  # less than the schedule can have
+        except ValueError as error:  # less than the schedule can have
+            faults.append(error)
             return 0.0
         found.append((abs(flops - budget), flops, mean, settings))
         return flops
 
     dearest_within(flops_at, budget, 0.0, 1.0, steps=20)
+    if not found:
+        raise PmodError(f"the method {method} has settings at no budget: {faults[-1]}")
     _, flops, _, settings = min(found, key=lambda one: one[:3])
     return settings, flops
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 import tomllib
 
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import Options, convert, load_model
-from pmod_cli.model import METHODS, SCHEDULES, SELECTIONS, PmodSettings, registry, retention_schedule
+from pmod_cli.core.errors import explain
+from pmod_cli.model import METHODS, SCHEDULES, SELECTIONS, BadPlugin, PmodSettings, registry, retention_schedule
 from pmod_cli.visualization.archive import load_npz
 from tests import factories
 from tests.conftest import ROOT
@@ -196,8 +198,125 @@ def test_plain_transformers_gets_the_ratios(package, stock_model, tmp_path):
     assert written["values"] == pytest.approx([1.0, 1.0, 0.2, 0.2])
 
 
+BROKEN = """
+import sys
+from pmod_cli.model import Method, Selection
+
+number = 42
+
+def raises(num_layers, mean):
+    raise KeyError("x")
+
+def nothing(num_layers, mean):
+    return None
+
+def free(sizes):
+    return 0
+
+class Plain:
+    def scores(self, hidden_states, routing, layer):
+        return hidden_states.float().norm(dim=-1)
+
+class Unseeded(Selection):
+    def __init__(self):
+        pass
+
+class Licensed(Selection):
+    def __init__(self, seed=0):
+        sys.exit("needs a licence")
+
+instance = Selection()
+costly = Method("uniform", "constant", cost=free)
+unknown = Method("uniform", "nothing_known")
+"""
+
+
+@pytest.fixture
+def broken(package):
+    """`broken(group, where, name="mine")`: one more package, that brings `where` of `BROKEN` under a name."""
+    (package / "bad_pmod.py").write_text(BROKEN)
+
+    def add(group: str, where: str, name: str = "mine", project: str = "bad-pmod") -> None:
+        info = package / f"{project.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[pmod_cli.{group}]\n{name} = bad_pmod:{where}\n")
+        importlib.invalidate_caches()
+        registry._entry_points.cache_clear()
+
+    yield add
+    for known in (METHODS, SCHEDULES, SELECTIONS):
+        known._known.pop("mine", None)
+    sys.modules.pop("bad_pmod", None)
+
+
+@pytest.mark.parametrize(
+    ("group", "where", "settings", "reason"),
+    [
+        ("selections", "missing", {"selection": "mine"}, "AttributeError: module 'bad_pmod' has no attribute"),
+        ("selections", "instance", {"selection": "mine"}, "TypeError: 'Selection' object is not callable"),
+        ("selections", "Plain", {"before": "mine:0.5"}, "TypeError: Plain() takes no arguments"),
+        ("selections", "Unseeded", {"selection": "mine"}, "TypeError: Unseeded.__init__() got an unexpected"),
+        ("selections", "Licensed", {"selection": "mine"}, "SystemExit: needs a licence"),
+        ("selections", "free", {"selection": "mine"}, "TypeError: free() got an unexpected keyword argument"),
+        ("schedules", "number", {"schedule": "mine"}, "TypeError: 42 is not a callable object"),
+        ("schedules", "raises", {"schedule": "mine"}, "KeyError: 'x'"),
+        ("schedules", "nothing", {"schedule": "mine"}, "TypeError: 'NoneType' object is not iterable"),
+        ("methods", "number", {"method": "mine"}, "TypeError: expected a Method, found 42"),
+        ("methods", "unknown", {"method": "mine"}, "ValueError: there is no schedule 'nothing_known'"),
+    ],
+)
+def test_what_cannot_be_used_is_said_of_its_package(broken, group, where, settings, reason):
+    """When settings name it, and not when a model is built of them."""
+    broken(group, where)
+    for _ in range(2):
+        with pytest.raises(BadPlugin) as caught:
+            PmodSettings(**settings)
+        said = explain(caught.value)
+        assert said.what.startswith(f"the {group[:-1]} 'mine' of bad-pmod cannot be used ({reason}")
+        assert (said.hint, said.code) == ("update or remove the package that it comes from", 2)
+
+
+@pytest.mark.parametrize(
+    ("group", "where", "words"),
+    [
+        ("selections", "missing", ("convert", "--selection", "mine", "-o", "out")),
+        ("selections", "Plain", ("convert", "--before", "mine:0.5", "-o", "out")),
+        ("schedules", "raises", ("convert", "--schedule", "mine", "-o", "out")),
+        ("methods", "number", ("profile", "--method", "mine")),
+        ("methods", "costly", ("profile", "--method", "mine")),
+        ("methods", "costly", ("eval", "--methods", "mine", "--budgets", "0.8", "-t", "tiny_presence", "-o", "out")),
+    ],
+)
+def test_commands_refuse_what_cannot_be_used(broken, group, where, words, stock_model, workdir, capsys):
+    """With a sentence and exit code 2, and nothing is written."""
+    broken(group, where)
+    verb, *rest = words
+    assert run(verb, *((stock_model(),) if verb == "convert" else ("-m", stock_model())), *rest) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"error: the {group[:-1]} 'mine' of bad-pmod cannot be used" in said
+    assert "update or remove the package that it comes from" in said
+    assert not (workdir / "out").exists()
+
+
+@pytest.mark.parametrize(("known", "name"), [(SELECTIONS, "router"), (SCHEDULES, "cosine"), (METHODS, "fastv")])
+def test_a_name_of_ours_is_refused(broken, known, name):
+    """It was passed over without a word."""
+    broken(known.group.partition(".")[2], "number", name=name)
+    for look_up in (known.names, lambda: name in known, lambda: known[name]):
+        with pytest.raises(BadPlugin, match=f"two of the {known.what} '{name}', of pmod and of bad-pmod"):
+            look_up()
+
+
+def test_two_packages_with_one_name_are_refused(broken):
+    """The last one ranked, whichever that was."""
+    broken("selections", "instance", name="louder")
+    with pytest.raises(BadPlugin, match=r"two of the selection 'louder', of (toy|bad)-pmod and of (toy|bad)-pmod"):
+        PmodSettings(selection="random")
+
+
 def test_a_package_that_cannot_be_imported_is_named(package):
-    with pytest.raises(ValueError, match="the schedule 'broken' of toy-pmod cannot be imported"):
+    with pytest.raises(BadPlugin, match="the schedule 'broken' of toy-pmod cannot be used"):
         PmodSettings(schedule="broken")
 
 

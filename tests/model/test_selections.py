@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pmod_cli.model import SELECTIONS, PmodSettings, Selection, capture_selection, kept_tokens
+from pmod_cli.model import SELECTIONS, BadPlugin, PmodSettings, Selection, capture_selection, kept_tokens
 from pmod_cli.model.routing import Routing
 from tests import factories
 from tests.model.models import IMAGES, ROWS, batch, pmod_model, single
@@ -171,14 +171,19 @@ def test_scores_of_another_shape_are_refused():
         def scores(self, hidden_states, routing, layer):
             return torch.zeros(len(hidden_states))
 
+    class Nothing(Selection):
+        def scores(self, hidden_states, routing, layer):
+            pass
+
     model = pmod_model(pmod=HELD)
-    SELECTIONS.register("short")(Short)
-    try:
-        model.set_selection("short")
-        with pytest.raises(ValueError, match=r"the scores of Short have shape \(1,\), expected \(1, "):
-            model(**batch("llava_next", ROWS[:1]))
-    finally:
-        SELECTIONS.unregister("short")
+    for made, found in ((Short, r"of shape \(1,\)"), (Nothing, "a NoneType")):
+        SELECTIONS.register("odd")(made)
+        try:
+            model.set_selection("odd")
+            with pytest.raises(BadPlugin, match=f"of {made.__name__} are {found}, expected a tensor of shape"):
+                model(**batch("llava_next", ROWS[:1]))
+        finally:
+            SELECTIONS.unregister("odd")
 
 
 @pytest.mark.parametrize(

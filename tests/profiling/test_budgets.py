@@ -5,7 +5,7 @@ import pytest
 from pmod_cli.calibration.budget import Budget
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
-from pmod_cli.model import METHODS, PmodSettings
+from pmod_cli.model import METHODS, SCHEDULES, Method, PmodSettings
 from pmod_cli.profiling import Routed, Workload, load_subject, profile
 from pmod_cli.profiling.budgets import PromptBudget, cost_of, prompt_of, solve
 from pmod_cli.profiling.count.memory import inference_memory
@@ -43,6 +43,17 @@ def test_budgets_are_met_to_one_percent_by_every_method():
         solve("visionzip", 0.4, Sizes.of(load_subject("qwen2.5-vl-7b").stock))
     with pytest.raises(PmodError, match="unknown method 'best'"):
         solve("best", 0.4, sizes)
+
+
+def test_a_method_whose_schedule_fits_no_model_is_a_sentence():
+    SCHEDULES.register("short")(lambda num_layers, mean: [mean] * 3)
+    METHODS.register("short")(Method("uniform", "short"))
+    try:
+        with pytest.raises(PmodError, match="short has settings at no budget: schedule 'short' needs one ratio per"):
+            solve("short", 0.4, Sizes.of(load_subject("llava-next-7b").stock))
+    finally:
+        METHODS.unregister("short")
+        SCHEDULES.unregister("short")
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.folders import staged_directory
+from pmod_cli.data.conversation import IMAGE
 from pmod_cli.data.documents import TASKS, Document, Turn, draw, seed_of
 from pmod_cli.data.several import film_of
 
@@ -68,7 +69,8 @@ def write_rows(folder: Path, task: str, count: int) -> None:
                 continue
             name = f"{task}-{document.seed}.png"
             document.image.save(staging / name)
-            conversation = [{"from": "human", "value": turn.question}, {"from": "gpt", "value": turn.answer}]
+            asked = {"from": "human", "value": f"{IMAGE}\n{turn.question}"}
+            conversation = [asked, {"from": "gpt", "value": turn.answer}]
             rows.append({"image": name, "conversations": conversation, "boxes": [turn.region]})
         write_json(staging / "rows.json", rows)
 

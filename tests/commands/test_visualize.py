@@ -11,6 +11,7 @@ from pmod_cli import checkpoints, cli
 from pmod_cli.checkpoints import toy
 from pmod_cli.core.errors import PmodError
 from pmod_cli.data import rows
+from pmod_cli.data.conversation import from_row
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from tests.conftest import ROOT
@@ -316,6 +317,7 @@ def test_drawn_documents_as_rows(ready, capsys, monkeypatch):
     written = json.loads(Path("doc/rows.json").read_text())
     assert [row["conversations"][1]["value"] for row in written] == ["yes", "yes"]  # what is not there has no place
     assert all(Image.open(Path("doc", row["image"])).size == (96, 96) for row in written)
+    assert [len(from_row(row).images) for row in written] == [1, 1], "finetune and calibrate read them too"
     assert call("visualize", "doc/rows.json", "--model", "routed", "--device", "cpu", "--max-new-tokens", 0) == 0
     assert "kept tokens that lie on the boxes: " in capsys.readouterr().out
     with pytest.raises(PmodError, match="exists"):

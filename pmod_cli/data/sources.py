@@ -101,7 +101,8 @@ class LlavaFile:
 class HubRows:
     """Rows of a Hugging Face data set, mapped from disk by ``datasets``.
 
-    Its columns are ``messages``, or ``conversations`` as LLaVA has them, and ``images`` or ``image``.
+    Its columns are ``messages``, or ``conversations`` as LLaVA has them, ``images`` or ``image``, and ``videos`` or
+    ``video`` with the names of files or of folders of frames.
 
     Args:
         path: name of the data set on the hub, a folder of one, or one written by ``save_to_disk``; ``name:split``
@@ -122,8 +123,9 @@ class HubRows:
                 "conversations, and images",
                 hint="rename the columns, or use data.kind llava",
             )
-        if "image" in rows.column_names and "images" not in rows.column_names:
-            rows = rows.rename_column("image", "images")
+        for one, several in (("image", "images"), ("video", "videos")):
+            if one in rows.column_names and several not in rows.column_names:
+                rows = rows.rename_column(one, several)
         self._rows = _undecoded(rows)
         # ``map`` keeps its result in the cache of ``datasets``.
         words = self._rows.select_columns([self._said]).map(_words, remove_columns=[self._said])
@@ -136,11 +138,11 @@ class HubRows:
         found = self._rows[row]
         images = found.get("images") or ()
         images = [_payload(image) for image in (images if isinstance(images, list | tuple) else (images,))]
+        said = {self._said: found[self._said], "videos": found.get("videos")}
         if self._said == "messages":
-            return from_messages({"messages": found["messages"], "images": images}, answered=self.answered)
+            return from_messages({**said, "images": images}, answered=self.answered)
         names = [f"image {number}" for number in range(len(images))]  # in whose places the pictures are put
-        named = from_llava({"conversations": found["conversations"], "image": names}, answered=self.answered)
-        return replace(named, images=tuple(images))
+        return replace(from_llava({**said, "images": names}, answered=self.answered), images=tuple(images))
 
     def id_of(self, row: int) -> str | None:
         """See `RowSource`."""
@@ -172,18 +174,19 @@ def _words(row: Mapping) -> dict[str, int]:
 
 
 def _kinds(rows: Any) -> np.ndarray:
-    """1 for each row with an image, -1 for each without; the images themselves are not read."""
+    """1 for each row with an image or a video, -1 for each without; they themselves are not read."""
     import pyarrow.compute as compute
 
-    if "images" not in rows.column_names:
-        return np.full(len(rows), -1, dtype=np.int32)
-    found = []
-    for batch in rows.select_columns(["images"]).with_format("arrow").iter(4096):
-        column = batch["images"]
-        is_list = "list" in str(column.type)
-        counts = compute.list_value_length(column) if is_list else compute.is_valid(column)
-        found.append(counts.fill_null(0).to_numpy() if is_list else counts.to_numpy())
-    return np.where(np.concatenate(found) > 0, 1, -1).astype(np.int32)
+    pictured: np.ndarray = np.zeros(len(rows), dtype=bool)
+    for name in {"images", "videos"} & set(rows.column_names):
+        found = []
+        for batch in rows.select_columns([name]).with_format("arrow").iter(4096):
+            column = batch[name]
+            is_list = "list" in str(column.type)
+            counts = compute.list_value_length(column) if is_list else compute.is_valid(column)
+            found.append(counts.fill_null(0).to_numpy() if is_list else counts.to_numpy())
+        pictured |= np.concatenate(found) > 0
+    return np.where(pictured, 1, -1).astype(np.int32)
 
 
 def _load(path: str) -> Any:
@@ -210,14 +213,15 @@ def _load(path: str) -> Any:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Images as encoded bytes: they are decoded with our own care, and not at all where only lengths are wanted."""
-    from datasets import Image, List
+    """Pictures as encoded bytes: they are decoded with our own care, and not at all where only lengths are wanted."""
+    from datasets import Image, List, Video
 
-    feature = rows.features.get("images")
-    if isinstance(feature, Image):
-        return rows.cast_column("images", Image(decode=False))
-    if isinstance(feature, List) and isinstance(feature.feature, Image):
-        return rows.cast_column("images", List(Image(decode=False)))
+    for name, kind in (("images", Image), ("videos", Video)):
+        feature = rows.features.get(name)
+        if isinstance(feature, kind):
+            rows = rows.cast_column(name, kind(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, kind):
+            rows = rows.cast_column(name, List(kind(decode=False)))
     return rows
 
 

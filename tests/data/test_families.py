@@ -16,7 +16,7 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import BadRow, from_llava, from_messages, from_row
 from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.data.rendered import IGNORED
-from pmod_cli.data.sources import LlavaFile
+from pmod_cli.data.sources import LlavaFile, open_source
 from pmod_cli.data.templates import renderer
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.average import read_rows
@@ -204,6 +204,28 @@ def test_a_file_tells_rows_with_pictures_from_others(tmp_path):
     rows.append({"prompt": own[:1], "completion": words[1:]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert np.sign(LlavaFile(tmp_path / "rows.jsonl", None).lengths).tolist() == [-1, 1, 1, 1]
+
+
+def test_a_hub_data_set_gives_the_films_of_its_json(pictures, monkeypatch):
+    """In `videos` beside messages, and in a column `video` beside LLaVA's turns; `datasets` decodes none."""
+    from datasets import Dataset, List, Video
+
+    monkeypatch.chdir(pictures)
+    answer = {"role": "assistant", "content": "that"}
+    asked = [{"role": "user", "content": text} for text in ("<video>which?", "<image>\nwhat?")]
+    rows = [{"messages": [turn, answer]} for turn in asked]
+    rows = [{**rows[0], "images": [], "videos": ["clip"]}, {**rows[1], "images": ["wide.png"], "videos": []}]
+    for name, listed in (("a", rows), ("b", [said(video="clip"), said("why?", video=None)])):
+        Dataset.from_list(listed).save_to_disk(f"{name}.hub")
+        (pictures / f"{name}.json").write_text(json.dumps(listed))
+        hub, own = open_source("hub", f"{name}.hub", None), open_source("llava", f"{name}.json", None)
+        assert [hub[row] for row in range(2)] == [own[row] for row in range(2)]
+        assert hub.lengths.tolist() == own.lengths.tolist()
+        assert "pixel_values_videos" in RowEncoder(processor("qwen3_vl"))(hub[0])
+    whole = [{**rows[0], "videos": [{"bytes": b"film", "path": None}]}]
+    Dataset.from_list(whole).cast_column("videos", List(Video())).save_to_disk("c.hub")
+    with pytest.raises(BadRow, match="expected the name of a video or of its frames, found bytes"):
+        RowEncoder(processor("qwen3_vl"))(open_source("hub", "c.hub", None)[0])
 
 
 def test_videos_that_cannot_be_used_are_bad_rows(pictures):

@@ -91,7 +91,7 @@ class Outcome:
         questions_sha256: Digest of all questions as they were asked: rows, words, generation settings.
         seconds: Wall time from opening the data to the score.
         peak_mib: Peak memory meanwhile, in MiB, of the process that took most; None where it cannot be measured.
-        found: Answers that an earlier, unfinished run had written down.
+        found: Answers that an earlier run had written down.
         processes: Processes that answered.
         guesses: Answers that could not be read.
         batching: What `changed_answers` measured, where it was asked to.

@@ -17,6 +17,7 @@ from pmod_cli.evaluation.stored import RESULTS, read_run
 
 KIND, COMPARISON = "evaluation", "comparison"
 FIGURES = (pareto.PICTURE, pareto.PICTURE_OF_MEAN, pareto.PAGE)
+MEASURED = ("seconds", "peak_memory_mib", "processes")  # of an entry: known only to the run that asked
 WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv", *FIGURES)
 
 
@@ -87,6 +88,17 @@ class ResultsFolder(folders.OutputFolder):
     def answers(self, label: str, benchmark: str) -> Path:
         """The records of a finished benchmark."""
         return self.path / "answers" / label / f"{benchmark}.jsonl"
+
+    def measured(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What the run that asked has measured, by model and benchmark, for one that finds all answers there."""
+        if not (self.path / RESULTS).exists():
+            return {}
+        return {
+            (label, task["name"]): {name: entry.get(name) for name in MEASURED}
+            for task in read_run(self.path)[1]["tasks"]
+            for label, entry in task["scores"].items()
+            if entry["score"] is not None
+        }
 
     def changed(self, label: str, benchmark: str) -> Path:
         """The questions that two models answer differently."""

@@ -22,7 +22,7 @@ from pmod_cli.evaluation.journal import Journal
 from pmod_cli.evaluation.outcome import Outcome
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.results import Report
-from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
+from pmod_cli.evaluation.results_folder import MEASURED, RESULTS, ResultsFolder
 from pmod_cli.evaluation.scoring import score
 from pmod_cli.evaluation.stored import SCHEMA_VERSION
 
@@ -80,7 +80,7 @@ def _evaluate(
         "software": provenance.software(),
         "machine": provenance.machine(settings.device) | {"processes": processes.size},
     }
-    report = Report(benchmarks, seed=settings.seed)
+    report, measured = Report(benchmarks, seed=settings.seed), folder.measured() if processes.first else {}
     loaded: Loaded | None = None
     results: dict[str, Any] = {}
     for eval_model in eval_models:
@@ -111,6 +111,8 @@ def _evaluate(
             if not processes.first:
                 continue
             entry = outcome.entry() | loaded.cost_of_prompts(eval_model, outcome.samples)
+            if outcome.samples and outcome.found == len(outcome.samples):  # reading answers is no measurement
+                entry |= measured.get((eval_model.label, benchmark.name), dict.fromkeys(MEASURED))
             report.add(benchmark, eval_model.label, entry, outcome.samples)
             _write_lines(folder.answers(eval_model.label, benchmark.name), outcome.samples)
             if eval_model.label in report.differences[benchmark.name]:

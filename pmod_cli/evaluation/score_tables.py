@@ -153,9 +153,9 @@ def cost_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for label, model in results["models"].items():
         cost = model.get("cost") or stock
-        seconds = [task["scores"].get(label, {}).get("seconds") for task in results["tasks"]]
+        seconds = [task["scores"][label].get("seconds") for task in results["tasks"] if label in task["scores"]]
         shares = [_percent(cost[name]) for name in ("flops", "selector", "first_layer", "mean_tokens", "kv_bytes")]
-        lines.append([label, *shares, _decimal(sum(number or 0.0 for number in seconds))])
+        lines.append([label, *shares, _decimal(None if None in seconds else sum(seconds))])
     return headings, lines
 
 

@@ -171,3 +171,18 @@ def test_the_same_command_goes_on_in_the_same_folder(workdir, stock_model, capsy
         folders.append(capsys.readouterr().out.strip())
     assert folders[0] == folders[1]
     assert len(set(folders)) == 3
+
+
+def test_a_run_that_asks_nothing_keeps_what_was_measured(workdir, stock_model):
+    """Or leaves it empty, where the run that asked was stopped before it wrote its results."""
+    results = workdir / "run" / "results.json"
+
+    def measured():
+        assert evaluate("-t", "tiny_doc", "--limit", 2, "-m", stock_model(), "-o", "run", "-q") == 0
+        (entry,) = results_of(workdir / "run")["tasks"][0]["scores"].values()
+        return entry["answers_found"], entry["seconds"], entry["peak_memory_mib"]
+
+    found, *first = measured()
+    assert (found, measured(), measured()) == (0, (2, *first), (2, *first))
+    results.unlink()
+    assert measured() == (2, None, None)

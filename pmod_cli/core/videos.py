@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.core.errors import PmodError, first_line
-from pmod_cli.core.images import load_image, pictures_in
+from pmod_cli.core.images import image_size, load_image, pictures_in
 
 DECODERS = ("decord", "pyav", "opencv", "torchcodec")  # of transformers' `load_video`, in this order
+DECORDS_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # the time, file and line in which its errors begin
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,22 @@ def _decoded(path: Path, frames: Frames, name: str) -> Video:
     except PmodError:
         raise
     except Exception as error:  # each decoder has exceptions of its own
-        raise PmodError(f"the video {name} cannot be decoded: {first_line(error):.200}") from None
+        if _is_picture(path):
+            what = f"{name} is a picture, expected a video or a folder of its frames"
+            raise PmodError(what, hint="leave out `video=True`") from None
+        said = DECORDS_PLACE.sub("", first_line(error))
+        raise PmodError(f"the video {name} cannot be decoded: {said:.200}") from None
     if pixels.ndim != 4 or not len(pixels):
         raise PmodError(f"the video {name} has no frames")
     whole, recorded = metadata.total_num_frames, metadata.fps
     return Video(pixels, len(pixels) / whole * recorded if whole and recorded else frames.per_second)
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        return bool(image_size(path))
+    except PmodError:
+        return False
 
 
 def _decoder() -> str:

@@ -228,16 +228,22 @@ def test_a_hub_data_set_gives_the_films_of_its_json(pictures, monkeypatch):
         RowEncoder(processor("qwen3_vl"))(open_source("hub", "c.hub", None)[0])
 
 
-def test_videos_that_cannot_be_used_are_bad_rows(pictures):
+def test_videos_that_cannot_be_used_are_bad_rows(pictures, monkeypatch):
     encode = RowEncoder(processor("qwen3_vl"))
     Image.new("RGB", (4, 4)).save(pictures / "clip" / "0.png")
     (pictures / "film.mp4").write_bytes(b"no film")
+
+    def decords(*_, **__):
+        raise RuntimeError("[21:26:30] /github/workspace/video_reader.cc:270: [a.mp4] Failed to measure\nits trace")
+
+    monkeypatch.setattr("transformers.video_utils.load_video", decords)
     (pictures / "empty").mkdir()
     for name, reason in (
         ("none", "no such video"),
         ("../clip", "outside"),
         ("clip", "differ in size"),
-        ("film.mp4", "cannot be decoded"),
+        ("film.mp4", r"film.mp4 cannot be decoded: \[a.mp4\] Failed to measure$"),
+        ("wide.png", "wide.png is a picture, expected a video or a folder of its frames"),
         ("empty", "no picture in this folder"),
     ):
         with pytest.raises(BadRow, match=reason):

@@ -116,13 +116,19 @@ def methods_named(name: str) -> tuple[str, float | None] | None:
         raise PmodError(
             f"`against={name}`: {method} needs routers for its schedule", hint="pmod convert --target-flops makes them"
         )
+    return method, _share(share, f"against={name}") if at else None
+
+
+def _share(text: str, given: str) -> float:
+    """A budget; `given` is the argument that it stands in."""
     try:
-        budget = float(share) if at else None
+        share = float(text)
     except ValueError:
-        budget = math.nan
-    if budget is not None and not 0 < budget <= 1:
-        raise PmodError(f"`against={name}`: {share!r} is no share of the stock model's FLOPs", hint=f"`{method}@0.4`")
-    return method, budget
+        share = math.nan
+    if not 0 < share <= 1:
+        what = f"`{given}`: {text!r} is no share of the stock model's FLOPs"
+        raise PmodError(f"{what}; expected a number above 0 and at most 1, such as 0.4")
+    return share
 
 
 def at_budgets(
@@ -139,19 +145,19 @@ def at_budgets(
     Raises:
         PmodError: An unknown method, or a budget that is no share.
     """
+    known = [method for method in METHODS if not METHODS[method].routers]
     listed = [method.strip() for method in methods]
-    if listed == ["all"]:
-        listed = [method for method in METHODS if not METHODS[method].routers]
-    if unknown := [method for method in listed if method not in METHODS]:
-        raise PmodError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
+    listed = known if listed == ["all"] else listed
+    if unknown := [method for method in listed if method not in known]:
+        raise PmodError(f"`methods={unknown[0]}`: expected all, or some of {', '.join(known)}")
+    shares = {budget.strip(): _share(budget.strip(), f"budgets={budget.strip()}") for budget in budgets}
     folder = resolve(name, offline=offline).path
     sizes = with_limits(Sizes.of(read_json(folder / CONFIG)), folder)
     chosen, left_out = [], []
-    for budget in (budget.strip() for budget in budgets):
+    for budget, share in shares.items():
         for method in dict.fromkeys(["random", *listed]):
-            asked = methods_named(f"{method}@{budget}")
             try:
-                solve(method, (asked and asked[1]) or 1.0, sizes, HARDLY_TEXT.rows(sizes))
+                solve(method, share, sizes, HARDLY_TEXT.rows(sizes))
             except PmodError as error:
                 left_out.append(error.what)
             else:

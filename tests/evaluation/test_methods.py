@@ -51,8 +51,13 @@ def test_what_cannot_be_asked(converted):
     ):
         with pytest.raises(PmodError, match=message):
             eval_models.choose(name, [against])
-    with pytest.raises(PmodError, match="unknown method 'best': expected all, or some of pmod, fastv"):
-        eval_models.at_budgets(mine, ["best"], ["0.5"])
+    for methods, budgets, message in (
+        (["best"], ["0.5"], "^`methods=best`: expected all, or some of fastv, "),
+        (["pmod"], ["0.5"], "^`methods=pmod`: expected all, or some of fastv, "),  # it needs routers
+        (["fastv"], ["0.5", " 2"], "^`budgets=2`: '2' is no share of the stock model's FLOPs"),
+    ):
+        with pytest.raises(PmodError, match=message):
+            eval_models.at_budgets(mine, methods, budgets)
     asked, left_out = eval_models.at_budgets(mine, ["all"], ["0.01", "0.9"])
     assert asked == [f"{name}@0.9" for name in ["random", *(n for n in METHODS if n not in ("pmod", "random"))]]
     assert len(left_out) == len(list(METHODS)) - 1

@@ -171,12 +171,12 @@ def eval(
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by torchrun or accelerate
     if launched and os.environ.get("RANK", "0") != "0":
         output.set_quiet(True)
-    if list_tasks:
-        show_suite(known.groups(), data_root, as_json)
-        return
     if as_json and shown_as not in ("table", "json"):
         raise PmodError(f"two formats: --json and --format {shown_as}; give one")
     shown_as = "json" if as_json else shown_as
+    if list_tasks:
+        show_suite(known.groups(), data_root, shown_as)
+        return
     if runs and not compare:
         raise PmodError(f"unexpected: {runs[0]}", hint="pmod eval --compare RUN RUN sets finished runs side by side")
     require("eval", "lmms_eval", "datasets", "accelerate")

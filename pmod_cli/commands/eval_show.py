@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from pmod_cli.core import output
-from pmod_cli.reporting import WholeTable
+from pmod_cli.reporting import WholeTable, cells_of, markdown_table, to_csv
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.benchmarks import Benchmark
@@ -89,13 +89,17 @@ def show_results(results: dict[str, Any], shown_as: str) -> None:
                 output.print_line(Path(results["folder"], name))
 
 
-def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None, as_json: bool) -> None:
-    """Every benchmark with its data, and the groups."""
+def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None, shown_as: str) -> None:
+    """Every benchmark with its data in one of the forms of --format; under the table also the groups."""
     from pmod_cli.evaluation import data
 
     rows = data.listing(data_root=data_root)
-    if as_json:
+    if shown_as == "json":
         output.print_json({"schema_version": 1, "benchmarks": rows})
+        return
+    if shown_as == "csv":
+        joined = [row | {key: " ".join(row[key]) for key in ("data", "split")} for row in rows]
+        output.print_line(to_csv(joined).rstrip())
         return
     table = WholeTable(box=box.SIMPLE, padding=0)
     for title in ("name", "lmms-eval task", "data set and split", "rows", "metric", "here"):
@@ -107,6 +111,9 @@ def show_suite(groups: dict[str, tuple[Benchmark, ...]], data_root: Path | None,
         here = {True: "yes", False: "no"}.get(row["here"], "?")
         rows_of = f"{row['rows']:,}" if row["rows"] else "not known"
         table.add_row(row["name"], row["task"], data_set, rows_of, row["metric"] or "the first", here)
+    if shown_as == "markdown":
+        output.print_line(markdown_table(*cells_of(table)))
+        return
     output.stdout.print(table)
     for name, group in groups.items():
         output.print_line(f"{name}: {', '.join(benchmark.name for benchmark in group)}")

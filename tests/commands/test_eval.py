@@ -1,5 +1,6 @@
 """`pmod eval` as a user runs it: what is on stdout, what on stderr, the exit code and the files."""
 
+import csv
 import json
 
 import pytest
@@ -156,8 +157,17 @@ def test_list_needs_no_extra(capsys, monkeypatch):
     monkeypatch.setattr(errors, "find_spec", lambda name: None)
     assert evaluate("--list") == 0
     assert "ok_vqa_val2014" in capsys.readouterr().out
-    assert evaluate("--list", "--json") == 0
-    assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 28
+    for words in (("--json",), ("--format", "json")):
+        assert evaluate("--list", *words) == 0
+        assert len(json.loads(capsys.readouterr().out)["benchmarks"]) == 28
+    assert evaluate("--list", "--format", "csv") == 0
+    listed = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(listed) == 28
+    assert [row["data"] for row in listed if row["name"] == "docvqa"] == ["lmms-lab-encoder/DocVQA"]
+    assert evaluate("--list", "--format", "markdown") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| name | lmms-eval task | data set and split | rows | metric | here |"
+    assert len(lines) == 30
 
 
 def test_dry_run_prints_a_plan(converted, capsys):

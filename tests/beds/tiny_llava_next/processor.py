@@ -43,8 +43,8 @@ CHAT_TEMPLATE = """\
 {%- if message['role'] == 'assistant' -%}
 {{ ' ' }}{% generation %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endgeneration %}
 {%- else -%}
-{{ message['role'] | upper }}: {% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}
-{%- for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{{ ' ASSISTANT:' }}
+{{ 'USER: ' if message['role'] == 'user' else '' }}{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{{ ' ASSISTANT:' if message['role'] == 'user' else ' ' }}
 {%- endif -%}
 {%- endfor -%}
 """  # noqa: E501

@@ -25,6 +25,7 @@ from tests.beds.tiny_llava_next.measure import (
     prompts,
     unseen_documents,
 )
+from tests.beds.tiny_llava_next.processor import CHAT_TEMPLATE
 
 UNSEEN = 5  # questions a task
 
@@ -117,6 +118,10 @@ def test_the_template_speaks_as_llava_does(processor):
         f"USER: <image>\n{first.question} ASSISTANT: {first.answer}</s>"
         f"USER: {second.question} ASSISTANT: {second.answer}</s>"
     )
+    system = {"role": "system", "content": [{"type": "text", "text": "be kind"}]}
+    spoken = processor.apply_chat_template([system, *conversation(document, [first, second])], tokenize=False)
+    assert spoken == f"be kind {rendered}"
+    assert processor.chat_template == CHAT_TEMPLATE
 
 
 def test_the_collator_labels_what_the_assistant_says(processor):

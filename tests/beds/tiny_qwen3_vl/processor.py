@@ -38,10 +38,10 @@ SEVERAL_WORDS = [
     "seconds",
 ]
 
-# The form of Qwen3-VL's own. What the assistant says is marked as labelled, so that training sets labels there. A
-# system's turn is left out: the model knows none of its words.
+# The form of Qwen3-VL's own. What the assistant says is marked as labelled, so that training sets labels there. The
+# system text that `pmod eval` puts to every Qwen3-VL is left out: the model was trained without it.
 CHAT_TEMPLATE = """\
-{%- for message in messages if message['role'] != 'system' -%}
+{%- for message in messages if message['role'] != 'system' or message['content'] != [{'type': 'text', 'text': 'You are a helpful assistant.'}] -%}
 {{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' -%}
 {% generation %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}

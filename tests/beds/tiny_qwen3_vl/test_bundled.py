@@ -14,8 +14,11 @@ from pmod_cli.checkpoints import bundled_path
 from pmod_cli.checkpoints.digests import file_sha256
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.data.several import ALL_TASKS, draw_several
+from pmod_cli.evaluation.prompts import render
+from pmod_cli.families.qwen3_vl import QWEN3_VL
 from tests.beds.tiny_llava_next.measure import answers
 from tests.beds.tiny_qwen3_vl.measure import prompts, unseen_documents
+from tests.beds.tiny_qwen3_vl.processor import CHAT_TEMPLATE
 
 NAME = "tiny-qwen3-vl"
 SHA256 = "a53ab46aa194124e51a0b66c8509d81fad36cb492fc7fc59aa70e224bf855164"
@@ -99,14 +102,15 @@ def test_any_lower_case_text_is_spelt_and_read_back(processor, text):
     assert processor.decode(ids).replace(" ", "") == text.lower().replace(" ", "")
 
 
-def test_the_template_leaves_a_system_turn_out(processor):
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is the price of tea?"}]}]
-    system = [{"role": "system", "content": [{"type": "text", "text": "you are a helpful assistant."}]}]
-    rendered = processor.apply_chat_template(system + asked, tokenize=False, add_generation_prompt=True)
-    assert rendered == (
+def test_the_template_leaves_only_the_system_text_of_benchmarks_out(processor):
+    rendered = (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what is the price of tea?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+    assert render(processor, "what is the price of tea?", 1, system=QWEN3_VL.asked_as) == rendered
+    spoken = render(processor, "what is the price of tea?", 1, system="be kind")
+    assert spoken == f"<|im_start|>system\nbe kind<|im_end|>\n{rendered}"
+    assert processor.chat_template == CHAT_TEMPLATE
 
 
 def call(*arguments: object) -> int:

@@ -9,6 +9,7 @@ The rule is what a person and the field's own loaders agree on; docs/design.md s
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -104,6 +105,21 @@ def as_rgb(image: Image.Image) -> Image.Image:
     rgb = (_to_8_bit(image) if _is_deep(image) else image).convert("RGB")
     rgb.info = {}
     return rgb
+
+
+def in_data_url(url: str) -> bytes:
+    """The encoded bytes of a picture in a data URL.
+
+    Raises:
+        ValueError: it holds none in base64.
+    """
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ValueError("a data URL is expected as data:image/png;base64,...")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        raise ValueError("the data URL is no base64") from None
 
 
 @contextmanager

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.images import in_data_url
 
 IMAGE = "<image>"  # stands in a turn's text where an image goes
 VIDEO = "<video>"  # the same of a video
+PICTURES = ("image", "image_url", "video")  # types of the parts of a message that stand for one
 MARKS = re.compile(f"({IMAGE}|{VIDEO})")
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
@@ -91,8 +93,9 @@ def from_messages(row: Any, *, answered: bool = True) -> Conversation:
     """A row with ``messages``, and ``images`` and ``videos`` in the order of their places.
 
     ``content`` is text with ``<image>`` and ``<video>`` (LLaMA-Factory, ms-swift), or parts of type ``text``,
-    ``image`` and ``video`` (TRL), which may name their picture themselves. Where no place is marked, pictures stand
-    in front of the first question. TRL's ``prompt`` and ``completion`` are one conversation.
+    ``image`` and ``video`` (TRL) or ``image_url`` (OpenAI: a file name or a data URL), which may name their picture
+    themselves. Where no place is marked, pictures stand in front of the first question. TRL's ``prompt`` and
+    ``completion`` are one conversation.
 
     Raises:
         BadRow: what is missing or wrong in it.
@@ -157,10 +160,15 @@ def _listed(row: Mapping, key: str) -> Sequence[Any]:
 
 
 def _payload(picture: Any) -> Any:
-    """A name or bytes that stand in an object, as data sets of the hub and ms-swift have them."""
-    if not isinstance(picture, Mapping):
+    """A name or bytes, also where they stand in an object, as hub data sets, ms-swift and OpenAI have them."""
+    if isinstance(picture, Mapping):
+        picture = picture.get("bytes") or picture.get("path") or picture.get("url") or picture
+    if not isinstance(picture, str) or not picture.startswith("data:"):
         return picture
-    return picture.get("bytes") or picture.get("path") or picture
+    try:
+        return in_data_url(picture)
+    except ValueError as error:
+        raise BadRow(str(error)) from None
 
 
 def _turns(
@@ -190,13 +198,14 @@ def _part(number: int, part: Any, named: dict[str, list[Any]] | None) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind in ("image", "video"):
-        mark = IMAGE if kind == "image" else VIDEO
+    if kind in PICTURES:
+        mark = VIDEO if kind == "video" else IMAGE
         picture = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
         if picture is not None and named is not None:
             named[mark].append(_payload(picture))
         return f"{mark}\n"
-    raise BadRow(f"turn {number}: expected parts of type image, video or text, found {kind or _kind(part)}")
+    known = ", ".join(PICTURES)
+    raise BadRow(f"turn {number}: expected parts of type {known} or text, found {kind or _kind(part)}")
 
 
 def _image_first(text: str) -> str:

@@ -20,7 +20,7 @@ from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 
 ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("length", "<i4")])
-VERSION = 3  # of ROW and of how it is filled
+VERSION = 4  # of ROW and of how it is filled
 CHUNK = 1 << 22  # bytes read at a time
 LONGEST_ROW = 1 << 28  # bytes
 

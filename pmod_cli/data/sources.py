@@ -10,7 +10,7 @@ import numpy as np
 
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError, first_line
-from pmod_cli.data.conversation import BadRow, Conversation, from_llava, from_messages, from_row, length_of
+from pmod_cli.data.conversation import PICTURES, BadRow, Conversation, from_llava, from_messages, from_row, length_of
 from pmod_cli.data.index import open_index
 
 
@@ -164,7 +164,7 @@ def _llava_length(row: Any) -> int:
     said = row.get("messages") or row.get("prompt")
     parts = [turn.get("content") for turn in said if isinstance(turn, Mapping)] if isinstance(said, list) else []
     own = (part.get("type") for content in parts if isinstance(content, list) for part in content if part)
-    pictured = pictured or any(kind in ("image", "video") for kind in own)
+    pictured = pictured or any(kind in PICTURES for kind in own)
     return length_of({"messages": said}, "messages", "content", pictured)
 
 

@@ -149,10 +149,12 @@ def tokenizer_of(subject: Subject) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text)["input_ids"])
 
 
-def _size(name: str, folder: Path) -> tuple[int, int]:
+def _size(image: str | bytes, folder: Path) -> tuple[int, int]:
     """Width and height in pixels of the image as training would open it, from the header: nothing is decoded."""
     try:
-        return image_size(find_image(name, folder), name)
+        if isinstance(image, bytes):
+            return image_size(image, "its image")
+        return image_size(find_image(image, folder), image)
     except BadRow:
         raise
     except PmodError as error:

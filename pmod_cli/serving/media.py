@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from PIL.Image import Image
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.images import MOST_PIXELS, image_size, load_image
+from pmod_cli.core.images import MOST_PIXELS, image_size, in_data_url, load_image
 from pmod_cli.serving.requests import BadRequest
 
 LARGEST = 20_000_000  # bytes of one picture from a web address
@@ -42,7 +40,10 @@ class Media:
         found = _SCHEME.match(url)
         scheme = found[1].lower() if found else ""
         if scheme == "data":
-            return _data(url, where)
+            try:
+                return in_data_url(url)
+            except ValueError as error:
+                raise BadRequest(f"{where}: {error}", param=where) from None
         if scheme in ("http", "https"):
             if not self.urls:
                 raise BadRequest(f"{where}: this server fetches no URLs; send the picture as a data URL", param=where)
@@ -83,16 +84,6 @@ def decode(sources: Sequence[bytes | Path], places: Sequence[str]) -> list[Image
         except PmodError as error:
             raise BadRequest(error.what, param=where) from None
     return pictures
-
-
-def _data(url: str, where: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise BadRequest(f"{where}: a data URL is expected as data:image/png;base64,...", param=where)
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise BadRequest(f"{where}: the data URL is no base64", param=where) from None
 
 
 async def _from_web(url: str, where: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from base64 import b64encode
 
 import numpy as np
 import pytest
@@ -163,6 +164,7 @@ def test_layouts_of_other_tools_are_the_same_conversation():
     named = {"images": ["a.png"], "videos": ["b"]}
     marked = {"messages": [{"role": "user", "content": text}, answer], **named}
     inside = [{"type": "image", "image": "a.png"}, {"type": "video", "video": "b"}, {"type": "text", "text": "which?"}]
+    openai = [{"type": "image_url", "image_url": {"url": "a.png"}}, *inside[1:]]
     outside = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "which?"}]
     rows = [
         said(text, image="a.png", video="b"),
@@ -170,6 +172,7 @@ def test_layouts_of_other_tools_are_the_same_conversation():
         marked,
         {**marked, "images": [{"path": "a.png", "bytes": None}]},
         {"messages": [{"role": "user", "content": inside}, answer]},
+        {"messages": [{"role": "user", "content": openai}, answer]},
         {**marked, "messages": [{"role": "user", "content": outside}, answer]},
         {**marked, "messages": [{"role": "user", "content": "which?"}, answer]},
         {**named, "prompt": [{"role": "user", "content": outside}], "completion": [answer]},
@@ -226,6 +229,29 @@ def test_a_hub_data_set_gives_the_films_of_its_json(pictures, monkeypatch):
     Dataset.from_list(whole).cast_column("videos", List(Video())).save_to_disk("c.hub")
     with pytest.raises(BadRow, match="expected the name of a video or of its frames, found bytes"):
         RowEncoder(processor("qwen3_vl"))(open_source("hub", "c.hub", None)[0])
+
+
+def test_a_data_url_is_a_picture_and_a_web_address_is_none(pictures):
+    encode, picture = RowEncoder(processor("qwen3_vl")), (pictures / "wide.png").read_bytes()
+
+    def row(url):
+        asked = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "that"}]}
+
+    rows = [row("wide.png"), row(f"data:image/png;base64,{b64encode(picture).decode()}")]
+    named, whole = (encode(from_row(each), pictures) for each in rows)
+    assert all(torch.equal(named[name], whole[name]) for name in named)
+    (pictures / "rows.json").write_text(json.dumps(rows))
+    assert LlavaFile(pictures / "rows.json", None).lengths.tolist() == [4, 4]
+    sizes = Sizes.of(json.loads((save_stock(pictures / "model", "qwen3_vl") / "config.json").read_text()))
+    assert len(set(read_rows(pictures / "rows.json", None, sizes, len))) == 1
+    for url, reason in (
+        ("data:image/png,xx", "a data URL is expected as data:image/png;base64"),
+        ("data:image/png;base64,x!", "the data URL is no base64"),
+        ("https://x.org/a.png", "no such image: https://x.org/a.png"),
+    ):
+        with pytest.raises(BadRow, match=reason):
+            encode(from_row(row(url)), pictures)
 
 
 def test_videos_that_cannot_be_used_are_bad_rows(pictures, monkeypatch):

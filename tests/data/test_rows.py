@@ -290,7 +290,7 @@ def test_messages_with_parts():
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A dog."}]}
     conversation = from_messages(row | {"images": [image]})
     assert [turn.text for turn in conversation.turns] == ["<image>\nWhat?", "A dog."]
-    with pytest.raises(BadRow, match="turn 0: expected parts of type image, video or text, found audio"):
+    with pytest.raises(BadRow, match="turn 0: expected parts of type image, image_url, video or text, found audio"):
         from_messages({"messages": [{"role": "user", "content": [{"type": "audio"}]}]})
 
 

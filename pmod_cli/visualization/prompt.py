@@ -93,11 +93,13 @@ def _film(processor: ProcessorMixin, inputs: BatchFeature, film: Video, total: i
         merge = processor.video_processor.merge_size
         frames, high, wide = inputs["video_grid_thw"][0].tolist()
         rows, columns = _spans(high // merge, height), _spans(wide // merge, width)
+        # The first of each group that the tower reads as one; the processor repeats the last frame to fill its group.
+        seen = film.pixels[:: processor.video_processor.temporal_patch_size]
     else:
         frames, tile = inputs["pixel_values_videos"].shape[1], inputs["pixel_values_videos"].shape[-1]
         side = isqrt(total // frames)  # its frames are pooled; one token more may end the film, and lies nowhere
         rows, columns = patch_spans(processor.video_processor, tile // side, height, width)
-    seen = film.pixels[np.arange(frames) * len(film.pixels) // frames]
+        seen = film.pixels[np.arange(frames) * len(film.pixels) // frames]
     strip = Image.fromarray(np.concatenate(list(seen), axis=1))
     places = np.concatenate([columns.clip(0, width) + number * width for number in range(frames)])
     layout = TokenLayout(strip.width, height, (numbered("image", rows, places, first=0),), frames=frames)

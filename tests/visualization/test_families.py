@@ -125,6 +125,22 @@ def test_a_film_is_a_strip_whose_cells_are_its_tokens(ready):
     assert figure.get_size_inches()[0] > 6.5  # a layer a line, since a strip is wide
 
 
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_an_odd_film_shows_the_frames_that_its_tokens_are_of(ready, count):
+    """The frame that a part of the strip shows is lit: pixels change in that part's group of patches alone."""
+    kind, _, model, processor = ready
+    if kind not in QWEN:
+        pytest.skip("its frames have tokens of their own")
+    frames = np.random.default_rng(0).integers(0, 255, (count, 16, 24, 3), dtype=np.uint8)
+    inputs, (shown,) = prepare(model, processor, Video(frames, 2.0), "what happens?")
+    pixels, groups = inputs["pixel_values_videos"], shown.layout.frames
+    assert groups == count // 2 + 1
+    for group, seen in enumerate(np.split(np.asarray(shown.image), groups, axis=1)):
+        lit = np.where((frames == seen).all(axis=(1, 2, 3), keepdims=True), 255, frames).astype(np.uint8)
+        changed = prepare(model, processor, Video(lit, 2.0), "what happens?")[0]["pixel_values_videos"] != pixels
+        assert changed.reshape(groups, -1).any(dim=1).tolist() == [other == group for other in range(groups)]
+
+
 def test_the_command_draws_several_images_rows_and_films(ready, workdir, capsys):
     _, folder, _, _ = ready
     for name, seed in (("a", 0), ("b", 1)):

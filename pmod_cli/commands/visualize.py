@@ -283,7 +283,7 @@ def _warnings(drawn: Drawn) -> Iterator[str]:
     record = drawn.record
     if drawn.against and visualization.asked_blindly(record, drawn.against):
         yield f"{visualization.BLIND} Put <image> behind the text: --question 'What is red in <image>?'"
-    if toy.NOTE in record.notes and not toy.is_document(record.image):
+    if toy.NOTE in record.all_notes and not toy.is_document(record.image):
         yield toy.FOREIGN
     if boxes := visualization.undrawable(record.question, record.answer, record.model):
         yield (

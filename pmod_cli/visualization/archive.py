@@ -36,7 +36,7 @@ FORMAT = 1
 PER_TOKEN = {"kept": np.bool_, "weight": np.float32}
 PER_LAYER = {"routed": np.bool_, "retention": np.float64}
 GRIDS = {"tokens": np.int64, "row_spans": np.float64, "column_spans": np.float64, "newlines": np.int64}
-WORDS = ("question", "answer", "router_state", "model", "chosen_by", "notes", "regions")
+WORDS = ("question", "answer", "router_state", "model", "chosen_by", "notes", "model_notes", "regions")
 MOST_BYTES = 1 << 26  # of one array but the image; the weights of a 7B selection of 2,928 tokens have 375 kB
 MOST_TOKENS = 1 << 18
 CHUNK = 1 << 20  # bytes
@@ -90,6 +90,7 @@ def _read(archive: zipfile.ZipFile) -> ImageSelection:
     about = json.loads(str(_array(archive, "about", np.str_, (), 4 * MOST_WORDS)))
     expect(isinstance(about, dict), "`about` is no object")
     expect(about.get("format") == FORMAT, f"format {about.get('format')}, expected {FORMAT}")
+    about.setdefault("model_notes", [])  # an older file has them among `notes`
     words = check_words({word: about[word] for word in WORDS})
     image = _array(archive, "image", np.uint8, (None, None, 3), 3 * MOST_PIXELS)
 
@@ -149,22 +150,25 @@ def expect(holds: Any, fault: str) -> None:
 
 
 def check_words(words: dict[str, Any]) -> dict[str, Any]:
-    """The record's texts, `notes` and `regions` as tuples.
+    """The record's texts, the notes and `regions` as tuples.
 
     Raises:
         ValueError: one of another type, or a text that is no Unicode.
     """
     texts = [words["question"], words["model"], *([] if words["answer"] is None else [words["answer"]])]
-    notes = words["notes"]
-    expect(isinstance(notes, list), "`notes` is no list")
-    for text in (*texts, *notes):
+    notes = {name: words[name] for name in ("notes", "model_notes")}
+    for name, given in notes.items():
+        expect(isinstance(given, list), f"`{name}` is no list")
+        texts += given
+    for text in texts:
         expect(isinstance(text, str), f"expected a text, found {text!r:.60}")
         text.encode()  # half a surrogate pair cannot be drawn or written
     expect(words["router_state"] in ROUTER_STATES, f"router state {words['router_state']!r:.60}")
     expect(
         words["chosen_by"] == STOCK_CHOOSER or words["chosen_by"] in SELECTIONS, f"chosen by {words['chosen_by']!r:.60}"
     )
-    return {**words, "notes": tuple(notes), "regions": check_regions(words["regions"])}
+    tuples = {name: tuple(given) for name, given in notes.items()}
+    return {**words, **tuples, "regions": check_regions(words["regions"])}
 
 
 def check_regions(boxes: Any) -> tuple[tuple[float, float, float, float], ...]:

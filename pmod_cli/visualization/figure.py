@@ -272,7 +272,7 @@ def _about(record: ImageSelection, answer_only: bool, *, answer: bool = True) ->
         }
         chosen = known.get(record.chosen_by, f"tokens chosen by the selection {record.chosen_by}")
         answered = [f"answers: {record.answer or '(nothing)'}"] if answer and record.answer is not None else []
-        texts.append("; ".join([f"{record.model}, {chosen}", *answered, *record.notes]))
+        texts.append("; ".join([f"{record.model}, {chosen}", *answered, *record.all_notes]))
     about = [(text, QUIET) for text in texts]
     if record.router_state == "untrained" and record.chosen_by == "router":
         words = "Untrained routers, which have learnt nothing yet. This is no choice of the model."

@@ -36,6 +36,7 @@ class ImageSelection:
         chosen_by: a selection, such as "router", or "attention": the tokens that the last token of the prompt attends
             to most.
         notes: what was done to the picture that its owner may not expect, for the caption.
+        model_notes: what the caption says of the model besides.
         regions: pixel boxes (x0, y0, x1, y1) given with the picture, such as its text.
     """
 
@@ -51,6 +52,7 @@ class ImageSelection:
     model: str
     chosen_by: str = "router"
     notes: tuple[str, ...] = ()
+    model_notes: tuple[str, ...] = ()
     regions: tuple[tuple[float, float, float, float], ...] = ()
 
     @property
@@ -58,6 +60,11 @@ class ImageSelection:
         """Whether the image stood before all of the question, so that no layer knew any of it when it selected."""
         before, mark, _ = self.question.partition(IMAGE_MARK)
         return not mark or not before.strip()
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """Of the picture, then of the model."""
+        return self.notes + self.model_notes
 
     @property
     def num_layers(self) -> int:
@@ -84,7 +91,7 @@ class ImageSelection:
             "chosen_by": self.chosen_by,
             "image_width_px": self.layout.width,
             "image_height_px": self.layout.height,
-            "notes": list(self.notes),
+            "notes": list(self.all_notes),
             "regions_px": [list(region) for region in self.regions],
             "question": self.question,
             "answer": self.answer,

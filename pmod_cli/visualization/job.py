@@ -196,7 +196,7 @@ def _other(
                 "the attention of a stock model is drawn for one picture alone, not for several or a film",
                 hint="`against=random`, or another p-MoD checkpoint",
             )
-        return attend(against.model, against.processor, record, name=against.name)
+        return attend(against.model, against.processor, record, name=against.name, notes=against.notes)
     again = None if several else LoadedImage(record.image, record.notes)
     return _ask(against, replace(item, regions=record.regions), record.question, settings, again)[item.place]
 

@@ -167,7 +167,7 @@ def select_together(
         max_new_tokens: length limit of the answer; 0 for no answer, which costs the prefill alone.
         selection: what chooses the tokens, a name in `SELECTIONS`; None is the checkpoint's own.
         regions: for each picture, pixel boxes to keep with its record.
-        notes: what a caption says besides.
+        notes: what a caption says of the model.
         budget: a method that the model runs under instead, its settings solved for this prompt.
 
     Returns:
@@ -178,7 +178,7 @@ def select_together(
     """
     stills: Sequence[LoadedImage] = [] if isinstance(pictures, Video) else pictures
     boxes = list(regions) or [()] * max(1, len(stills))
-    told = [(*picture.notes, *notes) for picture in stills] or [notes]
+    told = [picture.notes for picture in stills] or [()]
     images: list[Image.Image] = []
     for number, picture in enumerate(stills):
         image = reduced(picture.pixels, padded=pads_to_square(processor))  # as training does
@@ -215,6 +215,7 @@ def select_together(
             model=name,
             chosen_by=chosen_by,
             notes=(*own, several.format(number)) if several else own,
+            model_notes=notes,
             regions=own_boxes,
         )
         for number, (each, own, own_boxes) in enumerate(zip(shown, told, boxes, strict=True), start=1)
@@ -257,7 +258,14 @@ def run(
     return kept, weight, np.isin(np.arange(num_layers), list(captured.layers)), new
 
 
-def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelection, *, name: str) -> ImageSelection:
+def attend(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    beside: ImageSelection,
+    *,
+    name: str,
+    notes: tuple[str, ...] = (),
+) -> ImageSelection:
     """What a stock model's last prompt token attends to, mean of all heads, cut to as many tokens as `beside` keeps.
 
     The prefill runs without its last token; that one then attends to the cache, so that no N x N map is ever held
@@ -266,6 +274,7 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelec
     Args:
         model: a stock LLaVA in eval mode, loaded with eager attention.
         beside: the selection to compare with: its image, question, K of each layer.
+        notes: what a caption says of the model.
 
     Raises:
         PmodError: the model has another number of layers or of vision tokens than `beside`.
@@ -305,6 +314,7 @@ def attend(model: PreTrainedModel, processor: ProcessorMixin, beside: ImageSelec
         model=name,
         chosen_by="attention",
         notes=beside.notes,
+        model_notes=notes,
         regions=beside.regions,
     )
 

@@ -49,7 +49,7 @@ def _data(record: ImageSelection, layers: Sequence[int] | None) -> dict[str, Any
         "chosenBy": record.chosen_by,
         "question": record.question,
         "answer": record.answer,
-        "notes": list(record.notes),
+        "notes": list(record.all_notes),
         "image": _image_url(record.image, record.layout.frames),
         "width": record.layout.width,
         "height": record.layout.height,

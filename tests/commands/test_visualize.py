@@ -260,13 +260,18 @@ def test_a_method_is_drawn_at_a_share_of_the_flops(ready, stock_model, capsys, n
     """On stock weights or on a p-MoD's; beside random tokens of the same numbers."""
     (ready / "stock").symlink_to(stock_model())
     options = ("--model", name, "--device", "cpu", "--max-new-tokens", 0, "--json", "-o", "a.png")
+    Image.new("RGBA", (96, 64), (255, 0, 0, 9)).save("img.png")
     assert call("visualize", "img.png", "--method", "divprune@0.7", "--against", "random", *options) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]
     kept = [layer["kept_tokens"] for layer in image["layers"]]
     assert len(set(kept)) == 1, "one choice in front of all layers"
     assert (image["chosen_by"], image["against"]["chosen_by"]) == ("divprune", "random")
     assert [layer["kept_tokens"] for layer in image["against"]["layers"]] == kept
-    assert "divprune at 70 % of the stock FLOPs" in image["notes"]
+    of_picture, of_model = "transparency dropped, as the model is given it", "divprune at 70 % of the stock FLOPs"
+    assert image["notes"] == image["against"]["notes"] == [of_picture, of_model]
+    for other in ("stock", "routed"):  # which run under no method
+        assert call("visualize", "img.png", "--method", "divprune@0.7", "--against", other, *options) == 0
+        assert json.loads(capsys.readouterr().out)["images"][0]["against"]["notes"] == [of_picture]
     assert call("visualize", "img.png", "--method", "divprune@0.9", *options) == 0
     (dearer,) = json.loads(capsys.readouterr().out)["images"]
     assert dearer["layers"][0]["kept_tokens"] > kept[0]

@@ -24,6 +24,7 @@ def test_a_film_keeps_its_frames(tmp_path):
 def test_round_trip(tmp_path, make):
     picture = Image.effect_noise((90, 60), 80).convert("RGB")
     record = make(60, 90, image=picture, notes=("first of 3 frames",), regions=((1.0, 2.0, 30.0, 40.0),), answer=None)
+    record = replace(record, model_notes=("a toy model",))
     save_npz(record, tmp_path / "a.npz")
     back = load_npz(tmp_path / "a.npz")
     for name in ("kept", "weight", "routed", "retention"):
@@ -32,9 +33,20 @@ def test_round_trip(tmp_path, make):
     assert back.image.tobytes() == picture.tobytes()
     layers = range(record.num_layers)
     assert back.to_dict(layers) == record.to_dict(layers)
+    assert (back.notes, back.model_notes) == (record.notes, record.model_notes)
     np.testing.assert_array_equal(back.layout.boxes(clip=False), record.layout.boxes(clip=False))
     with np.load(tmp_path / "a.npz") as arrays:  # for a reader who has NumPy alone
         np.testing.assert_array_equal(arrays["boxes_px"], record.layout.boxes())
+
+
+def test_a_file_from_before_notes_were_kept_apart_is_read(tmp_path):
+    save_npz(anyres_record(60, 90, notes=("a toy model",)), tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as arrays:
+        changed = dict(arrays)
+    about = json.loads(str(changed["about"]))
+    del about["model_notes"]
+    np.savez(tmp_path / "old.npz", **changed | {"about": np.array(json.dumps(about))})
+    assert load_npz(tmp_path / "old.npz").all_notes == ("a toy model",)
 
 
 def test_what_is_no_selection_is_refused(tmp_path):

@@ -80,6 +80,7 @@ def test_arrays_that_no_selection_has(tmp_path, name, change, fault):
         ({"answer": ["a"]}, "expected a text"),
         ({"notes": "a note"}, "`notes` is no list"),
         ({"notes": [None]}, "expected a text, found None"),
+        ({"model_notes": 3}, "`model_notes` is no list"),
         ({"router_state": "tired"}, "router state 'tired'"),
         ({"chosen_by": {}}, "chosen by {}"),
         ({"chosen_by": "attention"}, "a share of attention lies outside"),

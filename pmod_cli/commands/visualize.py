@@ -285,6 +285,8 @@ def _warnings(drawn: Drawn) -> Iterator[str]:
         yield f"{visualization.BLIND} Put <image> behind the text: --question 'What is red in <image>?'"
     if toy.NOTE in record.all_notes and not toy.is_document(record.image):
         yield toy.FOREIGN
+    if any(visualization.OFF_BUDGET in note for note in record.model_notes):
+        yield f"{record.model}: the method misses its share of the FLOPs: caption and --json say how near it comes"
     if boxes := visualization.undrawable(record.question, record.answer, record.model):
         yield (
             f"no installed font has {boxes[:20]}: pictures show boxes in their place. Install a font that has them, "

@@ -135,6 +135,10 @@ class PromptBudget:
         """For a prompt of so many tokens. Prompts of about one shape get the same, so that they share a batch."""
         return _for_prompt(self, vision, text)[0]
 
+    def flops(self, vision: int, text: int) -> float:
+        """What the settings cost there, a share of the stock model's."""
+        return cost_of(self.sizes, self.settings(vision, text), prompt_of(vision, text)).flops
+
     def is_met(self, vision: int, text: int) -> bool:
         """Whether the settings cost the budget to `PRECISION`; a short prompt has few tokens, and large steps."""
         return _for_prompt(self, vision, text)[1]

@@ -20,6 +20,7 @@ from pmod_cli.visualization.page import check_format, save
 from pmod_cli.visualization.recording import (
     DEFAULT_QUESTION,
     MAX_NEW_TOKENS,
+    OFF_BUDGET,
     LoadedModel,
     attend,
     check_checkpoint,

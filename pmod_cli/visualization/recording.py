@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_QUESTION = "What is shown in this image?"
 MAX_NEW_TOKENS = 32
+OFF_BUDGET = "comes as near as"  # in the note of a method that cannot cost its share of a prompt
 OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
 Box = tuple[float, float, float, float]
 
@@ -191,7 +192,10 @@ def select_together(
     if budget is not None:
         ids = inputs["input_ids"][0].tolist()
         vision = sum(ids.count(getattr(model.config, key)) for key in known_family(model.config).vision_tokens)
-        model.set_method(budget.settings(vision, len(ids) - vision).to_dict())
+        prompt = vision, len(ids) - vision
+        model.set_method(budget.settings(*prompt).to_dict())
+        if not budget.is_met(*prompt):
+            notes += (f"on this prompt {budget.method} {OFF_BUDGET} {100 * budget.flops(*prompt):.3g} %",)
     chosen_by = selection or model.config.settings.selection
     model.set_selection(chosen_by)
     kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)

@@ -272,9 +272,20 @@ def test_a_method_is_drawn_at_a_share_of_the_flops(ready, stock_model, capsys, n
     for other in ("stock", "routed"):  # which run under no method
         assert call("visualize", "img.png", "--method", "divprune@0.7", "--against", other, *options) == 0
         assert json.loads(capsys.readouterr().out)["images"][0]["against"]["notes"] == [of_picture]
+    capsys.readouterr()
     assert call("visualize", "img.png", "--method", "divprune@0.9", *options) == 0
-    (dearer,) = json.loads(capsys.readouterr().out)["images"]
+    written = capsys.readouterr()
+    (dearer,) = json.loads(written.out)["images"]
     assert dearer["layers"][0]["kept_tokens"] > kept[0]
+    assert "misses its share" not in written.err
+    assert call("visualize", "img.png", "--method", "divprune@0.01", *options) == 0
+    written = capsys.readouterr()
+    near = re.fullmatch(
+        r"on this prompt divprune comes as near as (\d+\.\d+) %", json.loads(written.out)["images"][0]["notes"][-1]
+    )
+    assert near
+    assert float(near[1]) > 5
+    assert "misses its share of the FLOPs" in " ".join(written.err.split())
 
 
 @pytest.mark.parametrize(

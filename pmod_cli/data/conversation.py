@@ -65,8 +65,12 @@ def from_row(row: Any, *, answered: bool = True) -> Conversation:
     Raises:
         BadRow: what is missing or wrong in it.
     """
-    is_llava = not isinstance(row, Mapping) or "conversations" in row or not ({"messages", "prompt"} & set(row))
-    return (from_llava if is_llava else from_messages)(row, answered=answered)
+    return (from_llava if is_llava(row) else from_messages)(row, answered=answered)
+
+
+def is_llava(row: Any) -> bool:
+    """Whether a row is of LLaVA's own form, or of none; else it has ``messages``, or ``prompt``."""
+    return not isinstance(row, Mapping) or "conversations" in row or not ({"messages", "prompt"} & set(row))
 
 
 def from_llava(row: Any, *, answered: bool = True) -> Conversation:

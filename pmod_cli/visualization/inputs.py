@@ -16,7 +16,7 @@ from pmod_cli.core.errors import BAD_INPUT, PmodError
 from pmod_cli.core.folders import check_writable
 from pmod_cli.core.images import load_image, pictures_in
 from pmod_cli.core.videos import Frames, Video, load_video
-from pmod_cli.data.conversation import BadRow
+from pmod_cli.data.conversation import BadRow, from_messages, is_llava
 from pmod_cli.data.pictures import inside
 from pmod_cli.visualization.archive import check_regions
 from pmod_cli.visualization.page import check_format
@@ -138,26 +138,27 @@ def _expand(path: Path, image_folder: Path | None) -> Iterator[Item]:
 def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
     """Rows with pictures: `{"image": FILE, "conversations": [{"from": "human", "value": TEXT}, …], "boxes": [[…]]}`.
 
-    `image` may be a list of files, which stand in one prompt, and `video` names a film.
+    `image` may be a list of files, which stand in one prompt, and `video` names a film. The other forms that
+    `from_row` takes are read as well.
     """
     found = False
     for number, row in _read_rows(path):
         where = f"{path}, row {number}"
         if not isinstance(row, dict):
             raise PmodError(f"{where}: expected an object, found {type(row).__name__}")
-        film = row.get("image") is None and row.get("video") is not None
-        key = "video" if film else "image"
-        names = row.get(key)
-        if names is None:  # a row of text alone
-            continue
-        names = names if isinstance(names, list) and not film else [names]
-        if not names or not all(isinstance(name, str) for name in names):
-            raise PmodError(f"{where}: `{key}` is expected to be a file name, found {json.dumps(row[key])[:60]}")
-        found = True
         try:
+            if not is_llava(row):
+                said = from_messages(row, answered=False)
+                turns = [{"from": turn.role, "value": turn.text} for turn in said.turns]
+                row |= {"images": [*said.images], "videos": [*said.videos], "conversations": turns}
+            names, film = _named(row)
             files = tuple(inside(name, image_folder) for name in names)
         except BadRow as error:
-            raise PmodError(f"{where}: {error.what}", hint="`image_folder` names the folder of the images") from None
+            hint = "images are named as they are below `image_folder`, and nothing is downloaded"
+            raise PmodError(f"{where}: {error.what}", hint=hint) from None
+        if not files:  # a row of text alone
+            continue
+        found = True
         question = _question(row, where)
         if len(files) == 1:
             yield Item(files[0], short_name(files[0].stem), question, _regions(row, where), is_film=film)
@@ -166,6 +167,20 @@ def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
             yield Item(file, short_name(file.stem), question, together=files, place=place)
     if not found:
         raise PmodError(f"{path}: no row has an image", hint='a row is {"image": "a.png", "conversations": [...]}')
+
+
+def _named(row: dict) -> tuple[list[str], bool]:
+    """The names of a row's images; or of its film, and True."""
+    for key in ("image", "video"):
+        given = row.get(key) if row.get(key) is not None else row.get(f"{key}s") or None
+        if given is None:
+            continue
+        names, film = given if isinstance(given, list) else [given], key == "video"
+        readable = all(isinstance(name, str) and name and not re.match("https?:/", name) for name in names)
+        if not names or not readable or (film and len(names) > 1):
+            raise BadRow(f"`{key}` is expected to be a file name, found {json.dumps(given)[:60]}")
+        return names, film
+    return [], False
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -51,6 +51,33 @@ def test_llava_rows(tmp_path):
     assert find_items([tmp_path / "rows.json"])[2].path == tmp_path / "b.png"
 
 
+def test_rows_of_the_other_forms_that_finetune_takes(tmp_path):
+    asked = {"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "what is it?"}]}
+    rows = [
+        {"images": ["a.png"], "messages": [{"role": "user", "content": "look at <image> and tell"}]},
+        {"messages": [{"role": "system", "content": "be brief"}, asked]},
+        {"images": ["a.png", {"path": "b.png"}], "prompt": [{"role": "user", "content": "which?"}], "completion": []},
+        {"videos": ["clip"], "messages": [{"role": "user", "content": "<video>what?"}], "boxes": [[1, 2, 3, 4]]},
+        {"messages": [{"role": "user", "content": "text alone"}]},
+        {"images": ["a.png"], "conversations": [{"from": "human", "value": "<image>\nLLaVA's"}]},
+        {"video": ["clip"], "conversations": [{"from": "human", "value": "<video>\nLLaVA's"}]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = [
+        (item.path.name, item.question, len(item.together), item.is_film)
+        for item in find_items([tmp_path / "rows.json"])
+    ]
+    assert found == [
+        ("a.png", "look at <image> and tell", 0, False),
+        ("b.png", "what is it?", 0, False),
+        ("a.png", "which?", 2, False),
+        ("b.png", "which?", 2, False),
+        ("clip", "what?", 0, True),
+        ("a.png", "LLaVA's", 0, False),
+        ("clip", "LLaVA's", 0, True),
+    ]
+
+
 def test_a_row_may_hold_the_other_line_separators(tmp_path):
     row = {"image": "a.png", "conversations": [{"from": "human", "value": "one\u2028two\u2029three\x85four"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -66,6 +93,10 @@ def test_a_row_may_hold_the_other_line_separators(tmp_path):
         ("[]", "no row has an image"),
         ("[3]", "row 0: expected an object, found int"),
         ('[{"image": ["a.png", 3]}]', "`image` is expected to be a file name"),
+        ('[{"image": ""}]', r"rows\.json, row 0: `image` is expected to be a file name, found \"\""),
+        ('[{"image": "http://x.y/a.png"}]', r"row 0: `image` is expected .* found \"http://x\.y/a\.png\""),
+        ('[{"video": ["a", "b"]}]', "row 0: `video` is expected to be a file name, found"),
+        ('[{"images": ["a.png"], "messages": [{"role": "user"}]}]', "row 0: turn 0: expected an object with 'role'"),
         ('[{"image": "a.png", "conversations": ["hm"]}]', "row 0: a turn is"),
         ('[{"image": "a.png", "conversations": 3}]', "row 0: a turn is"),
         ('[{"image": "a.png", "boxes": [[1, 2, 3]]}]', "row 0: `boxes` is expected"),

@@ -166,13 +166,13 @@ def visualize(
     faults = visualization.check_pictures(items)
     readable = [(item, target) for item, target in zip(items, targets, strict=True) if item.path not in faults]
     items, targets = [item for item, _ in readable], [target for _, target in readable]
-    visualization.check_saved(items, saved_other, settings)
+    depths = visualization.check_saved(items, saved_other, settings)
     subject: LoadedModel | None = None
     other: LoadedModel | Path | None = saved_other
     if not all(item.is_saved for item in items):
         name = common.model_or_default(model)
         found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
-        visualization.check_checkpoint(found, name, layers=layers, parts=parts, method=asked is not None)
+        visualization.check_checkpoint(found, name, layers=layers, parts=parts, method=asked is not None, saved=depths)
         loading: dict[str, Any] = {"dtype": dtype, "device": common.pick_device(device)}
         if against and not saved_other and against not in SELECTIONS:
             found_other = checkpoints.resolve(against, offline=offline, cache_dir=cache_dir)
@@ -271,7 +271,8 @@ def _report(run: Iterator[Drawn], total: int, statistics: Path | None, *, as_jso
     elif statistics:
         for line in visualization.summary_lines(summary):
             output.stdout.print(line, markup=False, soft_wrap=True)
-        output.stdout.print(f"wrote {len(numbers)} pictures and {statistics}", markup=False, soft_wrap=True)
+        drawn_of = f"{len(numbers)} picture{'s' * (len(numbers) > 1)}"
+        output.stdout.print(f"wrote {drawn_of} and {statistics}", markup=False, soft_wrap=True)
     return True
 
 

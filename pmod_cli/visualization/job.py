@@ -20,7 +20,7 @@ from pmod_cli.visualization.inputs import Item, load_film
 from pmod_cli.visualization.page import check_format, encode
 from pmod_cli.visualization.recording import DEFAULT_QUESTION, MAX_NEW_TOKENS, LoadedModel, attend, select_together
 from pmod_cli.visualization.selection_page import html_page
-from pmod_cli.visualization.statistics import in_common
+from pmod_cli.visualization.statistics import check_depths, in_common
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,21 +70,29 @@ class Drawn:
     files: tuple[Path, ...]
 
 
-def check_saved(items: Sequence[Item], against: Path | None, settings: DrawSettings) -> None:
+def check_saved(items: Sequence[Item], against: Path | None, settings: DrawSettings) -> set[int]:
     """Read saved selections and parse the layers asked of them, before anything is started.
 
+    Returns:
+        How many layers their model has; empty where none is saved.
+
     Raises:
-        PmodError: a file that cannot be read, a layer that is not in it, nothing in common.
+        PmodError: a file that cannot be read, a layer that is not in it, nothing in common, another question.
     """
     other = load_npz(against) if against else None
+    depths = set()
     for item in items:
         if item.is_saved:
             record = load_npz(item.path)
             parse_layers(settings.layers, record.num_layers)
-            if settings.against_question:
-                raise PmodError(f"{item.path} is saved: it cannot be asked another question", hint="`against=B.npz`")
+            for asked, hint in ((settings.question, "name a picture"), (settings.against_question, "`against=B.npz`")):
+                if asked:
+                    raise PmodError(f"{item.path} is saved: it cannot be asked another question", hint=hint)
             if settings.mode == "compare" and other:
                 in_common(record, other)
+            depths.add(record.num_layers)
+    check_depths(depths)
+    return depths
 
 
 def run(

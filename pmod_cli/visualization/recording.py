@@ -16,9 +16,10 @@ from pmod_cli.data.pictures import pads_to_square, reduced
 from pmod_cli.families.configs import known_family, vision_token_ids
 from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
 from pmod_cli.visualization.prompt import prepare
+from pmod_cli.visualization.statistics import check_depths
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Set
 
     from PIL import Image
     from torch import Tensor
@@ -61,11 +62,14 @@ class LoadedModel:
         return self.selection or (None if settings is None else settings.selection)
 
 
-def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str, method: bool = False) -> None:
+def check_checkpoint(
+    found: Resolved, name: str, *, layers: str, parts: str, method: bool = False, saved: Set[int] = frozenset()
+) -> None:
     """Can this checkpoint be drawn? Read from its configuration alone.
 
     Args:
         method: whether it runs under a method, as a stock one can.
+        saved: numbers of layers of the saved selections that are drawn with it.
 
     Raises:
         PmodError: a stock LLaVA, of which there is nothing to draw; layers or parts that the model does not have.
@@ -79,6 +83,7 @@ def check_checkpoint(found: Resolved, name: str, *, layers: str, parts: str, met
         )
     config = read_config(found.path)
     parse_layers(layers, config.text_config.num_hidden_layers)
+    check_depths(saved | {config.text_config.num_hidden_layers})
     if parts in ("base", "tiles") and not (family := known_family(config)).high_resolution:
         raise PmodError(f"`parts={parts}`: {name} is a {family.title}, which sees one picture", hint="`parts=separate`")
 

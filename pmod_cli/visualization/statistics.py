@@ -7,7 +7,7 @@ regions: as many tokens drawn from each part as the layer keeps of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,12 @@ def _same_places(first: ImageSelection, second: ImageSelection) -> bool:
     return np.array_equal(first.layout.boxes(clip=False), second.layout.boxes(clip=False), equal_nan=True)
 
 
+def check_depths(depths: Collection[int]) -> None:
+    """Raises PmodError where selections are of more than one number of layers."""
+    if len(depths) > 1:
+        raise PmodError("the selections come from models with different numbers of layers", hint="give one model's")
+
+
 def summarise(images: Sequence[ImageStatistics], layers: Sequence[int], seed: int = 0) -> dict[str, Any]:
     """Means over images and routed layers, with 95 % bootstrap intervals over images, ready for JSON.
 
@@ -101,8 +107,7 @@ def summarise(images: Sequence[ImageStatistics], layers: Sequence[int], seed: in
     Raises:
         PmodError: the images were given to models of different depth.
     """
-    if len({len(image.on_regions) for image in images}) > 1:
-        raise PmodError("the selections come from models with different numbers of layers", hint="give one model's")
+    check_depths({len(image.on_regions) for image in images})
     pairs = [layer for layer in layers if layer + 1 in layers]
 
     def compared(values: str, chance: str, chosen: Sequence[int]) -> dict[str, Any] | None:

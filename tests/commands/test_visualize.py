@@ -132,7 +132,7 @@ def test_one_broken_picture_leaves_the_others(ready, capsys):
     assert call("visualize", "img.png", "broken.png", *options, "-o", "drawn") == 3
     written = capsys.readouterr()
     assert names(ready / "drawn") == ["img-pmod.png", "statistics.json"]
-    assert written.out.splitlines()[-1] == "wrote 1 pictures and drawn/statistics.json"
+    assert written.out.splitlines()[-1] == "wrote 1 picture and drawn/statistics.json"
     assert "error: broken.png is not an image" in " ".join(written.err.split())
     assert call("visualize", "img.png", "broken.png", *options, "-o", "drawn", "--json") == 3
     written = capsys.readouterr()
@@ -236,6 +236,18 @@ def test_rows_become_a_folder_with_statistics_and_are_drawn_again(ready, capsys)
     assert statistics == {"schema_version": 2, "models": ["routed"], **again["statistics"]}
     assert call("visualize", first, "--against", second, "--layers", 3, "-o", "both.png") == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "100%"  # untrained routers: both keep the first
+
+
+def test_saved_selections_are_held_to_what_is_asked_before_anything_is_drawn(ready, capsys):
+    options = ("--device", "cpu", "--max-new-tokens", 0)
+    assert call("visualize", "img.png", "--npz", "--model", "routed", *options, "-o", "a.png") == 0
+    assert call("visualize", "a.npz", "--question", "what else?", "-o", "b.png") == 2
+    assert "a.npz is saved: it cannot be asked another question" in " ".join(capsys.readouterr().err.split())
+    checkpoints.convert(checkpoints.resolve("tiny-llava-next").path, ready / "deep", SETTINGS_OF_32)
+    before = names(ready)
+    assert call("visualize", "img.png", "a.npz", "--model", "deep", *options, "-o", "drawn") == 2
+    assert "models with different numbers of layers" in capsys.readouterr().err
+    assert names(ready) == before
 
 
 def test_what_is_compared(ready, stock_model, capsys):

@@ -133,7 +133,7 @@ def _require_complete(folder: Path, name: str, weights: bool) -> None:
 
 
 def _unknown(name: str) -> PmodError:
-    near = difflib.get_close_matches(name, ALIASES, n=3, cutoff=0.5) or list(ALIASES)
+    near = difflib.get_close_matches(name, ALIASES, n=3, cutoff=0)
     local = sorted(str(path.parent) for path in Path("checkpoints").glob("*/config.json"))
     found = f"; checkpoints here: {', '.join(local)}" if local else ""
     return PmodError(

@@ -135,7 +135,7 @@ VALUES: dict[str, Completer] = {  # by parameter, or by verb and parameter where
     "fetch_data": several(tasks),
     "against": several(lambda: dict.fromkeys(["stock", "none", "downsample", *SELECTIONS, *METHODS, *ALIASES])),
     "profile against": several(lambda: ["stock", *SELECTIONS]),
-    "visualize against": one(lambda: [*SELECTIONS, *ALIASES]),
+    "visualize against": one(lambda: ["stock", *SELECTIONS, *ALIASES]),
     "methods": several(lambda: ["all", *METHODS]),
     "method": one(lambda: METHODS),
     "selection": one(lambda: SELECTIONS),

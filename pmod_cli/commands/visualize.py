@@ -100,8 +100,8 @@ def visualize(
         str | None,
         _compare(
             metavar="NAME",
-            help="Another p-MoD checkpoint, a stock LLaVA (its attention is drawn), an .npz file, or a selection for "
-            f"the same weights: {one_of(SELECTIONS)}.",
+            help="Another p-MoD checkpoint, a stock LLaVA (its attention is drawn), stock (what the model was made "
+            f"from), an .npz file, or a selection for the same weights: {one_of(SELECTIONS)}.",
         ),
     ] = None,
     against_question: Annotated[
@@ -137,6 +137,7 @@ def visualize(
 ) -> None:
     """Draw which image patches each layer keeps: kept ones clear, skipped ones grey, one panel a layer."""
     from pmod_cli import checkpoints, visualization
+    from pmod_cli.evaluation import eval_models
 
     compares = against is not None or against_question is not None
     settings = visualization.DrawSettings(
@@ -175,6 +176,7 @@ def visualize(
         visualization.check_checkpoint(found, name, layers=layers, parts=parts, method=asked is not None, saved=depths)
         loading: dict[str, Any] = {"dtype": dtype, "device": common.pick_device(device)}
         if against and not saved_other and against not in SELECTIONS:
+            against = eval_models.stock_against(found.path, against) if against == "stock" else against
             found_other = checkpoints.resolve(against, offline=offline, cache_dir=cache_dir)
             visualization.check_pair(found, found_other)
             other = visualization.load_checkpoint(found_other, against, **loading)

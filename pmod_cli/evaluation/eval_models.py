@@ -86,13 +86,7 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
         if other in SELECTIONS:
             eval_models.append(EvalModel(other, main.path, main.routers, other, main.commit))
         elif other in ("stock", DOWNSAMPLE):
-            source = stock_source(main.path)
-            if source is None:
-                raise PmodError(
-                    f"`against={other}`: {main.path} does not say what it was made from",
-                    hint="`against=FOLDER` names a stock model",
-                )
-            stock = _eval_model(source, None, offline, label=other)
+            stock = _eval_model(stock_against(main.path, other), None, offline, label=other)
             eval_models.append(stock if other == "stock" else replace(stock, tokens_left=_mean_retention(main.path)))
         else:
             eval_models.append(_eval_model(other, None, offline))
@@ -176,13 +170,8 @@ def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: b
     share = PmodSettings.from_dict(config.get("pmod") or {}) if budget is None else budget
     stock = main
     if main.routers != "stock":
-        source = stock_source(main.path)
-        if source is None:
-            raise PmodError(
-                f"`against={method}`: {main.path} does not say what it was made from",
-                hint="name the stock model with `model`, and this one with `against`",
-            )
-        stock = _eval_model(source, None, offline)
+        hint = "name the stock model with `model`, and this one with `against`"
+        stock = _eval_model(stock_against(main.path, method, hint), None, offline)
     label = method if budget is None else f"{method}@{budget:g}"
     control = None if method == "random" else f"random@{budget:g}" if budget is not None else None
     rows = HARDLY_TEXT.rows(sizes)
@@ -201,6 +190,18 @@ def _mean_retention(path: Path) -> float:
 
     config = AutoConfig.from_pretrained(path)
     return config.settings.mean_retention(config.get_text_config().num_hidden_layers)
+
+
+def stock_against(path: Path, against: str, hint: str = "`against=FOLDER` names a stock model") -> str:
+    """The name of the stock model that `against` needs beside a checkpoint.
+
+    Raises:
+        PmodError: the checkpoint's history does not say.
+    """
+    source = stock_source(path)
+    if source is None:
+        raise PmodError(f"`against={against}`: {path} does not say what it was made from", hint=hint)
+    return source
 
 
 def stock_source(path: Path) -> str | None:

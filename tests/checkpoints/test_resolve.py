@@ -63,6 +63,12 @@ def test_a_miss_says_what_is_near(name, told, workdir):
     assert told in caught.value.what
 
 
+def test_a_name_that_is_like_none_gets_three(workdir):
+    with pytest.raises(PmodError) as caught:
+        resolve("nonsuch")
+    assert caught.value.what.partition("Near: ")[2].count(",") == 2
+
+
 @pytest.mark.parametrize("page", ["https://hub.example/org/model", "https://hub.example/org/model/tree/v2"])
 def test_a_page_of_the_hub_names_its_model(page, workdir):
     with pytest.raises(PmodError) as caught:

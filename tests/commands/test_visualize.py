@@ -251,7 +251,6 @@ def test_saved_selections_are_held_to_what_is_asked_before_anything_is_drawn(rea
 
 
 def test_what_is_compared(ready, stock_model, capsys):
-    (ready / "stock").symlink_to(stock_model())
     options = ("--model", "routed", "--device", "cpu", "--max-new-tokens", 0, "--json", "-o", "a.png")
     assert call("visualize", "img.png", "--against", "stock", *options) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]

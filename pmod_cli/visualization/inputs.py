@@ -178,7 +178,8 @@ def _named(row: dict) -> tuple[list[str], bool]:
         names, film = given if isinstance(given, list) else [given], key == "video"
         readable = all(isinstance(name, str) and name and not re.match("https?:/", name) for name in names)
         if not names or not readable or (film and len(names) > 1):
-            raise BadRow(f"`{key}` is expected to be a file name, found {json.dumps(given)[:60]}")
+            found = json.dumps(given, default=lambda data: f"{len(data)} bytes")  # which a data URL holds
+            raise BadRow(f"`{key}` is expected to be a file name, found {found[:60]}")
         return names, film
     return [], False
 

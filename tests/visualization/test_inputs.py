@@ -95,6 +95,10 @@ def test_a_row_may_hold_the_other_line_separators(tmp_path):
         ('[{"image": ["a.png", 3]}]', "`image` is expected to be a file name"),
         ('[{"image": ""}]', r"rows\.json, row 0: `image` is expected to be a file name, found \"\""),
         ('[{"image": "http://x.y/a.png"}]', r"row 0: `image` is expected .* found \"http://x\.y/a\.png\""),
+        (
+            json.dumps([{"images": ["data:image/png;base64,AAAA"], "messages": [{"role": "user", "content": "?"}]}]),
+            r"`image` is expected to be a file name, found \[\"3 bytes\"\]",
+        ),
         ('[{"video": ["a", "b"]}]', "row 0: `video` is expected to be a file name, found"),
         ('[{"images": ["a.png"], "messages": [{"role": "user"}]}]', "row 0: turn 0: expected an object with 'role'"),
         ('[{"image": "a.png", "conversations": ["hm"]}]', "row 0: a turn is"),

@@ -99,10 +99,10 @@ def _run(
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
         data = open_data(settings, load_processor(source), out)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
-    trained = folder.is_finished(out, settings) or (settings.lora.enabled and folder.adapter_of(out) is not None)
-    if trained:
+    done = folder.is_finished(out, settings)
+    if done or (settings.lora.enabled and folder.adapter_of(out) is not None):
         if PartialState().is_main_process:
-            if not folder.is_finished(out, settings):
+            if not done:
                 fold(out)  # it was left apart, or the process died before it was merged
             folder.close_run(out)  # the start of a run that has nothing to do
             opened.put_in_place()
@@ -126,8 +126,7 @@ def _run(
     parameters = count(model)
     try:
         with watch.signals():
-            if not trainer.is_trained(checkpoint):
-                trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train_rest(checkpoint)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         raise _out_of_memory(error, settings) or error from None
     state = trainer.state

@@ -122,19 +122,18 @@ class PmodTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def is_trained(self, checkpoint: str | None) -> bool:
-        """Whether a checkpoint is of the last step, so that its process died later. Then the state is taken from it.
+    def train_rest(self, checkpoint: str | None) -> None:
+        """Train what is left from a checkpoint on: nothing where it is of the last step, and its process died later.
 
         Trainer's own loop takes a step more before it looks.
         """
-        if checkpoint is None:
-            return False
-        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        if state.global_step < self.args.max_steps:
-            return False
-        self.state = state
-        self.watch.on_train_begin(self.args, state, self.control)
-        return True
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+            if state.global_step >= self.args.max_steps:
+                self.state = state
+                self.watch.on_train_begin(self.args, state, self.control)
+                return
+        self.train(resume_from_checkpoint=checkpoint)
 
     def _get_train_sampler(
         self, train_dataset: torch.utils.data.Dataset | None = None

@@ -162,9 +162,10 @@ def training_flops(
     routed = routed or Routed.stock(sizes.decoder.layers)
     gathered = [len(rows) * tokens for _, tokens in layer_tokens(rows, routed)]
     adapters = 2 * sum(gathered) * _adapter(sizes, setup)
-    if routed.keep_keys:
+    if routed.keep_keys:  # skipped tokens, too, pass these two
         keys = replace(setup, lora_targets=tuple(name for name in setup.lora_targets if name in ("k_proj", "v_proj")))
-        adapters += 2 * sum(len(rows) * max(row.tokens for row in rows) - g for g in gathered) * _adapter(sizes, keys)
+        positions = len(rows) * max(row.tokens for row in rows)
+        adapters += 2 * sum(positions - tokens for tokens in gathered) * _adapter(sizes, keys)
     whole = sum(tokens for tokens, ratio in zip(gathered, routed.retention, strict=True) if ratio == 1)
     last = 2 * whole * sizes.decoder.hidden * sizes.decoder.inner
     tower_sizes, patches = sizes.tower, sum(row.patches for row in rows)

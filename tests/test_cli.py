@@ -83,7 +83,7 @@ def test_commands_and_links_of_the_docs(page, workdir):
     Path("img.png").touch()
     text = page.read_text()
     for block in re.findall(r"^```(?:\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        for line in re.findall(r"^pmod .*", block, flags=re.MULTILINE):
+        for line in re.findall(r"^pmod .*", block.replace("\\\n", " "), flags=re.MULTILINE):
             parse(line)
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"

@@ -30,8 +30,8 @@ from tests.gpu.speed import NEXT
 ROOT = Path(__file__).parent.parent.parent
 SO_FAR = "PMOD_GPU_SO_FAR"  # the file of the results so far, which the last step reads
 CPU_SCORES = {"doc": 0.994, "chart": 0.986, "attribute": 0.953, "presence": 0.927}
-"""Lower ends of the 95 % intervals of docs/results.md, "Fine-tuned p-MoD beside the stock model", in its appendix: of
-the first tiny model. The present one was not asked 1,000 questions after recipe tiny."""
+"""Lower ends of the 95 % intervals of docs/results-void.md, "Fine-tuned p-MoD beside the stock model": of the
+first tiny model. The present one was not asked 1,000 questions after recipe tiny."""
 STEPS, BREAK = 5, 3
 QUICK = ["--set", "model.router_start=zero"]  # calibration alone takes longer than two steps
 BILLION = {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "num_key_value_heads": 16}

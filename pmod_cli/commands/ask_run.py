@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,10 +136,13 @@ class Asking:
         finally:
             out.write("\n")
             out.flush()
-        if speaker.conversation.finished == "length":
-            output.note("the answer is cut off: --max-new-tokens allows a longer one")
-        if self._shows_stats and speaker.conversation.stats:
-            output.note(stats_line(speaker.conversation.stats))
+        stats = speaker.conversation.stats
+        if speaker.conversation.finished == "length" and stats:
+            allowed = stats.new_tokens >= self._sampling.max_new_tokens
+            why = "--max-new-tokens allows a longer one" if allowed else "the context of the model is full"
+            output.note(f"the answer is cut off: {why}")
+        if self._shows_stats and stats:
+            output.note(stats_line(stats))
 
     def answer_as_json(self, question: str, image: Path) -> None:
         """Ask everybody, and print one object."""
@@ -161,6 +166,8 @@ class Asking:
         """Read questions from stdin, one a line, until it ends; returns the exit code."""
         if sys.stdin is None:  # closed by whoever started this
             raise PmodError("there is no stdin to read questions from", hint="leave -i out, or open it")
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is the fault of one line
         asks, failed = sys.stdin.isatty(), False
         if asks:
             output.note("one line a question; /image FILE shows another picture; end with Ctrl-D")
@@ -187,7 +194,7 @@ class Asking:
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "/image":
-            picture = open_picture(Path(rest.strip()).expanduser())
+            picture = open_picture(Path(os.path.expanduser(rest.strip())))  # Path's own fails on `~draft.png`
             for speaker in self._speakers:  # what one of them refuses would end every question from here on
                 speaker.conversation.check(picture)
             self._shown.append(picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from aiohttp import web
 
 from pmod_cli.checkpoints import load_model, router_state, toy
 from pmod_cli.commands import common
+from pmod_cli.commands.serve import LOOPBACK
 from pmod_cli.core import output
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.serving.app import ServeSettings, Service
@@ -45,7 +47,8 @@ def run(
         common.warn_of_ties([(state, model.config.settings.selection)])
     if toy.is_toy(model.config):
         output.note(f"this is {toy.NOTE}")
-    settings = ServeSettings(name, media=Media(media_root, allow_urls), **taking)
+    local = host in LOOPBACK and taking["api_key"] is None
+    settings = ServeSettings(name, media=Media(media_root, allow_urls), local=local, **taking)
     service = Service(Answerer(model, processor), settings)
 
     def ready(address: str) -> None:
@@ -57,6 +60,7 @@ def run(
 
 
 async def _serve(service: Service, host: str, port: int, drain: float, ready: Callable[[str], None]) -> None:
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # else a traceback for whoever speaks no HTTP
     # A handler is cancelled when its client leaves: then its row leaves the batch.
     runner = web.AppRunner(service.app(), handler_cancellation=True, access_log=None, shutdown_timeout=drain)
     await runner.setup()

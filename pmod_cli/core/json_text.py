@@ -25,11 +25,12 @@ def loads(data: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
             beyond what a float holds, or half of a surrogate pair.
     """
     try:
+        if not isinstance(data, str):  # json's own decoding lets halves of surrogate pairs pass
+            data = str(data, "utf-8-sig")
         value = json.loads(data, object_pairs_hook=object_pairs_hook, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError(DEEPEST) from None
-    half = any(mark in data if isinstance(data, str) else mark.encode() in data for mark in ("\\ud", "\\uD"))
-    if half:
+    if any(mark in data for mark in ("\\ud", "\\uD")):
         json.dumps(value, ensure_ascii=False, default=str).encode()  # UnicodeEncodeError is a ValueError
     return value
 

@@ -49,6 +49,16 @@ class Prompt:
         """Tokens of the prompt, vision tokens included."""
         return self.inputs["input_ids"].shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the inputs."""
+        return sum(value.nbytes for value in self.inputs.values())
+
+    def drop_pixels(self) -> None:
+        """Frees what only a prefill needs; the ids stay."""
+        for name in [name for name in self.inputs if name not in OF_TEXT]:
+            del self.inputs[name]
+
     def count(self, ids: Sequence[int]) -> int:
         """How many of its tokens are one of these."""
         return int(torch.isin(self.inputs["input_ids"], torch.tensor(ids)).sum())
@@ -161,7 +171,8 @@ def encode(processor: Any, index: int, prompt: str, images: Sequence[Image], **g
     if images:
         given["images"] = as_given(processor, images)
     with refusals():
-        encoded = processor(text=[prompt], return_tensors="pt", **given)
+        # Verbose, the tokenizer warns of "indexing errors" where a prompt is too long, which callers say better.
+        encoded = processor(text=[prompt], return_tensors="pt", verbose=False, **given)
     inputs = {
         name: torch.as_tensor(value) for name, value in encoded.items() if name not in (*OF_TEXT, "attention_mask")
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hmac
+import ipaddress
 import json
 import threading
 import time
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -30,6 +32,7 @@ from pmod_cli.serving.requests import BadRequest, ChatRequest, parse
 from pmod_cli.serving.worker import Piece, Ticket, Worker
 
 LARGEST_BODY = 32 * 2**20  # bytes; base64 takes 4 for 3
+MOST_WAITING = 4 * 2**30  # bytes of prepared prompts; while more wait, no further one is prepared
 CHARACTERS_A_TOKEN = 64  # a text with more than these for each token of the context is not even tokenized
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -45,7 +48,8 @@ class ServeSettings:
         max_tokens: longest answer that a client may ask for; None: as the context allows.
         api_key: what clients have to send; None: nothing.
         media: where pictures may come from.
-        patience: seconds in which the body of a request has to come.
+        patience: seconds in which the body of a request has to come, and in which a client has to read on.
+        local: whether only this machine may ask. Then a request names it by `localhost` or an address.
     """
 
     name: str
@@ -55,6 +59,7 @@ class ServeSettings:
     api_key: str | None = field(default=None, repr=False)
     media: Media = field(default_factory=Media)
     patience: float = 60.0
+    local: bool = False
 
 
 class Service:
@@ -70,11 +75,12 @@ class Service:
         self.worker = Worker(answerer, max_batch=settings.max_batch, metrics=self.metrics)
         self._taken = 0
         self._pool = ThreadPoolExecutor(preparing_threads(), thread_name_prefix="prepare")
+        self._turns = asyncio.Semaphore(preparing_threads())
         self._of_thread, self._created = threading.local(), int(time.time())
 
     def app(self) -> web.Application:
         """The application; its start and clean-up start and end the worker."""
-        app = web.Application(middlewares=[self._errors, self._key], client_max_size=LARGEST_BODY)
+        app = web.Application(middlewares=[self._errors, self._host, self._key], client_max_size=LARGEST_BODY)
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -112,6 +118,14 @@ class Service:
         if request.path == "/v1/chat/completions":
             self.metrics.requests.labels(response.status).inc()
         return response
+
+    @web.middleware
+    async def _host(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """A web page may ask here as if it were at home, once its own name leads to this machine (DNS rebinding)."""
+        if self.settings.local and not _is_local(request.headers.get("Host", "localhost")):
+            told = f"without --api-key this server is asked as localhost, not as {request.host!r:.80}"
+            raise BadRequest(told, status=403)
+        return await handler(request)
 
     @web.middleware
     async def _key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -165,7 +179,7 @@ class Service:
         finally:
             self._taken -= 1
             if ticket is not None:
-                ticket.left = True
+                self.worker.withdraw(ticket)
 
     async def _body(self, request: web.Request) -> bytes:
         """The body. Who sends it too slowly would keep a place that others wait for."""
@@ -174,6 +188,8 @@ class Service:
         except TimeoutError:
             told = f"the request's body has not come within {self.settings.patience:g} seconds"
             raise BadRequest(told, status=408) from None
+        except web.RequestPayloadError:
+            raise BadRequest("the request's body is not encoded as its header says") from None
 
     async def _prepare(self, asked: ChatRequest) -> Prompt:
         """The prompt, made in a thread; a file or an address is read here."""
@@ -182,7 +198,10 @@ class Service:
         if context is not None and texts > CHARACTERS_A_TOKEN * context:
             raise BadRequest(f"the messages have {texts:,} characters; the model takes {context:,} tokens")
         sources = [await self.settings.media.fetch(url, where) for url, where in asked.images]
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, asked, sources)
+        async with self._turns:
+            while self.worker.bytes_waiting > MOST_WAITING:
+                await asyncio.sleep(0.02)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, asked, sources)
 
     def _encode(self, asked: ChatRequest, sources: list) -> Prompt:
         if not hasattr(self._of_thread, "processor"):  # tokenizers are not safe to share between threads
@@ -205,19 +224,30 @@ class Service:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
         )
+
+        async def write(data: bytes) -> None:
+            """Who reads no further would keep a place that others wait for."""
+            try:
+                async with asyncio.timeout(self.settings.patience):
+                    await response.write(data)
+            except TimeoutError:
+                if request.transport is not None:
+                    request.transport.abort()
+                raise ConnectionError("the client does not read") from None
+
         await response.prepare(request)
-        await response.write(_event(answer.chunk({"role": "assistant", "content": ""})))
+        await write(_event(answer.chunk({"role": "assistant", "content": ""})))
         async for piece in _until_end(pieces):
             if piece.error:
-                await response.write(_event(_error_body(piece.error, 500)))
+                await write(_event(_error_body(piece.error, 500)))
                 break
             if piece.text:
-                await response.write(_event(answer.chunk({"content": piece.text})))
+                await write(_event(answer.chunk({"content": piece.text})))
             if piece.finished:
-                await response.write(_event(answer.chunk({}, piece.finished)))
+                await write(_event(answer.chunk({}, piece.finished)))
                 if include_usage:
-                    await response.write(_event({**answer.chunk({}), "choices": [], "usage": answer.usage(piece)}))
-                await response.write(b"data: [DONE]\n\n")
+                    await write(_event({**answer.chunk({}), "choices": [], "usage": answer.usage(piece)}))
+                await write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
 
@@ -241,6 +271,15 @@ class _Answer:
     def chunk(self, delta: Mapping[str, str], finished: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "finish_reason": finished, "logprobs": None}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def _is_local(host: str) -> bool:
+    """Whether a `Host` is localhost or an address: a web page of elsewhere is there by another name."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+        return name == "localhost" or bool(ipaddress.ip_address(name or ""))
+    except ValueError:
+        return False
 
 
 def _into(pieces: asyncio.Queue[Piece]) -> Callable[[Piece], None]:

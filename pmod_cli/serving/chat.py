@@ -7,6 +7,7 @@ turn brings a picture, the whole conversation is computed anew, since the pictur
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from PIL.Image import Image
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.text import printable
 from pmod_cli.data.pictures import pads_to_square, reduced
 from pmod_cli.data.vision import marks_of
 from pmod_cli.evaluation.prompts import Prompt, encode, render_chat
@@ -180,10 +182,14 @@ def conversation_prompt(
         rendering: As `render_chat`.
 
     Raises:
-        PmodError: a text holds the mark of an image or a video, the template fails, or the processor refuses a picture.
+        PmodError: a text is no UTF-8 or holds the mark of an image or a video, the template fails, or the processor
+            refuses a picture.
     """
     processor = processor or answerer.processor
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    for text in texts:
+        if re.search("[\ud800-\udfff]", text):  # how Python holds other bytes of a terminal
+            raise PmodError(f"the text is no UTF-8: {printable(text)[:60]}", hint="see `locale`")
     for mark in marks_of(processor):
         if any(mark in text for text in texts):
             raise PmodError(f"the text holds {mark}, the mark of a picture's place", hint="leave it out")

@@ -1,7 +1,7 @@
 """The body of an OpenAI request: read strictly, and every fault is a sentence that names its place.
 
-What would change an answer and is not done here (tools, several choices, log probabilities, penalties) is refused;
-other fields that clients send, such as `user`, are passed over.
+What would change an answer and is not done here (tools, several choices, log probabilities, penalties, and what vLLM
+takes besides) is refused; other fields that clients send, such as `user`, are passed over.
 """
 
 from __future__ import annotations
@@ -29,6 +29,24 @@ NOT_DONE = {  # and what they may hold all the same
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "n": (1,),
+    "web_search_options": (),
+    "top_k": (-1, 0),  # from here on of vLLM, whose clients send them as `extra_body`
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "structured_outputs": (),
+    **{f"guided_{kind}": () for kind in ("json", "regex", "choice", "grammar")},
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
 }
 
 

@@ -6,9 +6,9 @@ another one, and whoever is alone is answered at once.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +70,8 @@ class Worker:
 
     def __init__(self, answerer: Answerer, *, max_batch: int, metrics: Metrics) -> None:
         self._answerer, self._max_batch, self._metrics = answerer, max_batch, metrics
-        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._waiting: deque[Ticket] = deque()
+        self._news = threading.Condition()  # of tickets that come or go, and of the end
         self._batch: Batch | None = None
         self._of: dict[BatchRow, tuple[Ticket, TextStream]] = {}
         self._closing = False
@@ -82,13 +83,31 @@ class Worker:
 
     def submit(self, ticket: Ticket) -> None:
         """Puts a ticket in the queue."""
-        self._metrics.waiting.inc()
-        self._tickets.put(ticket)
+        with self._news:
+            self._waiting.append(ticket)
+            self._metrics.waiting.set(len(self._waiting))
+            self._news.notify()
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Forgets a ticket: what waits for a place would hold its pixels until then, whoever has left."""
+        ticket.left = True
+        with self._news:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+                self._metrics.waiting.set(len(self._waiting))
 
     def close(self) -> None:
         """Answers what is in the queue, and ends the thread."""
-        self._tickets.put(None)
+        with self._news:
+            self._closing = True
+            self._news.notify()
         self._thread.join()
+
+    @property
+    def bytes_waiting(self) -> int:
+        """What the prompts take that wait: pixels, nearly all of it."""
+        with self._news:
+            return sum(ticket.prompt.nbytes for ticket in self._waiting)
 
     @property
     def alive(self) -> bool:
@@ -96,8 +115,8 @@ class Worker:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        while not (self._closing and self._batch is None):
-            for group in _alike(self._take()):
+        while (new := self._take()) or self._batch is not None:
+            for group in _alike(new):
                 self._admit(group)
             if self._batch is not None:
                 self._step(self._batch)
@@ -106,19 +125,12 @@ class Worker:
         return self._max_batch - len(self._of)
 
     def _take(self) -> list[Ticket]:
-        """What waits, as far as there is room; where nothing runs, waits for a ticket."""
-        new: list[Ticket] = []
-        while len(new) < self._room() and not self._closing:
-            try:
-                ticket = self._tickets.get(block=self._batch is None and not new)
-            except queue.Empty:
-                break
-            if ticket is None:
-                self._closing = True
-                break
-            self._metrics.waiting.dec()
-            if not ticket.left:
-                new.append(ticket)
+        """What waits, as far as there is room; where nothing runs, waits for a ticket, or for the end."""
+        with self._news:
+            while not (self._waiting or self._batch or self._closing):
+                self._news.wait()
+            new = [self._waiting.popleft() for _ in range(min(self._room(), len(self._waiting)))]
+            self._metrics.waiting.set(len(self._waiting))
         return new
 
     def _admit(self, tickets: Sequence[Ticket]) -> None:
@@ -141,6 +153,8 @@ class Worker:
             except Exception as error:  # layers may be joined in part
                 self._fail_all(error, tickets)
                 return
+        for ticket in tickets:
+            ticket.prompt.drop_pixels()  # an answer takes minutes, and a picture may take hundreds of megabytes
         self._metrics.prefill_rows.observe(len(rows))
         for row, ticket in zip(rows, tickets, strict=True):
             self._of[row] = ticket, TextStream(self._answerer.processor.tokenizer, ticket.stop)

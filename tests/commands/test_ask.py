@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 from PIL import Image
@@ -132,12 +132,13 @@ def test_random_tokens_are_drawn_by_the_seed(ready, routed, capsys):
         (["none.png", "what?"], "none.png: no such image file", ""),
         (["https://a.b/c.png", "what?"], "c.png: no such image file", "nothing is downloaded: save the picture"),
         (["doc.png", "what is <image>?"], "the text holds <image>", "leave it out"),
+        (["doc.png", "caf\udce9?"], "the text is no UTF-8: caf\\xe9?", "locale"),
         (["doc.png", "a " * 2500], "tokens, those of its pictures included; the model takes 2,048", ""),
         (["doc.png", "what?", "--against", "nothing-such"], "nothing-such", ""),
         (["doc.png", "what?", "-m", "./nowhere"], "there is no folder ./nowhere", "pmod convert"),
     ],
 )
-def test_bad_input_is_a_sentence(ready, routed, capsys, arguments, what, hint):
+def test_bad_input_is_a_sentence(ready, routed, capsys, caplog, arguments, what, hint):
     options = [] if "-m" in arguments else ["-m", routed]
     assert call("ask", *arguments, *options, "--device", "cpu") == 2
     written = capsys.readouterr()
@@ -146,14 +147,18 @@ def test_bad_input_is_a_sentence(ready, routed, capsys, arguments, what, hint):
     assert what in message
     assert hint in message
     assert "Traceback" not in message
+    assert caplog.text == ""
 
 
 def test_a_question_that_fails_leaves_the_others_answered(ready, routed, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", StringIO("what is it?\n/image none.png\n/what\nwhat is it?\n"))
+    lines = b"what is it?\n/image none.png\n/image ~draft.png\n/what\ncaf\xe9?\nwhat is it?\n"
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(lines), encoding="utf-8"))
     assert call("ask", "doc.png", "-i", "-m", routed, "--device", "cpu", "--max-new-tokens", 3) == 3
     written = capsys.readouterr()
     assert len(written.out.splitlines()) == 2
     assert "none.png: no such image file" in written.err
+    assert "~draft.png: no such image file" in written.err
+    assert "the text is no UTF-8: caf\\xe9?" in written.err
     assert "/what is no command" in written.err
 
 
@@ -186,6 +191,21 @@ def test_a_question_that_one_cannot_take_is_forgotten_by_all(ready, routed, stoc
         return [line.split("; ", 3)[2:] for line in written.err.splitlines() if line.startswith("first token")][-2:]
 
     assert kept(again) == kept(once)
+
+
+def test_why_an_answer_is_cut_off(ready, stock_model, capsys, workdir):
+    """A longer answer is no help where the context is full."""
+    shutil.copytree(stock_model(), workdir / "short")
+    config = json.loads((workdir / "short" / "config.json").read_text())
+    for room, told in ((1000, "--max-new-tokens allows a longer one"), (2, "the context of the model is full")):
+        options = ("-m", workdir / "short", "--device", "cpu", "--max-new-tokens", 3, "--json")
+        assert call("ask", "doc.png", "what is it?", *options) == 0
+        (found,) = json.loads(capsys.readouterr().out)["answers"]
+        assert found["finish_reason"] == "length"
+        config["text_config"]["max_position_embeddings"] = found["prompt_tokens"] + room
+        (workdir / "short" / "config.json").write_text(json.dumps(config))
+        assert call("ask", "doc.png", "what is it?", *options[:-1]) == 0
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("budget", [0.4, 0.6])

@@ -41,6 +41,10 @@ def test_it_answers_and_ends_when_it_is_told_to(workdir):
         for turn in document.turns[:2]:
             found = post(address, body(turn.question, data_url(document.image), model="tiny-llava-next"))
             assert found["choices"][0]["message"]["content"] == turn.answer
+        for garbage in (b"GET / HTTP/1.1\r\nA: " + b"x" * 100_000, b"GET / HTTP/1.1\r\nHost: page.example\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as stranger:
+                stranger.sendall(garbage)
+                assert b" 40" in stranger.recv(100)
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=60)
     assert (server.returncode, out) == (0, "")
@@ -54,6 +58,23 @@ def test_it_answers_and_ends_when_it_is_told_to(workdir):
 def routed(workdir, stock_model):
     checkpoints.convert(stock_model(), workdir / "routed", PmodSettings(schedule="cosine"))
     return workdir / "routed"
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "local"),
+    [("127.0.0.1", None, True), ("localhost", None, True), ("0.0.0.0", None, False), ("127.0.0.1", "s3cret", False)],
+)
+def test_a_server_of_this_machine_alone_is_asked_by_its_name(routed, monkeypatch, host, key, local):
+    from pmod_cli.commands import serve_run
+
+    taken = []
+
+    async def listen(service, *_):
+        taken.append(service.settings.local)
+
+    monkeypatch.setattr(serve_run, "_serve", listen)
+    assert call("serve", "-m", routed, "--device", "cpu", "--host", host, *(("--api-key", key) if key else ())) == 0
+    assert taken == [local]
 
 
 def test_a_port_that_is_taken(routed, capsys):

@@ -24,6 +24,7 @@ def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
     [
         (b"{", "not JSON"),
         (b"\xff", "not JSON"),
+        (b'"\xed\xa0\x80"', "not JSON"),  # half of a surrogate pair
         (b"NaN", "NaN is no number"),
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 5000, "not JSON"),

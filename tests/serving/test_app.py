@@ -37,7 +37,7 @@ async def events(response) -> list[dict]:
 
 def test_an_answer(serve, answerer):
     async def use(client):
-        response = await client.post(CHAT, json=body(QUESTIONS[0], data_url(PICTURES[0]), model="tiny", user="x"))
+        response = await client.post(CHAT, json=body(QUESTIONS[0], data_url(PICTURES[0]), model="tiny", top_k=-1))
         assert response.status == 200
         return await response.json()
 
@@ -142,6 +142,8 @@ FAULTS = [
     (b"{", 400, "the body is no JSON"),
     (b"[" * 100_000, 400, "nested too deeply"),
     (b'{"a": NaN}', 400, "NaN is no number"),
+    (b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}', 400, "'utf-8' codec can't decode"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogates not allowed"),
     ([], 400, "expected to be a JSON object"),
     ({}, 400, "messages is expected to be a list"),
     ({"messages": []}, 400, "one message or more"),
@@ -166,6 +168,9 @@ FAULTS = [
     (body("x", stop=[""]), 400, "stop is expected to be"),
     (body("x", n=2), 400, "n is not supported"),
     (body("x", tools=[{}]), 400, "tools is not supported"),
+    (body("x", top_k=5), 400, "top_k is not supported"),
+    (body("x", repetition_penalty=1.2), 400, "repetition_penalty is not supported"),
+    (body("x", guided_choice=["yes", "no"]), 400, "guided_choice is not supported"),
     (body("x", response_format={"type": "json_object"}), 400, "response_format is not supported"),
     (body("what is <image>?"), 400, "the text holds <image>"),
     (body("a " * 3000), 400, "tokens, those of its pictures included; the model takes 2,048"),
@@ -299,9 +304,10 @@ class Held(Answerer):
 
     def __init__(self, answerer: Answerer) -> None:
         super().__init__(answerer.model, answerer.processor)
-        self.go, self.sizes = threading.Event(), []
+        self.go, self.asked, self.sizes = threading.Event(), False, []
 
     def prefill(self, rows):
+        self.asked = True
         self.go.wait(30)
         self.sizes.append(len(rows))
         return super().prefill(rows)

@@ -84,7 +84,13 @@ def serve(
         host=host,
         port=port,
         drain=drain,
-        taking={"max_batch": max_batch, "max_queue": max_queue, "max_tokens": max_tokens, "api_key": api_key},
+        taking={
+            "max_batch": max_batch,
+            "max_queue": max_queue,
+            "max_tokens": max_tokens,
+            "api_key": api_key,
+            "local": host in LOOPBACK and api_key is None,
+        },
         media_root=media_root,
         allow_urls=allow_urls,
     )

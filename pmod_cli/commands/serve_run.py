@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from aiohttp import web
 
 from pmod_cli.checkpoints import load_model, router_state, toy
 from pmod_cli.commands import common
-from pmod_cli.commands.serve import LOOPBACK
 from pmod_cli.core import output
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.serving.app import ServeSettings, Service
@@ -47,8 +47,7 @@ def run(
         common.warn_of_ties([(state, model.config.settings.selection)])
     if toy.is_toy(model.config):
         output.note(f"this is {toy.NOTE}")
-    local = host in LOOPBACK and taking["api_key"] is None
-    settings = ServeSettings(name, media=Media(media_root, allow_urls), local=local, **taking)
+    settings = ServeSettings(name, media=Media(media_root, allow_urls), **taking)
     service = Service(Answerer(model, processor), settings)
 
     def ready(address: str) -> None:
@@ -62,14 +61,17 @@ def run(
 async def _serve(service: Service, host: str, port: int, drain: float, ready: Callable[[str], None]) -> None:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # else a traceback for whoever speaks no HTTP
     # A handler is cancelled when its client leaves: then its row leaves the batch.
-    runner = web.AppRunner(service.app(), handler_cancellation=True, access_log=None, shutdown_timeout=drain)
+    # aiohttp waits twice for its handlers, each time as long as it is told.
+    runner = web.AppRunner(service.app(), handler_cancellation=True, access_log=None, shutdown_timeout=drain / 2)
     await runner.setup()
     try:
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
             raise PmodError(
-                f"{host}:{port} cannot be listened on ({error.strerror or error})", hint="`port=0`", code=RUN_FAILED
+                f"{host}:{port} cannot be listened on ({error.strerror or error})",
+                hint="`port=0`" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "`host=127.0.0.1`",
+                code=RUN_FAILED,
             ) from error
         at, taken = runner.addresses[0][:2]
         ready(f"http://{f'[{at}]' if ':' in at else at}:{taken}")
@@ -85,4 +87,5 @@ async def _told_to_stop() -> None:
         loop.add_signal_handler(number, told.set)
     await told.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)  # a second one does not wait
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait, nor raise in all that still goes on

@@ -1,20 +1,27 @@
 """`pmod serve` as its operator runs it: a process that listens, answers and ends on SIGTERM."""
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
+from aiohttp import ClientSession, ServerDisconnectedError
 
 from pmod_cli import checkpoints, cli
+from pmod_cli.commands import serve_run
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
+from pmod_cli.serving.app import ServeSettings, Service
 from tests.conftest import ROOT
+from tests.serving.conftest import talkative
 from tests.serving.load import body, data_url
+from tests.serving.test_app import Held
 
 
 def call(*arguments: object) -> int:
@@ -54,6 +61,56 @@ def test_it_answers_and_ends_when_it_is_told_to(workdir):
     assert "Traceback" not in err
 
 
+def test_a_second_ctrl_c_does_not_wait(workdir):
+    """Nor does it tell of each request that it ends in a traceback."""
+    command = [sys.executable, "-m", "pmod_cli", "serve", "-m", "tiny-llava-next", "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=workdir, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as server:
+        port = int(server.stdout.readline().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as unfinished:
+            head = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\nExpect: 100-continue"
+            unfinished.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head + b"\r\n\r\n")
+            assert b"100 Continue" in unfinished.recv(100)
+            server.send_signal(signal.SIGINT)
+            told = [server.stderr.readline() for _ in range(3)]
+            server.send_signal(signal.SIGINT)
+            _, err = server.communicate(timeout=20)
+    assert "those in progress are answered" in told[-1]
+    assert (server.returncode, err) == (-signal.SIGINT, "")
+
+
+def test_what_is_in_progress_may_take_as_long_as_it_says():
+    held = Held(talkative())
+
+    async def use():
+        ready = asyncio.Queue()
+        serving = asyncio.create_task(
+            serve_run._serve(Service(held, ServeSettings("tiny")), "127.0.0.1", 0, 2.0, ready.put_nowait)
+        )
+        address = await ready.get()
+        async with ClientSession() as session:
+            asking = asyncio.create_task(session.post(f"{address}/v1/chat/completions", json=body("what?")))
+            while not held.asked:
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            told = time.perf_counter()
+            with pytest.raises(ServerDisconnectedError):
+                await asking
+            took = time.perf_counter() - told
+        held.go.set()
+        await serving
+        return took
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert 1.9 < asyncio.run(use()) < 3.6
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def routed(workdir, stock_model):
     checkpoints.convert(stock_model(), workdir / "routed", PmodSettings(schedule="cosine"))
@@ -65,8 +122,6 @@ def routed(workdir, stock_model):
     [("127.0.0.1", None, True), ("localhost", None, True), ("0.0.0.0", None, False), ("127.0.0.1", "s3cret", False)],
 )
 def test_a_server_of_this_machine_alone_is_asked_by_its_name(routed, monkeypatch, host, key, local):
-    from pmod_cli.commands import serve_run
-
     taken = []
 
     async def listen(service, *_):

@@ -18,10 +18,11 @@ from pmod_cli.reporting import plain_table
 
 _UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 USUAL_GPUS = ("rtx-4090", "a100-40gb", "h100")
-# Ways to train: the paper's engines, and adapters. Tower frozen, bfloat16 by autocast.
-_LOW = partial(TrainingSetup, precision="bfloat16", checkpointing=True)
+# Ways to train, by `pmod finetune`: the paper's engines, and adapters. Tower frozen, bfloat16 by autocast.
+_TRAINED = partial(TrainingSetup, precision="bfloat16", answers_only=True)
+_LOW = partial(_TRAINED, checkpointing=True)
 USUAL = {
-    "all weights": TrainingSetup(precision="bfloat16"),
+    "all weights": _TRAINED(),
     "all weights, checkpointing": _LOW(),
     "the same, ZeRO-1 on 8 GPUs": _LOW(engine="zero1", devices=8),
     "the same, ZeRO-3 or FSDP2 on 8 GPUs": _LOW(engine="zero3", devices=8),

@@ -236,7 +236,9 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     model.to(device)
     if hasattr(model, "set_selection"):
         model.set_selection(model.config.settings.selection, seed=settings.train.seed)
-    scores = answered(model, processor, TASKS, images)
+    taught = settings.data.tasks if settings.data.kind == "synthetic" else TASKS
+    tasks = dict.fromkeys([*(task for task in TASKS if task in taught), *taught])
+    scores = answered(model, processor, tasks, images)
     spent = {
         "steps": report.step,
         "wall_seconds": None if goes_on else round(perf_counter() - wall, 1),

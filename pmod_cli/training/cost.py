@@ -30,6 +30,7 @@ def setup_of(settings: Settings, processes: int, on_gpu: bool) -> TrainingSetup:
         lora_rank=settings.lora.rank if settings.lora.enabled else None,
         lora_targets=tuple(settings.lora.targets),
         distilled=settings.train.loss == "distill",
+        answers_only=True,
         accumulation=settings.accumulation(processes),
         engine="ddp" if settings.train.engine == "auto" else settings.train.engine,
         devices=processes,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def stock_logits(adapted: nn.Module, inputs: dict) -> Tensor:
-    """What the stock model says, `(B, N, vocabulary)`.
+    """What the stock model says, as its lm_head gives it.
 
     Args:
         adapted: A model with adapters (peft).

@@ -19,6 +19,7 @@ from pmod_cli.data.documents import seed_of
 from pmod_cli.data.pictures import padding_processor
 from pmod_cli.data.rows import row
 from pmod_cli.data.several import document_of
+from pmod_cli.training.answers import POSITIONS, positions
 from pmod_cli.training.folder import SKIPPED
 from pmod_cli.training.run_settings import DataArgs, Settings, processes
 from pmod_cli.training.start import processor_of
@@ -43,7 +44,7 @@ class Counting:
     """A collator that also counts.
 
     Args:
-        collate: makes a batch with ``input_ids`` and ``attention_mask`` of rows.
+        collate: makes a batch with ``input_ids``, ``labels`` and ``attention_mask`` of rows.
         processor: of the model.
         vision_tokens: ids of the tokens of images and videos.
     """
@@ -54,10 +55,11 @@ class Counting:
         self.collate, self.processor, self.vision_tokens = collate, processor, as_tensor(list(vision_tokens))
 
     def __call__(self, rows: Sequence) -> dict:
-        """The batch, with ``COUNTS``."""
+        """The batch, with ``COUNTS`` and ``POSITIONS``."""
         batch = self.collate(rows)
         vision = isin(batch["input_ids"], self.vision_tokens).sum(dim=1).tolist()
-        return {**batch, COUNTS: Counts(int(batch["attention_mask"].sum()), tuple(vision))}
+        counts = Counts(int(batch["attention_mask"].sum()), tuple(vision))
+        return {**batch, COUNTS: counts, POSITIONS: positions(batch["labels"])}
 
 
 @dataclass

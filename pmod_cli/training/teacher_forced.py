@@ -5,7 +5,7 @@ questions about an image, where generation takes one pass a token for each; it i
 since a question may be answered with the earlier ones, and their right answers, in view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from random import Random
 
 import torch
@@ -18,6 +18,7 @@ from pmod_cli.data.rendered import IGNORED
 from pmod_cli.data.rows import row
 from pmod_cli.data.several import document_of
 from pmod_cli.model.selection import looks_ahead
+from pmod_cli.training.answers import AnswersHead, positions
 
 TURNS = 3  # questions asked about each image
 
@@ -26,7 +27,7 @@ TURNS = 3  # questions asked about each image
 def answered(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    tasks: Sequence[str],
+    tasks: Iterable[str],
     images: int,
     *,
     batch_size: int = 16,
@@ -35,7 +36,7 @@ def answered(
 
     The documents and their questions are the same at every call.
     """
-    collate, found, unmasked = Collator(processor), {}, maskless(model)
+    collate, head, found, unmasked = Collator(processor), AnswersHead(model), {}, maskless(model)
     model.eval()
     for task in tasks:
         right = asked = 0
@@ -43,8 +44,10 @@ def answered(
             indices = range(start, min(start + batch_size, images))
             batch = collate([_question_row(task, seed_of("test", index)) for index in indices])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            logits = model(**{**batch, "labels": None, "use_cache": False, **unmasked}).logits
-            hits = right_answers(logits, batch["labels"])
+            labels = batch.pop("labels")
+            with head.at(positions(labels)):
+                logits = model(**{**batch, "use_cache": False, **unmasked}).logits[0]
+            hits = right_answers(logits.argmax(-1), labels)
             right, asked = right + int(hits.sum()), asked + len(hits)
         found[task] = (right, asked)
     return found
@@ -62,18 +65,18 @@ def maskless(model: PreTrainedModel) -> dict[str, None]:
     return {} if looks_ahead(model) else {"attention_mask": None}
 
 
-def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+def right_answers(said: Tensor, labels: Tensor) -> Tensor:
     """For each stretch of labels, row after row, whether all of its tokens are predicted: bool (answers,).
 
     Args:
-        logits: (B, N, vocabulary).
+        said: int64 (A,), the likeliest tokens at the `positions` of the labels.
         labels: int64 (B, N), -100 outside the answers.
     """
     target = labels[:, 1:]
     labelled = target != IGNORED
     begins = labelled & ~torch.nn.functional.pad(labelled, (1, 0))[:, :-1]
     number = begins.flatten().cumsum(0)[labelled.flatten()] - 1
-    missed = (logits[:, :-1].argmax(-1) != target)[labelled]
+    missed = said != target[labelled]
     misses = torch.zeros(int(begins.sum()), dtype=torch.int64, device=labels.device)
     return misses.index_add_(0, number, missed.long()) == 0
 

@@ -21,8 +21,8 @@ from transformers.utils import is_torch_tf32_available
 
 from pmod_cli import recipe_files
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.data.rendered import IGNORED
 from pmod_cli.families.configs import known_family, small_side
+from pmod_cli.training.answers import POSITIONS, AnswersHead, positions
 from pmod_cli.training.distillation import divergence, stock_logits
 from pmod_cli.training.folder import STATE
 from pmod_cli.training.parts import parameter_groups
@@ -100,6 +100,7 @@ class PmodTrainer(Trainer):
         self.train_args, self.watch, self.sampler = train, watch, sampler
         llava = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.blank_image = BlankImage(llava)
+        self.answers_head = AnswersHead(llava)
         self.maskless = maskless(llava)
         # Qwen-VL says that it does not, and its loss does: each answer token of a step weighs the same in all families,
         # however the step is cut into forward passes and processes.
@@ -156,21 +157,24 @@ class PmodTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The model's loss, without KV cache, and without an attention mask where none is needed."""
-        inputs = {**inputs, "use_cache": False, **self.maskless}
+        """The model's loss: no KV cache, logits of the answers alone, and no attention mask where none is needed."""
+        inputs = dict(inputs)
+        answers = inputs.pop(POSITIONS) if POSITIONS in inputs else positions(inputs["labels"])
+        learnt = inputs["labels"].flatten()[answers + 1]
+        inputs |= {"use_cache": False, "shift_labels": learnt, **self.maskless}
         ask: Callable[..., Any] = model
-        if self.train_args.loss == "distill":  # the teacher first, so that no activations are held while it runs
-            answers = inputs["labels"][:, 1:] != IGNORED
-            taught = stock_logits(self.accelerator.unwrap_model(model), inputs)[:, :-1][answers]
+        with self.answers_head.at(answers):
+            if self.train_args.loss == "distill":  # the teacher first, so that no activations are held while it runs
+                taught = stock_logits(self.accelerator.unwrap_model(model), inputs)[0]
 
-            def ask(**asked: Any) -> Any:
-                """The model, whose loss has the divergence in it before Trainer scales it for several processes."""
-                outputs = model(**asked)
-                outputs.loss = outputs.loss + divergence(taught, outputs.logits[:, :-1][answers], num_items_in_batch)
-                return outputs
+                def ask(**asked: Any) -> Any:
+                    """The model, whose loss has the divergence in it before Trainer scales it for several processes."""
+                    outputs = model(**asked)
+                    outputs.loss = outputs.loss + divergence(taught, outputs.logits[0], num_items_in_batch)
+                    return outputs
 
-        self.blank_image.wanted = "pixel_values" not in inputs
-        return super().compute_loss(ask, inputs, return_outputs, num_items_in_batch)
+            self.blank_image.wanted = "pixel_values" not in inputs
+            return super().compute_loss(ask, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the watch knows to what Trainer logs."""

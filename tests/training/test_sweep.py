@@ -16,6 +16,7 @@ from pmod_cli.data.documents import TASKS
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.ablation_sweep import Cell, cells_of, markdown, sweep, table
+from pmod_cli.training.answers import positions
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.sweep_plan import plan_sweep
 from pmod_cli.training.teacher_forced import answered, right_answers
@@ -214,14 +215,13 @@ def test_an_answer_is_right_if_all_of_it_is():
     labels = torch.full((2, 9), IGNORED)
     labels[0, 2:4], labels[0, 6:9] = torch.tensor([5, 1]), torch.tensor([4, 4, 1])
     labels[1, 8] = 3
-    logits = torch.zeros(2, 9, 7)
-    for row, place in (labels != IGNORED).nonzero().tolist():
-        logits[row, place - 1, labels[row, place]] = 1.0
-    assert right_answers(logits, labels).tolist() == [True, True, True]
-    logits[0, 6] = torch.eye(7)[2]  # the middle token of the second answer
-    assert right_answers(logits, labels).tolist() == [True, False, True]
-    logits[1, 7] = torch.eye(7)[0]
-    assert right_answers(logits, labels).tolist() == [True, False, False]
+    assert positions(labels).tolist() == [1, 2, 5, 6, 7, 9 + 7]
+    said = torch.tensor([5, 1, 4, 4, 1, 3])
+    assert right_answers(said, labels).tolist() == [True, True, True]
+    said[3] = 2  # the middle token of the second answer
+    assert right_answers(said, labels).tolist() == [True, False, True]
+    said[5] = 0
+    assert right_answers(said, labels).tolist() == [True, False, False]
 
 
 def test_the_bundled_model_answers_in_this_measure():

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
-from pmod_cli.profiling.count.formulas import Parameters, parameters, prefill
+from pmod_cli.profiling.count.formulas import Parameters, Prefill, lm_head, parameters, prefill
 from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 
 PARTS = ("language_model", "projector", "vision_tower", "router")  # that are frozen, or trained at a rate of their own
@@ -37,8 +37,10 @@ class TrainingSetup:
         frozen_dtype: How frozen weights are held: one of `WEIGHT_BYTES`; nf4 applies to the decoder's layers.
         lora_rank: Rank of adapters on the decoder, whose own weights are frozen then; None trains it whole.
         lora_targets: Linear maps of a layer that have an adapter.
-        distilled: Whether the stock model's logits are learned too: one more forward pass of that model, and one more
-            gradient of the logits.
+        distilled: Whether the stock model's logits are learned too: one more forward pass of that model, and five more
+            tensors of the logits' size.
+        answers_only: Whether lm_head sees no more than the text, as in `pmod finetune`, which shows it the answers;
+            else it sees every position, as in a model's own loss.
         accumulation: Forward passes to one optimizer step; above 1 the gradients of the pass before are held.
         engine: What devices share: `ddp` nothing; `zero1` optimizer states, `zero2` gradients too, `zero3` and `fsdp2`
             weights too.
@@ -55,6 +57,7 @@ class TrainingSetup:
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] = LORA_TARGETS
     distilled: bool = False
+    answers_only: bool = False
     accumulation: int = 1
     engine: str = "ddp"
     devices: int = 1
@@ -84,7 +87,8 @@ class TrainingMemory:
         optimizer: AdamW's two moments in float32.
         gradients: Those that exist at the peak.
         activations: What the backward pass needs and is held at the peak, with the work space around it.
-        logits: Of every position: log-softmax, its gradient and that of the logits; with distillation, its share too.
+        logits: Where lm_head makes them: log-softmax, its gradient and that of the logits; with distillation, its share
+            too.
     """
 
     weights: int
@@ -104,7 +108,7 @@ class TrainingFlops:
     """FLOPs of one forward and backward pass of one batch.
 
     Args:
-        forward: All parts, lm_head on every position; with distillation, of the teacher too.
+        forward: All parts, lm_head where the setup has it; with distillation, of the teacher too.
         backward: Gradients of what is trained, and of the inputs on the way to it.
         recomputed: What gradient checkpointing computes a second time: the decoder layers, up to the last product whose
             result the backward pass needs; in a plain layer that leaves out the MLP's last one. 0 without it.
@@ -155,7 +159,7 @@ def training_flops(
         rows: The batch of one device.
         routed: What p-MoD changes; None is the stock model.
     """
-    counted = prefill(sizes, rows, routed)
+    counted = _forward(sizes, rows, setup, routed)
     tower, projector = setup.trains("vision_tower"), setup.trains("projector")
     weights = counted.matrix + counted.lm_head if setup.trains("language_model") else 0
     backward = counted.matrix + counted.lm_head + 2 * counted.attention_products + weights  # inputs, then weights
@@ -178,12 +182,21 @@ def training_flops(
     elif tower:
         backward += counted.projector
     backward += 2 * counted.tower if tower else 0
-    teacher = prefill(sizes, rows).full if setup.distilled else 0
+    teacher = _forward(sizes, rows, setup, None).full if setup.distilled else 0
     return TrainingFlops(
         forward=counted.full + adapters + teacher,
         backward=backward + 2 * adapters,
         recomputed=counted.matrix + counted.attention_products + adapters - last if setup.checkpointing else 0,
     )
+
+
+def _forward(sizes: Sizes, rows: Sequence[Row], setup: TrainingSetup, routed: Routed | None) -> Prefill:
+    return replace(prefill(sizes, rows, routed), lm_head=lm_head(sizes.decoder, _logits(rows, setup)))
+
+
+def _logits(rows: Sequence[Row], setup: TrainingSetup) -> int:
+    """Positions that lm_head sees, at most."""
+    return sum(row.text_tokens for row in rows) if setup.answers_only else len(rows) * max(row.tokens for row in rows)
 
 
 def training_memory(
@@ -226,8 +239,9 @@ def training_memory(
     own = 4 * decoder.hidden * decoder.inner if setup.trains("language_model") else 0  # of the MLP's last matrix
     gradients = [head_gradient + own + (decoder.layers - 1 - i) * layer_gradient for i in range(decoder.layers)]
     all_gradients = 4 * _trained(numbers, setup)
-    # Log-softmax and two gradients, in float32; the divergence adds its gradient, zero where nothing is answered.
-    logits = (3 + setup.distilled) * 4 * positions * decoder.vocabulary
+    # Log-softmax and two gradients, in float32. The divergence adds the teacher's logits, log-softmax of both, and its
+    # terms and gradient.
+    logits = (3 + 5 * setup.distilled) * 4 * _logits(rows, setup) * decoder.vocabulary
 
     # What the layers below hold, and what the layer itself needs beside it: with checkpointing, its inputs, and all.
     stored, again = ([inputs] * decoder.layers, held) if setup.checkpointing else (held, [0] * decoder.layers)

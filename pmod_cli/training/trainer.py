@@ -165,6 +165,7 @@ class PmodTrainer(Trainer):
         ask: Callable[..., Any] = model
         with self.answers_head.at(answers):
             if self.train_args.loss == "distill":  # the teacher first, so that no activations are held while it runs
+                self.blank_image.wanted = "pixel_values" not in inputs
                 taught = stock_logits(self.accelerator.unwrap_model(model), inputs)[0]
 
                 def ask(**asked: Any) -> Any:

@@ -114,6 +114,19 @@ def test_distillation_adds_the_divergence_from_the_stock_model(routed, stock_mod
         lora_settings(routed, "train.loss=distill", "lora.enabled=false")
 
 
+def test_the_teacher_of_a_batch_of_text_uses_the_tower_too(routed, tmp_path):
+    """Otherwise FSDP2 and ZeRO-3 wait for its weights, where the batch of another process has images."""
+    settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")
+    trainer, model, _ = with_moved_adapters(routed, settings, tmp_path)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    runs = []
+    model.get_base_model().model.vision_tower.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    loss = trainer.compute_loss(model, dict(batch))
+    assert loss.isfinite()
+    assert runs == [False, True]
+
+
 def test_distillation_weighs_as_much_in_several_processes(routed, tmp_path, monkeypatch):
     """Each sees a part of a step's rows, and what all return is averaged: the mean is what one alone returns."""
     settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")

@@ -71,12 +71,12 @@ def load_image(source: Path | str | bytes, name: str | None = None) -> LoadedIma
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The files of a folder that Pillow knows by their endings, by name.
+    """The files of a folder that Pillow opens by their endings, by name. PDF, which it only writes, is none of them.
 
     Raises:
         PmodError: there is none.
     """
-    known = Image.registered_extensions()
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = sorted(child for child in folder.iterdir() if child.suffix.lower() in known and child.is_file())
     if not found:
         raise PmodError(f"{folder}: no picture in this folder", hint="name a folder of .png or .jpg files")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from pmod_cli.core.errors import PmodError
-from pmod_cli.core.images import MOST_PIXELS, as_rgb, image_size, load_image
+from pmod_cli.core.images import MOST_PIXELS, as_rgb, image_size, load_image, pictures_in
 from pmod_cli.data.pictures import open_image
 from pmod_cli.profiling.average import _size
 
@@ -132,6 +132,13 @@ def test_first_frame_of_an_animation(tmp_path, kind):
     loaded = load_image(tmp_path / f"moving.{kind}")
     assert loaded.pixels.getpixel((0, 0)) == RED
     assert loaded.notes == ("first of several frames",)
+
+
+def test_the_pictures_of_a_folder_are_the_files_that_pillow_opens(tmp_path):
+    for name in ("b.png", "a.JPG", "paper.pdf", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in pictures_in(tmp_path)] == ["a.JPG", "b.png"]
 
 
 def test_bad_files_are_named(tmp_path, monkeypatch):

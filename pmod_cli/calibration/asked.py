@@ -108,7 +108,9 @@ class Asked:
         try:
             return self.encode(sample.conversation(answers), sample.folder)
         except BadRow as fault:
-            raise PmodError(f"{sample.task}: {fault.what}", hint="remove the row, or name other data") from None
+            names = [image for image in sample.images if isinstance(image, str)]
+            where = ", ".join([sample.task, *names])
+            raise PmodError(f"{where}: {fault.what}", hint="remove the picture, or name other data") from None
 
     def _prompt(self, sample: Sample, said: list[str]) -> dict[str, Tensor]:
         """The tokens up to the next answer: those that two unlike answers have in common."""

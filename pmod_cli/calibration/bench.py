@@ -15,6 +15,7 @@ from pmod_cli.calibration.importance import fisher_information, received_attenti
 from pmod_cli.calibration.measured import Measured, digest
 from pmod_cli.calibration.regression import FOLDS, Moments
 from pmod_cli.calibration.replay import Replay, Stream
+from pmod_cli.core.errors import PmodError
 from pmod_cli.model import PmodSettings
 
 TARGETS = ("text", "fisher", "attention")
@@ -156,12 +157,21 @@ class Bench:
         """(divergence; the share of each row in it, adding up to it; rows in which no answer token changed).
 
         A token is unchanged if it is still the likeliest, or was not before. The shares are float64, on the host.
+
+        Raises:
+            PmodError: an answer is no number, as where the model's dtype overflows.
         """
         if self.measured is None:
             shares, same = self._judge(streams)
         else:
             shares, same = self.measured(self._key(), lambda: self._judge(streams))
         share = torch.tensor(shares, dtype=torch.float64)
+        if not share.isfinite().all():
+            dtype = str(self.replay.model.dtype).removeprefix("torch.")
+            raise PmodError(
+                f"the model's answers are no numbers in {dtype}",
+                hint="`dtype=float32`; if it is that already, the weights are damaged",
+            )
         return max(0.0, float(share.sum())), share, same
 
     def _judge(self, streams: Sequence[Stream] | None) -> tuple[list[float], int]:

@@ -29,18 +29,20 @@ class Measured:
         path: The file. Where it cannot be written nothing is kept, and a warning says so.
 
     Attributes:
-        found: How many measurements were there already, and asked for again.
+        found: How many measurements of an earlier run were asked for again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, 0
+        self._own: set[str] = set()  # keys of what this run has measured
 
     def __call__(self, key: str, measure: Callable[[], Any]) -> Any:
         """What is known under this key, else what `measure` gives. Values are of JSON."""
         for (value,) in self._run("SELECT value FROM measured WHERE key = ?", key):
-            self.found += 1
+            self.found += key not in self._own
             return json.loads(value)
         value = measure()
+        self._own.add(key)
         self._run("INSERT OR REPLACE INTO measured VALUES (?, ?)", key, json.dumps(value))
         return value
 

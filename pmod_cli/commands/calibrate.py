@@ -109,7 +109,7 @@ def calibrate(
             "images": images_root,
             "questions": tuple(question or ()),
             "samples": samples,
-            "budgets": shares("--budget", budget or "0.54")
+            "budgets": shares("--budget", "0.54" if budget is None else budget)
             if target_retention is None
             else shares("--target-retention", target_retention),
             "of": "flops" if target_retention is None else "retention",

@@ -47,7 +47,7 @@ def calibration_budget(wanted: Mapping[str, Any], target_flops: float | None) ->
     if target_flops is not None and "mean" in wanted:
         raise PmodError("--target-flops and --target-retention are two budgets: give one of them")
     return {
-        "budgets": (wanted.get("mean", target_flops or 0.54),),
+        "budgets": (wanted.get("mean", 0.54 if target_flops is None else target_flops),),
         "of": "retention" if "mean" in wanted else "flops",
         "schedule": "cosine" if "schedule" in wanted else "search",
     }
@@ -92,8 +92,11 @@ def calibrate_to(
     from pmod_cli.calibration.measured import Measured, digest
     from pmod_cli.calibration.results import card, chosen, notes, tables, to_json
     from pmod_cli.checkpoints.processor_limits import with_limits
+    from pmod_cli.data.several import ALL_TASKS
     from pmod_cli.families.sizes import Sizes
 
+    if asked_for["data"] in ALL_TASKS and Path(asked_for["data"]).is_dir():  # and not the synthetic task of its name
+        asked_for = asked_for | {"data": f"./{asked_for['data']}"}
     settings = CalibrationSettings(**asked_for)
     found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
     state = checkpoints.router_state(found.path)
@@ -106,6 +109,11 @@ def calibrate_to(
     short = found.alias or (found.repo or str(found.path.resolve())).split("/")[-1]
     out = out or Path("checkpoints", f"{short}-calibrated")
     several = len(settings.budgets) > 1
+    if several and out.name in ("", ".."):
+        raise PmodError(
+            f"`out={out}` has no name, and of several budgets each gets a folder that is named after it",
+            hint="`out=calibrated`",
+        )
     targets = [out.with_name(f"{out.name}-{_percent(share)}") if several else out for share in settings.budgets]
     options = checkpoints.Options(offline=offline)
     for target in targets:

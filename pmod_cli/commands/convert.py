@@ -211,6 +211,7 @@ def convert(
             f"--to {to} writes a plain LLaVA, without {', '.join(f'`{ARGUMENTS.get(name, name)}`' for name in names)}",
             hint="leave one of them out",
         )
+    choose_settings(wanted, target_flops, None)  # what is wrong whatever the model is, before anything is fetched
     if calibrate is not None:
         if options != checkpoints.Options(seed=seed, offline=offline) or resume or dry_run or llm is not None:
             raise PmodError("--calibrate writes a p-MoD checkpoint as it is, without other options of what to write")
@@ -226,7 +227,6 @@ def convert(
             as_json=as_json,
             quiet=quiet,
         )
-    choose_settings(wanted, target_flops, None)  # what is wrong whatever the model is, before anything is fetched
     found = checkpoints.resolve(name, revision=revision, offline=offline, cache_dir=cache_dir)
     origin = f"{found.repo}@{found.commit}" if found.repo else found.alias or str(found.path)
     output.note(f"source: {origin} ({found.origin})")

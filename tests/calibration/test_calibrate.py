@@ -399,6 +399,11 @@ def test_a_budget_can_be_counted_on_the_prompts_of_the_data(calibrated: Path, st
     assert f"mean prompt of the data: {found[0]} vision, {found[1]} text tokens" in Path("made/README.md").read_text()
 
 
+def test_a_share_of_nothing_is_not_the_default(stock_model, workdir: Path, capsys):
+    assert main(["convert", str(stock_model()), "--calibrate", "nowhere.json", "--target-flops", "0"]) == 2
+    assert "--target-flops 0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys):
     few = lambda data, count, **options: read_samples(data, 8, **options)  # noqa: E731 - the default of 64 takes minutes
@@ -419,10 +424,14 @@ def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys)
         (["--budget", "1.5"], "--budget 1.5"),
         (["--budget", "half"], "--budget 'half'"),
         (["--budget", "0.541,0.544"], "one folder"),
+        (["--budget", ""], "--budget ''"),
+        (["--budget", "0.6,0.5", "-o", "."], "--out . has no name"),
+        (["--budget", "0.6,0.5", "-o", ".."], "--out .. has no name"),
         (["--target-retention", "0.01"], "cannot be met"),
         (["--budget", "0.5", "--target-retention", "0.5"], "give one of them"),
         (["--data", "broken", "--samples", "8"], "broken"),
         (["--data", "nowhere.json"], "nowhere.json"),
+        (["--data", "chart"], "chart: no picture in this folder"),  # and not the synthetic charts
         (["--schedule", "linear"], "expected search or cosine"),
         (["--prompt", "mine"], "expected profile or data"),
         (["-o", "there"], "there"),
@@ -430,6 +439,7 @@ def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys)
 )
 def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(stock_model, workdir: Path, capsys, arguments, said):
     Path("broken").mkdir()
+    Path("chart").mkdir()
     for number in range(8):
         Path(f"broken/{number}.png").write_bytes(b"no picture")
     Path("there").mkdir()
@@ -506,11 +516,32 @@ def test_an_old_measurement_counts_for_the_same_model_data_and_settings_alone(tm
     assert judged(half) == 0
 
 
+def test_answers_that_are_no_numbers_are_refused():
+    """They would have a divergence of 0, less than any schedule's."""
+    model = factories.model("llava", layers=3)
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("inf")
+    bench = Bench(Replay(model), batches_of(model, "llava", count=2), ())
+    with pytest.raises(PmodError, match="no numbers in float32"):
+        bench.judged()
+
+
+def test_a_picture_that_the_processor_refuses_is_named(tmp_path: Path):
+    model, processor = checkpoints.load_model(checkpoints.resolve("tiny-qwen3-vl").path)
+    Image.new("RGB", (2, 600)).save(tmp_path / "line.png")
+    sample = Sample("pictures", ("line.png",), ("<image>\nwhat?",), folder=tmp_path)
+    with pytest.raises(PmodError, match=r"pictures, line\.png: .* aspect ratio"):
+        Asked(model, processor).answered([sample])
+
+
 def test_a_damaged_file_of_measurements_is_begun_anew_and_one_that_cannot_be_is_told(tmp_path: Path, capsys):
     path = tmp_path / "measured.sqlite"
     path.write_bytes(b"no database " * 100)
     measured = Measured(path)
     assert [measured("a", lambda: [1, 2]), measured("a", lambda: [3])] == [[1, 2], [1, 2]]
+    assert measured.found == 0, "what a run asks twice is of no run that was stopped"
+    again = Measured(path)
+    assert (again("a", lambda: [3]), again.found) == ([1, 2], 1)
     measured.forget()
     assert not path.exists()
     (tmp_path / "file").touch()

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.paths import expanded
 
 PACKAGE = Path(__file__).parent
 SUFFIX = ".yaml"
@@ -30,7 +31,7 @@ def find(name: str) -> Path:
         PmodError: there is neither; the nearest names are listed.
     """
     if name.endswith((SUFFIX, ".yml")):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_file():
             return path
         raise PmodError(f"no such recipe file: {name}", hint="pmod recipes ls")

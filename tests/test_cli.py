@@ -118,6 +118,24 @@ def test_wrong_words_name_the_right_ones(arguments, told, capsys, workdir):
     assert "--help" in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "~nobody/model"],
+        ["convert", "tiny-llava-next", "-o", "~nobody/out", "--dry-run"],
+        ["profile", "-m", "~nobody/model"],
+        ["eval", "-t", "~nobody/suite.yaml", "-m", "tiny-llava-next", "--dry-run"],
+        ["finetune", "~nobody/recipe.yaml", "--dry-run"],
+        ["calibrate", "tiny-llava-next", "--data", "~nobody/pictures"],
+    ],
+)
+def test_the_home_of_nobody_is_a_name_like_any_other(words, capsys, workdir):
+    """`Path.expanduser` ends in a RuntimeError there."""
+    code, err = cli.main(words), capsys.readouterr().err
+    assert code == (0 if "-o" in words else 2), err
+    assert "home directory" not in err
+
+
 def test_underscores_in_long_options(capsys, workdir):
     for spelling in ("--dry_run", "--dry-run"):
         assert cli.main(["convert", "nothing-here", spelling]) == 2

@@ -16,6 +16,7 @@ from typing import Any
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import pictures_in
+from pmod_cli.core.paths import expanded
 from pmod_cli.data.conversation import IMAGE, VIDEO, BadRow, ChatTurn, Conversation
 from pmod_cli.data.documents import TASKS, seed_of
 from pmod_cli.data.pictures import find_image, open_image
@@ -90,8 +91,8 @@ def read_samples(
         found = [
             sample for task, share in zip(tasks, shares, strict=True) for sample in tiny_samples(task, share, seed)
         ]
-    elif Path(data).expanduser().is_dir() and not Path(data, "dataset_info.json").is_file():
-        found = _of_folder(Path(data).expanduser(), count, seed)
+    elif expanded(data).is_dir() and not (expanded(data) / "dataset_info.json").is_file():
+        found = _of_folder(expanded(data), count, seed)
     else:
         found = _of_rows(data, images, count, seed, questions)
     found = [_asked(each, questions) for each in found if each.images or not questions]
@@ -150,7 +151,7 @@ def _of_folder(folder: Path, count: int, seed: int) -> list[Sample]:
 
 
 def _of_rows(data: str, images: Path | None, count: int, seed: int, questions: Sequence[str]) -> list[Sample]:
-    path = Path(data).expanduser()
+    path = expanded(data)
     kind = "llava" if path.suffix.lower() in (".json", ".jsonl") else "hub"
     source = open_source(kind, data, None if images is None else str(images), answered=False)
     with_image = [row for row in range(len(source)) if source.lengths[row] > 0]

@@ -35,6 +35,7 @@ from pmod_cli.checkpoints.writing import place, stream, write_routers
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.folders import check_replaceable, refuse_existing, staged_directory
+from pmod_cli.core.paths import expanded
 from pmod_cli.core.text import disk_size, one_of, printable
 from pmod_cli.model import PmodSettings
 
@@ -125,7 +126,7 @@ def convert(
 def sources_of(source: Path, options: Options) -> list[Path]:
     """All files and folders that a conversion reads, as far as they are on this machine under these names."""
     given = (options.adapter, options.vision_tower, options.tokenizer, options.projector)
-    return [source, *(path for path in (Path(name).expanduser() for name in given if name) if path.exists())]
+    return [source, *(path for path in (expanded(name) for name in given if name) if path.exists())]
 
 
 def check_target(target: Path, sources: list[Path], *, overwrite: bool, resume: bool = False) -> None:

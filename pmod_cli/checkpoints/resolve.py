@@ -18,6 +18,7 @@ from pmod_cli.checkpoints.aliases import ALIASES, alias_of, bundled_path
 from pmod_cli.checkpoints.files import missing_files
 from pmod_cli.core.errors import PmodError, first_line, is_network_error
 from pmod_cli.core.folders import heal
+from pmod_cli.core.paths import expanded
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED_PATTERNS = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]  # of repositories without safetensors
@@ -66,7 +67,7 @@ def resolve(
         PmodError: there is no such folder, alias or repository, it is neither cached nor reachable, or it is none that
             has revisions and one was given.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     heal(folder)
     if folder.is_dir():
         _refuse_revision(revision, f"{name} is a folder")
@@ -110,7 +111,7 @@ def find_here(name: str) -> Resolved | None:
     base = alias_of(base)
     repo = (ALIASES[base].repo or "") if base in ALIASES else base
     may_be_on_hub = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if may_be_on_hub and not Path(name).expanduser().exists() and not constants.HF_HUB_OFFLINE:
+    if may_be_on_hub and not expanded(name).exists() and not constants.HF_HUB_OFFLINE:
         cached = _cached(repo, revision or None, None)
         if cached is None or missing_files(cached):
             return None

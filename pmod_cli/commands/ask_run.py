@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from pmod_cli.commands import common
 from pmod_cli.core import output
 from pmod_cli.core.errors import BAD_INPUT, PARTIAL, PmodError
 from pmod_cli.core.images import load_image
+from pmod_cli.core.paths import expanded
 from pmod_cli.core.text import memory_size, printable
 from pmod_cli.evaluation import eval_models
 from pmod_cli.evaluation.prompts import Prompt
@@ -194,7 +194,7 @@ class Asking:
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "/image":
-            picture = open_picture(Path(os.path.expanduser(rest.strip())))  # Path's own fails on `~draft.png`
+            picture = open_picture(expanded(rest.strip()))
             for speaker in self._speakers:  # what one of them refuses would end every question from here on
                 speaker.conversation.check(picture)
             self._shown.append(picture)

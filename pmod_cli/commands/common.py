@@ -19,6 +19,7 @@ from pmod_cli.core import folders, output
 from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.hardware import find_accelerator, require_device
+from pmod_cli.core.paths import expanded
 
 DTYPES = {name: name for name in ("auto", "bfloat16", "float16", "float32")}
 DTYPES |= {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -209,7 +210,7 @@ def default_model() -> Path | None:
     for source, name in (("$PMOD_MODEL", os.environ.get("PMOD_MODEL")), (str(CURRENT), _read_current())):
         if not name:
             continue
-        path = Path(name).expanduser()
+        path = expanded(name)
         folders.heal(path)
         if not path.is_dir():
             raise PmodError(
@@ -241,6 +242,6 @@ def _read_current() -> str | None:
 
 def _relative_to_here(path: Path) -> Path:
     """Relative where possible, so that a directory that is moved keeps its state."""
-    absolute = path.expanduser().resolve()
+    absolute = expanded(path).resolve()
     here = Path.cwd().resolve()
     return absolute.relative_to(here) if absolute.is_relative_to(here) else absolute

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
@@ -19,6 +18,7 @@ from pmod_cli.commands.profile_checks import FORMATS, PHASES, REPORTS
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.hardware import KERNELS
+from pmod_cli.core.paths import expanded
 from pmod_cli.model.methods import METHODS
 from pmod_cli.model.registry import SELECTIONS
 from pmod_cli.model.schedule import SCHEDULES
@@ -106,7 +106,7 @@ def _layers_of(name: str) -> int | None:
     if (alias := ALIASES.get(alias_of(name))) is not None:
         return alias.layers
     try:
-        folder = Path(name).expanduser() if name else default_model()
+        folder = expanded(name) if name else default_model()
         config = json_text.loads((folder / "config.json").read_bytes()) if folder else {}
         number = config.get("text_config", config).get("num_hidden_layers")
     except (PmodError, OSError, ValueError, AttributeError):  # a shell shows nothing, and a command says why

@@ -25,6 +25,7 @@ from pmod_cli.commands.finetune_show import (
 from pmod_cli.core import output
 from pmod_cli.core.errors import INTERRUPTED, PmodError, require
 from pmod_cli.core.folders import staging_of
+from pmod_cli.core.paths import expanded
 
 if TYPE_CHECKING:
     from pmod_cli.training.run_settings import Settings
@@ -323,5 +324,5 @@ def _merge(folder: Path, model: str | None, as_json: bool) -> None:
 
 def _lasting_name(name: str) -> str:
     """The name as the run folder keeps it: a folder by its full path, so that the run goes on from any directory."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     return str(folder.resolve()) if folder.is_dir() else name

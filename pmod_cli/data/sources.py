@@ -10,6 +10,7 @@ import numpy as np
 
 from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError, first_line
+from pmod_cli.core.paths import expanded
 from pmod_cli.data.conversation import PICTURES, BadRow, Conversation, from_llava, from_messages, from_row, length_of
 from pmod_cli.data.index import open_index
 
@@ -242,5 +243,5 @@ def open_source(kind: str, path: str, images: str | None, *, answered: bool = Tr
     """The rows of ``data.kind`` llava or hub; ``answered``: whether each has to hold an answer."""
     if kind == "hub":
         return HubRows(path, answered=answered)
-    folder = None if images is None else Path(images).expanduser()
-    return LlavaFile(Path(path).expanduser(), folder, answered=answered)
+    folder = None if images is None else expanded(images)
+    return LlavaFile(expanded(path), folder, answered=answered)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pmod_cli.core.errors import BAD_PACKAGE, PmodError
+from pmod_cli.core.paths import expanded
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, groups
 
 LMMS_PREFIX = "lmms:"  # `lmms:docvqa` is lmms-eval's own group of that name
@@ -45,7 +46,7 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
             benchmark = spellings[name.lower()]
             chosen = [benchmark if name.lower() == benchmark.task else _judged(benchmark)]
         elif name.endswith((".yaml", ".yml")):
-            chosen = [_of_file(Path(name).expanduser())]
+            chosen = [_of_file(expanded(name))]
         elif (task := name.removeprefix(LMMS_PREFIX)) in _tasks_of_lmms_eval():
             _require_judge(name, task)
             chosen = [_judged(judged[name]) if name in judged else Benchmark(name, task, task, metric=None)]

@@ -20,6 +20,7 @@ from pmod_cli.checkpoints.layouts.huggingface import hold_to_weights
 from pmod_cli.checkpoints.layouts.shapes import checked_shapes
 from pmod_cli.checkpoints.processor_limits import with_limits
 from pmod_cli.core.errors import PmodError, first_line
+from pmod_cli.core.paths import expanded
 from pmod_cli.families import Family, family_of, model_types
 from pmod_cli.families.configs import MOST_LAYERS, known_family, left_out
 from pmod_cli.families.sizes import Sizes
@@ -103,7 +104,7 @@ def find_config(name: str, *, revision: str | None = None) -> FoundConfig:
     Raises:
         PmodError: nothing has this name, the configuration is no LLaVA's, or it says other sizes than the weights have.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if (alias := alias_of(name)) in ALIASES and not path.exists() and revision is None:
         name = alias
         if ALIASES[alias].repo is not None:  # a bundled model is a folder like another, with its tokenizer

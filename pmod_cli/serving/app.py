@@ -86,6 +86,7 @@ class Service:
                 web.get("/health", self._health),
                 web.get("/metrics", self._show_metrics),
                 web.get("/v1/models", self._models),
+                web.get("/v1/models/{name:.+}", self._model),
                 web.post("/v1/chat/completions", self._chat),
             ]
         )
@@ -149,8 +150,16 @@ class Service:
         return web.Response(body=self.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, _: web.Request) -> web.Response:
-        model = {"id": self.settings.name, "object": "model", "created": self._created, "owned_by": "pmod"}
-        return web.json_response({"object": "list", "data": [model]})
+        return web.json_response({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        if (name := request.match_info["name"]) != self.settings.name:
+            told = f"there is no model {name!r:.80} here, only {self.settings.name!r}"
+            raise BadRequest(told, status=404, code="model_not_found")
+        return web.json_response(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.settings.name, "object": "model", "created": self._created, "owned_by": "pmod"}
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         if self._taken >= self.settings.max_batch + self.settings.max_queue:

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.paths import expanded
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.training import TrainingSetup, training_flops
 from pmod_cli.profiling.count.workload import Routed, Row, Workload
@@ -130,7 +131,7 @@ def disk_of(
     peak = max(min(kept + 1, saves) * checkpoint, kept * checkpoint + result)
     free = None
     if out is not None:
-        absolute = out.expanduser().absolute()
+        absolute = expanded(out).absolute()
         free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
     return Disk(checkpoint, result, peak, free)
 

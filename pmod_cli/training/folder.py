@@ -18,6 +18,7 @@ from pmod_cli.core import folders
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import MARKER, is_new, mark
+from pmod_cli.core.paths import expanded
 from pmod_cli.training.recipe import differences, dump, load_settings
 from pmod_cli.training.run_settings import Settings
 
@@ -99,7 +100,7 @@ def sources_of(settings: Settings) -> list[Path]:
     """The files and folders on this machine that a run reads."""
     model, data = settings.model, settings.data
     names = (model.name, model.llm, model.vision_tower, model.projector, data.path, data.images)
-    return [path for path in (Path(name).expanduser() for name in names if name) if path.exists()]
+    return [path for path in (expanded(name) for name in names if name) if path.exists()]
 
 
 def _goes_on(successor: Path, settings: Settings, processes: int) -> bool:

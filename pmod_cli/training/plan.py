@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, ProcessorMixin
 
 from pmod_cli.checkpoints import load_processor, resolve
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.paths import expanded
 from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.dataset import build_dataset
@@ -212,7 +213,7 @@ def model_of(settings: Settings) -> tuple[Subject, bool, str]:
 
 
 def _holds_routers(name: str) -> bool:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     return folder.is_dir() and '"pmod"' in (folder / "config.json").read_text(encoding="utf-8")
 
 
@@ -238,7 +239,7 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
     """
     data = settings.data
     vision = Workload().rows(sizes)[0].vision_tokens
-    if data.kind == "synthetic" or (data.path and Path(data.path).expanduser().exists()) or data.kind == "hub":
+    if data.kind == "synthetic" or (data.path and expanded(data.path).exists()) or data.kind == "hub":
         source = resolve(settings.model.name, weights=False).path if settings.model.name else None
         if source is not None:
             processor = load_processor(source)

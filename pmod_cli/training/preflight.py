@@ -11,6 +11,7 @@ from pathlib import Path
 from pmod_cli.checkpoints.loading import refuse_bytes
 from pmod_cli.core.errors import PmodError, require
 from pmod_cli.core.hardware import require_attention, require_device
+from pmod_cli.core.paths import expanded
 from pmod_cli.profiling.count.training import LORA_TARGETS
 from pmod_cli.training import folder
 from pmod_cli.training.launch import Distributed
@@ -143,10 +144,10 @@ def _data(run: Intent) -> None:
     data = run.settings.data
     if data.kind != "llava":
         return
-    path = Path(needed(data.path, "data.path")).expanduser()
+    path = expanded(needed(data.path, "data.path"))
     if not path.is_file():
         raise PmodError(f"data.path: there is no file {path}", hint="`data.path=FILE`")
-    if data.images is not None and not Path(data.images).expanduser().is_dir():
+    if data.images is not None and not expanded(data.images).is_dir():
         raise PmodError(f"data.images: there is no folder {data.images}", hint="`data.images=DIR`")
 
 

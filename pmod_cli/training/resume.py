@@ -18,6 +18,7 @@ from pmod_cli.checkpoints.digests import file_sha256, weights_sha256
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.paths import expanded
 from pmod_cli.training.run_settings import Settings, needed
 
 FILES = "files.json"  # in a training checkpoint
@@ -114,8 +115,8 @@ def source_digests(settings: Settings) -> dict[str, str]:
     found = {"model.llm": weights_sha256(resolve(model.llm).path)}
     tower = needed(model.vision_tower, "model.vision_tower")
     found["model.vision_tower"] = weights_sha256(resolve(tower).path)
-    if model.projector is not None and Path(model.projector).expanduser().is_file():
-        found["model.projector"] = file_sha256(Path(model.projector).expanduser())
+    if model.projector is not None and expanded(model.projector).is_file():
+        found["model.projector"] = file_sha256(expanded(model.projector))
     return found
 
 

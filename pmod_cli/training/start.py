@@ -14,6 +14,7 @@ from pmod_cli.checkpoints.loading import read_config
 from pmod_cli.checkpoints.resolve import find_here
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.paths import expanded
 from pmod_cli.families.llava_next import LLAVA_NEXT
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.run_settings import Settings, needed
@@ -160,7 +161,7 @@ def _projector(settings: Settings, llm: Path, tower: Path, new: Path) -> Path:
 
 def _local_projector(name: str) -> Path | None:
     """The file of a projector; None where ``name`` is a repository on the hub."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     on_hub = not path.is_file() and not name.startswith((".", "/", "~")) and name.count("/") == 1
     return None if on_hub else path
 

@@ -292,10 +292,13 @@ def test_a_key_is_demanded(serve):
 
 def test_models_and_health(serve):
     async def use(client):
-        return await (await client.get("/v1/models")).json(), await (await client.get("/health")).json()
+        paths = ("/v1/models", "/v1/models/tiny", "/v1/models/other/model", "/health")
+        return [await (await client.get(path)).json() for path in paths]
 
-    models, health = serve(use)
-    assert [model["id"] for model in models["data"]] == ["tiny"]
+    models, model, absent, health = serve(use)
+    assert models["data"] == [model]
+    assert model["id"] == "tiny"
+    assert absent["error"]["code"] == "model_not_found"
     assert health == {"status": "ok"}
 
 

@@ -18,6 +18,7 @@ from pmod_cli.checkpoints.layouts.huggingface import check_decoder
 from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, check_shapes, from_original, size
 from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.paths import expanded
 from pmod_cli.families import DECODERS, FAMILIES
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.llava_next import LLAVA_NEXT
@@ -256,7 +257,7 @@ def find_tower(name: object, folder: Path, *, weights: bool, offline: bool) -> P
     """
     if not isinstance(name, str) or not name or not name.isprintable():
         raise PmodError(f"{folder / files.CONFIG}: mm_vision_tower is {name!r}, expected a folder or hub id")
-    for place in (Path(name).expanduser(), folder / name, folder.parent / name):
+    for place in (expanded(name), folder / name, folder.parent / name):
         if (place / files.CONFIG).is_file():
             return place
     if name in KNOWN and not weights:

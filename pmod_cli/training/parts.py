@@ -137,6 +137,14 @@ def parameter_groups(model: nn.Module, train: TrainArgs, decayed: Iterable[str])
     ]
 
 
+def gathered_alone(model: PreTrainedModel) -> list[str]:
+    """Classes whose weights FSDP2 gathers one module at a time: decoder and tower layers.
+
+    accelerate looks for every class that transformers names, and a LLaVA has no CLIP text embeddings.
+    """
+    return sorted({type(module).__name__ for module in model.modules()}.intersection(model._no_split_modules))
+
+
 def use_liger(model: PreTrainedModel) -> None:
     """Put the fused RMSNorm, SwiGLU and rotary embedding in place of the decoder's, in this model.
 

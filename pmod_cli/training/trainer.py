@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors import SafetensorError
 from torch import Tensor, nn, zeros
 from torch import tensor as as_tensor
@@ -25,7 +26,7 @@ from pmod_cli.families.configs import known_family, small_side
 from pmod_cli.training.answers import POSITIONS, AnswersHead, positions
 from pmod_cli.training.distillation import divergence, stock_logits
 from pmod_cli.training.folder import STATE
-from pmod_cli.training.parts import parameter_groups
+from pmod_cli.training.parts import gathered_alone, parameter_groups
 from pmod_cli.training.resume import list_files
 from pmod_cli.training.run_data import COUNTS, Counting
 from pmod_cli.training.run_settings import Settings, TrainArgs, processes
@@ -99,6 +100,8 @@ class PmodTrainer(Trainer):
         super().__init__(**others)
         self.train_args, self.watch, self.sampler = train, watch, sampler
         llava = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = gathered_alone(llava)
         self.blank_image = BlankImage(llava)
         self.answers_head = AnswersHead(llava)
         self.maskless = maskless(llava)
@@ -113,6 +116,23 @@ class PmodTrainer(Trainer):
             self.add_callback(board)
         watch.attach(self, llava)
         self.add_callback(watch)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's, and FSDP2 on CPUs, where accelerate leaves the plugin out without a word and runs DDP.
+
+        Raises:
+            PmodError: something else would run in place of FSDP2.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is None:
+            return
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if not self.accelerator.is_fsdp2:
+            raise PmodError(f"accelerate runs {state.distributed_type.value} in place of FSDP2", hint="`--engine ddp`")
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what the arguments name) over groups by part. Trainer's own knows two groups and one rate."""

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -20,7 +21,7 @@ from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.adapters import merge
 from pmod_cli.training.cost import row_of
-from pmod_cli.training.parts import freeze, part_of
+from pmod_cli.training.parts import freeze, gathered_alone, part_of
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune, four_bits
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
@@ -142,6 +143,24 @@ def test_every_batch_reaches_every_trained_parameter(kind, frozen, tmp_path):
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, (name, pictures)
         model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_is_gathered_alone(kind, routed):
+    """What accelerate makes of the names: it refuses one that the model lacks, as it did those of all LLaVAs."""
+    model = stock_model(kind)
+    model = pmod_twin(model, {}) if routed else model
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    plugin.transformer_cls_names_to_wrap = gathered_alone(model)
+    plugin.set_auto_wrap_policy(model)
+    alone = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    decoder, tower = (
+        model.model.language_model,
+        getattr(model.model, "vision_tower", getattr(model.model, "visual", None)),
+    )
+    assert {type(layer) for layer in decoder.layers} < alone
+    assert any(isinstance(module, tuple(alone)) for module in tower.modules())
 
 
 @pytest.mark.parametrize("kind", KINDS)

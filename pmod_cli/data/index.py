@@ -38,10 +38,14 @@ def open_index(path: Path, length_of: Callable[[object], int]) -> np.ndarray:
         stat = path.stat()
     except OSError as error:
         raise PmodError(
-            f"cannot read the data file {path}: {error.strerror}", hint="set data.path to the JSON or JSONL file"
+            f"cannot read the data file {path}: {error.strerror}",
+            hint="a JSON or JSONL file: data.path of a recipe, --data of a command",
         ) from None
     if path.is_dir():
-        raise PmodError(f"{path} is a folder, expected a JSON or JSONL file", hint="set data.path to the file")
+        raise PmodError(
+            f"{path} is a folder, expected a JSON or JSONL file",
+            hint="the file itself: data.path of a recipe, --data of a command",
+        )
     name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {VERSION}"
     cached = _folder() / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
     with suppress(OSError, ValueError, EOFError):  # not there, or damaged

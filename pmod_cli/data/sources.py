@@ -58,7 +58,10 @@ class LlavaFile:
     def __init__(self, path: Path, images: Path | None, *, answered: bool = True) -> None:
         self.answered = answered
         if images is not None and not images.is_dir():
-            raise PmodError(f"no such image folder: {images}", hint="set data.images to the folder of the images")
+            raise PmodError(
+                f"no such image folder: {images}",
+                hint="the folder that the paths in the rows start from: data.images of a recipe, --images-root of a command",
+            )
         self.name, self.path = str(path), path
         self.images = images or path.parent
         self._index = open_index(path, _llava_length)
@@ -207,7 +210,7 @@ def _load(path: str) -> Any:
             return rows
         return load_dataset(folder, split=split or "train")
     except DatasetNotFoundError as error:
-        hint = "set data.path to its name on the hub; one that is gated or private wants a login: hf auth login"
+        hint = "expected its name on the hub; one that is gated or private wants a login: hf auth login"
         raise PmodError(f"no such data set: {path} ({error})", hint=hint) from None
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise PmodError(f"the data set {path} cannot be read: {first_line(error)}", hint="see docs/data.md") from None

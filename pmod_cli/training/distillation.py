@@ -6,6 +6,8 @@ a forward pass and no memory for a second model.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,12 +17,24 @@ from torch import Tensor, nn
 def stock_logits(adapted: nn.Module, inputs: dict) -> Tensor:
     """What the stock model says, as its lm_head gives it.
 
+    peft takes adapters that are off for frozen ones, and all for trained ones when they are on again, frozen routers
+    too. FSDP2 looks once, in its first forward pass, at what is trained. So all parameters stay what they were.
+
     Args:
         adapted: A model with adapters (peft).
         inputs: Of the model; `labels` are left out.
     """
     body = adapted.get_base_model().model
-    with adapted.disable_adapter():
+    trained = {parameter: parameter.requires_grad for parameter in adapted.parameters()}
+
+    def as_before() -> None:
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+
+    with ExitStack() as stack:
+        stack.callback(as_before)
+        stack.enter_context(adapted.disable_adapter())
+        as_before()
         body.routes = False  # a stock model has no such switch, and does not read it
         try:
             return adapted(**{name: value for name, value in inputs.items() if name != "labels"}).logits

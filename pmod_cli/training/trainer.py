@@ -13,6 +13,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialS
 from safetensors import SafetensorError
 from torch import Tensor, nn, zeros
 from torch import tensor as as_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -131,6 +132,9 @@ class PmodTrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        if state.mixed_precision == "bf16":  # accelerate's own policy rounds the loss and the sums of gradients too
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+            state.fsdp_plugin.mixed_precision_policy = policy
         if not self.accelerator.is_fsdp2:
             raise PmodError(f"accelerate runs {state.distributed_type.value} in place of FSDP2", hint="`--engine ddp`")
 

@@ -114,6 +114,23 @@ def test_distillation_adds_the_divergence_from_the_stock_model(routed, stock_mod
         lora_settings(routed, "train.loss=distill", "lora.enabled=false")
 
 
+def test_the_teacher_leaves_frozen_what_is_frozen(routed, tmp_path):
+    """peft takes all that is saved whole for trained when its adapters are on again: frozen routers had gradients."""
+    settings = lora_settings(routed, "train.loss=distill", "model.freeze=[vision_tower,router]")
+    trainer, model, processor = with_moved_adapters(routed, settings, tmp_path)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    asked = []
+    model.get_base_model().lm_head.register_forward_hook(
+        lambda *_: asked.append({name: parameter.requires_grad for name, parameter in model.named_parameters()})
+    )
+    batch = Collator(processor)([SyntheticDocuments(settings.data, 2)[index] for index in range(2)])
+    trainer.compute_loss(model, dict(batch)).backward()
+    assert asked == [before, before]  # of the teacher, and of the student
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert not any(before[name] for name in before if ".router." in name)
+    assert all(p.grad is None for name, p in model.named_parameters() if ".router." in name)
+
+
 def test_the_teacher_of_a_batch_of_text_uses_the_tower_too(routed, tmp_path):
     """Otherwise FSDP2 and ZeRO-3 wait for its weights, where the batch of another process has images."""
     settings = lora_settings(routed, "train.loss=distill", "lora.dropout=0")

@@ -122,21 +122,25 @@ class PmodTrainer(Trainer):
         """Trainer's, and FSDP2 on CPUs, where accelerate leaves the plugin out without a word and runs DDP.
 
         Raises:
-            PmodError: something else would run in place of FSDP2.
+            PmodError: something else would run in place of the engine that was asked for.
         """
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp_plugin_args is None:
-            return
-        state = self.accelerator.state
-        if state.distributed_type == DistributedType.MULTI_CPU:
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.is_fsdp_enabled = True
-        if state.mixed_precision == "bf16":  # accelerate's own policy rounds the loss and the sums of gradients too
-            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-            state.fsdp_plugin.mixed_precision_policy = policy
-        if not self.accelerator.is_fsdp2:
-            raise PmodError(f"accelerate runs {state.distributed_type.value} in place of FSDP2", hint="`--engine ddp`")
+        state, asked = self.accelerator.state, None
+        if self.args.fsdp_plugin_args is not None:
+            asked = DistributedType.FSDP
+            if state.distributed_type == DistributedType.MULTI_CPU:
+                state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+                state.distributed_type = PartialState._shared_state["distributed_type"] = asked
+                self.is_fsdp_enabled = True
+            if state.mixed_precision == "bf16":  # accelerate's own policy rounds the loss and the sums of gradients too
+                policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+                state.fsdp_plugin.mixed_precision_policy = policy
+        elif self.args.deepspeed:
+            asked = DistributedType.DEEPSPEED
+        if asked not in (None, state.distributed_type):
+            raise PmodError(
+                f"accelerate runs {state.distributed_type.value} in place of {asked.value}", hint="`--engine ddp`"
+            )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what the arguments name) over groups by part. Trainer's own knows two groups and one rate."""

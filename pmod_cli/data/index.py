@@ -39,12 +39,12 @@ def open_index(path: Path, length_of: Callable[[object], int]) -> np.ndarray:
     except OSError as error:
         raise PmodError(
             f"cannot read the data file {path}: {error.strerror}",
-            hint="a JSON or JSONL file: data.path of a recipe, --data of a command",
+            hint="name a JSON or JSONL file",
         ) from None
     if path.is_dir():
         raise PmodError(
             f"{path} is a folder, expected a JSON or JSONL file",
-            hint="the file itself: data.path of a recipe, --data of a command",
+            hint="name the file itself",
         )
     name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {VERSION}"
     cached = _folder() / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"

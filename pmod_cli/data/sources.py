@@ -60,7 +60,7 @@ class LlavaFile:
         if images is not None and not images.is_dir():
             raise PmodError(
                 f"no such image folder: {images}",
-                hint="the folder that the rows name images from: data.images of a recipe, --images-root of a command",
+                hint="name the folder that the rows name their images from",
             )
         self.name, self.path = str(path), path
         self.images = images or path.parent

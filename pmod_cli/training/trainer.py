@@ -139,7 +139,7 @@ class PmodTrainer(Trainer):
             asked = DistributedType.DEEPSPEED
         if asked not in (None, state.distributed_type):
             raise PmodError(
-                f"accelerate runs {state.distributed_type.value} in place of {asked.value}", hint="`--engine ddp`"
+                f"accelerate runs {state.distributed_type.value} in place of {asked.value}", hint="`train.engine=ddp`"
             )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

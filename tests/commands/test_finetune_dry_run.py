@@ -104,7 +104,7 @@ def test_a_plan_that_does_not_fit_names_what_would(workdir, capsys):
     assert call(*words, "--json") == 1
     shown = capsys.readouterr()
     plan = json.loads(shown.out)
-    assert "does not fit: it takes 45.7 GiB on each RTX 4090, which has 24 GiB" in shown.err
+    assert "does not fit: it takes 37.3 GiB on each RTX 4090, which has 24 GiB" in shown.err
     assert "what would fit: --batch-size" in shown.err
     assert "data/llava_next_data.json" in " ".join(plan["lacking_here"])
     assert plan["remedies"]

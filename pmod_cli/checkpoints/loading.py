@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pmod_cli.checkpoints.files import CONFIG, TORCH_NAMES, missing_files, read_json, read_tensors, shard_names
 from pmod_cli.checkpoints.layouts import layout_of
 from pmod_cli.core.errors import PmodError, first_line
+from pmod_cli.families import family_of
+from pmod_cli.families.configs import filled, tower_kind
 from pmod_cli.families.llava_next import is_pinpoint
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def load_model(
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told by name below
             quantization_config=quantization,
         )
     except (ValueError, ImportError) as error:
@@ -127,7 +130,8 @@ def load_processor(path: Path) -> ProcessorMixin:
     """The processor of a checkpoint: its tokenizer, its image processor and its chat template.
 
     Raises:
-        PmodError: one of its files is missing or damaged, or it makes other pictures than the vision tower takes.
+        PmodError: one of its files is missing or damaged, or it makes other pictures than the vision tower takes, or
+            marks them by another token than the config.
     """
     refuse_bytes(path)
     from transformers import AutoImageProcessor, AutoProcessor
@@ -145,8 +149,21 @@ def load_processor(path: Path) -> ProcessorMixin:
             if isinstance(error, ImportError) and "torchvision" in str(error).lower()
             else "fetch or convert the checkpoint again",
         ) from error
-    check_processor(processor, read_json(path / CONFIG), path)
+    config = read_json(path / CONFIG)
+    _complete(processor, config)
+    check_processor(processor, config, path)
     return processor
+
+
+def _complete(processor: ProcessorMixin, config: dict[str, Any]) -> None:
+    """Tell a processor from before transformers 4.46 what it counts image tokens by: then the model put them in."""
+    family = family_of(config.get("model_type"))
+    if family is not None and family.tiled and getattr(processor, "patch_size", 0) is None:
+        vision = config.get("vision_config") or {}
+        kind, strategy = tower_kind(vision, family), "vision_feature_select_strategy"
+        processor.patch_size = filled(vision, kind.defaults)["patch_size"]
+        processor.vision_feature_select_strategy = config.get(strategy, family.defaults.get(strategy))
+        processor.num_additional_image_tokens = int(kind.class_token)
 
 
 def refuse_bytes(path: Path) -> None:
@@ -183,11 +200,15 @@ def check_processor(processor: ProcessorMixin, config: dict[str, Any], path: Pat
     """Hold a loaded processor to the config of its checkpoint.
 
     Raises:
-        PmodError: it makes other pictures than the vision tower of the config takes.
+        PmodError: it makes other pictures than the vision tower of the config takes, or marks them by another token.
     """
     images, tower = getattr(processor, "image_processor", None), config.get("vision_config") or {}
     if images is None or getattr(processor, "tokenizer", None) is None:
         raise PmodError(f"{path} has no image processor or no tokenizer beside its config", hint=HINT)
+    token = getattr(processor, "image_token_id", None)
+    expected = config.get("image_token_index", config.get("image_token_id"))
+    if None not in (token, expected) and token != expected:
+        _refuse(path, f"image token {token} in its tokenizer", f"{expected}, the image token of its config")
     side, patch = tower.get("image_size"), tower.get("patch_size")
     if hasattr(images, "merge_size"):
         _check_cells(images, tower, path)

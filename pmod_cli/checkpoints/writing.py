@@ -68,7 +68,7 @@ def lay_out(
             kept.append(path)
             rest = {name: part for name, part in rest.items() if name not in tensors}
     shards = _cut(rest, max_shard_bytes or SHARD_BYTES)
-    if not shards and all(path.name != SINGLE for path in kept):
+    if not shards and all(path.name not in (SINGLE, routers) for path in kept):
         return WeightFiles({path.name: path for path in kept})
     total = len(kept) + len(shards)
     # Beside routers or other shards, a file called model.safetensors would be loaded alone, without them.

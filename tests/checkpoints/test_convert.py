@@ -202,6 +202,7 @@ def double(folder: Path) -> None:
 
 
 NORM, UP = "language_model.model.norm.weight", "language_model.model.layers.1.mlp.up_proj.weight"
+HEAD = "language_model.lm_head.weight"
 DAMAGE = {
     "unknown model": (lambda f: edit(f / CONFIG, model_type="idefics"), "model_type is 'idefics', expected one of"),
     "no vision part": (lambda f: edit(f / CONFIG, vision_config=None), "vision_config is absent"),
@@ -238,6 +239,10 @@ DAMAGE = {
         "loading such a pickle can run any code",
     ),
     "no weights": (lambda f: (f / INDEX).unlink(), "has no weights"),
+    "head of a tied model cut": (
+        lambda f: [edit(f / CONFIG, tie_word_embeddings=True), rewrite(f, HEAD, lambda t: t[:-1])],
+        f"{HEAD} has shape",
+    ),
 }
 
 
@@ -251,6 +256,21 @@ def test_a_damaged_source_is_refused_before_anything_is_written(name, stock_mode
         convert(source, tmp_path / "pmod", PmodSettings())
     assert told in caught.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_that_alone_is_called_tied(kind, stock_model, tmp_path):
+    """As transformers 4 wrote it; today's LLaVA-NeXT looks for it at the top alone, and would draw a head."""
+    source = tmp_path / "source"
+    shutil.copytree(stock_model(kind), source)
+    text = json.loads((source / CONFIG).read_text())["text_config"]
+    edit(source / CONFIG, tie_word_embeddings=False, text_config=text | {"tie_word_embeddings": True})
+    tensors = load_file(source / SINGLE)
+    del tensors[HEAD]
+    save_file(tensors, source / SINGLE, metadata={"format": "pt"})
+    convert(source, tmp_path / "ours", EVERY_LAYER_ROUTED, Options(verify=True))
+    model, _ = load_model(tmp_path / "ours")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def test_settings_that_do_not_fit_are_refused(stock_model, tmp_path):
@@ -273,6 +293,24 @@ def test_a_lost_router_is_not_filled_in(stock_model, tmp_path):
     save_file(tensors, target / ROUTERS, metadata={"format": "pt"})
     with pytest.raises(PmodError, match=r"lacks 1 tensors: .*layers\.2\.router\.weight"):
         load_model(target)
+
+
+def test_a_lost_bias_does_not_cost_the_routers_of_the_source(stock_model, tmp_path):
+    """Zero biases are added in a file of their own, whose name must not be that of a hard link."""
+    convert(stock_model(), tmp_path / "pmod", PmodSettings(), Options(router_init="normal:1"))
+    routers = tmp_path / "pmod" / ROUTERS
+    weights = {name: tensor for name, tensor in load_file(routers).items() if name.endswith("weight")}
+    save_file(weights, routers, metadata={"format": "pt"})
+    index = json.loads((tmp_path / "pmod" / INDEX).read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if "router.bias" not in name}
+    (tmp_path / "pmod" / INDEX).write_text(json.dumps(index))
+    before = routers.read_bytes()
+    convert(tmp_path / "pmod", tmp_path / "remote", None, Options(to="remote-code", verify=True))
+    assert routers.read_bytes() == before
+    found = {name: tensor for name, tensor in read_tensors(tmp_path / "remote").items() if ".router." in name}
+    written = {name: load_file(tensor.path)[name] for name, tensor in found.items()}
+    assert all(written[name].equal(tensor) for name, tensor in weights.items())
+    assert not any(tensor.any() for name, tensor in written.items() if name.endswith("bias"))
 
 
 def test_a_router_on_a_plain_layer_is_not_dropped(stock_model, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layout import Draft, Layout, Options, Source, TensorSource, files_of
-from pmod_cli.checkpoints.layouts.shapes import canonical, check_shapes, section
+from pmod_cli.checkpoints.layouts.shapes import HEAD, canonical, check_shapes, section, tied
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, family_of, model_types
 from pmod_cli.families.configs import decoder_kind, filled, known_family
@@ -45,6 +45,8 @@ def read_huggingface(folder: Path, config: dict, options: Options) -> Source:
     check_shapes(tensors, config, where)
     stock = {key: value for key, value in config.items() if key not in OURS}
     stock |= {"model_type": family.name, "architectures": [family.stock_class]}
+    if tied(config) and HEAD not in map(canonical, tensors):
+        stock["tie_word_embeddings"] = True  # some said it of the decoder alone, where some families no longer look
     return Source(
         folder=folder,
         layout="huggingface",

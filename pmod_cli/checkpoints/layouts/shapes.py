@@ -72,7 +72,7 @@ def to_original(name: str, routed_layers: list[int]) -> str:
     return name
 
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _AT_MOST = 10**7
 
 
@@ -135,7 +135,7 @@ def decoder_shapes(
         "language_model.model.norm.weight": (hidden,),
     }
     if not text.get("tie_word_embeddings"):
-        shapes["language_model.lm_head.weight"] = (vocabulary, hidden)
+        shapes[HEAD] = (vocabulary, hidden)
     for number in range(size(text, "num_hidden_layers", where)):
         shapes |= {f"language_model.model.layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes
@@ -230,7 +230,8 @@ def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: obj
     """
     by_name = {canonical(name): tensor for name, tensor in found.items()}
     expected = checked_shapes(config, where)
-    for name, shape in expected.items():
+    # A tied model may bring its head all the same.
+    for name, shape in {HEAD: expected[EMBEDDING], **expected}.items():
         if name not in by_name:
             continue
         tensor = by_name[name]
@@ -251,7 +252,7 @@ def check_shapes(found: Mapping[str, Any], config: Mapping[str, Any], where: obj
         and name.startswith(ours)
         and ".router." not in name
         and not name.startswith("vision_tower.head.")  # of a SigLIP
-        and name != "language_model.lm_head.weight"  # of a tied model
+        and name != HEAD  # of a tied model
         and not OBSOLETE.fullmatch(name)
     ]
     if extra:

@@ -5,7 +5,7 @@ M tokens that a layer gathers from each row, D hidden size.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +97,7 @@ class Routing:
     _rotary: tuple[Tensor, Tensor] | None = None  # the prefill's cosines, and both its tables in one
     _orders: dict[int, Tensor] = field(default_factory=dict)  # (B, N) by layer: rankings that later layers hold
     _plans: dict[tuple[int, float], Gathered] = field(default_factory=dict)  # of held choices, by layer and ratio
+    _elsewhere: dict[torch.device, "Routing"] = field(default_factory=dict)  # of the same prefill, by device
 
     @classmethod
     def build(cls, vision: Tensor, attention_mask: Tensor | None, **options: Any) -> "Routing":
@@ -143,6 +144,21 @@ class Routing:
             most = int(units.max()) + 1
             routing._unit_sizes = units.new_zeros(len(units), most).scatter_add_(1, units, target.to(units.dtype))
         return routing
+
+    def to(self, device: Any, **options: Any) -> "Routing":
+        """The same on another device: what accelerate asks of all that goes to a layer, where layers are spread.
+
+        Rankings that later layers hold are shared, as they may lie on another device than the layer that chose.
+        """
+        device = torch.device(device)
+        if device == self.target.device:
+            return self
+        if device not in self._elsewhere:
+            tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+            moved = {name: value.to(device, **options) for name, value in tensors.items()}
+            afresh: dict[str, Any] = {"weights": None, "position_embeddings": None, "standing": None, "_rotary": None}
+            self._elsewhere[device] = replace(self, **{**moved, **afresh, "_lengths": {}, "_plans": {}})
+        return self._elsewhere[device]
 
     @property
     def known_counts(self) -> list[tuple[int, int, int]]:
@@ -268,7 +284,7 @@ class Routing:
         """The tokens of a layer that holds the choice of `layer`; layers of one ratio share one plan."""
         key = (layer, ratio)
         if key not in self._plans:
-            self._plans[key] = self.gather_plan(self._orders[layer], ratio)
+            self._plans[key] = self.gather_plan(self._orders[layer].to(self.target.device), ratio)
         return self._plans[key]
 
     def without(self, index: Tensor, valid: Tensor | None, counts: list[tuple[int, int, int]]) -> "Routing":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -271,6 +272,34 @@ def test_headless_model_and_device_map_names():
     model = pmod_model()
     assert isinstance(model.model, PmodLlavaNextModel)
     assert "PmodLlamaDecoderLayer" in model._no_split_modules
+
+
+SPREAD = {
+    "paper": ROUTED_FROM_START,
+    "held": {"schedule": "list", "values": [0.6, 0.5, 0.35, 0.15], "select_at": [0]},
+    "dropping": {"method": "fastv", "mean": 0.6},
+    "thinned": {**ROUTED_FROM_START, "before": "divprune:0.5"},
+}
+
+
+@pytest.mark.parametrize("pmod", SPREAD.values(), ids=SPREAD)
+@pytest.mark.parametrize("place", ["cpu:0", "meta"])
+def test_layers_may_be_spread_over_devices(pmod, place):
+    """As `device_map` does it. `cpu:0` is `cpu` by another name, so that numbers can be compared; `meta` is none."""
+    model, inputs = pmod_model("llava", pmod=pmod), batch("llava", ROWS)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        expected = model(**inputs).logits, model.generate(**inputs, **settings)
+        for layer in model.model.language_model.layers[2:]:
+            options = {"io_same_device": place == "cpu:0", "skip_keys": ["past_key_values", "cache"]}
+            hook = AlignDevicesHook(execution_device=torch.device(place), **options)
+            add_hook_to_module(layer.to(place), hook)
+        if place == "meta":
+            model.model.language_model.norm.to(place), model.lm_head.to(place)
+            assert model(**inputs).logits.shape == expected[0].shape
+            return
+        assert torch.equal(model(**inputs).logits, expected[0])
+        assert torch.equal(model.generate(**inputs, **settings), expected[1])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

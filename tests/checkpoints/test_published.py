@@ -101,6 +101,22 @@ def test_stock_and_published_round_trip(stock_model, tmp_path):
     assert published["mm_vision_tower"] == "vision_tower"
 
 
+def test_a_model_without_a_head_of_its_own_stays_tied(stock_model, tmp_path):
+    """Its config says so at the top, and the published one is flat."""
+    shutil.copytree(stock_model("llava_next"), tmp_path / "source")
+    config, weights = tmp_path / "source" / "config.json", tmp_path / "source" / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    tensors = load_file(weights)
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    every_second = PmodSettings(schedule="list", values=(1.0, 0.5, 1.0, 0.5))
+    convert(tmp_path / "source", tmp_path / "published", every_second, PUBLISHED)
+    assert json.loads((tmp_path / "published" / "config.json").read_text())["tie_word_embeddings"]
+    convert(tmp_path / "published", tmp_path / "back")
+    model, _ = load_model(tmp_path / "back")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize(
     ("layers", "factor", "num_layers", "schedule"),
     [

@@ -12,7 +12,7 @@ from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layout import Draft, Layout, Progress, Source, TensorSource
 from pmod_cli.checkpoints.layouts import published_settings
 from pmod_cli.checkpoints.layouts.original import EMBEDDINGS, KNOWN, is_original, read_original
-from pmod_cli.checkpoints.layouts.shapes import canonical, to_original
+from pmod_cli.checkpoints.layouts.shapes import HEAD, canonical, to_original
 from pmod_cli.checkpoints.tokenizer_files import MODEL_FILE, clip_preprocessor, restore_original
 from pmod_cli.checkpoints.writing import WeightFiles, stream
 from pmod_cli.core.atomic import write_json
@@ -32,7 +32,6 @@ _TEXT = {key: value for key, value in LLAMA.defaults.items() if value is not Non
     "eos_token_id": 2,
     "initializer_range": 0.02,
     "pretraining_tp": 1,
-    "tie_word_embeddings": False,
     "use_cache": True,
 }
 
@@ -103,6 +102,7 @@ def published_config(source: Source, settings: PmodSettings, config: dict) -> tu
         "num_key_value_heads": text.get("num_key_value_heads") or flat["num_attention_heads"],
         "rope_theta": text.get("rope_theta") or rope.get("rope_theta") or 10000.0,
         "pad_token_id": 0,
+        "tie_word_embeddings": HEAD not in map(canonical, source.parts),
         "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
         "image_aspect_ratio": "anyres" if next_model else "pad",
         "mm_hidden_size": config["vision_config"]["hidden_size"],

@@ -6,9 +6,10 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pmod_cli.checkpoints import files
-from pmod_cli.checkpoints.layout import LowRank, Source, TensorSource
+from pmod_cli.checkpoints.layout import LowRank, Source
 from pmod_cli.checkpoints.layouts.shapes import canonical, from_original
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
@@ -21,6 +22,8 @@ _UPDATE = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
 _ORIGINAL = re.compile(
     r"(base_model\.model\.)?model\.(layers|mm_projector|vision_tower\.vision_tower|image_newline)\b.*"
 )
+_PEFT = "base_model.model."
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that take something from the weights themselves
 _HF_MODULES = ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.", "language_model.")
 
 
@@ -35,6 +38,7 @@ def merged(source: Source, folder: Path) -> Source:
         PmodError: the adapter is damaged, of another kind, or was trained on another model.
     """
     config = read_config(folder)
+    _refuse_unmergeable(config, folder / CONFIG)
     tensors = files.read_file(_weights(folder))
     full = files.read_file(folder / FULL) if (folder / FULL).is_file() else {}
     on_disk = {canonical(name): name for name in source.parts}
@@ -46,7 +50,7 @@ def merged(source: Source, folder: Path) -> Source:
         else:
             full[name] = tensor
     for module, sides in updates.items():
-        own = on_disk.get(f"{_module(module)}.weight")
+        own = on_disk.get(_canonical(f"{module}.weight"))
         if own is None or sides.keys() != {"A", "B"}:
             problem = "has no counterpart in the model" if own is None else "is only half there"
             raise PmodError(
@@ -56,12 +60,12 @@ def merged(source: Source, folder: Path) -> Source:
         _check_fit(parts[own].source, update, folder, module)
         parts[own] = replace(parts[own], low_rank=update)
     for spelled, tensor in full.items():
-        own = on_disk.get(_module(spelled.replace(".modules_to_save.default.", ".")))
+        own = on_disk.get(_canonical(spelled.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")))
         if own is None or parts[own].source.shape != tensor.shape:
             raise PmodError(
                 f"{tensor.path}: {spelled} {list(tensor.shape)} has no counterpart of its shape in the model"
             )
-        parts[own] = TensorSource(tensor, dtype=parts[own].result.dtype)
+        parts[own] = replace(parts[own], source=tensor, dtype=parts[own].result.dtype)
     trained = source.settings is not None and any(".router." in name for name in full)
     return replace(source, parts=parts, router_state="trained" if trained else source.router_state)
 
@@ -118,17 +122,31 @@ def _weights(folder: Path) -> Path:
     raise PmodError(f"{folder} has no {WEIGHTS[0]}", hint="`adapter` takes the folder that peft wrote")
 
 
-def _module(name: str) -> str:
+def _refuse_unmergeable(config: dict, where: Path) -> None:
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise PmodError(
+            f"{where}: init_lora_weights is {start!r:.40}, which changes the weights that the update is added to",
+            hint="merge it with peft, or save it as an update of the stock weights, then convert",
+        )
+    if config.get("alora_invocation_tokens"):
+        raise PmodError(f"{where}: alora_invocation_tokens is set: an update of some tokens alone cannot be merged")
+
+
+def _canonical(name: str) -> str:
     """Canonical name, from one of peft over transformers, or of peft over the original code."""
-    name = name.removeprefix("base_model.model.")
+    name = name.removeprefix(_PEFT)
     return canonical(name if name.startswith(_HF_MODULES) else canonical(from_original(name)))
 
 
 def _scale(config: dict, module: str, rank: int, folder: Path) -> float:
-    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
-    matching = [value for pattern, value in alphas.items() if re.search(rf"(^|\.){pattern}$", module)]
-    alpha = matching[0] if matching else config["lora_alpha"]
-    expected = next((value for pattern, value in ranks.items() if re.search(rf"(^|\.){pattern}$", module)), config["r"])
+    def said(key: str, default: str) -> Any:
+        """The value of the first pattern that fits, as peft looks for it."""
+        patterns, name = config.get(key) or {}, module.removeprefix(_PEFT)
+        fitting = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        return next(fitting, config[default])
+
+    alpha, expected = said("alpha_pattern", "lora_alpha"), said("rank_pattern", "r")
     if rank != expected or rank < 1:
         raise PmodError(f"{folder / CONFIG}: r is {expected}, and {module} has an update of rank {rank}")
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

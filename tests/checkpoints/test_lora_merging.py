@@ -51,6 +51,29 @@ def test_merged_as_peft_merges(adapter, stock_model, tmp_path):
     assert not torch.equal(found[f"model.{name.replace('.model.', '.', 1)}"], plain[name])
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {
+            "target_modules": r".*language_model.*\.q_proj",
+            "alpha_pattern": {"^model.language_model.layers.1.self_attn.q_proj": 12, "layers.2.*|layers.3.*": 3},
+        },
+    ],
+    ids=["head", "patterns"],
+)
+def test_what_an_update_may_be_called(values, stock_model, tmp_path):
+    tuned = get_peft_model(AutoModelForImageTextToText.from_pretrained(stock_model()), LoraConfig(r=2, **values))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    tuned.save_pretrained(tmp_path / "adapter")
+    expected = tuned.merge_and_unload().state_dict()
+    convert(stock_model(), tmp_path / "merged", options=Options(adapter=tmp_path / "adapter"))
+    found = load_model(tmp_path / "merged")[0].state_dict()
+    assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in expected.items())
+
+
 def test_merged_on_top_of_a_p_mod_checkpoint(adapter, stock_model, tmp_path):
     folder, expected = adapter
     convert(stock_model(), tmp_path / "pmod")
@@ -84,19 +107,26 @@ def test_kept_apart(adapter, stock_model, tmp_path):
 
 
 def test_an_adapter_of_the_original_code(tmp_path):
-    stock, _ = twins(tmp_path / "original")
+    stock, vocabulary = twins(tmp_path / "original")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     up, down, trained = torch.randn(64, 2), torch.randn(2, 32), torch.randn(32)
     module = "base_model.model.model.layers.1.mlp.up_proj"
     save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, adapter / "adapter_model.safetensors")
-    torch.save({"base_model.model.model.mm_projector.2.bias": trained}, adapter / "non_lora_trainables.bin")
+    tokens = torch.randn(vocabulary, 32)
+    full = {"model.mm_projector.2.bias": trained, "model.embed_tokens.weight": tokens}
+    torch.save(
+        {f"base_model.model.{name}": tensor for name, tensor in full.items()}, adapter / "non_lora_trainables.bin"
+    )
     convert(tmp_path / "original", tmp_path / "stock", options=Options(to="stock", adapter=adapter))
     found = load_file(tmp_path / "stock" / "model.safetensors")
     weight = stock.model.language_model.layers[1].mlp.up_proj.weight + 2 * up @ down
     torch.testing.assert_close(found["language_model.model.layers.1.mlp.up_proj.weight"], weight.detach())
     assert torch.equal(found["multi_modal_projector.linear_2.bias"], trained)
+    embedding = found["language_model.model.embed_tokens.weight"]
+    assert torch.equal(embedding[:vocabulary], tokens)
+    assert len(embedding) == json.loads((tmp_path / "stock" / "config.json").read_text())["text_config"]["vocab_size"]
     with pytest.raises(PmodError, match="it can only be merged"):
         convert(tmp_path / "original", tmp_path / "apart", options=Options(adapter=adapter, merge=False))
 
@@ -108,6 +138,9 @@ def test_an_adapter_of_the_original_code(tmp_path):
         ({"use_dora": True}, "use_dora is true"),
         ({"r": 8}, "r is 8, and"),
         ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is set"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(values, told, adapter, stock_model, tmp_path):

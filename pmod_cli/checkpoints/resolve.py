@@ -157,10 +157,11 @@ def _from_hub(
 
     def unavailable(why: str) -> PmodError:
         known = name if name.startswith(repo) else f"{name} ({repo})"
-        cache = cache_dir or constants.HF_HUB_CACHE
+        cache, fetch = cache_dir or constants.HF_HUB_CACHE, f"hf download {repo}"
+        fetch += f" --revision {revision}" if revision else ""
         return PmodError(
             f"{known} is not in the Hugging Face cache {cache} (missing: {', '.join(missing)}), and {why}.",
-            hint=f"Fetch it once where there is a network with `hf download {repo}`, or give the folder that holds it.",
+            hint=f"Fetch it once where there is a network with `{fetch}`, or give the folder that holds it.",
         )
 
     if offline or constants.HF_HUB_OFFLINE:

@@ -59,6 +59,11 @@ class Vocabulary:
     model_file: Path | None = None
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the vocabulary of a tokenizer."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """Read the tokenizer of a folder and give it an image token, as the Hugging Face layout needs.
 
@@ -71,7 +76,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     Raises:
         PmodError: the files cannot be read.
     """
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not holds_tokenizer(folder):
         return Vocabulary(None, rows, _grown(rows, rows))
     tokenizer = load_tokenizer(folder)
     from transformers import AddedToken

@@ -127,6 +127,17 @@ def test_small_files_are_copies(stock_model, tmp_path):
         assert not (tmp_path / "pmod" / name).samefile(source / name)
 
 
+def test_a_source_without_a_tokenizer_is_told(stock_model, tmp_path):
+    shutil.copytree(stock_model(), tmp_path / "source")
+    assert not convert(tmp_path / "source", tmp_path / "whole").notes
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    (note,) = convert(tmp_path / "source", tmp_path / "pmod").notes
+    assert "holds no tokenizer, so none is written" in note
+    (tmp_path / "source" / "processor_config.json").unlink()
+    (note,) = convert(tmp_path / "source", tmp_path / "bare").notes
+    assert "holds no tokenizer and no image processor" in note
+
+
 def test_another_file_system_is_copied_and_said(stock_model, tmp_path, monkeypatch):
     def cross_device(*_):
         raise OSError(18, "Invalid cross-device link")

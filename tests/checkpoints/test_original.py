@@ -1,6 +1,7 @@
 """The original layout: the logits of the Hugging Face twin, from every kind of file; tokenizer, processor, template."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,12 @@ def test_grids_are_width_by_height(tmp_path):
     convert(tmp_path / "original", tmp_path / "stock", options=STOCK)
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert config["image_grid_pinpoints"] == [[32, 96], [64, 32]]  # (height, width)
+
+
+def test_a_folder_without_the_tokenizer_that_was_asked_for(tmp_path):
+    twins(tmp_path / "original")
+    with pytest.raises(PmodError, match="there is no tokenizer in nowhere"):
+        convert(tmp_path / "original", tmp_path / "stock", options=Options(to="stock", tokenizer=Path("nowhere")))
 
 
 def test_it_is_not_loaded_as_it_is(tmp_path):

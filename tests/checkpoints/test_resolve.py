@@ -95,6 +95,13 @@ def test_two_revisions_are_refused():
         resolve(f"{REPO}@main", revision="v2")
 
 
+def test_a_revision_that_is_not_here_is_fetched_by_its_name(stock_model, tmp_path):
+    fill_cache(tmp_path, stock_model())
+    with pytest.raises(PmodError, match="not in the Hugging Face cache") as caught:
+        resolve(f"{REPO}@v2", offline=True, cache_dir=tmp_path)
+    assert f"`hf download {REPO} --revision v2`" in caught.value.hint
+
+
 @pytest.mark.timing
 @pytest.mark.parametrize(
     ("environment", "why"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.layout import Draft, Layout, Options, Source, TensorSource, files_of
 from pmod_cli.checkpoints.layouts.shapes import HEAD, canonical, check_shapes, section, tied
+from pmod_cli.checkpoints.tokenizer_files import holds_tokenizer
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import DECODERS, family_of, model_types
 from pmod_cli.families.configs import decoder_kind, filled, known_family
@@ -57,7 +58,18 @@ def read_huggingface(folder: Path, config: dict, options: Options) -> Source:
         settings=settings,
         router_state=state,
         original_config=_original_config(folder) if settings else None,
+        notes=_notes(folder),
     )
+
+
+def _notes(folder: Path) -> list[str]:
+    """What nothing can be asked without, and weights can be converted without."""
+    images = any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    absent = [
+        name for name, there in (("tokenizer", holds_tokenizer(folder)), ("image processor", images)) if not there
+    ]
+    lacks = f"{folder} holds no {' and no '.join(absent)}, so none is written: add its files to the result"
+    return [lacks] if absent else []
 
 
 def hold_to_weights(folder: Path, config: dict) -> bool:

@@ -16,7 +16,7 @@ from pmod_cli.checkpoints.layout import Layout, Options, Source, TensorSource, f
 from pmod_cli.checkpoints.layouts import published_settings
 from pmod_cli.checkpoints.layouts.huggingface import check_decoder
 from pmod_cli.checkpoints.layouts.shapes import OBSOLETE, check_shapes, from_original, size
-from pmod_cli.checkpoints.tokenizer_files import read_vocabulary, write_processor_files
+from pmod_cli.checkpoints.tokenizer_files import holds_tokenizer, read_vocabulary, write_processor_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.paths import expanded
 from pmod_cli.families import DECODERS, FAMILIES
@@ -144,6 +144,8 @@ def _whole(
     rows = size(config, "vocab_size", where)
     # Hold the tensors to the source's own config first: a damaged embedding must not be mended by the new rows.
     check_shapes({name: part.source for name, part in parts.items()}, stock, where)
+    if tokenizer is not None and not holds_tokenizer(tokenizer):
+        raise PmodError(f"there is no tokenizer in {tokenizer}", hint="`tokenizer` takes the folder of one")
     vocabulary = read_vocabulary(tokenizer or folder, rows)
     if vocabulary.rows != rows:
         parts = {

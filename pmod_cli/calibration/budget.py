@@ -28,6 +28,7 @@ class Budget:
         of: `flops`, of the decoder's prefill with attention and lm_head; or `retention`, the mean ratio.
         target_tokens: Which vision tokens are routed.
         prompt: The prompt that is counted; None is the one of `profile`.
+        logits: Where lm_head counts: on every position, as `profile` has it, or on the last, as `generate` computes it.
     """
 
     sizes: Sizes
@@ -35,6 +36,7 @@ class Budget:
     of: Literal["flops", "retention"] = "flops"
     target_tokens: str = "vision_all"
     prompt: Row | None = None
+    logits: Literal["every", "last"] = "every"
 
     @cached_property
     def row(self) -> Row:
@@ -110,11 +112,12 @@ class Budget:
 
     @cached_property
     def _stock(self) -> float:
-        return formulas.prefill(self.sizes, [self.row]).decoder
+        return formulas.prefill(self.sizes, [self.row], last_logits=self.logits == "last").decoder
 
     def _flops(self, ratios: Sequence[float], routers: Sequence[bool]) -> formulas.Prefill:
         """Of a decoder of these layers alone: a prefill is the sum of its layers."""
-        return formulas.prefill(self.sizes, [self.row], Routed(ratios, self.target_tokens, routers))
+        routed = Routed(ratios, self.target_tokens, routers)
+        return formulas.prefill(self.sizes, [self.row], routed, last_logits=self.logits == "last")
 
 
 def best_ratios(losses: Sequence[Mapping[float, float]], budget: Budget, routers: int = 1) -> list[float] | None:

@@ -44,6 +44,7 @@ class CalibrationSettings:
         budgets: Shares of the stock model, one result each.
         of: What they are shares of.
         prompt: What FLOPs are counted on: the prompt of `profile`, or the mean prompt of the data.
+        logits: Where lm_head counts: on every position, or on the last alone, as `generate` computes it.
         schedule: `search`, or `cosine`: the paper's, with only the rest calibrated.
         template: Conversation template, as `data.template` of a recipe.
         seed: Of everything that is drawn.
@@ -59,6 +60,7 @@ class CalibrationSettings:
     budgets: tuple[float, ...] = (0.54,)
     of: Literal["flops", "retention"] = "flops"
     prompt: Literal["profile", "data"] = "profile"
+    logits: Literal["every", "last"] = "every"
     schedule: Literal["search", "cosine"] = "search"
     template: str = "auto"
     seed: int = 0
@@ -189,7 +191,7 @@ def _budgets(sizes: Sizes, settings: CalibrationSettings, prompt: Row | None = N
     Raises:
         PmodError: one of them cannot be met.
     """
-    budgets = [Budget(sizes, share, settings.of, prompt=prompt) for share in settings.budgets]
+    budgets = [Budget(sizes, share, settings.of, prompt=prompt, logits=settings.logits) for share in settings.budgets]
     for budget in budgets:
         budget.check(cosine=settings.schedule == "cosine")
     return budgets

@@ -26,7 +26,8 @@ def notes(results: Sequence[Calibration], settings: CalibrationSettings) -> list
     """How to read the tables."""
     vision, text = results[0].tokens
     prompt = "image of 672x672" if settings.prompt == "profile" else f"mean prompt of the data: {vision} vision"
-    counted = f"FLOPs: share of the stock decoder's prefill ({prompt}, {text} text tokens, attention counted)"
+    logits = "" if settings.logits == "every" else ", lm_head on the last position"
+    counted = f"FLOPs: share of the stock decoder's prefill ({prompt}, {text} text tokens, attention counted{logits})"
     return [f"{counted}; KV cache of it", *NOTES]
 
 

@@ -62,6 +62,13 @@ def calibrate(
             metavar="KIND", help="FLOPs are counted on profile's prompt (672x672, 58 text tokens), or data's mean one."
         ),
     ] = "profile",
+    logits: Annotated[
+        str,
+        _wanted(
+            metavar="KIND",
+            help="lm_head counts on every position, as profile has it, or on the last, as generate computes it.",
+        ),
+    ] = "every",
     schedule: Annotated[
         str, _wanted(metavar="KIND", help="search: the ratio of each layer is found. cosine: the paper's.")
     ] = "search",
@@ -101,6 +108,8 @@ def calibrate(
         raise PmodError(f"--schedule {schedule!r}: expected search or cosine", hint="pmod calibrate --help")
     if prompt not in ("profile", "data"):
         raise PmodError(f"--prompt {prompt!r}: expected profile or data", hint="pmod calibrate --help")
+    if logits not in ("every", "last"):
+        raise PmodError(f"--logits {logits!r}: expected every or last", hint="pmod calibrate --help")
     calibrate_to(
         name,
         out,
@@ -114,6 +123,7 @@ def calibrate(
             else shares("--target-retention", target_retention),
             "of": "flops" if target_retention is None else "retention",
             "prompt": prompt,
+            "logits": logits,
             "schedule": schedule,
             "template": template,
             "seed": seed,

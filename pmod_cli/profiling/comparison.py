@@ -20,6 +20,7 @@ from pmod_cli.profiling.subject import Subject
 CONVENTIONS = {
     "paper": "decoder layers and lm_head on every position, without attention products and vision tower",
     "full": "paper, with attention products (scores and weighted values, full square), selection, tower and projector",
+    "generate": "full, with lm_head on the last position alone, as generate computes it",
 }
 
 
@@ -57,11 +58,16 @@ class Profile:
         """FLOPs of a prefill under one of `CONVENTIONS`."""
         if convention == "paper":
             return cost.matrix + cost.lm_head
-        return cost.total + self.vision.total
+        seen = cost.total + self.vision.total
+        return seen if convention == "full" else seen - cost.lm_head + self.last_logits(cost)
 
     def totals(self, convention: str) -> tuple[int, int]:
         """The same, stock and p-MoD."""
         return self.total(self.stock, convention), self.total(self.pmod, convention)
+
+    def last_logits(self, cost: DecoderCost) -> int:
+        """FLOPs of lm_head on the last position of each row."""
+        return cost.lm_head // self.longest.tokens
 
     def generation(self, cost: DecoderCost) -> int:
         """FLOPs of all new tokens together."""

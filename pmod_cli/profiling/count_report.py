@@ -103,6 +103,7 @@ def flops_table(result: Profile, *, macs: bool = False) -> Table:
     more = " + selection" if "selection" in _parts(result) else ""
     table.add_row(f"paper + attention products{more}", *_pair(unit, result.stock.total, result.pmod.total))
     table.add_row("full convention", *_pair(unit, *result.totals("full")), style="bold")
+    table.add_row("full, last logits alone (generate)", *_pair(unit, *result.totals("generate")))
     return table
 
 

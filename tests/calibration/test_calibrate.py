@@ -54,15 +54,19 @@ def test_the_program_is_as_good_as_trying_everything():
     assert best_ratios([{1.0: 0.0}] * 4, Budget(SIZES, 0.9)) is None
 
 
-@pytest.mark.parametrize("of", ["flops", "retention"])
-def test_a_budget_is_what_profile_counts(of):
+@pytest.mark.parametrize(("of", "logits"), [("flops", "every"), ("flops", "last"), ("retention", "every")])
+def test_a_budget_is_what_profile_counts(of, logits):
     from pmod_cli.profiling import Routed, Workload, prefill
 
     ratios = [1.0, 0.7, 0.3, 0.0]
     rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(SIZES)
     routed = Routed(ratios, routers=[False, True, False, False])
-    counted = prefill(SIZES, rows, routed).decoder / prefill(SIZES, rows).decoder
-    budget = Budget(SIZES, 0.5, of)
+    stock, pmod = (prefill(SIZES, rows, which, last_logits=logits == "last") for which in (None, routed))
+    assert stock.lm_head == 2 * SIZES.decoder.hidden * SIZES.decoder.vocabulary * (
+        1 if logits == "last" else rows[0].tokens
+    )
+    counted = pmod.decoder / stock.decoder
+    budget = Budget(SIZES, 0.5, of, logits=logits)
     assert budget.total(ratios) == pytest.approx(counted if of == "flops" else 0.5, rel=1e-9)
     ratio = budget.solve([(1, 1.0), (2, None), (1, 0.0)])
     assert budget.total([1.0, ratio, ratio, 0.0]) == pytest.approx(0.5, abs=0.02)
@@ -396,6 +400,13 @@ def test_a_budget_can_be_counted_on_the_prompts_of_the_data(calibrated: Path, st
     own = Budget(SIZES, 0.54, prompt=prompt_of(*found)[0])
     assert own.total(said["ratios"]) == pytest.approx(0.54, abs=0.01)
     assert Budget(SIZES, 0.54).total(said["ratios"]) != pytest.approx(0.54, abs=0.01)
+    call[-1] = "last"
+    assert main([*call, "--prompt", "data", "--logits", "last", "--json"]) == 0
+    last = json.loads(Path("last/calibration.json").read_text())
+    assert last["asked_for"]["logits"] == "last"
+    assert replace(own, logits="last").total(last["budgets"][0]["ratios"]) == pytest.approx(0.54, abs=0.01)
+    assert last["budgets"][0]["judged"][0]["retention"] > said["judged"][0]["retention"]
+    assert "lm_head on the last position" in Path("last/README.md").read_text()
     assert f"mean prompt of the data: {found[0]} vision, {found[1]} text tokens" in Path("made/README.md").read_text()
 
 

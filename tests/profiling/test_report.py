@@ -97,6 +97,9 @@ def test_equals_a_real_forward_and_its_real_cache(kind: str, decoder: str, setti
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs, past_key_values=cache, use_cache=True)
     assert counter.get_total_flops() == result.totals("full")[1]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert counter.get_total_flops() == result.totals("generate")[1] < result.totals("full")[1]
     mask = inputs["attention_mask"]
     for step in range(1, steps + 1):
         mask = torch.cat([mask, mask[:, :1]], dim=1)

@@ -31,7 +31,6 @@ pmod visualize before.png after.png --together --question "What has changed?" -o
 pmod visualize clip.mp4 --video --layers 14,26
 """
 SCHEMA_VERSION = 2
-STATISTICS = "statistics.json"
 _look = common.option_under("What to draw")
 _compare = common.option_under("Comparing")
 _write = common.option_under("What is written")
@@ -157,15 +156,16 @@ def visualize(
     saved_other = Path(against) if against and Path(against).suffix == ".npz" else None
     ending = "svg" if svg else "png"
     beside = [suffix for suffix, wanted in ((".html", html), (".npz", npz)) if wanted]
+    read = [*images, *([saved_other] if saved_other else [])]
     is_batch = len(items) > 1 or items[0].path != images[0]  # a folder or a list of one picture is a batch too
     if is_batch:
         called = visualization.short_name(images[0].resolve().stem) if len(images) == 1 else "pictures"
         folder = out or Path(f"{called}-pmod")
-        targets = visualization.folder_targets(items, folder, ending, beside)
+        targets = visualization.folder_targets(items, folder, ending, beside, read)
     else:
-        targets = visualization.one_target(items[0], out, ending, beside)
+        targets = visualization.one_target(items[0], out, ending, beside, read)
     faults = visualization.check_pictures(items)
-    readable = [(item, target) for item, target in zip(items, targets, strict=True) if item.path not in faults]
+    readable = [(item, target) for item, target in zip(items, targets, strict=True) if item.can_be_asked(faults)]
     items, targets = [item for item, _ in readable], [target for _, target in readable]
     depths = visualization.check_saved(items, saved_other, settings)
     subject: LoadedModel | None = None
@@ -195,7 +195,7 @@ def visualize(
     run = visualization.run(
         items, settings, targets, subject=subject, against=other, beside=beside, faults=faults if is_batch else None
     )
-    drew = _report(run, len(items), folder / STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
+    drew = _report(run, len(items), folder / visualization.STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
     if not drew:
         raise visualization.summed_up(faults, BAD_INPUT)
     if faults:

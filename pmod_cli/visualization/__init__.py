@@ -7,6 +7,7 @@ from pmod_cli.visualization.figure import BLIND, MODES, PARTS, asked_blindly, dr
 from pmod_cli.visualization.fonts import undrawable
 from pmod_cli.visualization.image_selection import ImageSelection, parse_layers
 from pmod_cli.visualization.inputs import (
+    STATISTICS,
     Item,
     check_pictures,
     find_items,

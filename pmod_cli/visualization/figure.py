@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.geometry import Part, TokenLayout
+from pmod_cli.model import SELECTIONS
 from pmod_cli.visualization.charts import schedule_chart
 from pmod_cli.visualization.image_selection import ImageSelection
 from pmod_cli.visualization.overlay import KEPT, SKIPPED, Panel, canvas, hides, prepare
@@ -89,7 +90,7 @@ def _draw_layers(
     panels = [prepare(record.image, record.layout, group, *sheet.pixels) for group in groups]
     for column, layer in enumerate(layers):
         for row, panel in enumerate(panels):
-            if weights and record.routed[layer]:
+            if weights and record.weighted[layer]:
                 painted = panel.draw_heat(colours[layer], record.kept[layer])
                 strip = panel.draw_strip(colours[layer]) if panel.newline.size else None
             else:
@@ -193,13 +194,13 @@ def _paint_kept(panel: Panel, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray 
 
 
 def _weight_colours(record: ImageSelection, layers: Sequence[int]) -> tuple[dict[int, np.ndarray], ColourBar | None]:
-    """Colours of each routed layer's tokens on one scale, and its bar; None where every layer is plain."""
-    routed = [layer for layer in layers if record.routed[layer]]
-    if not routed:
+    """Colours of each weighted layer's tokens on one scale, and its bar; None where no layer weighs any."""
+    weighted = [layer for layer in layers if record.weighted[layer]]
+    if not weighted:
         return {}, None
-    low, high = float(record.weight[routed].min()), float(record.weight[routed].max())
+    low, high = float(record.weight[weighted].min()), float(record.weight[weighted].max())
     bar = ColourBar(_gradient(), f"{low:.3f}", f"{high:.3f}", "router weight, one scale for all layers")
-    return {layer: _colours(record.weight[layer], low, high) for layer in routed}, bar
+    return {layer: _colours(record.weight[layer], low, high) for layer in weighted}, bar
 
 
 def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -251,7 +252,8 @@ def _questions(record: ImageSelection, against: ImageSelection) -> list[tuple[st
 def asked_blindly(record: ImageSelection, against: ImageSelection) -> bool:
     """Whether two questions were put to one model so that they could not change what it keeps."""
     other = record.question != against.question and record.model == against.model
-    return other and record.image_first and against.image_first and against.chosen_by != "attention"
+    blind = other and record.image_first and against.image_first and np.array_equal(record.kept, against.kept)
+    return blind and against.chosen_by != "attention" and not SELECTIONS[against.chosen_by].looks_ahead
 
 
 def _caption(record: ImageSelection, answer_only: bool) -> list[tuple[str, str]]:

@@ -76,6 +76,13 @@ class ImageSelection:
         """int64 (V,), how many layers keep each token."""
         return self.kept.sum(axis=0)
 
+    @property
+    def weighted(self) -> np.ndarray:
+        """Bool (L,), the layers that weigh their tokens. Others are plain, hold an earlier choice, or have no router."""
+        tied = (self.weight == 1).all(axis=1)
+        new = self.router_state == "untrained" and self.chosen_by == "router"  # whose first tokens win
+        return self.routed & (~tied | new)
+
     def ranks(self, layer: int) -> np.ndarray:
         """int64 (V,): 0 for the token of largest weight. Ties go to the lowest position, as in the model."""
         order = np.argsort(-self.weight[layer], kind="stable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -24,6 +24,7 @@ from pmod_cli.visualization.page import check_format
 Region = tuple[float, float, float, float]
 ROWS = (".json", ".jsonl")
 SAVED = ".npz"
+STATISTICS = "statistics.json"  # of a batch, beside its pictures
 LONGEST_STEM = 220  # bytes
 FILM_FRAMES, FILM_PER_SECOND = 8, 2.0
 
@@ -54,6 +55,10 @@ class Item:
     def is_saved(self) -> bool:
         """Whether it is a selection that was saved, not a picture."""
         return self.path.suffix.lower() == SAVED
+
+    def can_be_asked(self, faults: Container[Path]) -> bool:
+        """Whether none of the pictures that cannot be read is in its prompt, which needs all of its own."""
+        return not any(path in faults for path in self.together or (self.path,))
 
 
 def find_items(
@@ -97,8 +102,8 @@ def check_pictures(items: Sequence[Item]) -> dict[Path, PmodError]:
         try:
             load_film(item.path) if item.is_film else load_image(item.path)
         except PmodError as error:
-            faults |= dict.fromkeys(item.together or (item.path,), error)  # a prompt needs all of its pictures
-    if faults and all(item.path in faults for item in items):
+            faults[item.path] = error
+    if faults and not any(item.can_be_asked(faults) for item in items):
         raise summed_up(faults, BAD_INPUT)
     return faults
 
@@ -230,11 +235,14 @@ def _named_apart(items: Sequence[Item]) -> Iterator[Item]:
         yield replace(item, name=name)
 
 
-def one_target(item: Item, out: Path | None, ending: str, beside: Sequence[str] = ()) -> list[Path]:
+def one_target(
+    item: Item, out: Path | None, ending: str, beside: Sequence[str] = (), read: Sequence[Path] = ()
+) -> list[Path]:
     """The picture of a single item: `out`, or `NAME-pmod.ENDING` here. Nothing is made yet.
 
     Args:
         beside: endings of what is written beside it.
+        read: what else the run reads, such as the selection to compare with.
 
     Raises:
         PmodError: it cannot be written there, or would replace what it is made from.
@@ -243,14 +251,18 @@ def one_target(item: Item, out: Path | None, ending: str, beside: Sequence[str] 
     if not target.parent.is_dir():
         raise PmodError(f"{target}: there is no folder {target.parent}", hint=f"mkdir -p {quote(str(target.parent))}")
     check_writable(target.parent)
-    return _checked([target], [item], beside)
+    _check_written([target], [item], beside, read)
+    return [target]
 
 
-def folder_targets(items: Sequence[Item], folder: Path, ending: str, beside: Sequence[str] = ()) -> list[Path]:
-    """A picture for each item in one folder, which need not be there yet.
+def folder_targets(
+    items: Sequence[Item], folder: Path, ending: str, beside: Sequence[str] = (), read: Sequence[Path] = ()
+) -> list[Path]:
+    """A picture for each item in one folder, which need not be there yet; their statistics will stand there too.
 
     Args:
         beside: endings of what is written beside each.
+        read: what else the run reads, such as a file of rows.
 
     Raises:
         PmodError: the folder is a file, or a picture would replace what it is made from.
@@ -258,18 +270,26 @@ def folder_targets(items: Sequence[Item], folder: Path, ending: str, beside: Seq
     if folder.is_file() or folder.suffix.lower() in (".png", ".svg"):
         raise PmodError(f"{folder} is a file, expected a folder for {len(items)} pictures", hint="`out=FOLDER`")
     check_writable(folder)
-    return _checked([folder / f"{item.name}-pmod.{ending}" for item in items], items, beside)
+    targets = [folder / f"{item.name}-pmod.{ending}" for item in items]
+    _check_written(targets, items, beside, read, others=[folder / STATISTICS])
+    return targets
 
 
-def _checked(targets: list[Path], items: Sequence[Item], beside: Sequence[str]) -> list[Path]:
-    sources = {item.path.resolve() for item in items}
+def _check_written(
+    targets: Sequence[Path],
+    items: Sequence[Item],
+    beside: Sequence[str],
+    read: Sequence[Path],
+    others: Sequence[Path] = (),
+) -> None:
+    pictures = {item.path.resolve() for item in items}
+    frames = {frame for item in items if item.is_film and item.path.is_dir() for frame in item.path.resolve().iterdir()}
+    sources = pictures | frames | {path.resolve() for path in read}
     for target in targets:
         check_format(target)
-        for written in (target, *(target.with_suffix(ending) for ending in beside)):
-            if written.is_dir():
-                raise PmodError(f"{written} is a folder, expected a file to write", hint="choose another with `out`")
-            if written.resolve() in sources:
-                raise PmodError(
-                    f"{written} is the picture to look at, and would be replaced", hint="choose another with `out`"
-                )
-    return targets
+    for written in (*targets, *(target.with_suffix(ending) for target in targets for ending in beside), *others):
+        if written.is_dir():
+            raise PmodError(f"{written} is a folder, expected a file to write", hint="choose another with `out`")
+        if written.resolve() in sources:
+            what = "the picture to look at" if written.resolve() in pictures else "what this run reads"
+            raise PmodError(f"{written} is {what}, and would be replaced", hint="choose another with `out`")

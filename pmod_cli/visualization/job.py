@@ -124,7 +124,7 @@ def run(
                 record = load_npz(item.path)
             else:
                 question = settings.question or item.question or DEFAULT_QUESTION
-                prompt = (item.together or item.path, question)
+                prompt = (item.together or item.path, item.is_film, item.regions, question)
                 if prompt not in asked:
                     asked = {prompt: _ask(subject, item, question, settings)}  # one prompt: its pictures come in a row
                 record = asked[prompt][item.place]

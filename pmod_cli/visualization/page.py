@@ -23,6 +23,7 @@ from PIL import Image
 
 from pmod_cli.core.atomic import write_bytes
 from pmod_cli.core.errors import PmodError
+from pmod_cli.core.text import printable
 from pmod_cli.visualization.fonts import families
 
 FORMATS = ("png", "svg")
@@ -109,7 +110,7 @@ class Backdrop(BboxImage):
 
 def wrap(text: str, width: float, colour: str, most: int = 5) -> list[tuple[str, str]]:
     """At most `most` lines and their colour, none wider than `width` inches as the font draws it."""
-    text = " ".join(text[:MOST_LETTERS].split())
+    text = printable(" ".join(text[:MOST_LETTERS].split()))  # control characters have no place in an SVG
     letters = int(width / 0.03)  # as many as would fit of the narrowest; fewer until the widest line fits
     while True:
         lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")

@@ -79,9 +79,9 @@ def _picture(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Ima
     if alone or not hasattr(processor, "vision_aspect_ratio"):
         layout = known_family(model.config).place_tokens(processor, patch, image.height, image.width)
     else:  # LLaVA-OneVision pads each of several images to a square
-        count, side = model.config.vision_config.image_size // patch, max(image.size)
-        edges = _spans(count, side)
-        rows, columns = edges - (side - image.height) // 2, edges - (side - image.width) // 2
+        side = max(image.size)
+        rows, columns = patch_spans(processor.image_processor, patch, side, side)
+        rows, columns = rows - (side - image.height) // 2, columns - (side - image.width) // 2
         layout = TokenLayout(image.width, image.height, (numbered("image", rows, columns, first=0),))
     return Shown(image, layout, first + np.arange(layout.size))
 

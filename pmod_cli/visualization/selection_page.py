@@ -60,6 +60,7 @@ def _data(record: ImageSelection, layers: Sequence[int] | None) -> dict[str, Any
         "numLayers": record.num_layers,
         "layers": layers,
         "routed": record.routed.tolist(),
+        "weighted": record.weighted.tolist(),
         "retention": [round(float(ratio), 6) for ratio in record.retention],
         "kept": _base64(np.packbits(record.kept, axis=1, bitorder="little")),  # (L, ceil(V / 8)) bytes
         "weights": _base64(record.weight.astype("<f4")),  # (L, V)

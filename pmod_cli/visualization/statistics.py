@@ -142,6 +142,10 @@ def _compare(values: np.ndarray, chance: np.ndarray, seed: int) -> dict[str, Any
     if not known.any():
         return None
     of_image, by_chance = np.nanmean(values[known], axis=1), np.nanmean(chance[known], axis=1)
+    told = by_chance > 0  # where a layer keeps nothing of the parts that touch a box, there is nothing to compare
+    if not told.any():
+        return None
+    of_image, by_chance = of_image[told], by_chance[told]
     drawn = np.random.default_rng(seed).integers(0, len(of_image), (RESAMPLES, len(of_image)))
     lifts = of_image[drawn].mean(axis=1) / by_chance[drawn].mean(axis=1)
     low, high = np.quantile(lifts, [0.025, 0.975])

@@ -99,6 +99,23 @@ def test_several_images_are_a_record_each_and_together_the_row(ready):
     assert len({record.answer for record in records}) == 1
 
 
+def test_several_pictures_whose_tiles_are_no_whole_patches_lie_where_they_are_seen(ready, monkeypatch):
+    """Four patches of 2 see 8 of 9 pixels of a tile: light on what the last one sees changes what it is given."""
+    kind, _, model, processor = ready
+    if kind != "llava_onevision":
+        pytest.skip("others see several images as they see one")
+    monkeypatch.setattr(model.config.vision_config, "image_size", 9)
+    monkeypatch.setattr(processor.image_processor, "size", type(processor.image_processor.size)(height=9, width=9))
+    image = noise(90, 60)
+    boxes = prepare(model, processor, [image, image], "what?")[1][0].layout.boxes()
+    x0, y0, x1, y1 = boxes[7]  # at the right, in the second row
+    assert (x0, x1, y1) == (60, 80, 25)  # of 10 pixels a pixel of the tile, the picture padded by 15 above and below
+    given = processor.image_processor(images=[[lit(image, (x0, y0, x1, y1))] * 2], return_tensors="pt")
+    tile = given["pixel_values"][0, 0, 0]
+    assert (tile[2:4, 6:8] > 0.9).all()
+    assert tile[2:4, 8].max() < 0.9
+
+
 def test_a_film_is_a_strip_whose_cells_are_its_tokens(ready):
     """A frame is lit; only features of its tokens change, and these lie in its part of the strip."""
     kind, _, model, processor = ready

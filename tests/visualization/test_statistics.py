@@ -100,3 +100,16 @@ def test_in_common():
         in_common(cropped_record(84, 84), cropped_record(84, 168))
     with pytest.raises(PmodError, match="different numbers of layers"):
         summarise([image_statistics(planted([[0]])), image_statistics(planted([[0], [1]]))], [0])
+
+
+def test_a_layer_that_keeps_nothing_of_the_parts_with_a_box_tells_nothing():
+    """It keeps an end of a row alone, which no box touches: chance is 0, and 0 of 0 is no lift."""
+    record = replace(anyres_record(84, 168), regions=((40.0, 20.0, 60.0, 30.0),))
+    kept = np.zeros((4, record.layout.size), dtype=bool)
+    kept[:, record.layout.parts[1].newlines[0]] = True
+    ends = image_statistics(replace(record, kept=kept, routed=np.ones(4, dtype=bool)))
+    assert summarise([ends], range(4))["kept_on_regions_in_parts"] is None
+    kept = np.ones_like(kept)
+    whole = image_statistics(replace(record, kept=kept, routed=np.ones(4, dtype=bool)))
+    found = summarise([ends, whole, whole], range(4))["kept_on_regions_in_parts"]
+    assert (found["lift"], found["lift_95"]) == (1.0, [1.0, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.core import output
-from pmod_cli.core.atomic import write_json
+from pmod_cli.core.atomic import write_bytes, write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError, require
 
 EXAMPLES = """\
@@ -62,7 +63,7 @@ def demo(
     steps = list(_steps(out, samples, limit, max_steps if train else None, _draw_image(out / "image.png")))
     done = read_json(out / DONE) if (out / DONE).exists() else {}  # seconds by command, of those that ended well
     for number, step in enumerate(steps, 1):
-        if step.command in done:
+        if step.command in done and (out / f"{step.name}.txt").is_file():
             output.note(f"[{number}/{len(steps)}] done before: {step.command}")
             continue
         for later in steps[number:]:  # what they have left is of what this step is about to replace
@@ -115,11 +116,21 @@ def _steps(out: Path, samples: int, limit: int, max_steps: int | None, question:
 
 
 def _draw_image(path: Path) -> str:
-    """Write one test document, unseen in training, and return a question about it."""
+    """Write one test document, unseen in training, and return a question about it.
+
+    Raises:
+        PmodError: there is another picture.
+    """
+    from pmod_cli.core.images import load_image
     from pmod_cli.data.documents import draw, seed_of
 
     document = draw("doc", seed_of("test", 0))
-    document.image.save(path)
+    if not path.exists():
+        encoded = io.BytesIO()
+        document.image.save(encoded, "PNG")
+        write_bytes(path, encoded.getvalue())  # whole, or a demo that was killed would not go on
+    elif load_image(path).pixels != document.image:
+        raise PmodError(f"{path} is there already, and is not the demo's picture", hint="choose another folder: --out")
     return document.turns[0].question
 
 

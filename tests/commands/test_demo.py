@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from PIL import Image
 
+from pmod_cli import cli
 from pmod_cli.checkpoints.digests import weights_sha256
+from pmod_cli.commands import demo
 
 pytest.importorskip("lmms_eval", reason="needs the eval extra")
 
@@ -43,3 +46,27 @@ def test_the_training_part(pmod, workdir):
     assert json.loads((workdir / "all" / "trained" / "config.json").read_text())["router_state"] == "trained"
     report = json.loads((workdir / "all" / "eval" / "results.json").read_text())
     assert "all/trained" in json.dumps(report)
+
+
+def test_a_picture_of_somebody_else_is_not_replaced(workdir, capsys):
+    Image.new("RGB", (8, 8), "red").save(workdir / "image.png")
+    before = (workdir / "image.png").read_bytes()
+    assert cli.main(["demo", "--out", "."]) == 2
+    assert "image.png is there already" in capsys.readouterr().err
+    assert (workdir / "image.png").read_bytes() == before
+
+
+def test_a_command_whose_text_is_gone_runs_again(workdir, monkeypatch, capsys):
+    ran = []
+
+    def run(step, out):
+        ran.append(step.name)
+        (out / f"{step.name}.txt").write_text(f"what {step.name} says")
+        return 1.0
+
+    monkeypatch.setattr(demo, "_run", run)  # of a verb, minutes long; which of them run is the question
+    assert cli.main(["demo", "--out", "all"]) == 0
+    (workdir / "all" / "eval.txt").unlink()
+    ran.clear()
+    assert cli.main(["demo", "--out", "all"]) == 0
+    assert ran == ["eval", "profile", "visualize"]

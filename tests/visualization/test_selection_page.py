@@ -241,13 +241,24 @@ def test_weights_hatch_what_is_skipped(open_page):
     base = record.layout.parts[0]
     kept = np.zeros(record.layout.size, dtype=bool)
     kept[base.tokens[:, :6]] = True
-    flat = np.ones((4, record.layout.size), dtype=np.float32)
+    flat = np.full((4, record.layout.size), 1.5, dtype=np.float32)
     page = open_page(replace(record, kept=np.where(record.routed[:, None], kept, True), weight=flat))
     page.select_option("#show", "weights")
     assert "Framed: kept. Hatched: skipped." in page.inner_text("#scale")
     left, right = (colours_at(page, "base", half, slice(30, 70)) for half in (slice(10, 30), slice(60, 80)))
     assert len(left) == 1
     assert len(right) > 5
+
+
+def test_a_layer_that_holds_a_choice_tells_no_weight_and_no_rank(open_page):
+    record = weighted(anyres_record(84, 168))
+    record.weight[3] = 1
+    page = open_page(record)
+    assert hover(page, "base", 0.5, 0.5).count("none: no router here") == 2
+    page.select_option("#show", "weights")
+    assert "it holds an earlier choice" in page.inner_text("#scale")
+    page.keyboard.press("ArrowLeft")
+    assert f"1.0000 to {1 + (record.layout.size - 1) / 1000:.4f}" in page.inner_text("#scale")
 
 
 def test_keyboard_and_themes(open_page):

@@ -40,7 +40,8 @@ def layers_figure(result: Profile) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         retention, flops, cache = figure.subplots(3, 1, sharex=True)
-        retention.bar(index, [layer.retention for layer in layers], width=0.8, color=PMOD)
+        left = result.routed.before  # of all vision tokens, those that reach the decoder: the mean is of all, too
+        retention.bar(index, [left * layer.retention for layer in layers], width=0.8, color=PMOD)
         retention.axhline(result.mean_retention, color=THIRD, linewidth=1, linestyle="--")
         retention.text(
             len(layers) - 0.4,

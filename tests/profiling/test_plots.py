@@ -36,6 +36,15 @@ def test_layers_are_those_of_the_profile(result):
     assert text.get_y() + text.get_height() == pytest.approx(result.pmod_kv[0].total / MIB)
 
 
+def test_the_mean_is_that_of_the_bars_where_tokens_are_dropped_in_front_of_the_decoder():
+    subject = load_subject("llava-1.5-7b", {"before": "divprune:0.33"})
+    dropped = profile(scaled(subject, hidden_size=64, layers=LAYERS), WORKLOAD)
+    retention = layers_figure(dropped).axes[0]
+    bars = [bar.get_height() for bar in retention.patches]
+    assert sum(bars) / LAYERS == pytest.approx(dropped.mean_retention)
+    assert max(bars) == pytest.approx(0.33)
+
+
 def test_a_sweep_is_in_percent_of_stock():
     axis = parse_axis("shift=0.4,0.5")
     points = sweep("llava-1.5-7b", axis, WORKLOAD)

@@ -195,7 +195,9 @@ def visualize(
     run = visualization.run(
         items, settings, targets, subject=subject, against=other, beside=beside, faults=faults if is_batch else None
     )
-    drew = _report(run, len(items), folder / visualization.STATISTICS if is_batch else None, as_json=as_json, quiet=quiet)
+    drew = _report(
+        run, len(items), folder / visualization.STATISTICS if is_batch else None, as_json=as_json, quiet=quiet
+    )
     if not drew:
         raise visualization.summed_up(faults, BAD_INPUT)
     if faults:

@@ -78,7 +78,7 @@ class ImageSelection:
 
     @property
     def weighted(self) -> np.ndarray:
-        """Bool (L,), the layers that weigh their tokens. Others are plain, hold an earlier choice, or have no router."""
+        """Bool (L,), the layers that weigh their tokens; others are plain, or hold an earlier choice."""
         tied = (self.weight == 1).all(axis=1)
         new = self.router_state == "untrained" and self.chosen_by == "router"  # whose first tokens win
         return self.routed & (~tied | new)

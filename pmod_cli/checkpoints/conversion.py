@@ -179,6 +179,14 @@ def _finished(report: ConversionReport, plan: ConversionPlan, target: Path) -> C
             f"{target} exists and was made otherwise: {', '.join(changed)} differ",
             hint="replace it with `overwrite=True`, or choose another folder with `out`",
         )
+    adapter = [] if plan.options.adapter is None else sorted(plan.options.adapter.iterdir())
+    made = (target / PROVENANCE).stat().st_mtime_ns
+    later = [path for path in (*plan.source.files, *adapter) if path.stat().st_mtime_ns > made]
+    if later and not (plan.options.verify and plan.options.merge):  # it compares all bytes, but for an adapter apart
+        raise PmodError(
+            f"{later[0]} was written after {target} had been made of it",
+            hint="replace the result with `overwrite=True`, or compare the two with `verify=True`",
+        )
     try:
         files.read_tensors(target)  # headers alone
     except PmodError as error:

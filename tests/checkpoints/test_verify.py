@@ -1,9 +1,11 @@
 """`--verify` sees a flipped bit, a lost tensor and a wrong file, and says what it compared."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pmod_cli.checkpoints import Options, convert
 from pmod_cli.checkpoints import verify as module
@@ -78,3 +80,20 @@ def test_resume_keeps_what_was_made_the_same_way(stock_model, tmp_path):
     assert json.loads((target / "pmod_provenance.json").read_text()) == before
     with pytest.raises(PmodError, match="made otherwise: dtype"):
         convert(stock_model(), target, resume=True, options=Options(dtype="float16"))
+
+
+@pytest.mark.parametrize("options", [{}, {"link": "copy"}, {"dtype": "bfloat16"}], ids=str)
+def test_resume_keeps_nothing_that_was_made_of_other_weights(options, stock_model, tmp_path):
+    """Of the same names, shapes and sizes, as a model has them that was trained once more."""
+    source, target = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(stock_model(), source)
+    convert(source, target, options=Options(**options))
+    convert(source, target, resume=True, options=Options(**options))
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PmodError, match=r"source/model\.safetensors was written after .*out had been made of it"):
+        convert(source, target, resume=True, options=Options(**options))
+    with pytest.raises(PmodError, match="is not what it should be"):
+        convert(source, target, resume=True, options=Options(**options, verify=True))

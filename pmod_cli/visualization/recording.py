@@ -123,9 +123,9 @@ def load_checkpoint(
     model, processor = load_model(found.path, dtype=dtype, device=device, **options)
     notes: tuple[str, ...] = (toy.NOTE,) if toy.is_toy(model.config) else ()
     if method is None:
-        settings = getattr(model.config, "settings", None)
-        if settings is not None and settings.before_decoder:
-            selection, left = settings.before_decoder
+        own = getattr(model.config, "settings", None)
+        if own is not None and own.before_decoder:
+            selection, left = own.before_decoder
             notes += (f"{selection} leaves {100 * left:.3g} % in front of the decoder, and retention is of these",)
         return LoadedModel(printable(shown), model, processor, state, notes=notes)
     notes += (f"{method[0]} at {100 * method[1]:.3g} % of the stock FLOPs",)

@@ -21,7 +21,7 @@ from pmod_cli.families import model_types
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.families.unsupported import why_not
 from pmod_cli.model import METHODS, SELECTIONS, PmodSettings
-from pmod_cli.profiling.budgets import HARDLY_TEXT, PromptBudget, cost_of, nearest, prompt_of, solve
+from pmod_cli.profiling.budgets import HARDLY_TEXT, PromptBudget, cost_of, cost_of_fewer, nearest, prompt_of, solve
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.outcome import Record
@@ -274,14 +274,23 @@ class Loaded:
             return None
         return PromptBudget(Sizes.of(self.model.config), eval_model.method.method, eval_model.share)
 
-    def cost_of_prompts(self, eval_model: EvalModel, records: Sequence[Record]) -> dict[str, Any]:
+    def cost_of_prompts(
+        self, eval_model: EvalModel, records: Sequence[Record], whole: Sequence[Record] = ()
+    ) -> dict[str, Any]:
         """For the entry of a benchmark; empty where the settings do not tell it.
+
+        Args:
+            eval_model: A column that this model serves.
+            records: Its answered questions.
+            whole: Those of a model whose pictures are not downsampled.
 
         Returns:
             `cost`, the mean of `MethodCost` over the prompts; with a budget `off_budget`, on how many it is not met.
         """
         if not records:
             return {}
+        if self.downsampled is not None:
+            return self._cost_of_fewer(records, whole)
         budget, config = self.budget(eval_model), self.model.config
         own: PmodSettings | None = getattr(config, "settings", None)
         if own is not None and (own.target_tokens, own.quota) != ("vision_all", "row"):
@@ -300,6 +309,21 @@ class Loaded:
         if budget is not None:
             found["off_budget"] = sum(times for prompt, times in prompts.items() if not budget.is_met(*prompt))
         return found
+
+    def _cost_of_fewer(self, records: Sequence[Record], whole: Sequence[Record]) -> dict[str, Any]:
+        """The cost of smaller pictures; empty where a question is not among those with whole ones."""
+        asked = {(record["task"], record["doc_id"]): record["vision_tokens"] for record in whole}
+        names = [(record["task"], record["doc_id"]) for record in records]
+        if not asked.keys() >= set(names):
+            return {}
+        sizes = Sizes.of(self.model.config)
+        costs = [
+            cost_of_fewer(
+                sizes, record["vision_tokens"], asked[name], record["input_tokens"] - record["vision_tokens"]
+            ).as_dict()
+            for record, name in zip(records, names, strict=True)
+        ]
+        return {"cost": {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}}
 
 
 def _cost(config: Any) -> dict[str, float] | None:

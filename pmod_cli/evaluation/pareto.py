@@ -27,7 +27,6 @@ COLOURS = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
 RANDOM, STOCK, FRONT = "#9a9a9a", "#000000", "#4a4a4a"
-STOCK_COST = {"flops": 1.0}
 APART = 0.5  # percent of the stock FLOPs between two intervals, so that none hides another
 
 
@@ -57,8 +56,8 @@ class Point:
 
 def has_costs(results: Mapping[str, Any]) -> bool:
     """Whether there is something to draw: models of different FLOPs, or methods."""
-    costs = {(model.get("cost") or STOCK_COST)["flops"] for model in results["models"].values()}
-    return len(costs) > 1 or score_tables.has_methods(results)
+    costs = {score_tables.cost_of(model).get("flops") for model in results["models"].values()}
+    return len(costs - {None}) > 1 or score_tables.has_methods(results)
 
 
 def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -69,12 +68,12 @@ def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, lis
     found: dict[str, list[Point]] = {}
     stems = Counter(_stem(label, model) for label, model in results["models"].items())
     for label, model in results["models"].items():
-        entry = part["scores"].get(label, {})
-        if entry.get("score") is None:
+        entry, flops = part["scores"].get(label, {}), score_tables.cost_of(model).get("flops")
+        if entry.get("score") is None or flops is None:
             continue
         gain = entry.get("over_random")
         point = Point(
-            flops=100 * (model.get("cost") or STOCK_COST)["flops"],
+            flops=100 * flops,
             seconds=_seconds(entry),
             score=entry["score"],
             low=entry.get("low"),

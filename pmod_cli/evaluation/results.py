@@ -49,6 +49,7 @@ class Report:
         self._draws: dict[tuple[str, str], np.ndarray] = {}
         self._records: dict[str, Sequence[Record]] = {}  # of the first model
         self._gains: dict[tuple[str, str], Difference] = {}  # over random dropping
+        self._controls: dict[tuple[str, str], str] = {}  # which random dropping that is
         self._asked: dict[tuple[str, str], Sequence[Record]] = {}  # of every model that has a score
 
     def add_model(self, label: str, description: Mapping[str, Any]) -> None:
@@ -92,11 +93,19 @@ class Report:
                 seed=seed,
             )
 
+    def of_first(self, benchmark: Benchmark) -> Sequence[Record]:
+        """The records of the first model; none where it has no score yet."""
+        return self._records.get(benchmark.name, ())
+
     def _add_gain(self, benchmark: Benchmark, label: str, sums: Sums, seed: list[int]) -> None:
-        """The difference to random dropping at the same cost, once both are there, in whichever order they came."""
+        """The difference to random dropping at the same cost, once both are there, in whichever order they came.
+
+        A p-MoD model's is taken anew where random dropping comes that is nearer to its cost.
+        """
         key, control = (benchmark.name, label), self._control(benchmark.name, label)
-        if control is None or key in self._gains:
+        if control is None or self._controls.get(key) == control:
             return
+        self._controls[key] = control
         entry, beside = (self.entries[benchmark.name][each] for each in (label, control))
         asked, other = (self._asked[benchmark.name, each] for each in (label, control))
         scores = (entry["score"], beside["score"])
@@ -129,6 +138,8 @@ class Report:
             names = known[0]["cost"]
             means = {name: np.average([entry["cost"][name] for entry in known], weights=questions) for name in names}
             self.models[label]["cost"] = {name: float(mean) for name, mean in means.items()}
+            if self.models[label].get("method") and "mean_tokens" in means:  # its settings are those of each prompt
+                self.models[label]["mean_retention"] = self.models[label]["cost"]["mean_tokens"]
 
     def results(self) -> dict[str, Any]:
         """Everything so far."""
@@ -212,6 +223,7 @@ class Report:
                 "score": _mean(weights[name] * entry["score"] for name, entry in entries.items()),
                 "low": low,
                 "high": high,
+                "limited": any(entry["limited"] for entry in entries.values()),
                 "questions": sum(entry["questions"] for entry in entries.values()),
                 "generate_seconds": sum(entry.get("generate_seconds") or 0.0 for entry in entries.values()),
             }

@@ -110,7 +110,8 @@ def _evaluate(
             outcome = _outcome(asked, benchmark, settings, by, journal, processes, folder.log(processes.rank), show)
             if not processes.first:
                 continue
-            entry = outcome.entry() | loaded.cost_of_prompts(eval_model, outcome.samples)
+            whole = report.of_first(benchmark)
+            entry = outcome.entry() | loaded.cost_of_prompts(eval_model, outcome.samples, whole)
             if outcome.samples and outcome.found == len(outcome.samples):  # reading answers is no measurement
                 entry |= measured.get((eval_model.label, benchmark.name), dict.fromkeys(MEASURED))
             report.add(benchmark, eval_model.label, entry, outcome.samples)

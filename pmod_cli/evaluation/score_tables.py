@@ -26,6 +26,7 @@ NAMES: Columns = {"benchmark": itemgetter("benchmark"), "model": itemgetter("mod
 WIDTH = 100  # columns that the tables need at most
 MODEL_WIDTH = 12  # names of models are folded, but not beyond this
 AVERAGE = "AVG {group}"
+STOCK_COST = {"flops": 1.0, "selector": 0.0, "first_layer": 1.0, "mean_tokens": 1.0, "kv_bytes": 1.0}
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
@@ -54,7 +55,7 @@ def _row(
     model: Mapping[str, Any],
     task: Mapping[str, Any] | None = None,
 ) -> Row:
-    paper, gain = entry.get("paper") or {}, entry.get("over_random") or {}
+    paper, gain, cost = entry.get("paper") or {}, entry.get("over_random") or {}, cost_of(model)
     return {
         "benchmark": title,
         "task": task and task["task"],
@@ -78,15 +79,20 @@ def _row(
         "tokens_per_second": entry.get("tokens_per_second"),
         "peak_memory_mib": entry.get("peak_memory_mib"),
         "mean_retention": model.get("mean_retention"),
-        "flops": (model.get("cost") or {}).get("flops"),
-        "first_layer_tokens": (model.get("cost") or {}).get("first_layer"),
-        "kv_bytes": (model.get("cost") or {}).get("kv_bytes"),
-        "selector_flops": (model.get("cost") or {}).get("selector"),
+        "flops": cost.get("flops"),
+        "first_layer_tokens": cost.get("first_layer"),
+        "kv_bytes": cost.get("kv_bytes"),
+        "selector_flops": cost.get("selector"),
         "over_random": gain.get("difference"),
         "over_random_low": gain.get("low"),
         "over_random_high": gain.get("high"),
         "error": entry.get("error"),
     }
+
+
+def cost_of(model: Mapping[str, Any]) -> Mapping[str, float]:
+    """What a model costs, as shares of the stock one; empty where it is not known of one that keeps a part."""
+    return model.get("cost") or (STOCK_COST if model.get("mean_retention") in (None, 1.0) else {})
 
 
 def score_table(results: Mapping[str, Any]) -> Table:
@@ -147,14 +153,13 @@ def _numbers(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
 
 
 def cost_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of that table; a model without settings of its own is the stock one."""
+    """Headings and cells of that table."""
     headings = ["cost, share of stock", "FLOPs", "ranking", "layer 0", "mean of layers", "KV bytes", "seconds"]
-    stock = {"flops": 1.0, "selector": 0.0, "first_layer": 1.0, "mean_tokens": 1.0, "kv_bytes": 1.0}
     lines = []
     for label, model in results["models"].items():
-        cost = model.get("cost") or stock
+        cost = cost_of(model)
         seconds = [task["scores"][label].get("seconds") for task in results["tasks"] if label in task["scores"]]
-        shares = [_percent(cost[name]) for name in ("flops", "selector", "first_layer", "mean_tokens", "kv_bytes")]
+        shares = [_percent(cost.get(name)) for name in ("flops", "selector", "first_layer", "mean_tokens", "kv_bytes")]
         lines.append([label, *shares, _decimal(None if None in seconds else sum(seconds))])
     return headings, lines
 
@@ -231,8 +236,7 @@ def _to_paper(row: Row) -> str:
 
 
 def _kept(row: Row) -> str:
-    """Mean retention in percent. Rounded twice, so that a mean of 0.5375 less a float's last bit is still 53.8 %."""
-    return "" if row["mean_retention"] is None else f"{round(100 * row['mean_retention'], 6):.1f} %"
+    return _percent(row["mean_retention"])
 
 
 def _difference(row: Row) -> str:
@@ -248,7 +252,8 @@ def _over_random(row: Row) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+    """Rounded twice, so that a mean retention of 0.5375 less a float's last bit is still 53.8 %."""
+    return "" if share is None else f"{round(100 * share, 6):.1f} %"
 
 
 def _asked(row: Row) -> str:

@@ -66,6 +66,20 @@ def cost_of(sizes: Sizes, settings: PmodSettings, rows: Sequence[Row] | None = N
     )
 
 
+def cost_of_fewer(sizes: Sizes, vision: int, whole: int, text: int) -> MethodCost:
+    """What the stock model costs on a prompt that has fewer vision tokens than it could: of smaller pictures.
+
+    Args:
+        sizes: The model.
+        vision: Vision tokens of the prompt.
+        whole: Those of the same prompt with whole pictures.
+        text: Its text tokens.
+    """
+    share = vision / whole if whole else 1.0
+    few, all_of_them = (formulas.prefill(sizes, prompt_of(count, text)).decoder for count in (vision, whole))
+    return MethodCost(share, share, few / all_of_them, 0.0, (vision + text) / (whole + text))
+
+
 def solve(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None = None) -> PmodSettings:
     """The settings of a method that come nearest to a budget.
 

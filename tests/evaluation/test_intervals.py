@@ -148,6 +148,10 @@ def test_paired_difference_is_narrower_than_its_parts():
 
 def test_nothing_is_claimed_where_nothing_varies_or_is_known():
     assert interval(summands_of(score_sums.means, records([0.0] * 9)).resampled(seed=0)) == UNKNOWN
+    perfect = [{"prediction": said, "ground_truth": said} for said in ["yes", "no"] * 5]
+    few = summands_of(score_sums.f1, records(perfect)).resampled(seed=[0, 1])
+    assert set(few) == {0.0, 1.0}, "a draw without a yes"
+    assert interval(few) == UNKNOWN
     assert summands_of(score_sums.means, records([{"a": 1}])) is None
     assert summands_of(score_sums.means, records([])) is None
     assert summands_of(score_sums.means, records([None])) is None

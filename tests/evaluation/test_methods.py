@@ -13,6 +13,7 @@ from pmod_cli.evaluation import eval_models, pareto
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
 from pmod_cli.profiling.budgets import PromptBudget, cost_of, prompt_of
+from pmod_cli.profiling.count import formulas
 
 
 @pytest.fixture
@@ -78,6 +79,12 @@ def test_a_run_of_methods_and_its_repetition(converted, capsys):
     assert list(models) == ["tiny-pmod", "random@0.8", "fastv@0.8", "divprune@0.8"]
     assert [model["cost"]["flops"] for model in models.values()][1:] == pytest.approx([0.8] * 3, rel=0.02)
     assert models["fastv@0.8"]["cost"]["first_layer"] == 1
+    for label in ("fastv@0.8", "divprune@0.8"):
+        budget = PromptBudget(Sizes.of(json.loads((mine / "config.json").read_text())), label.partition("@")[0], 0.8)
+        asked = [json.loads(line) for line in Path("run", "answers", label, "tiny_doc.jsonl").open()]
+        prompts = [(record["vision_tokens"], record["input_tokens"] - record["vision_tokens"]) for record in asked]
+        kept = [budget.settings(*prompt).mean_retention(models[label]["layers"]) for prompt in prompts]
+        assert models[label]["mean_retention"] == pytest.approx(sum(kept) / len(kept)), "of the prompts that were asked"
     assert models["fastv@0.8"]["cost"]["selector"] > 0 == models["random@0.8"]["cost"]["selector"]
     scores = results["tasks"][0]["scores"]
     assert {"difference", "low", "high"} == scores["divprune@0.8"]["over_random"].keys()
@@ -110,6 +117,27 @@ def test_a_run_of_methods_and_its_repetition(converted, capsys):
     assert compared["models"]["divprune@0.8"]["control"] == "random@0.8"
     assert cli.main(["eval", "--compare", "run", "alone", "-o", "both"]) == 2, "nothing is replaced unasked"
     assert cli.main(["eval", "--compare", "run", "alone", "-o", "both", "--overwrite"]) == 0
+
+
+def test_smaller_pictures_cost_what_their_prompts_cost(converted, capsys):
+    mine, _ = converted
+    words = ["eval", "-m", str(mine), "-t", "tiny_doc", "--against", "stock,downsample", "--methods", "random"]
+    assert cli.main([*words, "--budgets", "0.8", "--limit", "3", "-o", "run", "-q"]) == 0
+    results = json.loads(Path("run", "results.json").read_text())
+    small, whole = (
+        [json.loads(line) for line in Path("run", "answers", label, "tiny_doc.jsonl").open()]
+        for label in ("downsample", "stock")
+    )
+    sizes, shares = Sizes.of(json.loads((mine / "config.json").read_text())), []
+    for one, other in zip(small, whole, strict=True):
+        rows = [prompt_of(a["vision_tokens"], a["input_tokens"] - a["vision_tokens"]) for a in (one, other)]
+        shares.append([formulas.prefill(sizes, row).decoder for row in rows])
+    cost = results["models"]["downsample"]["cost"]
+    assert cost["flops"] == pytest.approx(sum(few / many for few, many in shares) / 3)
+    assert cost["flops"] < 1 > cost["mean_tokens"]
+    assert cost["kv_bytes"] == pytest.approx(
+        sum(a["input_tokens"] / b["input_tokens"] for a, b in zip(small, whole, strict=True)) / 3
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pmod_cli import paper
-from pmod_cli.evaluation import score_report, score_tables, suite
+from pmod_cli.evaluation import pareto, score_report, score_tables, suite
 from pmod_cli.evaluation.benchmarks import groups
 from pmod_cli.evaluation.results import Report
 from tests.evaluation import reports
@@ -205,6 +205,49 @@ def test_a_pmod_model_is_held_to_random_dropping_of_its_own_cost():
     scores = report.results()["tasks"][0]["scores"]
     assert {label for label, entry in scores.items() if "over_random" in entry} == {"mine-54"}
     assert scores["mine-54"]["over_random"]["difference"] == 50.0
+
+
+@pytest.mark.parametrize("order", [("random@0.52", "random@0.54"), ("random@0.54", "random@0.52")])
+def test_a_pmod_model_is_held_to_the_nearest_random_dropping(order):
+    """Two budgets are near enough: the nearer one counts, whichever comes first."""
+    (benchmark,) = suite.resolve(["tiny_doc"])
+    report = Report([benchmark], seed=0)
+    right = {"mine-54": 3, "random@0.52": 2, "random@0.54": 1}
+    for label in ("mine-54", *order):
+        model = {"routers": "calibrated"} if label == "mine-54" else {"method": "random"}
+        report.add_model(label, model)
+        entry = reports.entry(25.0 * right[label], cost={"flops": float(f"0.{label[-2:]}")})
+        answered = [1.0] * right[label] + [0.0] * (4 - right[label])
+        report.add(benchmark, label, entry, reports.records(["x"] * 4, answered))
+    (mine, *_) = report.results()["tasks"][0]["scores"].values()
+    assert mine["over_random"]["difference"] == 50.0
+
+
+def test_means_by_kind_of_a_limited_run_are_marked():
+    benchmarks = suite.resolve(["tiny_doc", "tiny_where"])
+    report = Report(benchmarks, seed=0)
+    report.add_model("stock", reports.STOCK)
+    for benchmark in benchmarks:
+        report.add(benchmark, "stock", reports.entry(25.0, 4, 1000), reports.records(["x"] * 4, [1.0] + [0.0] * 3))
+    _, (cells,) = score_tables.kind_rows(report.results())
+    assert [cell.partition(" ")[0] for cell in cells] == ["stock", "25.0*", "25.0*", "25.0*"]
+
+
+def test_what_is_kept_of_smaller_pictures_is_not_all():
+    """Where the cost of smaller pictures is not known, it is not the stock model's: in no table and no figure."""
+    (benchmark,) = suite.resolve(["tiny_doc"])
+    report = Report([benchmark], seed=0)
+    report.add_model("stock", reports.STOCK)
+    report.add_model("downsample", reports.STOCK | {"mean_retention": 0.44})
+    for label in report.models:
+        report.add(benchmark, label, reports.entry(25.0), reports.records(["x"] * 4, [1.0] + [0.0] * 3))
+    results = report.results()
+    _, (stock, smaller) = score_tables.cost_rows(results)
+    assert stock[1:-1] == ["100.0 %", "0.0 %", "100.0 %", "100.0 %", "100.0 %"]
+    assert smaller[1:-1] == [""] * 5
+    assert [row["flops"] for row in score_tables.rows(results)] == [1.0, None]
+    assert list(pareto.curves(results, results["tasks"][0])) == ["stock"]
+    assert not pareto.has_costs(results)
 
 
 def test_average_interval_is_that_of_independent_benchmarks():

@@ -63,8 +63,9 @@ class Summands:
 
 def interval(draws: np.ndarray) -> Interval:
     """The 95 % percentile interval of resampled scores; `UNKNOWN` where it has no width, as if no answer is right."""
-    low, high = np.percentile(draws, [2.5, 97.5])  # an F1 of 1 is 0 in the few draws without a yes
-    return (float(low), float(high)) if low < high else UNKNOWN
+    # An F1 of 1 is 0 in the few draws without a yes. No rounding error may decide that a difference is above 0.
+    low, high = (round(float(bound), 9) for bound in np.percentile(draws, [2.5, 97.5]))
+    return (low, high) if low < high else UNKNOWN
 
 
 def rate_interval(changed: int, questions: int) -> tuple[float, float]:

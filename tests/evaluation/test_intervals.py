@@ -152,6 +152,9 @@ def test_nothing_is_claimed_where_nothing_varies_or_is_known():
     few = summands_of(score_sums.f1, records(perfect)).resampled(seed=[0, 1])
     assert set(few) == {0.0, 1.0}, "a draw without a yes"
     assert interval(few) == UNKNOWN
+    rounded = np.array([30.000000000000004 - 10 - 20] * 500 + [10.0] * 500)
+    assert 0 < rounded.min() < 1e-14
+    assert interval(rounded) == (0.0, 10.0), "a rounding error is not above zero"
     assert summands_of(score_sums.means, records([{"a": 1}])) is None
     assert summands_of(score_sums.means, records([])) is None
     assert summands_of(score_sums.means, records([None])) is None

@@ -23,6 +23,11 @@ def converted(stock_model, workdir):
     return workdir / "tiny-pmod", stock_model()
 
 
+def answered(label):
+    """The records of a model in the folder `run`."""
+    return [json.loads(line) for line in Path("run", "answers", label, "tiny_doc.jsonl").read_text().splitlines()]
+
+
 def test_a_method_runs_on_the_stock_weights_at_a_budget(converted):
     mine, stock = converted
     chosen = eval_models.choose(str(mine), ["fastv", "divprune@0.8", "random@0.8", "random"])
@@ -81,7 +86,7 @@ def test_a_run_of_methods_and_its_repetition(converted, capsys):
     assert models["fastv@0.8"]["cost"]["first_layer"] == 1
     for label in ("fastv@0.8", "divprune@0.8"):
         budget = PromptBudget(Sizes.of(json.loads((mine / "config.json").read_text())), label.partition("@")[0], 0.8)
-        asked = [json.loads(line) for line in Path("run", "answers", label, "tiny_doc.jsonl").open()]
+        asked = answered(label)
         prompts = [(record["vision_tokens"], record["input_tokens"] - record["vision_tokens"]) for record in asked]
         kept = [budget.settings(*prompt).mean_retention(models[label]["layers"]) for prompt in prompts]
         assert models[label]["mean_retention"] == pytest.approx(sum(kept) / len(kept)), "of the prompts that were asked"
@@ -124,10 +129,7 @@ def test_smaller_pictures_cost_what_their_prompts_cost(converted, capsys):
     words = ["eval", "-m", str(mine), "-t", "tiny_doc", "--against", "stock,downsample", "--methods", "random"]
     assert cli.main([*words, "--budgets", "0.8", "--limit", "3", "-o", "run", "-q"]) == 0
     results = json.loads(Path("run", "results.json").read_text())
-    small, whole = (
-        [json.loads(line) for line in Path("run", "answers", label, "tiny_doc.jsonl").open()]
-        for label in ("downsample", "stock")
-    )
+    small, whole = answered("downsample"), answered("stock")
     sizes, shares = Sizes.of(json.loads((mine / "config.json").read_text())), []
     for one, other in zip(small, whole, strict=True):
         rows = [prompt_of(a["vision_tokens"], a["input_tokens"] - a["vision_tokens"]) for a in (one, other)]

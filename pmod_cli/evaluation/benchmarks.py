@@ -97,7 +97,7 @@ class Benchmark:
     @property
     def drawn(self) -> bool:
         """Whether its questions are drawn here, about synthetic documents."""
-        return self.task.startswith("tiny_")
+        return self.folder == str(TINY_TASKS)
 
     @property
     def rows(self) -> int | None:

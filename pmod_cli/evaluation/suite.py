@@ -31,7 +31,7 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
 
     Raises:
         PmodError: no name, unknown names, each with the nearest known ones, a file that defines no task, a benchmark
-            whose folder does not exist, or a judged task without the judge's key.
+            whose folder does not exist, two of one task or name, or a judged task without the judge's key.
     """
     found: dict[str, Benchmark] = {}
     unknown = []
@@ -53,7 +53,8 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
         else:
             unknown.append(name)
             continue
-        found |= {benchmark.task: benchmark for benchmark in chosen}
+        for benchmark in chosen:
+            _add(found, benchmark)
     if unknown:
         raise PmodError("; ".join(_unknown(name) for name in unknown), hint="pmod eval --list")
     if not found:
@@ -63,6 +64,18 @@ def resolve(names: Iterable[str]) -> tuple[Benchmark, ...]:
         if os.path.isabs(folder) and not os.path.isdir(folder):
             raise PmodError(f"the task files of {benchmark.name} are in {folder}: no such folder", hint=BAD_PACKAGE)
     return tuple(found.values())
+
+
+def _add(found: dict[str, Benchmark], benchmark: Benchmark) -> None:
+    """Adds a benchmark to those by task, unless it is there; another one of its task or name would take its place."""
+    for other in found.values():
+        same_task, same_name = other.task == benchmark.task, other.name == benchmark.name
+        elsewhere = None not in (other.folder, benchmark.folder) and other.folder != benchmark.folder
+        if (same_task and elsewhere) or (same_name and not same_task):
+            what = f"task {other.task}" if same_task else f"name {other.name}"
+            both = f"{other.folder} and {benchmark.folder}" if same_task else f"{other.task} and {benchmark.task}"
+            raise PmodError(f"two benchmarks have the {what}: {both}", hint="score them in two runs, or rename one")
+    found.setdefault(benchmark.task, benchmark)
 
 
 def folders(benchmark: Benchmark) -> list[str] | None:

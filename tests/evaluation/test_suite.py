@@ -39,6 +39,30 @@ def test_the_paper_wins_and_the_prefix_reaches_lmms_eval():
     assert tasks_of("textcaps_val") == ["textcaps_val"]
 
 
+def test_two_benchmarks_of_one_task_are_not_taken_for_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    monkeypatch.delenv("API_TYPE", raising=False)
+    files = [tmp_path / folder / "task.yaml" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("task: docvqa_val\n")
+    assert [one.name for one in suite.resolve(["docvqa", "lmms:docvqa_val"])] == ["docvqa"], "the first name counts"
+    assert tasks_of(str(files[0]), str(files[0])) == ["docvqa_val"]
+    for names, said in (
+        (["docvqa", str(files[0])], f"have the task docvqa_val: docvqa and {files[0].parent}"),
+        (list(map(str, files)), f"have the task docvqa_val: {files[0].parent} and {files[1].parent}"),
+        (["mmb", "mmbench_en_dev_static"], "have the name mmb: mmbench_en_dev and mmbench_en_dev_static"),
+    ):
+        with pytest.raises(PmodError, match=said):
+            suite.resolve(names)
+
+
+def test_a_task_of_ones_own_is_not_drawn_whatever_its_name(tmp_path):
+    file = tmp_path / "task.yaml"
+    file.write_text("task: tiny_mine\n")
+    assert [one.drawn for one in suite.resolve([str(file), "tiny_doc"])] == [False, True]
+
+
 def test_unknown_names_are_all_named_with_near_ones():
     with pytest.raises(PmodError, match=r"'docvqq'; near: docvqa.*'zzzzzz'") as failure:
         suite.resolve(["docvqq", "tiny", "zzzzzz"])

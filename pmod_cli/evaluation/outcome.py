@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+OF_LMMS_EVAL = "lmms-eval"  # folder of a run: what lmms-eval's tasks write by themselves
+
 # Keys of an entry, and of a record, that two runs with equal answers may differ in.
 TIMES = (
     "seconds",

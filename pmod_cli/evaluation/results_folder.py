@@ -12,13 +12,14 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import is_new, require_kind
 from pmod_cli.evaluation import pareto, score_report, score_tables
 from pmod_cli.evaluation.benchmarks import Benchmark
+from pmod_cli.evaluation.outcome import OF_LMMS_EVAL
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.stored import RESULTS, read_run
 
 KIND, COMPARISON = "evaluation", "comparison"
 FIGURES = (pareto.PICTURE, pareto.PICTURE_OF_MEAN, pareto.PAGE)
 MEASURED = ("seconds", "peak_memory_mib", "processes")  # of an entry: known only to the run that asked
-WRITTEN = ("journal", "answers", "changed", RESULTS, "results.md", "results.csv", *FIGURES)
+WRITTEN = ("journal", "answers", "changed", OF_LMMS_EVAL, RESULTS, "results.md", "results.csv", *FIGURES)
 
 
 class ResultsFolder(folders.OutputFolder):

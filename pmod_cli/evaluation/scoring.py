@@ -17,7 +17,7 @@ from lmms_eval.api.model import lmms
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.journal import Answer
-from pmod_cli.evaluation.outcome import Guesses, Outcome, Record, digest
+from pmod_cli.evaluation.outcome import OF_LMMS_EVAL, Guesses, Outcome, Record, digest
 from pmod_cli.evaluation.processes import hidden_launcher
 from pmod_cli.evaluation.questions import Questions, quiet_lmms_eval
 
@@ -83,7 +83,7 @@ def _evaluate(questions: Questions, answers: dict[tuple[str, int], Answer], seed
             distributed_executor_backend="torchrun",  # there is one process here; the other choice starts accelerate
             process_docs_parallel=1,  # in threads, options drawn at random would fall differently each time
             # Tasks that write files put them here. Scoring reads no image, so none is decoded a second time.
-            cli_args=Namespace(output_path=str(log.parent), process_with_media=False),
+            cli_args=Namespace(output_path=str(log.parent / OF_LMMS_EVAL), process_with_media=False),
         )
 
 

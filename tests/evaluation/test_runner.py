@@ -67,6 +67,17 @@ def test_a_damaged_picture_fails_its_task_and_is_all_that_is_asked_again(workdir
     assert evaluate(*command, "-b", 1) == 0, "the batch size does not make another run"
 
 
+def test_what_the_tasks_of_lmms_eval_write_does_not_keep_a_run_from_being_replaced(workdir, stock_model, capsys):
+    root = mirrors.write(workdir / "mirror", ["mmb", "textvqa"])
+    command = ["-t", "mmb,textvqa", "--data-root", root, "-m", stock_model(), "-o", "run", "-q"]
+    assert evaluate(*command) == 0
+    names = [path.name for path in (workdir / "run").rglob("*.json")]
+    assert "mmbench_en_dev_static_results.json" in names
+    assert evaluate(*command, "--overwrite", "--seed", 1) == 0, capsys.readouterr().err
+    assert results_of(workdir / "run")["settings"]["seed"] == 1
+    assert [path.name for path in workdir.iterdir() if path.suffix] == [], "nothing beside the run"
+
+
 def test_a_full_disk_is_a_sentence(workdir, stock_model):
     (workdir / "small").mkdir()
     words = "eval -t tiny_doc --limit 40 -b 2 --against none -o small/run -q"

@@ -42,14 +42,14 @@ def in_folder(source: Split, folder: Path) -> list[Path]:
     """The files of a split in a copy of its repository; none where the split is not there, or not whole."""
     card = folder / CARD
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
-    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     return [folder / name for name in split_files(source, names, text)]
 
 
 def checksums(root: Path) -> dict[str, str]:
     """The SHA-256 of the files of a mirror, by their names under its root, as its `SHA256SUMS` lists them."""
     path = root / CHECKSUMS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -117,21 +117,25 @@ def download(sources: Sequence[Split], folder: Path | None = None) -> tuple[str,
 
 
 def _declared(source: Split, card: str) -> list[str]:
-    """The patterns of a card's `configs`, for the configuration and split."""
+    """The patterns of a card's `configs` for the configuration and split; none where the card has another form."""
     match = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return []
     patterns: list[str] = []
-    for config in (header or {}).get("configs") or []:
+    for config in _mappings(header.get("configs") if isinstance(header, dict) else None):
         if config.get("config_name") != (source.configuration or "default"):
             continue
-        for part in config.get("data_files") or []:
-            if isinstance(part, dict) and part.get("split") == source.split:
-                paths = part.get("path") or []
-                patterns += [paths] if isinstance(paths, str) else paths
+        for part in _mappings(config.get("data_files")):
+            if part.get("split") == source.split:
+                paths = part.get("path")
+                patterns += [path for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str)]
     return patterns
+
+
+def _mappings(value: Any) -> list[dict]:
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
 def _usual(source: Split) -> list[str]:

@@ -104,6 +104,29 @@ def test_files_of_a_split():
     assert data.split_files(Split("a/b", "", "validation"), names, None) == []
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("- a", "words", "configs: 3", "configs: [default]", "configs: [null]"),
+        *("configs: [{config_name: default, data_files: 3}]", "configs: [{config_name: default, data_files: data/*}]"),
+        "configs: [{config_name: default, data_files: [{split: test, path: 3}]}]",
+        "configs: [{config_name: default, data_files: [{split: test, path: [3, null]}]}]",
+    ],
+)
+def test_a_card_of_another_form_is_silent(header):
+    names = ["data/test-0.parquet", "data/train-0.parquet"]
+    assert data.split_files(Split("a/b"), names, f"---\n{header}\n---\n") == names[:1]
+
+
+def test_damaged_texts_of_a_mirror_are_passed_over(tmp_path):
+    mirrors.write(tmp_path, ["chartqa"])
+    (source,) = benchmark("chartqa").data
+    (tmp_path / source.repository / data.CARD).write_bytes(b"---\n\xff\xfe\n---\n")
+    (tmp_path / data.CHECKSUMS).write_bytes(b"\xff\xfe  a\n0123  b\n")
+    assert [file.name for file in data.find(source, tmp_path)] == ["test-00000-of-00001.parquet"]
+    assert data.checksums(tmp_path)["b"] == "0123"
+
+
 def test_wrong_columns_no_rows_a_damaged_file(tmp_path):
     """What is only seen when the file is opened: the task fails, with a sentence."""
     mirrors.write(tmp_path, ["chartqa"])

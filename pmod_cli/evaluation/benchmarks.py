@@ -8,6 +8,7 @@ imported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -118,6 +119,13 @@ def groups() -> dict[str, tuple[Benchmark, ...]]:
         if benchmark.group:
             found[benchmark.group] = (*found.get(benchmark.group, ()), benchmark)
     return found
+
+
+def asked_of(rows: int, limit: float | None) -> int:
+    """How many of a task's rows a limit leaves: a count, or a fraction below 1, rounded up."""
+    if limit is None:
+        return rows
+    return math.ceil(round(rows * limit, 6)) if limit < 1 else min(int(limit), rows)  # 1000 * 0.07 is above 70
 
 
 def sums_of(benchmark: Benchmark, metric: str) -> Sums:

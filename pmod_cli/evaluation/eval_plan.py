@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.evaluation import provenance
-from pmod_cli.evaluation.benchmarks import Benchmark
+from pmod_cli.evaluation.benchmarks import Benchmark, asked_of
 from pmod_cli.evaluation.data import listing
 from pmod_cli.evaluation.eval_models import EvalModel
 from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
@@ -166,6 +165,4 @@ def _questions(benchmark: Benchmark, limit: float | None) -> int | None:
     known = [rows for rows in asked if rows is not None]
     if len(known) < len(asked):
         return None
-    if limit is None:
-        return sum(known)
-    return sum(math.ceil(rows * limit) if limit < 1 else min(int(limit), rows) for rows in known)
+    return sum(asked_of(rows, limit) for rows in known)

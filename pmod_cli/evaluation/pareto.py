@@ -26,6 +26,7 @@ COLOURS = (
     *("#882255", "#44aa99", "#999933", "#661100"),  # of Tol's
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
+ON = " on "  # between a method and its model
 RANDOM, STOCK, FRONT = "#9a9a9a", "#000000", "#4a4a4a"
 APART = 0.5  # percent of the stock FLOPs between two intervals, so that none hides another
 
@@ -63,9 +64,11 @@ def has_costs(results: Mapping[str, Any]) -> bool:
 def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, list[Point]]:
     """By method, or by label of a model that runs under none: its points on a benchmark or kind, the cheapest first.
 
-    The budgets of one calibration, `OUT-54` and so on, are points of one curve, `OUT`.
+    Where methods ran on several models, a method has a curve for each, `fastv on MODEL`. The budgets of
+    one calibration, `OUT-54` and so on, are points of one curve, `OUT`.
     """
     found: dict[str, list[Point]] = {}
+    bases = {model.get("weights_sha256") for model in results["models"].values() if model.get("method")}
     stems = Counter(_stem(label, model) for label, model in results["models"].items())
     for label, model in results["models"].items():
         entry, flops = part["scores"].get(label, {}), score_tables.cost_of(model).get("flops")
@@ -81,7 +84,10 @@ def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, lis
             gain=gain and (gain["difference"], gain["low"], gain["high"]),
         )
         stem = _stem(label, model)
-        found.setdefault(model.get("method") or (label if stems[stem] == 1 else stem), []).append(point)
+        name = model.get("method")
+        if name and len(bases) > 1:
+            name += ON + Path(model.get("path", "")).name
+        found.setdefault(name or (label if stems[stem] == 1 else stem), []).append(point)
     return {name: sorted(points, key=lambda point: point.flops) for name, points in found.items()}
 
 
@@ -162,13 +168,14 @@ def _looks(names: Sequence[str], results: Mapping[str, Any]) -> dict[str, tuple[
     looks: dict[str, tuple[str, str, str]] = {}
     named = {model.get("method") for model in results["models"].values()}
     methods = 0
-    for name in sorted(names, key=lambda name: (name not in results["models"], name != "random")):
+    for name in sorted(names, key=lambda name: (name not in results["models"], name.partition(ON)[0] != "random")):
+        method = name.partition(ON)[0]
         if name in results["models"]:
             looks[name] = (STOCK, "*d<>"[len(looks) % 4], "")
-        elif name not in named:  # the budgets of a calibration
+        elif method not in named:  # the budgets of a calibration
             looks[name] = (STOCK, "osDv"[len(looks) % 4], "-")
-        elif name == "random":
-            looks[name] = (RANDOM, "o", "--")
+        elif method == "random":
+            looks[name] = (RANDOM, MARKERS[sum(look[0] == RANDOM for look in looks.values()) % len(MARKERS)], "--")
         else:
             looks[name] = (COLOURS[methods % len(COLOURS)], MARKERS[methods % len(MARKERS)], "-")
             methods += 1

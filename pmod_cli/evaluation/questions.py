@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError, first_line
 from pmod_cli.evaluation import data as data_files
-from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split, asked_of
 from pmod_cli.evaluation.processes import hidden_launcher
 from pmod_cli.evaluation.suite import folders
 
@@ -117,7 +116,7 @@ def _draw(questions: Questions, name: str, task: ConfigurableTask, limit: float 
 def drawn_rows(task: str, docs: Any, limit: float | None, seed: int) -> list[int]:
     """Places of the rows that a limited run asks, ascending; all of them without a limit."""
     available = len(docs)
-    wanted = available if limit is None else math.ceil(available * limit) if limit < 1 else min(int(limit), available)
+    wanted = asked_of(available, limit)
     if wanted == available:
         return list(range(available))
     draw = random.Random(f"{seed}/{task}")

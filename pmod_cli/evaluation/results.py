@@ -28,6 +28,7 @@ from pmod_cli.evaluation.stored import SCHEMA_VERSION, read_records, read_run
 
 ALL_TASKS = "mean of tasks"  # what all benchmarks of a run have in common, as a kind of its own
 AVERAGED = ("general", "text-rich")  # the groups that the paper averages
+OF_SIZE = ("layers", "hidden_size", "decoder")  # a model beside random dropping of another one says nothing
 SAME_COST = 0.05  # a p-MoD model is beside random dropping whose FLOPs on the same prompts are within this share of its
 
 
@@ -125,7 +126,8 @@ class Report:
         away = {
             other: abs(entries[other]["cost"]["flops"] / own - 1)
             for other, described in self.models.items()
-            if described.get("method") == "random" and (benchmark, other) in self._asked and entries[other].get("cost")
+            if described.get("method") == "random" and all(described.get(key) == model.get(key) for key in OF_SIZE)
+            if (benchmark, other) in self._asked and entries[other].get("cost")
         }
         nearest = min(away, key=lambda other: away[other], default=None)
         return nearest if nearest is not None and away[nearest] <= SAME_COST else None

@@ -176,6 +176,12 @@ def test_what_is_drawn_of_a_result():
     also = {"title": "tiny doc", "scores": {label: entry(40, None) for label in calibrated}}
     assert [point.flops for point in pareto.curves({"models": models | calibrated}, also)["c"]] == [40.0, 54.0]
     assert list(pareto.curves({"models": models | dict([*calibrated.items()][:1])}, also)) == ["c-54"]
+    of_two = {
+        label: model | {"weights_sha256": label[:1], "path": f"runs/{label[:1]}"} for label, model in models.items()
+    }
+    apart = pareto.curves({"models": of_two}, task)
+    assert list(apart) == ["random on r", "fastv on f", "stock"], "methods of two models are no one curve"
+    assert list(pareto._looks(list(apart), {"models": of_two})) == ["stock", "random on r", "fastv on f"]
     figure = pareto.figure({"models": models, "tasks": [task], "kinds": []})
     fillings = [
         (line.get_xdata()[0], line.get_markerfacecolor()) for line in figure.axes[0].lines if line.get_marker() == "o"

@@ -223,6 +223,17 @@ def test_a_pmod_model_is_held_to_the_nearest_random_dropping(order):
     assert mine["over_random"]["difference"] == 50.0
 
 
+def test_a_pmod_model_is_not_held_to_random_dropping_of_another_size():
+    (benchmark,) = suite.resolve(["tiny_doc"])
+    report = Report([benchmark], seed=0)
+    report.add_model("mine", reports.PMOD)
+    report.add_model("other: random@0.54", reports.STOCK | {"method": "random", "hidden_size": 5120})
+    for label in report.models:
+        entry = reports.entry(25.0, cost={"flops": 0.54})
+        report.add(benchmark, label, entry, reports.records(["x"] * 4, [1.0] + [0.0] * 3))
+    assert "over_random" not in report.results()["tasks"][0]["scores"]["mine"]
+
+
 def test_means_by_kind_of_a_limited_run_are_marked():
     benchmarks = suite.resolve(["tiny_doc", "tiny_where"])
     report = Report(benchmarks, seed=0)

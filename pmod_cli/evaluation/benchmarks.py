@@ -125,7 +125,7 @@ def asked_of(rows: int, limit: float | None) -> int:
     """How many of a task's rows a limit leaves: a count, or a fraction below 1, rounded up."""
     if limit is None:
         return rows
-    return math.ceil(round(rows * limit, 6)) if limit < 1 else min(int(limit), rows)  # 1000 * 0.07 is above 70
+    return math.ceil(round(rows * limit, 6)) if limit < 1 else min(int(limit), rows)  # 2500 * 0.07 is above 175
 
 
 def sums_of(benchmark: Benchmark, metric: str) -> Sums:

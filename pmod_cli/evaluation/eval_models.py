@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,7 +275,7 @@ class Loaded:
         return PromptBudget(Sizes.of(self.model.config), eval_model.method.method, eval_model.share)
 
     def cost_of_prompts(
-        self, eval_model: EvalModel, records: Sequence[Record], whole: Sequence[Record] = ()
+        self, eval_model: EvalModel, records: Sequence[Record], whole: Sequence[Mapping[str, Any]] = ()
     ) -> dict[str, Any]:
         """For the entry of a benchmark; empty where the settings do not tell it.
 
@@ -310,7 +310,7 @@ class Loaded:
             found["off_budget"] = sum(times for prompt, times in prompts.items() if not budget.is_met(*prompt))
         return found
 
-    def _cost_of_fewer(self, records: Sequence[Record], whole: Sequence[Record]) -> dict[str, Any]:
+    def _cost_of_fewer(self, records: Sequence[Record], whole: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The cost of smaller pictures; empty where a question is not among those with whole ones."""
         asked = {(record["task"], record["doc_id"]): record["vision_tokens"] for record in whole}
         names = [(record["task"], record["doc_id"]) for record in records]

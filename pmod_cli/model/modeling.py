@@ -10,6 +10,7 @@ prefill and passed down to the layers. Steps without images (decode, text) get n
 
 from collections.abc import Mapping
 from functools import reduce
+from inspect import signature
 from itertools import accumulate
 from operator import or_
 from typing import Any
@@ -101,7 +102,19 @@ class RoutedModel(CheckedRelease):
         self.ranks_in_tower = working_in_tower(self) is not None
         self.routed_ratios = tuple(dict.fromkeys(layer.ratio for layer in decoder.layers if layer.selects))
 
-    def forward(
+    def forward(self, input_ids: Any = None, *others: Any, **named: Any) -> Any:
+        """The stock forward, with its arguments in its own order, routed if the step has images.
+
+        Args:
+            input_ids: `(B, N)`, as the stock model's.
+            others: In the order of the family's stock model.
+            named: Also `vision_mask`, see `_routed`.
+        """
+        if others:
+            return self._routed(**signature(super().forward).bind_partial(input_ids, *others).arguments, **named)
+        return self._routed(input_ids, **named)
+
+    def _routed(
         self,
         input_ids: Any = None,
         pixel_values: Any = None,
@@ -110,7 +123,7 @@ class RoutedModel(CheckedRelease):
         vision_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The stock forward, routed if the step has images.
+        """The stock forward of named arguments, routed if the step has images.
 
         Args:
             vision_mask: `(B, N)` bool, the vision tokens of `inputs_embeds` that already hold image features.

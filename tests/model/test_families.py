@@ -4,6 +4,7 @@ The reference gathers nothing: it is the stock model, each of whose layers is ru
 over the keys that the layer does not keep, and whose result is used for the kept tokens alone.
 """
 
+import inspect
 from functools import partial
 
 import pytest
@@ -62,6 +63,21 @@ def test_ratio_one_is_bit_equal_to_stock(kind, dtype):
     inputs = prompt(kind, plain.config, rows_of(kind), "left", dtype)
     words = [model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False) for model in (whole, plain)]
     assert torch.equal(*words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_may_come_in_the_order_of_the_stock_model(kind):
+    plain = stock(kind)
+    whole = routed(plain, {"schedule": "list", "values": RATIOS})
+    inputs = prompt(kind, plain.config, rows_of(kind))
+    order = list(inspect.signature(plain.model.forward).parameters)
+    given = [inputs.pop(name, None) for name in order[: 1 + max(order.index(name) for name in inputs if name in order)]]
+    with torch.no_grad():
+        ours, theirs = (
+            whole.model(*given, **inputs)[0],
+            whole.model(**dict(zip(order, given, strict=False)), **inputs)[0],
+        )
+    assert torch.equal(ours, theirs)
 
 
 def masked_reference(plain, pmod, ids: torch.Tensor, targets: tuple[int, ...]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from shlex import quote
@@ -109,7 +110,7 @@ def check_used(context: typer.Context, report: str, data: bool, swept: str | Non
 
 
 def check_files(plot: Path | None, html: Path | None) -> None:
-    """Raises PmodError at a kind of picture that is not drawn, a folder that is missing, or one in place of a file."""
+    """Raises PmodError at a kind of picture that is not drawn, or where no such file can be written."""
     if plot is not None and plot.suffix.lower() not in PICTURES:
         raise PmodError(f"--plot {plot}: the name ends in none of {', '.join(PICTURES)}", hint="--plot cost.png")
     for file, flag, example in ((plot, "--plot", "cost.png"), (html, "--html", "cost.html")):
@@ -119,3 +120,5 @@ def check_files(plot: Path | None, html: Path | None) -> None:
             )
         if file is not None and file.is_dir():
             raise PmodError(f"{flag} {file} is a folder: expected a file", hint=f"{flag} {example}")
+        if file is not None and not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+            raise PmodError(f"{flag} {file}: nothing can be written into {file.parent}", hint=f"{flag} {example}")

@@ -43,6 +43,7 @@ def locked(path: Path, *, wait: float | None = 0.0) -> Iterator[None]:
 
     if not path.parent.is_dir():  # filelock would make it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    path.touch()  # filelock takes a folder without room for new files, such as /proc, for one that is busy
     lock = filelock.FileLock(path, timeout=-1 if wait is None else wait)
     try:
         lock.acquire()

@@ -234,6 +234,16 @@ def test_bad_input_is_a_sentence(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("option", ["--plot=cost.png", "--html=cost.html"])
+def test_a_folder_that_takes_no_files_is_told_before_anything_is_measured(
+    workdir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    code, _, err = run(capsys, "-m", "no-such-model", option)
+    assert code == 2
+    assert "nothing can be written into ." in err
+
+
 def test_formats_say_the_same(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     said = json.loads(run(capsys, "-m", str(tiny), "--json")[1])
     _, out, _ = run(capsys, "-m", str(tiny), "--format", "csv")

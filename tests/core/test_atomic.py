@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,13 @@ def test_of_several_files_all_are_replaced_or_none(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old"
     write_files({tmp_path / "a": b"new", tmp_path / "b": b"newer"})
     assert [(tmp_path / name).read_bytes() for name in names(tmp_path)] == [b"new", b"newer"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux")
+def test_a_folder_that_takes_no_files_is_not_waited_for():
+    code = "from pathlib import Path; from pmod_cli.core.atomic import write_text; write_text(Path('/proc/a'), 'a')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "No such file or directory: '/proc/.a.lock'" in done.stderr
 
 
 def test_json_is_replaced_or_kept(tmp_path):

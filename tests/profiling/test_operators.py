@@ -57,12 +57,12 @@ def test_the_first_of_several_results_is_traced():
         assert count(Two(WIDTH, INNER), meta(1, TOKENS, WIDTH)).linear == TOKENS * WIDTH * INNER
 
 
-@pytest.mark.parametrize(("operator", "times"), [("cumsum", 1), ("cos", 2)])
+@pytest.mark.parametrize(("operator", "times"), [("cumprod", 1), ("cos", 2)])
 def test_what_nobody_counts_is_named(operator, times):
     class Odd(nn.Module):
         def forward(self, states: torch.Tensor) -> torch.Tensor:
             for _ in range(times):
-                states = states.cumsum(1) if operator == "cumsum" else states.cos()
+                states = states.cumprod(1) if operator == "cumprod" else states.cos()
             return states
 
     counted = count(Odd(), meta(1, TOKENS, WIDTH))

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from pmod_cli.model import PmodLlavaConfig, PmodLlavaNextConfig, PmodSettings
+from pmod_cli.model.methods import METHODS
 from pmod_cli.model.modeling import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration
 from pmod_cli.profiling import Subject, Workload, load_subject, profile
 from pmod_cli.profiling.comparison import printed_case
@@ -130,6 +131,11 @@ def test_parts_add_up_to_the_whole_whatever_ranks_the_tokens(settings: dict, sel
     for layer in report["layers"]:
         kinds = ("attention", "attention_products", "mlp", "router", "selection")
         assert sum(layer[f"{kind}_gflops"] for kind in kinds) == pytest.approx(layer["total_gflops"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_what_a_method_computes_is_known(name: str) -> None:
+    assert not profile(_subject("llava", "llama", method=name, mean=0.6), Workload()).unknown_operators
 
 
 def test_the_layer_that_ranks_has_a_row_of_its_own() -> None:

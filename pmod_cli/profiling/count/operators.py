@@ -20,7 +20,10 @@ from torch import Tensor, nn
 ELEMENTWISE = tuple(
     [
         "add",
+        "addcmul_",
+        "cumsum",
         "div",
+        "frac",
         "gelu",
         "layer_norm",
         "le",
@@ -40,7 +43,7 @@ ELEMENTWISE = tuple(
         "where",
     ]
 )
-DATA_MOVEMENT = ("argsort", "cat", "clone", "gather", "new_ones", "scatter", "scatter_", "sort")
+DATA_MOVEMENT = ("argsort", "cat", "clone", "expand_as", "gather", "new_ones", "rand", "scatter", "scatter_", "sort")
 FUSED_ATTENTION = (
     "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention",

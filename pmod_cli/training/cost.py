@@ -45,14 +45,17 @@ def _frozen_dtype(settings: Settings, on_gpu: bool) -> str:
 
 
 def row_of(sizes: Sizes, vision_tokens: float, tokens: float) -> Row:
-    """A row of one image with ``vision_tokens``, and as much text as makes ``tokens`` in all."""
+    """A row of one image with ``vision_tokens``, and as much text as makes ``tokens`` in all.
+
+    Where the tower reads tiles, as many as give so many tokens in a large image.
+    """
     image, vision = Workload().rows(sizes)[0].images[0], min(round(vision_tokens), round(tokens))
     if not sizes.family.tiled:  # a line of so many cells, so that the tower reads what has tokens
         side = sizes.tower.cell
         line = replace(image, width=side * vision, height=side, base=vision, patches_per_tile=vision)
         return Row((line,), round(tokens) - vision)
-    base = min(image.base, vision)
-    return Row((replace(image, high_resolution=vision - base, base=base),), round(tokens) - vision)
+    base, tiles = min(image.base, vision), -(-image.tiles * vision // image.tokens)
+    return Row((replace(image, tiles=tiles, high_resolution=vision - base, base=base),), round(tokens) - vision)
 
 
 def run_flops(settings: Settings, config: PretrainedConfig, rows: int, tokens: int, vision_tokens: float) -> float:

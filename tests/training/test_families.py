@@ -17,7 +17,7 @@ from pmod_cli.data.collator import Collator
 from pmod_cli.data.conversation import from_messages
 from pmod_cli.data.dataset import RowEncoder
 from pmod_cli.families.configs import known_family
-from pmod_cli.families.sizes import Sizes
+from pmod_cli.families.sizes import Sizes, image_tokens
 from pmod_cli.model import PmodSettings
 from pmod_cli.training.adapters import merge
 from pmod_cli.training.cost import row_of
@@ -178,6 +178,16 @@ def test_accumulated_batches_take_the_step_of_one_large_batch(kind, tmp_path):
         lines = map(json.loads, (tmp_path / str(size) / "training_log.jsonl").read_text().splitlines())
         steps += [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
     assert steps[1] == pytest.approx(steps[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(), ((100, 100),), ((672, 336),), ((672, 672),), ((1008, 336),), ((672, 672),) * 3])
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b"])
+def test_a_plan_counts_the_tiles_that_give_so_many_tokens(name, sizes):
+    shapes = Sizes.of(builtin_config(name))
+    images = [image_tokens(shapes, size) for size in sizes]
+    vision = sum(image.tokens for image in images)
+    row = row_of(shapes, vision, vision + 40)
+    assert (row.tiles, row.vision_tokens) == (sum(image.tiles for image in images), vision)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "llava-onevision-7b"])

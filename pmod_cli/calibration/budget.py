@@ -108,7 +108,10 @@ class Budget:
                 hint=f"`{name}={min(1.0, math.ceil(100 * least) / 100):.2f}`, or more",
             )
         if cosine and self.cosine() is None:
-            raise PmodError(f"no shift of the cosine costs as little as {self.share:g}", hint="`schedule=search`")
+            raise PmodError(
+                f"no shift of the cosine costs as little as {self.share:g}",
+                hint="leave `schedule` out, or choose a larger budget",
+            )
 
     @cached_property
     def _stock(self) -> float:

@@ -98,7 +98,7 @@ def convert(
         if read.write_processor:
             read.write_processor(staging)
         for path in read.small_files:
-            _copy_small_file(path, staging / path.name)
+            _copy_small_file(path, staging / read.name_of(path))
         ways = {name: place(path, staging / name, options.link) for name, path in plan.weights.unchanged.items()}
         stream(plan.weights, staging, progress)
         if plan.draft.routers:
@@ -207,6 +207,7 @@ def _scores(plan: ConversionPlan) -> str:
 
 
 def _copy_small_file(path: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     if path.name != "generation_config.json":
         shutil.copyfile(path, target)
         return

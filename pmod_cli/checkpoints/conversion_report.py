@@ -117,7 +117,7 @@ def planned_report(plan: ConversionPlan, target: Path, origin: str) -> Conversio
         copied_bytes=sum(path.stat().st_size for path in unchanged.values()) if way == "copied" else 0,
         free_bytes=shutil.disk_usage(existing_parent(target)).free,
         streamed=list(plan.weights.streamed),
-        written=sorted({path.name for path in plan.source.small_files} | {files.CONFIG, PROVENANCE, CARD}),
+        written=sorted({*map(plan.source.name_of, plan.source.small_files)} | {files.CONFIG, PROVENANCE, CARD}),
         notes=[*plan.source.notes, *([THIS_IS_TOY] if toy.is_toy(plan.source.config) else [])],
         **{way: list(unchanged)},
     )
@@ -161,7 +161,9 @@ def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
         "dtype": plan.options.dtype,
         "adapter": printable(str(plan.options.adapter)) if plan.options.adapter else None,
         "versions": {name: version(name) for name in ("safetensors", "transformers")},
-        "source_files_sha256": {printable(path.name): hashlib.sha256(path.read_bytes()).hexdigest() for path in small},
+        "source_files_sha256": {
+            printable(plan.source.name_of(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in small
+        },
         "source_shards": {
             path.name: {"bytes": path.stat().st_size, "header_sha256": files.header_digest(path)}
             for path in plan.source.files

@@ -100,6 +100,10 @@ class Source:
     original_config: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
+    def name_of(self, path: Path) -> str:
+        """Of a small file, in its folder and in the result's."""
+        return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else path.name
+
     @property
     def kind(self) -> str:
         """Name of the family."""

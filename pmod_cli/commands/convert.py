@@ -30,6 +30,7 @@ pmod convert ./my-pmod --to published -o my-pmod-for-the-authors-code
 pmod convert --list
 """
 OUTPUTS = output_layouts().values()
+SETTINGS = {"budget": "--target-flops"}  # of calibration
 ARGUMENTS = {"mean": "target_retention", "values": "ratios"}  # settings whose options have another name
 _method = common.option_under("What to keep")
 _result = common.option_under("What to write")

@@ -15,6 +15,7 @@ from pmod_cli.serving.generation import MAX_NEW_TOKENS, Sampling
 
 ROLES = ("system", "developer", "user", "assistant")
 MOST_IMAGES = 16
+MOST_PARTS = 1_000_000  # lists, objects and what they hold; reading more would hold up all others
 MOST_STOPS, LONGEST_STOP = 4, 200
 NOT_DONE = {  # and what they may hold all the same
     "tools": ([],),
@@ -95,6 +96,8 @@ def parse(body: bytes, *, served: str) -> ChatRequest:
     Raises:
         BadRequest: It is malformed, or asks for what is not done here.
     """
+    if sum(map(body.count, (b"[", b"{", b","))) > MOST_PARTS:  # of texts too: those fit no context
+        raise BadRequest(f"the body holds more than {MOST_PARTS:,} lists, objects and values")
     try:
         value = json_text.loads(body)
     except ValueError as error:

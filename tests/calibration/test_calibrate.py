@@ -415,6 +415,14 @@ def test_a_share_of_nothing_is_not_the_default(stock_model, workdir: Path, capsy
     assert "--target-flops 0" in capsys.readouterr().err
 
 
+def test_a_budget_that_cannot_be_met_is_named_as_it_was_typed(stock_model, workdir: Path, capsys):
+    for verb, *more, flag in (["calibrate", "--budget"], ["convert", "--calibrate=doc", "--target-flops"]):
+        assert main([verb, str(stock_model()), *more, flag, "0.001"]) == 2
+        said = capsys.readouterr().err
+        assert f"{flag} 0.001 cannot be met" in said
+        assert f"{flag} 0." in said.partition("to 1")[2]
+
+
 @pytest.mark.slow
 def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys):
     few = lambda data, count, **options: read_samples(data, 8, **options)  # noqa: E731 - the default of 64 takes minutes

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pmod_cli import cli
-from pmod_cli.checkpoints import Options, changes, convert, load_model, router_state
+from pmod_cli.checkpoints import Options, changes, convert, load_model, load_processor, router_state
 from pmod_cli.checkpoints.conversion import PROVENANCE, ROUTERS
 from pmod_cli.checkpoints.files import CONFIG, INDEX, SINGLE, read_tensors
 from pmod_cli.checkpoints.writing import write_routers
@@ -125,6 +125,17 @@ def test_small_files_are_copies(stock_model, tmp_path):
     for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja"):
         assert (tmp_path / "pmod" / name).read_bytes() == (source / name).read_bytes()
         assert not (tmp_path / "pmod" / name).samefile(source / name)
+
+
+def test_further_chat_templates_are_carried_on(stock_model, tmp_path):
+    source = tmp_path / "stock"
+    shutil.copytree(stock_model(), source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].role }}")
+    for overwrite in (False, True):
+        report = convert(source, tmp_path / "pmod", PmodSettings(), overwrite=overwrite)
+        assert load_processor(tmp_path / "pmod").chat_template["short"] == "{{ messages[0].role }}"
+    assert "additional_chat_templates" in report.written
 
 
 def test_a_source_without_a_tokenizer_is_told(stock_model, tmp_path):

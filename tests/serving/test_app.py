@@ -141,6 +141,7 @@ LARGE = data_url(Image.new("1", (12_000, 9_000)))
 FAULTS = [
     (b"{", 400, "the body is no JSON"),
     (b"[" * 100_000, 400, "nested too deeply"),
+    (b'{"a": [' + b"[]," * 1_000_000 + b"[]]}", 400, "more than 1,000,000 lists, objects and values"),
     (b'{"a": NaN}', 400, "NaN is no number"),
     (b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}', 400, "'utf-8' codec can't decode"),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogates not allowed"),

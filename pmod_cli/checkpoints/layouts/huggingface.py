@@ -19,6 +19,7 @@ ROUTER_STATES = ("untrained", "trained", "calibrated")
 PARTS = ("language_model", "vision_tower", "multi_modal_projector")
 GRID_PARTS = ("language_model", "visual")  # of families whose tower reads no tiles
 OURS = ("pmod", "router_state", "auto_map")  # what our layout adds to a stock config
+MORE_TEMPLATES = "additional_chat_templates"
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 MADE_NEW = (files.CONFIG, files.INDEX, files.PICKLED_INDEX, "pmod_provenance.json", "adapter_config.json")
 _ROUTER = re.compile(r"language_model\.model\.layers\.(\d+)\.router\.weight")
@@ -103,12 +104,14 @@ def hold_to_weights(folder: Path, config: dict) -> bool:
 def small_files(folder: Path) -> list[Path]:
     """Tokenizer, processor and generation files: copied, so that editing one never reaches the source.
 
+    Further chat templates have a folder of their own.
+
     Raises:
         PmodError: one of them is a link out of the folder.
     """
     found = sorted(
         path
-        for path in folder.iterdir()
+        for path in (*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*.jinja"))
         if path.is_file()
         and path.suffix in COPIED_SUFFIXES
         and path.name not in MADE_NEW

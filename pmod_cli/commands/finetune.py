@@ -167,6 +167,8 @@ def finetune(
         raise PmodError(
             "--overwrite starts anew and --resume goes on: they exclude each other", hint="give one of them"
         )
+    if resume and out is None:
+        raise PmodError("--resume goes on with the run in a folder: name it with --out", hint="ls runs")
     resume = resume is not False
 
     if name is not None and recipe is not None:

@@ -89,7 +89,8 @@ def from_llava(row: Any, *, answered: bool = True) -> Conversation:
     if videos and not images and not any(VIDEO in turn.text for turn in turns):
         turns = [ChatTurn(turn.role, turn.text.replace(IMAGE, VIDEO)) for turn in turns]
     if images or videos:
-        turns = [ChatTurn(turn.role, _image_first(turn.text)) for turn in turns]
+        marks = [mark for mark, pictures in ((IMAGE, images), (VIDEO, videos)) if pictures]
+        turns = [ChatTurn(turn.role, _image_first(turn.text, marks)) for turn in turns]
     return _checked(turns, images, videos, answered)
 
 
@@ -212,11 +213,11 @@ def _part(number: int, part: Any, named: dict[str, list[Any]] | None) -> str:
     raise BadRow(f"turn {number}: expected parts of type {known} or text, found {kind or _kind(part)}")
 
 
-def _image_first(text: str) -> str:
-    marks = MARKS.findall(text)
-    if len(marks) != 1:
+def _image_first(text: str, marks: Sequence[str]) -> str:
+    found = [mark for mark in MARKS.findall(text) if mark in marks]
+    if len(found) != 1:
         return text
-    return f"{marks[0]}\n{text.replace(marks[0], '').strip()}".strip()
+    return f"{found[0]}\n{text.replace(found[0], '').strip()}".strip()
 
 
 def _checked(turns: list[ChatTurn], images: Sequence[Any], videos: Sequence[Any], answered: bool) -> Conversation:

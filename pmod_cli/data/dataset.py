@@ -23,7 +23,7 @@ from pmod_cli.data.pictures import open_image, open_video, padding_processor, pa
 from pmod_cli.data.rendered import IGNORED, Encoded, encode
 from pmod_cli.data.sources import RowSource, open_source
 from pmod_cli.data.templates import renderer
-from pmod_cli.data.vision import frames_of, image_lengths, image_tensors, refusals, video_tensors
+from pmod_cli.data.vision import frames_of, image_lengths, image_tensors, marks_of, refusals, video_tensors
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -143,7 +143,9 @@ class RowEncoder:
             sizes: height and width of each of its images.
             videos: the tokens of each of its videos.
         """
-        text = encode(self.render(conversation.turns), self.processor.tokenizer, self.max_length)
+        text = encode(
+            self.render(conversation.turns), self.processor.tokenizer, self.max_length, marks_of(self.processor)
+        )
         with refusals(BadRow):
             lengths = image_lengths(self.processor, sizes)
         images: list[np.ndarray] = [

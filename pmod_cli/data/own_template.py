@@ -27,7 +27,7 @@ class OwnTemplate:
         self.template = processor.chat_template or ""
         self.variables = processor.tokenizer.special_tokens_map
         self.begin = processor.tokenizer.bos_token
-        self.marks = (processor.image_token, getattr(processor, "video_token", None) or VIDEO)
+        self.image = processor.image_token
         self.has_videos = getattr(processor, "video_token", None) is not None
         self.is_marked = "{% generation %}" in self.template.replace("{%-", "{%")
         if not self.is_marked and not self._grows():
@@ -49,7 +49,7 @@ class OwnTemplate:
         except PmodError as fault:  # such as a template that takes no system turn
             raise BadRow(fault.what) from None
         begins = not (self.begin and text.startswith(self.begin))
-        return Rendered(text, list(spans), overlapping=self.is_marked, begins=begins, marks=self.marks)
+        return Rendered(text, list(spans), overlapping=self.is_marked, begins=begins)
 
     def _rendered(self, messages: Sequence[dict], **options: Any) -> tuple[str, Any]:
         """The text, and with ``return_assistant_tokens_mask`` its spans between the marks."""
@@ -87,7 +87,7 @@ class OwnTemplate:
     def _keeps_order(self) -> bool:
         """Whether the template writes images where they stand among the words, and not in front of them."""
         parts = [{"type": "text", "text": "before"}, {"type": "image"}, {"type": "text", "text": "behind"}]
-        text = self._rendered([{"role": "user", "content": parts}])[0].partition(self.marks[0])
+        text = self._rendered([{"role": "user", "content": parts}])[0].partition(self.image)
         return "before" in text[0] and "behind" in text[2]
 
     def _parts(self, text: str) -> list[dict[str, Any]]:

@@ -1,13 +1,14 @@
 """A conversation as text, and as tokens: what every template makes, and what becomes of it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmod_cli.data.conversation import IMAGE, VIDEO
+from pmod_cli.data.conversation import IMAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,9 +21,8 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: with `marks` in the places of images and videos.
+        text: with the processor's marks in the places of images and videos.
         learned: [start, end) character ranges that are learned.
-        marks: of an image, and of a video.
         broken_at: from here on the text cannot be cut into rounds; None where all of it can.
         always_learned: tokens that are learned wherever they stand.
         overlapping: whether a token is learned that lies in a range in part, as in transformers; or that begins there.
@@ -35,7 +35,6 @@ class Rendered:
     always_learned: frozenset[int] = field(default_factory=frozenset)
     overlapping: bool = False
     begins: bool = False
-    marks: tuple[str, str] = (IMAGE, VIDEO)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,12 @@ class Encoded:
     videos: np.ndarray
 
 
-def encode(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", limit: int | None = None) -> Encoded:
+def encode(
+    rendered: Rendered,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int | None = None,
+    marks: Sequence[str] = (IMAGE,),
+) -> Encoded:
     """Tokens and labels of a conversation.
 
     The pieces between images and videos are tokenized each for itself, as in the published code.
@@ -63,12 +67,13 @@ def encode(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", limit: int 
     Args:
         tokenizer: a fast one, since it has to tell where in the text each token comes from.
         limit: ``max_length`` of the run. A text that breaks only beyond it keeps the labels before.
+        marks: of an image, and of a video where the model takes any; else a ``<video>`` is text.
     """
-    split = re.split(f"({'|'.join(map(re.escape, rendered.marks))})", rendered.text)  # pieces and marks in turn
-    pieces, marks = split[::2], split[1::2]
-    offsets = accumulate((len(piece) + len(mark) for piece, mark in zip(pieces, marks, strict=False)), initial=0)
+    split = re.split(f"({'|'.join(map(re.escape, marks))})", rendered.text)  # pieces and marks in turn
+    pieces, found_marks = split[::2], split[1::2]
+    offsets = accumulate((len(piece) + len(mark) for piece, mark in zip(pieces, found_marks, strict=False)), initial=0)
     ids, starts, ends = [], [], []
-    places: dict[str, list[int]] = {mark: [] for mark in rendered.marks}
+    places: dict[str, list[int]] = {mark: [] for mark in marks}
     if rendered.begins:
         ids += tokenizer("").input_ids
         starts += [-1] * len(ids)
@@ -79,7 +84,7 @@ def encode(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", limit: int 
         zip(found.input_ids, found.offset_mapping, offsets, strict=True)
     ):
         if number:
-            places[marks[number - 1]].append(len(ids))
+            places[found_marks[number - 1]].append(len(ids))
             ids.append(-1)
             starts.append(offset - 1)
             ends.append(offset - 1)
@@ -98,5 +103,6 @@ def encode(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase", limit: int 
     if rendered.broken_at is not None:
         whole = int((starts < rendered.broken_at).sum())
         learned[whole if limit is not None and whole >= limit else 0 :] = False
-    images, videos = (np.array(places[mark], dtype=np.int64) for mark in rendered.marks)
-    return Encoded(ids, np.where(learned, ids, IGNORED), images, videos)
+    images, videos = [*places.values(), []][:2]
+    labels = np.where(learned, ids, IGNORED)
+    return Encoded(ids, labels, np.array(images, dtype=np.int64), np.array(videos, dtype=np.int64))

@@ -27,6 +27,10 @@ from pmod_cli.training.run_settings import Settings
 
 CELLS = "cells"
 REFERENCE = "p-mod"  # the recipe that the others of a group change in one thing
+OWN = {  # settings that a sweep would not follow
+    "train.seed": "a sweep gives each cell its seed",
+    **dict.fromkeys(("eval", "eval_limit"), "a sweep scores its cells itself, on the bundled tasks"),
+}
 SEED_STRIDE = 1_000_000  # images
 IMAGES = 100  # unseen documents of each task that a cell is scored on
 
@@ -124,6 +128,9 @@ def prepared(
     Raises:
         PmodError: a recipe is wrong or cannot run here, or a finished cell has other settings.
     """
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key in OWN:
+            raise PmodError(f"{key}: {OWN[key]}", hint=f"leave {key} out; say with `seeds` how many there are")
     wanted = {cell: _settings(cell, overrides) for cell in cells}
     for cell in {cell.recipe: cell for cell in cells}.values():
         preflight(Intent(wanted[cell], device=device))

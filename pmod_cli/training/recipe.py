@@ -88,6 +88,7 @@ def dump(settings: Settings) -> str:
 HARMLESS = (
     *("train.report_to", "train.log_steps", "train.save_steps", "train.keep_checkpoints"),
     *("data.workers", "lora.merge", "eval", "eval_limit"),
+    "data.on_bad_row",  # a run that goes on has met no bad row, or goes on without them
     "model.gradient_checkpointing",
 )
 

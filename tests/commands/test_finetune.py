@@ -51,6 +51,9 @@ def test_overwrite_and_resume_exclude_each_other(stock_model, workdir, capsys):
     assert call("finetune", "-m", stock_model(), "-o", "run", "--overwrite", "--resume", *QUICK) == 2
     assert "they exclude each other" in capsys.readouterr().err
     assert not (workdir / "run").exists()
+    assert call("finetune", "-m", stock_model(), "--resume", *QUICK) == 2  # it would begin another run
+    assert "name it with --out" in capsys.readouterr().err
+    assert not (workdir / "runs").exists()
 
 
 def test_interrupted_run_says_how_to_go_on(stock_model, workdir):

@@ -20,7 +20,7 @@ from pmod_cli.data import index as index_module
 from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.conversation import BadRow, from_llava, from_messages
-from pmod_cli.data.dataset import build_dataset
+from pmod_cli.data.dataset import RowEncoder, build_dataset
 from pmod_cli.data.index import open_index
 from pmod_cli.data.pictures import open_image
 from pmod_cli.data.rendered import IGNORED
@@ -282,6 +282,19 @@ def test_a_broken_row_says_what_is_wrong(row, reason):
     with pytest.raises(BadRow) as caught:
         from_llava(row)
     assert reason in caught.value.what
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["vicuna_v1", "auto"])
+def test_the_html_tag_of_a_film_is_text_to_a_model_of_images(pictures, template, kind):
+    encoder = RowEncoder(processor_of("vicuna_v1", kind), template)
+    asked = [{"from": "human", "value": "Where does <video> stand?"}, {"from": "gpt", "value": "<video> stands there"}]
+    row = said(image="a.png")
+    with_image = {**row, "conversations": [*row["conversations"], *asked]}
+    for row in ({"conversations": asked}, with_image):
+        ids, labels = (encoder(from_llava(row), pictures)[name] for name in ("input_ids", "labels"))
+        assert "Where does <video> stand?" in encoder.processor.tokenizer.decode(ids)
+        assert "<video> stands there" in encoder.processor.tokenizer.decode(labels[labels != IGNORED])
 
 
 def test_messages_with_parts():

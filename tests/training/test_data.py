@@ -93,8 +93,8 @@ def test_bad_rows_end_the_run_before_it_starts_or_are_left_out(routed, rows, tmp
     with pytest.raises(
         PmodError, match=r"1 of 24 rows looked at in .*rows.json cannot be used:\n  row 5: no such image"
     ):
-        finetune(settings_of(routed, rows), tmp_path / "strict")
-    report = finetune(settings_of(routed, rows, "data.on_bad_row=skip"), tmp_path / "run")
+        finetune(settings_of(routed, rows), tmp_path / "run")
+    report = finetune(settings_of(routed, rows, "data.on_bad_row=skip"), tmp_path / "run")  # as the error says
     assert report.status == "finished"
     skipped = [json.loads(line) for line in (tmp_path / "run" / SKIPPED).read_text().splitlines()]
     assert [line["row"] for line in skipped] == [5]

@@ -95,6 +95,13 @@ def test_single_recipes_of_a_group_are_a_sweep_too():
             cells_of(wrong, [0])
 
 
+@pytest.mark.parametrize("override", ["train.seed=7", "eval=[tiny]", "eval_limit=3"])
+def test_what_a_sweep_would_not_follow_is_refused(tmp_path, override):
+    with pytest.raises(PmodError, match=override.partition("=")[0]):
+        sweep([Cell("ablations/p-mod", 0)], tmp_path, overrides=[*QUICK, override])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
     cells = [Cell("ablations/p-mod", 0), Cell("ablations/selection-uniform", 0), Cell("ablations/stock", 0)]
     told = []

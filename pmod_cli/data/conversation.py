@@ -95,7 +95,7 @@ def from_llava(row: Any, *, answered: bool = True) -> Conversation:
 
 
 def from_messages(row: Any, *, answered: bool = True) -> Conversation:
-    """A row with ``messages``, and ``images`` and ``videos`` in the order of their places.
+    """A row with ``messages``, and ``images`` and ``videos`` in the order of their places; or one as ``image``.
 
     ``content`` is text with ``<image>`` and ``<video>`` (LLaMA-Factory, ms-swift), or parts of type ``text``,
     ``image`` and ``video`` (TRL) or ``image_url`` (OpenAI: a file name or a data URL), which may name their picture
@@ -109,8 +109,8 @@ def from_messages(row: Any, *, answered: bool = True) -> Conversation:
         row = {**row, "messages": _joined(row)}
     named: dict[str, list[Any]] = {IMAGE: [], VIDEO: []}
     turns = _turns(row, "messages", "role", "content", named)
-    images = [*named[IMAGE]] or _listed(row, "images")
-    videos = [*named[VIDEO]] or _listed(row, "videos")
+    images = [*named[IMAGE]] or _listed(row, "image")
+    videos = [*named[VIDEO]] or _listed(row, "video")
     if (images or videos) and not any(MARKS.search(turn.text) for turn in turns):
         marks = f"{IMAGE}\n" * len(images) + f"{VIDEO}\n" * len(videos)
         first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
@@ -159,7 +159,8 @@ def _is_name(value: Any, key: str) -> bool:
 
 
 def _listed(row: Mapping, key: str) -> Sequence[Any]:
-    found = row.get(key) or ()
+    """The value of ``key`` with an s, or of ``key``, as a list."""
+    found = row.get(f"{key}s") or row.get(key) or ()
     found = found if isinstance(found, list | tuple) else [found]
     return [_payload(each) for each in found]
 

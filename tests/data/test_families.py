@@ -175,6 +175,7 @@ def test_layouts_of_other_tools_are_the_same_conversation():
         {"messages": [{"role": "user", "content": openai}, answer]},
         {**marked, "messages": [{"role": "user", "content": outside}, answer]},
         {**marked, "messages": [{"role": "user", "content": "which?"}, answer]},
+        {"image": "a.png", "video": "b", "messages": [{"role": "user", "content": "which?"}, answer]},
         {**named, "prompt": [{"role": "user", "content": outside}], "completion": [answer]},
     ]
     assert len({repr(from_row(row)) for row in rows}) == 1

@@ -160,7 +160,7 @@ def show_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
     table.add_row(f"fits {memory_size(plan.device.memory)}", *(fits[cost.fits] for cost in columns))
     table.add_section()
     table.add_row("steps", *[f"{plan.steps:,}"] * 2)
-    table.add_row("rows, a step and in all", *[f"{plan.rows_per_step:,}; {plan.rows_per_step * plan.steps:,}"] * 2)
+    table.add_row("rows, a step and in all", *[f"{plan.rows_per_step:,}; {plan.rows:,}"] * 2)
     table.add_row("tokens", *[f"{plan.tokens:,}"] * 2)
     table.add_row("vision tokens a layer keeps", *(f"{cost.mean_retention:.2%}" for cost in columns))
     table.add_row("training FLOPs", *(f"{cost.flops:.3g}" for cost in columns))
@@ -203,7 +203,7 @@ def _plan_json(plan: Plan) -> dict:
         "data": asdict(plan.data),
         "steps": plan.steps,
         "rows_per_step": plan.rows_per_step,
-        "rows": plan.rows_per_step * plan.steps,
+        "rows": plan.rows,
         "tokens": plan.tokens,
         "device": {"name": plan.device.name, "count": plan.devices, "memory_bytes": plan.device.memory},
         "utilization": plan.utilization,

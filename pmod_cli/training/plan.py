@@ -86,6 +86,7 @@ class Plan:
         data: what is read.
         steps: optimizer steps.
         rows_per_step: over all devices.
+        rows: of the whole run.
         tokens: of the whole run.
         device: what it is planned for, and how many of them.
         devices: how many.
@@ -104,6 +105,7 @@ class Plan:
     data: DataShape
     steps: int
     rows_per_step: int
+    rows: int
     tokens: int
     device: Device
     devices: int
@@ -150,7 +152,8 @@ def plan(
     sizes = subject.sizes
     data = data_shape(settings, sizes, per_step)
     steps = settings.steps(data.rows_per_epoch, processes)
-    passes = steps * settings.accumulation(processes)  # of one device
+    rows = settings.rows_read(steps, data.rows_per_epoch, processes)
+    passes = rows / (settings.train.batch_size * processes)  # of one device
     room = USABLE * target.memory
 
     def memory(settings: Settings, processes: int, which: Routed) -> TrainingMemory:
@@ -180,7 +183,8 @@ def plan(
         data=data,
         steps=steps,
         rows_per_step=per_step,
-        tokens=round(data.tokens * steps * per_step),
+        rows=rows,
+        tokens=round(data.tokens * rows),
         device=target,
         devices=processes,
         utilization=utilization,

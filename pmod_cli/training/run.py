@@ -141,7 +141,14 @@ def _run(
         seconds=watch.elapsed(),
         tokens=state.num_input_tokens_seen,
         parameters=parameters,
-        summary=Summary.of(settings, model.config, state, watch.elapsed(), device),
+        summary=Summary.of(
+            settings,
+            model.config,
+            state,
+            settings.rows_read(state.global_step, data.rows_per_epoch, processes()),
+            watch.elapsed(),
+            device,
+        ),
         rows=data.rows.counts() if isinstance(data.rows, Rows) else {},
     )
     if finished and trainer.is_world_process_zero():

@@ -294,8 +294,17 @@ class Settings:
         """Optimizer steps of the whole run over a data set of ``rows`` rows."""
         if self.train.max_steps is not None:
             return self.train.max_steps
-        batches = ceil(rows / (self.train.batch_size * processes))
-        return max(1, ceil(self.train.epochs * ceil(batches / self.accumulation(processes))))
+        return max(1, ceil(self.train.epochs * self._steps_of_epoch(rows, processes)))
+
+    def rows_read(self, steps: int, rows: int, processes: int = 1) -> int:
+        """Rows of so many steps over a data set of ``rows`` rows: the last step of an epoch has what is left of it."""
+        together = self.train.batch_size * processes
+        epoch = rows if processes == 1 else ceil(rows / together) * together  # each process has as many
+        whole, rest = divmod(steps, self._steps_of_epoch(rows, processes))
+        return whole * epoch + min(rest * self.rows_per_step(processes), epoch)
+
+    def _steps_of_epoch(self, rows: int, processes: int) -> int:
+        return ceil(ceil(rows / (self.train.batch_size * processes)) / self.accumulation(processes))
 
     def conflicts(self) -> list[str]:
         """What is wrong between settings that are each right."""

@@ -48,12 +48,11 @@ class Summary:
 
     @classmethod
     def of(
-        cls, settings: Settings, config: PretrainedConfig, state: TrainerState, seconds: float, device: str
+        cls, settings: Settings, config: PretrainedConfig, state: TrainerState, rows: int, seconds: float, device: str
     ) -> "Summary":
-        """From the state of a run, the configuration of its model, and the seconds it took."""
+        """From the state of a run, the configuration of its model, the rows it read, and the seconds it took."""
         lines, count = state.log_history, processes()
         vision = sum(line.get("vision_tokens", 0.0) for line in lines)
-        rows = state.global_step * settings.rows_per_step(count)
         flops = run_flops(settings, config, rows, state.num_input_tokens_seen, vision) if rows else 0.0
         peak = this_device(device).flops * count
         rate = flops / max(seconds, 1e-9)

@@ -78,7 +78,7 @@ def _row(settings: Settings, shapes: dict[str, DataShape]) -> dict:
     if read not in shapes:
         shapes[read] = data_shape(settings, sizes, per_step)
     shape, steps = shapes[read], settings.steps(shapes[read].rows_per_epoch)
-    config, trained = subject.pmod if routed else subject.stock, steps * per_step
+    config, trained = subject.pmod if routed else subject.stock, settings.rows_read(steps, shape.rows_per_epoch)
     tokens, vision = round(shape.tokens * trained), round(shape.vision_tokens * trained)
     return {
         "mean_retention": subject.pmod.settings.mean_retention(sizes.decoder.layers) if routed else 1.0,

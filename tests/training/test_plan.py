@@ -45,11 +45,14 @@ def rows(tmp_path):
 
 
 def test_vision_tokens_are_those_of_the_rows_that_have_images(routed, rows, tmp_path):
-    settings = settings_of(routed, "data.kind=llava", f"data.path={rows}")
+    # Passes of 4, 4, 4, 4 and 2 rows: the third step of each epoch has two.
+    uneven = ("train.batch_size=4", "train.gradient_accumulation=2", "train.epochs=2")
+    settings = settings_of(routed, "data.kind=llava", f"data.path={rows}", *uneven)
     planned, report = plan(settings, device="cpu"), finetune(settings, tmp_path / "run")
     lines = map(json.loads, (report.path / LOG).read_text().splitlines())
     assert (planned.steps, planned.tokens) == (report.step, report.tokens)
-    assert planned.data.vision_tokens * 18 == pytest.approx(sum(line.get("vision_tokens", 0) for line in lines))
+    assert (planned.rows, planned.steps) == (36, 6)
+    assert planned.data.vision_tokens * 36 == pytest.approx(sum(line.get("vision_tokens", 0) for line in lines))
     assert 0 < planned.data.vision_tokens < planned.data.tokens
     assert planned.data.longest_vision == 0  # a row of text alone is the longest
     flops = report.summary.tflops_per_second * report.seconds * 1e12

@@ -98,7 +98,8 @@ def test_recovered_on_the_bundled_model(run):
     """One of the six: where calibration alone loses most."""
     recorded = read(EVIDENCE / "recovered-tiny.csv")
     folder = run("to-recover", "calibrate", BUNDLED, "--budget", "0.45,0.35", "--seed", "0").parent / "to-recover-35"
-    recovered = run("recovered", "finetune", "recover", "-m", folder, "--seed", "0")
+    rate = ("--set", "train.learning_rate=3e-3")
+    recovered = run("recovered", "finetune", "recover", "-m", folder, "--seed", "0", *rate)
     models = ("-m", recovered, "--against", folder)
     found = read(run("recovered-eval", "eval", "-t", "tiny", *models, "--limit", "100", "-b", "16") / "results.csv")
     check({key: value for key, value in found.items() if key[1] == "recovered"}, recorded, {"recovered": "r0-35"})

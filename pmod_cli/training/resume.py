@@ -23,6 +23,7 @@ from pmod_cli.training.run_settings import Settings, needed
 
 FILES = "files.json"  # in a training checkpoint
 SOURCE = "source.json"  # beside the training checkpoints, and in an adapter's folder
+ROWS = "rows.json"  # beside the training checkpoints
 DAMAGED = "damaged"
 DIGESTED = 1 << 20  # bytes: larger files are known by their size
 
@@ -140,6 +141,19 @@ def hold_source(settings: Settings, state: Path) -> str | None:
     if not settings.lora.enabled and checkpoints(state):
         return f"{changed}: other weights than this run began with; it goes on with those of its training checkpoint"
     raise _other_weights(changed, state.parent)
+
+
+def hold_rows(rows: int, state: Path) -> str | None:
+    """Write down how many rows a new run reads; a sentence where one that goes on has another number of them."""
+    if not checkpoints(state) or not (state / ROWS).is_file():
+        write_json(state / ROWS, {"schema_version": 1, "rows": rows})
+    before = read_json(state / ROWS)["rows"]
+    if before == rows:
+        return None
+    return (
+        f"the data have {rows:,} rows, and had {before:,} when this run began: their order is another one from here "
+        "on, so that some come again and others do not, and the number of steps is that of the new ones"
+    )
 
 
 def check_adapter(settings: Settings, adapter: Path, out: Path) -> None:

@@ -21,7 +21,7 @@ from pmod_cli.training.adapters import add_adapters, copy_adapter, fold
 from pmod_cli.training.calibration import STARTS
 from pmod_cli.training.parts import count, freeze, repeat_in_backward, use_liger
 from pmod_cli.training.preflight import check_requirements, check_settings
-from pmod_cli.training.resume import hold_source, set_damaged_aside
+from pmod_cli.training.resume import hold_rows, hold_source, set_damaged_aside
 from pmod_cli.training.run_data import Counting, Data, open_data
 from pmod_cli.training.run_settings import Settings, processes
 from pmod_cli.training.start import hold_routing, source_of, starting_checkpoint
@@ -98,6 +98,10 @@ def _run(
                         on_note(note)
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
         data = open_data(settings, load_processor(source), out)
+        if PartialState().is_main_process and not folder.is_finished(out, settings):
+            note = hold_rows(len(data.rows), out / folder.STATE)
+            if note is not None and on_note is not None:
+                on_note(note)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
     done = folder.is_finished(out, settings)
     if done or (settings.lora.enabled and folder.adapter_of(out) is not None):

@@ -88,6 +88,21 @@ def test_a_stopped_run_goes_on_with_the_rows_it_has_not_seen(routed, rows, tmp_p
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_run_that_goes_on_with_more_rows_says_so(routed, rows, tmp_path):
+    import os
+    import signal
+
+    def stop(step):
+        if step.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings, said = settings_of(routed, rows, "data.group_by_modality=false"), []
+    assert finetune(settings, tmp_path / "run", on_step=stop).max_steps == 12
+    rows.write_text(json.dumps(json.loads(rows.read_text())[:4]))
+    assert finetune(settings, tmp_path / "run", on_note=said.append).max_steps == 2
+    assert ["have 4 rows, and had 24 when this run began" in note for note in said] == [True]
+
+
 def test_bad_rows_end_the_run_before_it_starts_or_are_left_out(routed, rows, tmp_path):
     (rows.parent / "images" / "5.png").unlink()
     with pytest.raises(

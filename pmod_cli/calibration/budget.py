@@ -115,12 +115,14 @@ class Budget:
 
     @cached_property
     def _stock(self) -> float:
-        return formulas.prefill(self.sizes, [self.row], last_logits=self.logits == "last").decoder
+        return self._prefill(None).decoder
 
     def _flops(self, ratios: Sequence[float], routers: Sequence[bool]) -> formulas.Prefill:
         """Of a decoder of these layers alone: a prefill is the sum of its layers."""
-        routed = Routed(ratios, self.target_tokens, routers)
-        return formulas.prefill(self.sizes, [self.row], routed, last_logits=self.logits == "last")
+        return self._prefill(Routed(ratios, self.target_tokens, routers))
+
+    def _prefill(self, routed: Routed | None) -> formulas.Prefill:
+        return formulas.prefill(self.sizes, [self.row], routed, logits=1 if self.logits == "last" else None)
 
 
 def best_ratios(losses: Sequence[Mapping[float, float]], budget: Budget, routers: int = 1) -> list[float] | None:

@@ -61,7 +61,7 @@ def test_a_budget_is_what_profile_counts(of, logits):
     ratios = [1.0, 0.7, 0.3, 0.0]
     rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(SIZES)
     routed = Routed(ratios, routers=[False, True, False, False])
-    stock, pmod = (prefill(SIZES, rows, which, last_logits=logits == "last") for which in (None, routed))
+    stock, pmod = (prefill(SIZES, rows, which, logits=1 if logits == "last" else None) for which in (None, routed))
     assert stock.lm_head == 2 * SIZES.decoder.hidden * SIZES.decoder.vocabulary * (
         1 if logits == "last" else rows[0].tokens
     )

@@ -29,7 +29,7 @@ class Prefill:
     Args:
         matrix: Decoder layers without attention products, routers included.
         attention_products: QKᵀ and attention weights times V.
-        lm_head: On every position, or on the last.
+        lm_head: On every position, or on those that were asked for.
         tower: The vision tower on all tiles.
         projector: On all patches of all tiles, before unpadding.
         selector: What ranks the vision tokens, routers left out.
@@ -69,7 +69,7 @@ def prefill(
     routed: Routed | None = None,
     *,
     attention: float = 1.0,
-    last_logits: bool = False,
+    logits: int | None = None,
 ) -> Prefill:
     """Count the prefill of one batch.
 
@@ -77,7 +77,7 @@ def prefill(
         rows: The batch, as `Workload.rows` makes it.
         routed: What p-MoD changes; None is the stock model.
         attention: Share of the rectangle of queries and keys that is counted: 0.5 is what a causal kernel computes.
-        last_logits: Count lm_head on the last position alone, as `generate` computes it.
+        logits: Positions of the batch that lm_head sees, as `generate` the last of each row; None is every one.
     """
     decoder, batch = sizes.decoder, len(rows)
     longest = max(row.tokens for row in rows)
@@ -94,7 +94,7 @@ def prefill(
     return Prefill(
         matrix=batch * matrix,
         attention_products=round(attention * batch * products),
-        lm_head=batch * lm_head(decoder, 1 if last_logits else longest),
+        lm_head=lm_head(decoder, batch * longest if logits is None else logits),
         tower=encoder(sizes, rows),
         projector=projector(sizes, rows),
         selector=batch * selector,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
-from pmod_cli.profiling.count.formulas import Parameters, Prefill, lm_head, parameters, prefill
+from pmod_cli.profiling.count.formulas import Parameters, Prefill, parameters, prefill
 from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 
 PARTS = ("language_model", "projector", "vision_tower", "router")  # that are frozen, or trained at a rate of their own
@@ -191,7 +191,7 @@ def training_flops(
 
 
 def _forward(sizes: Sizes, rows: Sequence[Row], setup: TrainingSetup, routed: Routed | None) -> Prefill:
-    return replace(prefill(sizes, rows, routed), lm_head=lm_head(sizes.decoder, _logits(rows, setup)))
+    return prefill(sizes, rows, routed, logits=_logits(rows, setup))
 
 
 def _logits(rows: Sequence[Row], setup: TrainingSetup) -> int:

@@ -242,9 +242,7 @@ def phase_flops(result: Profile, phase: str, name: str, steps: int) -> tuple[int
         flops = sum(cost.decode(step) for step in range(1, steps + 1)) // steps
         return flops, flops
     if phase in (PREFILL, FIRST_TOKEN):  # lm_head on the last position only, as in `generate`
-        flops = (
-            cost.total - cost.lm_head + result.last_logits(cost) + (result.vision.total if phase == FIRST_TOKEN else 0)
-        )
+        flops = result.total(cost, "generate") - (result.vision.total if phase == PREFILL else 0)
         return flops, flops - half
     flops = result.training(checkpointing=phase == CHECKPOINTED)[name != STOCK].step
     passes = {TRAIN: 3, CHECKPOINTED: 4}[phase]  # forward, two products backward, forward again

@@ -106,7 +106,7 @@ def finetune(
         typer.Option(
             "--sweep",
             metavar="GROUP",
-            help="Run the recipes of a group, or some of them; one table: ablations, choice/held-1.",
+            help="Run recipes of a group, or of your folder; one table: ablations, choice/held-1, mine/.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of each recipe of --sweep.")] = 3,
@@ -191,7 +191,7 @@ def finetune(
         require("train", "accelerate", "peft")
         run_sweep(
             sweep,
-            out or Path("runs", sweep.partition(",")[0].partition("/")[0]),
+            out,
             seeds=seeds,
             overrides=[*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)],
             device=common.pick_device(device),

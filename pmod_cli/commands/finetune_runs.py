@@ -72,7 +72,7 @@ def main(folder: Path) -> int:
 
 def run_sweep(
     group: str,
-    out: Path,
+    out: Path | None,
     *,
     seeds: int,
     overrides: list[str],
@@ -91,6 +91,7 @@ def run_sweep(
     from pmod_cli.training import ablation_sweep as sweep
 
     cells = sweep.cells_of(group, range(seeds))
+    out = out or sweep.folder_of(cells)
     if dry_run:
         from pmod_cli.training.sweep_plan import plan_sweep
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter, process_time
@@ -20,6 +21,7 @@ from pmod_cli import recipe_files
 from pmod_cli.core.atomic import Busy, locked, write_json
 from pmod_cli.core.errors import INTERRUPTED, PmodError
 from pmod_cli.core.memory import PeakMemory
+from pmod_cli.core.paths import expanded
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import flatten, load_settings
@@ -39,42 +41,68 @@ IMAGES = 100  # unseen documents of each task that a cell is scored on
 class Cell:
     """One recipe with one seed."""
 
-    recipe: str  # as it is listed: "ablations/norm-none"
+    recipe: str  # as it is listed: "ablations/norm-none"; or the file of one's own: "mine/norm-none.yaml"
     seed: int
+
+    @property
+    def row(self) -> str:
+        """Of its table: `norm-none`."""
+        return self.recipe.rpartition("/")[2].removesuffix(recipe_files.SUFFIX)
 
     @property
     def name(self) -> str:
         """Of its files: `norm-none-seed0`."""
-        return f"{self.recipe.rpartition('/')[2]}-seed{self.seed}"
+        return f"{self.row}-seed{self.seed}"
 
 
 def cells_of(group: str, seeds: Sequence[int]) -> list[Cell]:
-    """All cells of shipped recipes: the reference first, and one seed of everything before the next.
+    """All cells of some recipes: the reference first, and one seed of everything before the next.
 
     Args:
-        group: Groups, or single recipes of one, separated by commas: `choice`, or `choice/p-mod,choice/held-1`.
+        group: Shipped groups, single recipes of one, patterns of them, or folders of one's own recipes, separated by
+            commas: `choice`, `choice/p-mod,choice/held-1`, `ablations/p-mod,ablations/norm-*`, `mine/`.
 
     Raises:
-        PmodError: there is no recipe of such a name, and none in such a group.
+        PmodError: there is no recipe of such a name, none in such a group, or two of one name.
     """
-    found = []
-    for part in group.split(","):
-        prefix = f"{part.strip().strip('/')}/"
-        own = [name for name in recipe_files.names() if "/" in name and f"{name}/".startswith(prefix)]
-        if not own:
-            groups = sorted({name.partition("/")[0] for name in recipe_files.names() if "/" in name})
+    found: dict[str, str] = {}
+    for recipe in (recipe for part in group.split(",") for recipe in _recipes(part.strip())):
+        row = Cell(recipe, 0).row
+        if found.setdefault(row, recipe) != recipe:
             raise PmodError(
-                f"no recipes are called {part}/…; there are groups {', '.join(groups) or 'none'}",
-                hint="pmod recipes ls",
+                f"{found[row]} and {recipe} would both be the row {row} of one table",
+                hint="sweep them into folders of their own (`out`)",
             )
-        found += [name for name in own if name not in found]
 
-    def order(name: str) -> tuple:
+    def order(row: str) -> tuple:
         """The reference first, and layers-8-15 before layers-16-23."""
-        parts = [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
-        return name.rpartition("/")[2] != REFERENCE, parts
+        parts = [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", row) if part]
+        return row != REFERENCE, parts
 
-    return [Cell(recipe, seed) for seed in seeds for recipe in sorted(found, key=order)]
+    return [Cell(found[row], seed) for seed in seeds for row in sorted(found, key=order)]
+
+
+def _recipes(part: str) -> list[str]:
+    """The recipes that one part of a group names. A shipped group wins over a folder of its name."""
+    shipped = [name for name in recipe_files.names() if "/" in name]
+    prefix = f"{part.strip('/')}/"
+    if own := [name for name in shipped if f"{name}/".startswith(prefix) or fnmatchcase(name, part)]:
+        return own
+    if part.endswith(recipe_files.SUFFIX):
+        return [str(recipe_files.find(part))]
+    if part and (folder := expanded(part)).is_dir():
+        if own := sorted(str(path) for path in folder.glob(f"*{recipe_files.SUFFIX}")):
+            return own
+        raise PmodError(f"no recipe ({recipe_files.SUFFIX}) in {folder}", hint="pmod recipes ls")
+    groups = sorted({name.partition("/")[0] for name in shipped})
+    raise PmodError(
+        f"no recipes are called {part}/…; there are groups {', '.join(groups) or 'none'}", hint="pmod recipes ls"
+    )
+
+
+def folder_of(cells: Sequence[Cell]) -> Path:
+    """Where a sweep goes that no folder is named for: `runs/choice`, or `runs/` and the name of one's own folder."""
+    return Path("runs", Path(cells[0].recipe).parent.absolute().name)
 
 
 def sweep(
@@ -151,7 +179,7 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
         results = [result for cell in mine if (result := read_result(out, cell)) is not None]
         good = [result for result in results if "failed" not in result]
         row = {
-            "recipe": recipe.rpartition("/")[2],
+            "recipe": mine[0].row,
             "status": "not run" if not results else "run" if len(results) == len(mine) else "partly run",
             "seeds": [result["seed"] for result in good],
             "failed": {str(result["seed"]): result["failed"] for result in results if "failed" in result},

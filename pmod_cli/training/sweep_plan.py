@@ -46,7 +46,7 @@ def plan_sweep(
         left = len(mine) - len(done)
         rows.append(
             {
-                "recipe": recipe.rpartition("/")[2],
+                "recipe": mine[0].row,
                 "done": done,
                 "left": [cell.seed for cell in mine if cell.seed not in done],
                 **row,

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.model import PmodSettings
-from pmod_cli.training.ablation_sweep import Cell, cells_of, markdown, sweep, table
+from pmod_cli.training.ablation_sweep import Cell, cells_of, folder_of, markdown, read_result, sweep, table
 from pmod_cli.training.answers import positions
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.sweep_plan import plan_sweep
 from pmod_cli.training.teacher_forced import answered, right_answers
 from pmod_cli.training.trainer import PmodTrainer
+from tests.conftest import ROOT
 
 QUICK = ["train.max_steps=1", "train.batch_size=2", "model.calibration_images=2"]
 
@@ -93,6 +95,63 @@ def test_single_recipes_of_a_group_are_a_sweep_too():
     for wrong in ("tiny", "choice/held", "choice,nothing"):
         with pytest.raises(PmodError, match="there are groups"):
             cells_of(wrong, [0])
+
+
+def test_a_pattern_names_recipes_of_a_group():
+    found = [cell.name for cell in cells_of("ablations/norm-s*,ablations/p-mod", [0])]
+    assert found == ["p-mod-seed0", "norm-shifted-softmax-seed0", "norm-sigmoid-seed0", "norm-softmax-seed0"]
+
+
+def test_a_folder_of_ones_own_is_a_group(tmp_path, monkeypatch):
+    """Beside shipped recipes, in the same table; a shipped group is meant where a folder has its name."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "half-0.5.yaml").write_text("base: ablations/p-mod\npmod: {min_ratio: 0.5}\n")
+    (mine / "notes.txt").write_text("no recipe")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "choice").mkdir()
+    for asked in ("mine", "./mine/", str(mine), "mine/half-0.5.yaml"):
+        assert [cell.name for cell in cells_of(f"{asked},choice/p-mod", [0])] == ["p-mod-seed0", "half-0.5-seed0"]
+    cells = cells_of("mine", [0])
+    found = sweep(cells, tmp_path / "out", overrides=QUICK, images=2)
+    assert [(row["recipe"], row["status"]) for row in found["rows"]] == [("half-0.5", "run")]
+    assert found["rows"][0]["mean_retention"] > 0.6
+    assert read_result(tmp_path / "out", cells[0])["settings"]["pmod"]["min_ratio"] == 0.5
+
+
+def test_two_recipes_of_one_name_cannot_share_a_table(tmp_path):
+    with pytest.raises(PmodError, match=r"ablations/p-mod and choice/p-mod .* p-mod"):
+        cells_of("ablations,choice", [0])
+
+
+def test_a_folder_without_recipes_is_no_group(tmp_path, monkeypatch):
+    with pytest.raises(PmodError, match=r"no recipe \(\.yaml\) in"):
+        cells_of(str(tmp_path), [0])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("base: ablations/p-mod\n")
+    with pytest.raises(PmodError, match="there are groups"):
+        cells_of("choice,", [0])
+
+
+def test_a_sweep_has_a_folder_of_its_group(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "half.yaml").write_text("base: ablations/p-mod\n")
+    for group, name in (("choice/held-1,choice/p-mod", "choice"), (f"{tmp_path}/mine", "mine")):
+        assert folder_of(cells_of(group, [0])) == Path("runs", name)
+
+
+def test_the_groups_of_layers_of_the_second_bed_cover_it():
+    """Each thins as many of its 30 layers, and the rest is that of the shipped rows."""
+    reference = load_settings(recipe_files.find("ablations/p-mod"))
+    thinned = []
+    for cell in cells_of(str(ROOT / "tests" / "beds" / "small_llava_next" / "layers"), [0]):
+        settings = load_settings(recipe_files.find(cell.recipe))
+        assert (settings.data, settings.train, settings.model) == (reference.data, reference.train, reference.model)
+        ratios = PmodSettings.from_dict(settings.pmod.given).retention(30)
+        assert set(ratios) == {0.15, 0.7}
+        thinned.append([i for i, ratio in enumerate(ratios) if ratio == 0.15])
+        assert cell.row == f"layers-{thinned[-1][0]}-{thinned[-1][-1]}"
+    assert thinned == [list(range(first, first + 6)) for first in range(0, 30, 6)]
 
 
 @pytest.mark.parametrize("override", ["train.seed=7", "eval=[tiny]", "eval_limit=3"])

@@ -267,7 +267,7 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
             hint="run the same command again: it goes on from here",
             code=INTERRUPTED,
         )
-    model, processor = load_model(folder, dtype="float32")
+    model, processor = load_model(folder, dtype=settings.dtype_on(device))
     model.to(device)
     if hasattr(model, "set_selection"):
         model.set_selection(model.config.settings.selection, seed=settings.train.seed)

@@ -16,6 +16,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.model import PmodSettings
+from pmod_cli.training import teacher_forced
 from pmod_cli.training.ablation_sweep import Cell, cells_of, folder_of, markdown, read_result, sweep, table
 from pmod_cli.training.answers import positions
 from pmod_cli.training.recipe import load_settings
@@ -262,6 +263,21 @@ def test_the_retention_of_a_cell_is_that_of_its_model(stock_model, tmp_path):
     found = sweep([cell], tmp_path / "sweep", overrides=small, images=1)["rows"][0]["mean_retention"]
     planned = plan_sweep([cell], tmp_path / "sweep", overrides=small, images=1)["rows"][0]["mean_retention"]
     assert found == planned == load_model(tmp_path / "routed")[0].config.settings.mean_retention(4) > 0.6
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_cell_is_scored_in_the_precision_it_was_trained_in(tmp_path, monkeypatch, precision):
+    seen = []
+
+    def watched(model, *arguments, **named):
+        seen.append(model.dtype)
+        return answered(model, *arguments, **named)
+
+    monkeypatch.setattr(teacher_forced, "answered", watched)
+    overrides = [*QUICK, f"model.precision={precision}"]
+    row = sweep([Cell("ablations/p-mod", 0)], tmp_path, overrides=overrides, images=2)["rows"][0]
+    assert row["status"] == "run"
+    assert seen == [getattr(torch, precision)]
 
 
 def test_mean_and_spread_are_over_seeds(tmp_path):

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.conversion_plan import ROUTERS, ConversionPlan, make_plan
@@ -152,7 +153,7 @@ def _refuse_same_again(source: Source, options: Options) -> None:
         others = one_of(layout.name for layout in output_layouts().values() if not layout.current)
         raise PmodError(
             f"{source.folder} is a p-MoD checkpoint already, in this layout",
-            hint=f"pmod finetune --model {source.folder}, or convert it --to {others}",
+            hint=f"pmod finetune --model {quote(str(source.folder))}, or convert it --to {others}",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.checkpoints.files import CONFIG, TORCH_NAMES, missing_files, read_json, read_tensors, shard_names
@@ -58,7 +59,9 @@ def load_model(
         raise PmodError(f"{path} lacks {', '.join(missing)}", hint="name another model with `model`")
     layout = layout_of(read_json(path / CONFIG))
     if (layout is not None and not layout.loads) or not shard_names(path)[0].endswith(".safetensors"):
-        raise PmodError(f"{path} is in a layout that has to be converted first", hint=f"pmod convert {path}")
+        raise PmodError(
+            f"{path} is in a layout that has to be converted first", hint=f"pmod convert {quote(str(path))}"
+        )
 
     from transformers import AutoModelForImageTextToText
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -62,7 +63,9 @@ def ask(
 ) -> None:
     """Ask a model about a picture. The answer goes to stdout as it is written, all else to stderr."""
     if question is None and not interactive:
-        raise PmodError("what is the question?", hint=f'pmod ask {image} "what is shown here?", or -i to ask several')
+        raise PmodError(
+            "what is the question?", hint=f'pmod ask {quote(str(image))} "what is shown here?", or -i to ask several'
+        )
     if keep_cache and not interactive:
         raise PmodError("--keep-cache is for later questions, and without -i there is one", hint="leave it out")
     if interactive and as_json:

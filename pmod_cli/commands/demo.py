@@ -143,7 +143,7 @@ def _run(step: DemoCommand, out: Path) -> float:
         interrupted = result.returncode == INTERRUPTED
         raise PmodError(
             f"{'interrupted in' if interrupted else 'this command failed:'} {step.command}",
-            hint=f"the demo goes on from there: pmod demo --out {out}",
+            hint=f"the demo goes on from there: pmod demo --out {shlex.quote(str(out))}",
             code=INTERRUPTED if interrupted else RUN_FAILED,
         )
     (out / f"{step.name}.txt").write_text(result.stdout, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -193,7 +194,14 @@ def finetune(
             sweep,
             out,
             seeds=seeds,
-            overrides=[*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)],
+            overrides=[
+                *(overrides or ()),
+                *(
+                    f"{key}={json.dumps(value, ensure_ascii=False)}"
+                    for key, value in given.items()
+                    if value is not None
+                ),
+            ],
             device=common.pick_device(device),
             dry_run=dry_run,
             as_json=as_json,
@@ -274,9 +282,10 @@ def finetune(
     if report.status == "interrupted":
         again = f" --num-processes {num_processes}" if num_processes > 1 else ""
         again, where = (f"{again} --overwrite", staging_of(out)) if overwrite else (again, out)
+        saved = quote(str(where / folder.SETTINGS))
         raise PmodError(
             f"interrupted after step {report.step} of {report.max_steps}; the run is saved in {where}",
-            hint=f"go on with: pmod finetune --recipe {where / folder.SETTINGS} --out {out}{again}",
+            hint=f"go on with: pmod finetune --recipe {saved} --out {quote(str(out))}{again}",
             code=INTERRUPTED,
         )
     if folder.is_checkpoint(out):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -49,6 +50,6 @@ def copy(
     if target.is_dir():
         target = target / source.name
     if target.exists() and not overwrite:
-        raise PmodError(f"{target} exists", hint=f"pmod recipes cp {name} {target} --overwrite")
+        raise PmodError(f"{target} exists", hint=f"pmod recipes cp {quote(name)} {quote(str(target))} --overwrite")
     write_bytes(target, source.read_bytes())
     output.print_line(target)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.checkpoints import load_model, resolve, router_state
@@ -81,7 +82,7 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
         if (other in SELECTIONS or other == DOWNSAMPLE) and main.routers == "stock":
             raise PmodError(
                 f"`against={other}`: {name} is a plain LLaVA, which keeps every vision token",
-                hint=f"pmod convert {name}",
+                hint=f"pmod convert {quote(name)}",
             )
         if other in SELECTIONS:
             eval_models.append(EvalModel(other, main.path, main.routers, other, main.commit))

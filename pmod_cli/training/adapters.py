@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -132,6 +133,6 @@ def _newest(out: Path) -> Path:
     if found is None or not (found / "adapter_config.json").is_file():
         raise PmodError(
             f"{out} has no adapter yet: the run has not saved one",
-            hint=f"go on with it: pmod finetune --recipe {out / SETTINGS} --out {out}",
+            hint=f"go on with it: pmod finetune --recipe {quote(str(out / SETTINGS))} --out {quote(str(out))}",
         )
     return found

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 from pmod_cli.checkpoints.files import read_json
 from pmod_cli.core import folders
@@ -122,7 +123,8 @@ def _check_saved(out: Path, saved: Settings, settings: Settings, processes: int,
     if changed:
         raise PmodError(
             f"{out} holds a run with other settings:\n  " + "\n  ".join(changed),
-            hint=f"go on with its own: pmod finetune --recipe {out / SETTINGS} --out {out}; or choose another `out`",
+            hint=f"go on with its own: pmod finetune --recipe {quote(str(out / SETTINGS))} --out {quote(str(out))}; "
+            "or choose another `out`",
         )
     record = out / STATE / PROCESSES
     before = read_json(record).get("processes") if record.is_file() else processes

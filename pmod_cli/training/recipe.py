@@ -178,6 +178,9 @@ def _assign(settings: Settings, entry: Entry) -> None:
     minimum = known[name].metadata.get("min")
     if minimum is not None and value is not None and not value >= minimum:
         raise ValueError(f"{entry.key}: expected {minimum} or more, got {value}")
+    bound = known[name].metadata.get("above")
+    if bound is not None and value is not None and not value > bound:
+        raise ValueError(f"{entry.key}: expected more than {bound}, got {value}")
     below = known[name].metadata.get("below")
     if below is not None and value is not None and not value < below:
         raise ValueError(f"{entry.key}: expected less than {below}, got {value}")

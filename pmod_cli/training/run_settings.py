@@ -21,6 +21,11 @@ def at_least(minimum: float, default: float | None, *, below: float | None = Non
     return field(default=default, metadata={"min": minimum, "below": below})
 
 
+def above(bound: float, default: float) -> Any:
+    """A number field that has to be more than ``bound``."""
+    return field(default=default, metadata={"above": bound})
+
+
 def one_of(names: Iterable[str], default: str | None) -> Any:
     """A string field that is one of ``names``, which are read when a value is given."""
     return field(default=default, metadata={"names": names})
@@ -222,7 +227,7 @@ class TrainArgs:
         keep_checkpoints: number of training checkpoints kept while the run lasts.
     """
 
-    epochs: float = at_least(0, 1.0)
+    epochs: float = above(0, 1.0)
     max_steps: int | None = at_least(1, None)
     loss: Literal["answers", "distill"] = "answers"
     batch_size: int = at_least(1, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def check_checkpoint(
     if router_state(found.path) == "stock" and not method:
         raise PmodError(
             f"{name} is a stock LLaVA: each of its layers processes every token, so there is no selection to draw",
-            hint=f"pmod convert {name}",
+            hint=f"pmod convert {quote(name)}",
         )
     config = read_config(found.path)
     parse_layers(layers, config.text_config.num_hidden_layers)

@@ -144,6 +144,14 @@ REFUSED = {
     "image start tokens": ({"mm_use_im_start_end": True}, "mm_use_im_start_end is true"),
     "another merge": ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio 'anyres_max_9'"),
     "tiles that are scaled down": ({"max_num_patches": 9}, "max_num_patches is 9"),
+    "the tower's class token in tiles": (
+        {
+            "image_aspect_ratio": "anyres",
+            "mm_patch_merge_type": "spatial_unpad",
+            "mm_vision_select_feature": "cls_patch",
+        },
+        "a tile with a class token",
+    ),
     "no tower": ({"mm_vision_tower": "nobody/nowhere"}, "the vision tower nobody/nowhere"),
     "tower is a number": ({"mm_vision_tower": 3}, "mm_vision_tower is 3"),
     "wrong width": ({"hidden_size": 64}, "has shape"),

@@ -152,6 +152,7 @@ def test_print_config_is_a_recipe(workdir, capsys):
         (["--merge", "lo", "-o", "elsewhere"], ["--out belongs to a training run"]),
         (["tiny", "--merge", "lo"], ["[RECIPE] belongs to a training run"]),
         (["--sweep", "choice", "--dry-run", "--gpu", "h100"], ["--gpu belongs to --dry-run of one recipe"]),
+        (["--sweep", "choice", "--dry-run", "--model", "./no #where"], ["there is no folder ./no #where"]),
         (["--sweep", "choice", "--seed", "1"], ["--seed: a sweep runs several seeds"]),
         (["tiny", "--sweep", "choice"], ["[RECIPE] belongs to a run of one recipe: here it would change nothing"]),
         *(

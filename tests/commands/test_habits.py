@@ -1,5 +1,6 @@
 """Habits at the prompt: values are completed, pipes end early, terminals are narrow, `--quiet` is quiet."""
 
+import ast
 import io
 import json
 import os
@@ -224,3 +225,31 @@ def test_questions_from_a_stdin_that_is_closed(tmp_path):
     assert run.returncode == 2
     assert "there is no stdin" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+IN_HINTS = {"quote", "join", "again", "others", "saved", "command"}
+"""What a hint may have in a command: what is quoted, and words of our own."""
+
+
+def names_in(value: ast.expr) -> set[str]:
+    if isinstance(value, ast.Call):
+        called = value.func
+        return {called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "?")}
+    return {getattr(value, "id", "?")}
+
+
+def test_a_command_in_a_hint_survives_a_path_with_blanks():
+    """Whatever a hint puts into a command goes through `quote`, so that it can be pasted as it stands."""
+    bare = []
+    for path in (ROOT / "pmod_cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            hint = node.value if isinstance(node, ast.keyword) and node.arg == "hint" else None
+            if not isinstance(hint, ast.JoinedStr) or "pmod " not in ast.unparse(hint):
+                continue
+            command = ast.unparse(hint).partition("pmod ")[2]
+            for part in hint.values:
+                if not isinstance(part, ast.FormattedValue) or names_in(part.value) <= IN_HINTS:
+                    continue
+                if ast.unparse(part.value) in command:
+                    bare.append(f"{path.name}:{node.lineno}: {ast.unparse(part.value)}")
+    assert not bare

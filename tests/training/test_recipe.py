@@ -57,6 +57,8 @@ def test_every_fault_is_reported_with_its_place_and_the_nearest_name(tmp_path):
     assert "--set train.seed=-1: train.seed: expected 0 or more, got -1" in message
     assert "data.tasks: unknown maps" in message
     assert caught.value.code == 2
+    with pytest.raises(PmodError, match=r"--set train\.epochs=0: train\.epochs: expected more than 0, got 0"):
+        load_settings(None, ["train.epochs=0"])
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,11 @@ def _image_config(config: dict, where: Path) -> dict:
     common = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategies[feature]}
     merge, ratio = config.get("mm_patch_merge_type") or "flat", config.get("image_aspect_ratio") or "square"
     if merge == "spatial_unpad" and ratio == "anyres":
+        if feature == "cls_patch":
+            raise PmodError(
+                f"{where}: mm_vision_select_feature is 'cls_patch' with anyres images: a tile with a class token is no "
+                "grid, and LLaVA itself cannot put tiles together so"
+            )
         points = _pinpoints(config.get("image_grid_pinpoints"), where)
         return {"model_type": LLAVA_NEXT.name, "image_grid_pinpoints": points, **common}
     if merge == "flat" and ratio in ("pad", "square"):

@@ -22,10 +22,12 @@ from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.folders import staged_directory
 from pmod_cli.core.memory import PeakMemory
 from pmod_cli.data.documents import TASKS
+from pmod_cli.profiling.plots import save
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.folder import SUMMARY
 from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run import finetune
+from pmod_cli.training.sweep_figure import sweep_figure
 from pmod_cli.training.teacher_forced import answered
 
 BUNDLED = "tiny-llava-next"
@@ -156,6 +158,7 @@ def main() -> None:
             rows = [row(arm, cells) for arm, cells in found.items()]
             write_json(out / "table.json", {"schema_version": 1, "steps": arguments.steps, "rows": rows})
             write_text(out / "table.md", markdown(rows))
+            save(sweep_figure([{"recipe": row["title"], **row} for row in rows]), out / "table.png")
             print(f"seed {seed}, {name}: {rows[list(found).index(name)]['of_each_seed'][-1]:.1f}", flush=True)
     print(markdown(rows))
 

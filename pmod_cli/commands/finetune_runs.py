@@ -81,7 +81,7 @@ def run_sweep(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run what is missing of a sweep, then write `table.json` and `table.md` in its folder, and print one of them.
+    """Run what is missing of a sweep, then write `table.json`, `.md` and `.png` in its folder, and print one of them.
 
     With `dry_run`, only plan it.
 
@@ -97,6 +97,9 @@ def run_sweep(
 
         show_sweep(plan_sweep(cells, out, overrides=overrides, device=device), out, as_json, quiet)
         return
+    from pmod_cli.profiling.plots import save
+    from pmod_cli.training.sweep_figure import sweep_figure
+
     silence_transformers()
     output.note(f"{len(cells)} cells in {out}; run the same command again to go on, or beside this one to share them")
     number = {cell: place for place, cell in enumerate(cells, 1)}
@@ -108,6 +111,7 @@ def run_sweep(
     table = sweep.markdown(found)
     write_json(out / "table.json", found)
     write_text(out / "table.md", table)
+    save(sweep_figure(found["rows"], sweep.REFERENCE), out / "table.png")
     show_sweep(found, out, as_json, quiet, table)
     if missing := [row["recipe"] for row in found["rows"] if row["status"] != "run"]:
         raise PmodError(

@@ -189,7 +189,8 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
             scores = [{task: 100 * right / asked for task, (right, asked) in r["answered"].items()} for r in good]
             row["questions"] = {task: asked for task, (_, asked) in good[0]["answered"].items()}
             row["score_percent"] = {task: _spread([score[task] for score in scores]) for task in scores[0]}
-            row["mean_score_percent"] = _spread([mean(score.values()) for score in scores])
+            means = [mean(score.values()) for score in scores]
+            row["of_each_seed"], row["mean_score_percent"] = means, _spread(means)
             # A cell that was interrupted cannot tell what its earlier processes took.
             spent = [result["cpu_seconds"] for result in good if result["cpu_seconds"] is not None]
             row["cpu_seconds"] = round(mean(spent), 1) if spent else None

@@ -47,6 +47,25 @@ def test_two_steps_after_convert(stock_model, workdir, capsys):
     assert "already finished" in captured.err
 
 
+def test_a_sweep_of_ones_own_recipes_leaves_its_table(workdir, capsys):
+    (workdir / "mine").mkdir()
+    (workdir / "mine" / "half.yaml").write_text("base: ablations/p-mod\npmod: {min_ratio: 0.5}\n")
+    small = ("--set", "data.tasks=[presence]", "--set", "model.calibration_images=2")
+    words = ("finetune", "--sweep", "mine/,ablations/stock", "--seeds", 1, *small, *QUICK)
+    assert call(*words, "-o", "swept") == 0
+    captured = capsys.readouterr()
+    assert "cell 1/2  half-seed0  done" in captured.err
+    assert captured.out.startswith("| recipe | retention | presence | mean | seeds |")
+    assert {path.name for path in (workdir / "swept").iterdir()} >= {"cells", "table.json", "table.md", "table.png"}
+    rows = json.loads((workdir / "swept" / "table.json").read_text())["rows"]
+    assert [row["recipe"] for row in rows] == ["half", "stock"]
+    assert rows[1]["of_each_seed"] == [rows[1]["score_percent"]["presence"]["mean"]]
+    assert call(*words, "-o", "swept", "--json") == 0
+    captured = capsys.readouterr()
+    assert "done before" in captured.err
+    assert json.loads(captured.out)["rows"] == rows
+
+
 def test_overwrite_and_resume_exclude_each_other(stock_model, workdir, capsys):
     assert call("finetune", "-m", stock_model(), "-o", "run", "--overwrite", "--resume", *QUICK) == 2
     assert "they exclude each other" in capsys.readouterr().err

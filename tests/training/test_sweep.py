@@ -16,10 +16,12 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.data.documents import TASKS
 from pmod_cli.data.rendered import IGNORED
 from pmod_cli.model import PmodSettings
+from pmod_cli.profiling.plots import save
 from pmod_cli.training import teacher_forced
 from pmod_cli.training.ablation_sweep import Cell, cells_of, folder_of, markdown, read_result, sweep, table
 from pmod_cli.training.answers import positions
 from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.sweep_figure import sweep_figure
 from pmod_cli.training.sweep_plan import plan_sweep
 from pmod_cli.training.teacher_forced import answered, right_answers
 from pmod_cli.training.trainer import PmodTrainer
@@ -263,6 +265,25 @@ def test_the_retention_of_a_cell_is_that_of_its_model(stock_model, tmp_path):
     found = sweep([cell], tmp_path / "sweep", overrides=small, images=1)["rows"][0]["mean_retention"]
     planned = plan_sweep([cell], tmp_path / "sweep", overrides=small, images=1)["rows"][0]["mean_retention"]
     assert found == planned == load_model(tmp_path / "routed")[0].config.settings.mean_retention(4) > 0.6
+
+
+def test_a_sweep_is_drawn_row_by_row(tmp_path):
+    rows = [
+        {"recipe": "p-mod", "mean_score_percent": {"mean": 90.0, "spread": 1.0}, "of_each_seed": [89.0, 90.0, 91.0]},
+        {"recipe": "one-seed", "mean_score_percent": {"mean": 80.0, "spread": None}, "of_each_seed": [80.0]},
+        {"recipe": "norm-none", "status": "run", "failed": {"0": "the loss is not a number"}},
+        {"recipe": "stock", "status": "not run", "failed": {}},
+    ]
+    figure = sweep_figure(rows, "p-mod")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row["recipe"] for row in rows]
+    assert [text.get_text() for text in axes.texts] == ["the loss is not a number", "not run"]
+    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert points == [[[90.0, 0.0]], [[80.0, 1.0]]]
+    seeds = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "|"]
+    assert seeds == [[89.0, 90.0, 91.0], [80.0]]
+    save(figure, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

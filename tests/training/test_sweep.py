@@ -81,6 +81,23 @@ def test_choices_differ_in_who_chooses_and_where_routers_start_and_in_nothing_el
         assert given.retention(32).index(next(ratio for ratio in given.retention(32) if ratio < 1)) == 8
 
 
+def test_the_rows_that_ask_for_reasons_keep_as_many_tokens():
+    """Beside the rows of the first bed whose place they explain: one thing differs."""
+    found = {
+        cell.row: load_settings(recipe_files.find(cell.recipe))
+        for cell in cells_of(str(ROOT / "tests" / "beds" / "tiny_llava_next" / "reasons"), [0])
+    }
+    ratios = {name: PmodSettings.from_dict(settings.pmod.given).retention(32) for name, settings in found.items()}
+    cosine, stepped = PmodSettings().retention(32), PmodSettings(schedule="stepped").retention(32)
+    for name, last in (("stepped-15", cosine[24:]), ("cosine-7", stepped[24:])):
+        assert sum(ratios[name]) == pytest.approx(sum(cosine))
+        assert ratios[name][24:] == pytest.approx(last)
+    thinned = PmodSettings.from_dict(load_settings(recipe_files.find("ablations/layers-16-23")).pmod.given)
+    held = PmodSettings.from_dict(found["layers-16-23-held"].pmod.given)
+    assert ratios["layers-16-23-held"] == thinned.retention(32)
+    assert [i for i in range(32) if i not in held.select_at] == list(range(17, 24))
+
+
 def test_cells_come_seed_by_seed_the_reference_first():
     cells = cells_of("ablations", range(3))
     assert len(cells) == 60

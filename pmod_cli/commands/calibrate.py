@@ -18,6 +18,7 @@ from pmod_cli.commands.common import (
     QuietOpt,
     RevisionOpt,
     SeedOpt,
+    one_of_these,
     option_under,
     pick_device,
 )
@@ -59,18 +60,26 @@ def calibrate(
     prompt: Annotated[
         str,
         _wanted(
-            metavar="KIND", help="FLOPs are counted on profile's prompt (672x672, 58 text tokens), or data's mean one."
+            callback=one_of_these(("profile", "data"), "prompt"),
+            metavar="KIND",
+            help="FLOPs are counted on profile's prompt (672x672, 58 text tokens), or data's mean one.",
         ),
     ] = "profile",
     logits: Annotated[
         str,
         _wanted(
+            callback=one_of_these(("every", "last"), "count of lm_head"),
             metavar="KIND",
             help="lm_head counts on every position, as profile has it, or on the last, as generate computes it.",
         ),
     ] = "every",
     schedule: Annotated[
-        str, _wanted(metavar="KIND", help="search: the ratio of each layer is found. cosine: the paper's.")
+        str,
+        _wanted(
+            callback=one_of_these(("search", "cosine"), "schedule of calibrate"),
+            metavar="KIND",
+            help="search: the ratio of each layer is found. cosine: the paper's.",
+        ),
     ] = "search",
     data: Annotated[
         str, _asked(metavar="NAME", help="LLaVA JSON file, folder of pictures, data set of the hub, or tiny.")
@@ -104,12 +113,6 @@ def calibrate(
 
     if budget is not None and target_retention is not None:
         raise PmodError("--budget and --target-retention are two ways to say one thing: give one of them")
-    if schedule not in ("search", "cosine"):
-        raise PmodError(f"--schedule {schedule!r}: expected search or cosine", hint="pmod calibrate --help")
-    if prompt not in ("profile", "data"):
-        raise PmodError(f"--prompt {prompt!r}: expected profile or data", hint="pmod calibrate --help")
-    if logits not in ("every", "last"):
-        raise PmodError(f"--logits {logits!r}: expected every or last", hint="pmod calibrate --help")
     calibrate_to(
         name,
         out,

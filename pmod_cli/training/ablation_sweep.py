@@ -23,6 +23,7 @@ from pmod_cli.core.errors import INTERRUPTED, PmodError
 from pmod_cli.core.memory import PeakMemory
 from pmod_cli.core.paths import expanded
 from pmod_cli.reporting import markdown_table
+from pmod_cli.training.folder import SUMMARY
 from pmod_cli.training.preflight import Intent, preflight
 from pmod_cli.training.recipe import flatten, load_settings
 from pmod_cli.training.run_settings import Settings
@@ -281,7 +282,10 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
         "cpu_seconds": None if goes_on else round(process_time() - cpu, 1),
         "peak_memory_mib": (peak := memory.mib()) and round(peak, 1),
     }
-    return result | {"loss": report.loss, "answered": {task: list(score) for task, score in scores.items()}} | spent
+    loss = report.loss
+    if loss is None:  # the run had finished in a process that was stopped before it could score
+        loss = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["loss"]
+    return result | {"loss": loss, "answered": {task: list(score) for task, score in scores.items()}} | spent
 
 
 def _mean_retention(settings: Settings) -> float:

@@ -451,8 +451,9 @@ def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys)
         (["--data", "broken", "--samples", "8"], "broken"),
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--data", "chart"], "chart: no picture in this folder"),  # and not the synthetic charts
-        (["--schedule", "linear"], "expected search or cosine"),
-        (["--prompt", "mine"], "expected profile or data"),
+        (["--schedule", "linear"], "Known: search, cosine"),
+        (["--prompt", "mine"], "Known: profile, data"),
+        (["--logits", "first"], "Known: every, last"),
         (["-o", "there"], "there"),
     ],
 )

@@ -222,6 +222,19 @@ def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
         sweep(cells[:1], tmp_path, overrides=[*QUICK, "train.max_steps=2"], images=4)
 
 
+def test_a_cell_that_was_stopped_while_it_was_scored_knows_its_loss(tmp_path, monkeypatch):
+    def stopped(*arguments, **named):
+        raise KeyboardInterrupt
+
+    cell = Cell("ablations/p-mod", 0)
+    monkeypatch.setattr(teacher_forced, "answered", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep([cell], tmp_path, overrides=[*QUICK, "train.log_steps=1"], images=2)
+    monkeypatch.undo()
+    sweep([cell], tmp_path, overrides=[*QUICK, "train.log_steps=1"], images=2)
+    assert read_result(tmp_path, cell)["loss"] > 0
+
+
 def test_a_cell_that_another_process_has_is_left_to_it(tmp_path):
     cell, told = Cell("ablations/p-mod", 0), []
     (tmp_path / "cells").mkdir()

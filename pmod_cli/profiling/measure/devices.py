@@ -62,8 +62,9 @@ def named_device(name: str) -> Device:
     """
     wanted = re.sub(r"[\s_]+", "-", name.strip().lower())
     if wanted not in DEVICES:
-        near = difflib.get_close_matches(wanted, DEVICES, n=3, cutoff=0.4) or list(DEVICES)
-        raise PmodError(f"no GPU is known as {name!r}. Near: {', '.join(near)}", hint="24GB names a size")
+        near = difflib.get_close_matches(wanted, DEVICES, n=3, cutoff=0.4)
+        others = f"Near: {', '.join(near)}" if near else f"Known: {', '.join(DEVICES)}"
+        raise PmodError(f"no GPU is known as {name!r}. {others}", hint="24GB names a size")
     return DEVICES[wanted]
 
 

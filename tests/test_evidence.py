@@ -20,6 +20,19 @@ BUNDLED = "tiny-llava-next"
 pytestmark = pytest.mark.soak
 
 SMALL_TASKS = ("--set", "data.tasks=[doc,chart,attribute,presence]")
+SMALL_RUN = {  # what every training of the second bed in a sweep sets
+    "model.precision": "bfloat16",
+    "train.max_steps": 60,
+    "train.log_steps": 1,
+    "lora.enabled": "true",
+    "lora.rank": 16,
+    "lora.alpha": 32,
+    "lora.dropout": 0,
+    "data.first": 20_000_000,
+    "train.learning_rate": "5.0e-4",
+    "train.projector_learning_rate": "1e-4",
+    "train.router_learning_rate": "1e-7",
+}
 
 Scores = dict[tuple[str, str], tuple[float, float, float]]
 """(task, model) to score, and the ends of its interval, in percent."""
@@ -165,3 +178,21 @@ def test_calibrated_and_recovered_on_the_pretrained_decoder(run, small):
     models = ("-m", recovered, "--against", folder)
     found = read(run("regained-eval", "eval", "-t", tasks, *models, "--limit", "50", "-b", "16") / "results.csv")
     check(found, recorded, {"prompted": "d1-54", "regained": "r1-54"})
+
+
+def of_small(small: Path, batch: int) -> list[str]:
+    """The settings of a sweep on the second bed, as words of the command."""
+    given = {**SMALL_RUN, "model.name": small, "train.batch_size": batch}
+    return [*SMALL_TASKS, *(word for key, value in given.items() for word in ("--set", f"{key}={value}"))]
+
+
+def test_a_choice_that_is_held_on_the_pretrained_decoder(run, small):
+    """Two cells of six. Where each layer chooses anew, seeds lie 7 points apart."""
+    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "choice-small.json").read_text())["rows"]}
+    words = ("--sweep", "choice/p-mod,choice/held-1", "--seeds", "1", *of_small(small, 8))
+    folder = run("choice-small", "finetune", *words, timeout=7200)
+    found = {row["recipe"]: row for row in json.loads((folder / "table.json").read_text())["rows"]}
+    for name, row in found.items():
+        of_seeds = recorded[name]["mean_score_percent"]
+        assert abs(row["of_each_seed"][0] - of_seeds["mean"]) < max(3, 3 * of_seeds["spread"]), name
+    assert found["held-1"]["of_each_seed"][0] > found["p-mod"]["of_each_seed"][0] + 8

@@ -148,6 +148,17 @@ def test_the_papers_ablations(run):
     assert sorted(means, key=means.get) == ["layers-16-23", *sorted(names[1:3], key=means.get), "p-mod"]
 
 
+def test_the_reason_why_stepped_is_last(run):
+    """One cell of nine: with as many tokens at its end as the cosine has, it is level with that."""
+    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "reasons.json").read_text())["rows"]}
+    recipe = ROOT / "tests" / "beds" / "tiny_llava_next" / "reasons" / "stepped-15.yaml"
+    folder = run("reasons", "finetune", "--sweep", recipe, "--seeds", "1", "--set", "train.max_steps=60")
+    (found,) = json.loads((folder / "table.json").read_text())["rows"]
+    assert abs(found["of_each_seed"][0] - recorded["stepped-15"]["of_each_seed"][0]) < 4
+    ablations = {row["recipe"]: row for row in json.loads((EVIDENCE / "ablations.json").read_text())["rows"]}
+    assert found["of_each_seed"][0] > ablations["schedule-stepped"]["mean_score_percent"]["mean"] + 4
+
+
 def test_routed_from_the_start(tmp_path):
     """One cell of fifteen: the held choice, whose seeds lie near to each other."""
     recorded = {row["arm"]: row for row in json.loads((EVIDENCE / "from-start.json").read_text())["rows"]}

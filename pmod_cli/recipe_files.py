@@ -9,7 +9,8 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.paths import expanded
 
 PACKAGE = Path(__file__).parent
-SUFFIX = ".yaml"
+SUFFIX = ".yaml"  # of those that are shipped
+SUFFIXES = (SUFFIX, ".yml")
 
 
 def folder() -> Path:
@@ -30,7 +31,7 @@ def find(name: str) -> Path:
     Raises:
         PmodError: there is neither; the nearest names are listed.
     """
-    if name.endswith((SUFFIX, ".yml")):
+    if name.endswith(SUFFIXES):
         path = expanded(name)
         if path.is_file():
             return path

@@ -48,7 +48,8 @@ class Cell:
     @property
     def row(self) -> str:
         """Of its table: `norm-none`."""
-        return self.recipe.rpartition("/")[2].removesuffix(recipe_files.SUFFIX)
+        name = self.recipe.rpartition("/")[2]
+        return name.rpartition(".")[0] if name.endswith(recipe_files.SUFFIXES) else name
 
     @property
     def name(self) -> str:
@@ -89,12 +90,12 @@ def _recipes(part: str) -> list[str]:
     prefix = f"{part.strip('/')}/"
     if own := [name for name in shipped if f"{name}/".startswith(prefix) or fnmatchcase(name, part)]:
         return own
-    if part.endswith(recipe_files.SUFFIX):
+    if part.endswith(recipe_files.SUFFIXES):
         return [str(recipe_files.find(part))]
     if part and (folder := expanded(part)).is_dir():
-        if own := sorted(str(path) for path in folder.glob(f"*{recipe_files.SUFFIX}")):
+        if own := sorted(str(path) for path in folder.iterdir() if path.suffix in recipe_files.SUFFIXES):
             return own
-        raise PmodError(f"no recipe ({recipe_files.SUFFIX}) in {folder}", hint="pmod recipes ls")
+        raise PmodError(f"no recipe ({' or '.join(recipe_files.SUFFIXES)}) in {folder}", hint="pmod recipes ls")
     groups = sorted({name.partition("/")[0] for name in shipped})
     raise PmodError(
         f"no recipes are called {part}/…; there are groups {', '.join(groups) or 'none'}", hint="pmod recipes ls"

@@ -139,7 +139,7 @@ def _base_of(path: Path, base: Entry) -> Path:
         raise PmodError(f"{base.where}: {BASE}: {base.value!r:.100} lies outside the recipe's folder")
     if (path.parent / inside).is_file():
         return path.parent / inside
-    if inside.suffix in (recipe_files.SUFFIX, ".yml"):
+    if inside.suffix in recipe_files.SUFFIXES:
         raise PmodError(f"{base.where}: {BASE}: no such recipe beside it: {base.value!r:.100}", hint="pmod recipes ls")
     return recipe_files.find(base.value)
 

@@ -135,6 +135,8 @@ def test_a_folder_of_ones_own_is_a_group(tmp_path, monkeypatch):
     cells = cells_of("mine", [0])
     found = sweep(cells, tmp_path / "out", overrides=QUICK, images=2)
     assert [(row["recipe"], row["status"]) for row in found["rows"]] == [("half-0.5", "run")]
+    (mine / "third.yml").write_text("base: ablations/p-mod\npmod: {min_ratio: 0.3}\n")
+    assert [cell.row for cell in cells_of("mine", [0])] == ["half-0.5", "third"]
     assert found["rows"][0]["mean_retention"] > 0.6
     assert read_result(tmp_path / "out", cells[0])["settings"]["pmod"]["min_ratio"] == 0.5
 
@@ -145,7 +147,7 @@ def test_two_recipes_of_one_name_cannot_share_a_table(tmp_path):
 
 
 def test_a_folder_without_recipes_is_no_group(tmp_path, monkeypatch):
-    with pytest.raises(PmodError, match=r"no recipe \(\.yaml\) in"):
+    with pytest.raises(PmodError, match=r"no recipe \(\.yaml or \.yml\) in"):
         cells_of(str(tmp_path), [0])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("base: ablations/p-mod\n")

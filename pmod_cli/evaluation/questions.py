@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lmms_eval.tasks
+import lmms_eval.utils
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError, first_line
 from pmod_cli.evaluation import data as data_files
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, Split, asked_of
 from pmod_cli.evaluation.processes import hidden_launcher
-from pmod_cli.evaluation.suite import folders
+from pmod_cli.evaluation.suite import folders, task_files
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -202,6 +204,21 @@ class Tasks(TaskManager):
     def __init__(self, paths: list[str] | None, data_root: Path | None) -> None:
         self._data_root = data_root
         super().__init__("WARNING", paths, include_defaults=paths is None, model_name="pmod")
+
+    def _get_task_and_group(self, task_dir: str) -> dict[str, dict]:
+        """What a folder defines: name to kind and file. lmms-eval's own ends at a YAML file of another tool."""
+        if Path(task_dir).is_relative_to(Path(lmms_eval.tasks.__file__).parent):
+            return super()._get_task_and_group(task_dir)
+        found: dict[str, dict] = {}
+        for path in task_files(Path(task_dir)):
+            config = lmms_eval.utils.load_yaml_config(str(path), mode="simple")
+            if self._config_is_python_task(config):
+                found[config["task"]] = {"type": "python_task", "yaml_path": str(path)}
+            elif self._config_is_group(config):
+                found[config["group"]] = {"type": "group", "task": -1, "yaml_path": str(path)}  # read when it is asked
+            elif self._config_is_task(config):
+                found[config["task"]] = {"type": "task", "yaml_path": str(path)}
+        return found
 
     def _get_config(self, name: str) -> dict[str, Any]:
         config = super()._get_config(name)

@@ -101,10 +101,16 @@ def _of_file(path: Path) -> Benchmark:
     """The benchmark that a task file of the user's defines."""
     if not path.is_file():
         raise PmodError(f"there is no task file {path}", hint="pmod eval --list shows the names that are known")
-    found = _NAMES.search(path.read_text(encoding="utf-8"))
+    found = _NAMES.search(path.read_text(encoding="utf-8", errors="replace"))
     if found is None:
         raise PmodError(f"{path} defines no task: expected a line such as `task: my_task`", hint="docs/eval.md")
     return Benchmark(found[1], found[1], found[1], metric=None, folder=str(path.resolve().parent))
+
+
+def task_files(folder: Path) -> list[Path]:
+    """The YAML files in a folder, and below it, that define a task or a group. What other tools keep there does not."""
+    files = sorted(path for path in folder.rglob("*.yaml") if path.is_file())
+    return [path for path in files if _NAMES.search(path.read_text(encoding="utf-8", errors="replace"))]
 
 
 def _judge_key() -> str:

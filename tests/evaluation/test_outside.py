@@ -113,6 +113,11 @@ def test_a_folder_that_does_not_exist_is_named_before_a_model_is_loaded(registry
 
 
 def test_by_its_file(task, stock_model, workdir, capsys):
+    # Files of other tools beside it: lmms-eval would read each, and ends at the first that is no mapping.
+    (task / "deploy.yaml").write_text("a: 1\n---\nb: 2\n")
+    (task / "list.yaml").write_text("- a\n")
+    (task / "cloud.yaml").write_text("a: !Ref b\n")
+    (task / "old.yaml").write_bytes(b"a: \xff\n")
     (found,) = scores(capsys, str(task / "toy_colours.yaml"), stock_model())
     assert (found["name"], next(iter(found["scores"].values()))["questions"]) == ("toy_colours", 3)
     assert cli.main(["eval", "--tasks", "missing.yaml", "-m", str(stock_model())]) == 2

@@ -162,17 +162,18 @@ def test_a_sweep_has_a_folder_of_its_group(tmp_path):
         assert folder_of(cells_of(group, [0])) == Path("runs", name)
 
 
-def test_the_groups_of_layers_of_the_second_bed_cover_it():
+@pytest.mark.parametrize(("folder", "elsewhere"), [("layers", 0.7), ("alone", 1)])
+def test_the_groups_of_layers_of_the_second_bed_cover_it(folder, elsewhere):
     """Each thins as many of its 30 layers, and the rest is that of the shipped rows."""
     reference = load_settings(recipe_files.find("ablations/p-mod"))
     thinned = []
-    for cell in cells_of(str(ROOT / "tests" / "beds" / "small_llava_next" / "layers"), [0]):
+    for cell in cells_of(str(ROOT / "tests" / "beds" / "small_llava_next" / folder), [0]):
         settings = load_settings(recipe_files.find(cell.recipe))
         assert (settings.data, settings.train, settings.model) == (reference.data, reference.train, reference.model)
         ratios = PmodSettings.from_dict(settings.pmod.given).retention(30)
-        assert set(ratios) == {0.15, 0.7}
+        assert set(ratios) == {0.15, elsewhere}
         thinned.append([i for i, ratio in enumerate(ratios) if ratio == 0.15])
-        assert cell.row == f"layers-{thinned[-1][0]}-{thinned[-1][-1]}"
+        assert cell.row == f"{folder}-{thinned[-1][0]}-{thinned[-1][-1]}"
     assert thinned == [list(range(first, first + 6)) for first in range(0, 30, 6)]
 
 

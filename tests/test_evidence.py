@@ -207,3 +207,15 @@ def test_a_choice_that_is_held_on_the_pretrained_decoder(run, small):
         of_seeds = recorded[name]["mean_score_percent"]
         assert abs(row["of_each_seed"][0] - of_seeds["mean"]) < max(3, 3 * of_seeds["spread"]), name
     assert found["held-1"]["of_each_seed"][0] > found["p-mod"]["of_each_seed"][0] + 8
+
+
+def test_the_papers_ablations_on_the_pretrained_decoder(run, small):
+    """Two cells of eighteen: the reference, and the row of Figure 3 that lies farthest behind it."""
+    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "ablations-small.json").read_text())["rows"]}
+    layers = ROOT / "tests" / "beds" / "small_llava_next" / "layers" / "layers-0-5.yaml"
+    words = ("--sweep", f"ablations/p-mod,{layers}", "--seeds", "1", *of_small(small, 4))
+    folder = run("ablations-small", "finetune", *words, timeout=7200)
+    found = {row["recipe"]: row["of_each_seed"][0] for row in json.loads((folder / "table.json").read_text())["rows"]}
+    for name, score in found.items():
+        assert abs(score - recorded[name]["of_each_seed"][0]) < 5, name
+    assert found["p-mod"] > found["layers-0-5"] + 20

@@ -52,6 +52,11 @@ def ends(row: dict[str, str]) -> tuple[float, float, float]:
     return score, low, high
 
 
+def rows_of(table: Path) -> dict[str, dict]:
+    """The rows of a sweep's table, by recipe."""
+    return {row["recipe"]: row for row in json.loads(table.read_text(encoding="utf-8"))["rows"]}
+
+
 def mean(scores: Scores, model: str) -> float:
     return fmean(score for (_, name), (score, _, _) in scores.items() if name == model)
 
@@ -123,7 +128,7 @@ def test_recovered_on_the_bundled_model(run):
 
 def test_a_choice_that_is_held(run):
     """Two cells of eighteen, with the questions of the table: the same seeds, and so nearly the same answers."""
-    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "choice.json").read_text())["rows"]}
+    recorded = rows_of(EVIDENCE / "choice.json")
     folder = run("choice", "finetune", "--sweep", "choice/p-mod,choice/held-1", "--seeds", "1")
     found = {}
     for row in json.loads((folder / "table.json").read_text())["rows"]:
@@ -135,12 +140,12 @@ def test_a_choice_that_is_held(run):
 
 def test_the_papers_ablations(run):
     """Four cells of fifty-one: the reference, and the rows of Table 5 and Figure 3 that lie farthest behind it."""
-    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "ablations.json").read_text())["rows"]}
+    recorded = rows_of(EVIDENCE / "ablations.json")
     names = ("p-mod", "schedule-stepped", "layers-8-15", "layers-16-23")
     sweep = ",".join(f"ablations/{name}" for name in names)
     steps = ("--set", "train.max_steps=60")
     folder = run("ablations", "finetune", "--sweep", sweep, "--seeds", "1", *steps, timeout=7200)
-    found = {row["recipe"]: row for row in json.loads((folder / "table.json").read_text())["rows"]}
+    found = rows_of(folder / "table.json")
     means = {name: found[name]["mean_score_percent"]["mean"] for name in names}
     for name, mean_score in means.items():
         of_seeds = recorded[name]["mean_score_percent"]
@@ -150,12 +155,12 @@ def test_the_papers_ablations(run):
 
 def test_the_reason_why_stepped_is_last(run):
     """One cell of nine: with as many tokens at its end as the cosine has, it is level with that."""
-    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "reasons.json").read_text())["rows"]}
+    recorded = rows_of(EVIDENCE / "reasons.json")
     recipe = ROOT / "tests" / "beds" / "tiny_llava_next" / "reasons" / "stepped-15.yaml"
     folder = run("reasons", "finetune", "--sweep", recipe, "--seeds", "1", "--set", "train.max_steps=60")
     (found,) = json.loads((folder / "table.json").read_text())["rows"]
     assert abs(found["of_each_seed"][0] - recorded["stepped-15"]["of_each_seed"][0]) < 4
-    ablations = {row["recipe"]: row for row in json.loads((EVIDENCE / "ablations.json").read_text())["rows"]}
+    ablations = rows_of(EVIDENCE / "ablations.json")
     assert found["of_each_seed"][0] > ablations["schedule-stepped"]["mean_score_percent"]["mean"] + 4
 
 
@@ -199,10 +204,10 @@ def of_small(small: Path, batch: int) -> list[str]:
 
 def test_a_choice_that_is_held_on_the_pretrained_decoder(run, small):
     """Two cells of six. Where each layer chooses anew, seeds lie 7 points apart."""
-    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "choice-small.json").read_text())["rows"]}
+    recorded = rows_of(EVIDENCE / "choice-small.json")
     words = ("--sweep", "choice/p-mod,choice/held-1", "--seeds", "1", *of_small(small, 8))
     folder = run("choice-small", "finetune", *words, timeout=7200)
-    found = {row["recipe"]: row for row in json.loads((folder / "table.json").read_text())["rows"]}
+    found = rows_of(folder / "table.json")
     for name, row in found.items():
         of_seeds = recorded[name]["mean_score_percent"]
         assert abs(row["of_each_seed"][0] - of_seeds["mean"]) < max(3, 3 * of_seeds["spread"]), name
@@ -210,12 +215,12 @@ def test_a_choice_that_is_held_on_the_pretrained_decoder(run, small):
 
 
 def test_the_papers_ablations_on_the_pretrained_decoder(run, small):
-    """Two cells of eighteen: the reference, and the row of Figure 3 that lies farthest behind it."""
-    recorded = {row["recipe"]: row for row in json.loads((EVIDENCE / "ablations-small.json").read_text())["rows"]}
+    """Two cells of eighteen: the reference, and a row of Figure 3, all of which lie far behind it."""
+    recorded = rows_of(EVIDENCE / "ablations-small.json")
     layers = ROOT / "tests" / "beds" / "small_llava_next" / "layers" / "layers-0-5.yaml"
     words = ("--sweep", f"ablations/p-mod,{layers}", "--seeds", "1", *of_small(small, 4))
     folder = run("ablations-small", "finetune", *words, timeout=7200)
-    found = {row["recipe"]: row["of_each_seed"][0] for row in json.loads((folder / "table.json").read_text())["rows"]}
+    found = {name: row["of_each_seed"][0] for name, row in rows_of(folder / "table.json").items()}
     for name, score in found.items():
         assert abs(score - recorded[name]["of_each_seed"][0]) < 5, name
     assert found["p-mod"] > found["layers-0-5"] + 20

@@ -216,11 +216,15 @@ def markdown(found: dict) -> str:
     return markdown_table(head, lines) + "\n"
 
 
+def why_unscored(row: dict) -> str:
+    """What a row of the table has in place of a score: how its runs failed, or that there was none."""
+    return "; ".join(sorted(set(row["failed"].values()))) or row["status"]
+
+
 def _cells_of_row(row: dict, tasks: list[str]) -> list[str]:
     head = [row["recipe"], "" if row["mean_retention"] is None else f"{row['mean_retention']:.4f}"]
     if "score_percent" not in row:
-        why = "; ".join(sorted(set(row["failed"].values()))) or "not run"
-        return [*head, *[""] * len(tasks), why, "0", "", "", ""]
+        return [*head, *[""] * len(tasks), why_unscored(row), "0", "", "", ""]
     scores = [_shown(row["score_percent"][task]) for task in tasks]
     failed = f" ({len(row['failed'])} failed)" if row["failed"] else ""
     cost = ["" if row[key] is None else f"{row[key]:.0f}" for key in ("steps", "cpu_seconds", "peak_memory_mib")]

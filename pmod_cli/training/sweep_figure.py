@@ -8,6 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pmod_cli.profiling.plots import PMOD, STOCK, STYLE, THIRD
+from pmod_cli.training.ablation_sweep import why_unscored
 
 ROW = 0.26  # inches
 
@@ -26,8 +27,9 @@ def sweep_figure(rows: Sequence[dict], reference: str | None = None) -> Figure:
         for place, row in enumerate(rows):
             found = row.get("mean_score_percent")
             if found is None:
-                why = "; ".join(sorted(set(row["failed"].values()))) or row["status"]
-                axes.annotate(why, (0.01, place), xycoords=("axes fraction", "data"), va="center", color=STOCK)
+                axes.annotate(
+                    why_unscored(row), (0.01, place), xycoords=("axes fraction", "data"), va="center", color=STOCK
+                )
                 continue
             color = THIRD if row["recipe"] == reference else PMOD
             axes.errorbar(found["mean"], place, xerr=found["spread"] or 0, fmt="o", color=color)

@@ -234,11 +234,11 @@ class Service:
             headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
         )
 
-        async def write(data: bytes) -> None:
-            """Who reads no further would keep a place that others wait for."""
+        async def write(data: bytes | None) -> None:
+            """Writes, or with None ends; who reads no further would keep a place that others wait for."""
             try:
                 async with asyncio.timeout(self.settings.patience):
-                    await response.write(data)
+                    await (response.write_eof() if data is None else response.write(data))
             except TimeoutError:
                 if request.transport is not None:
                     request.transport.abort()
@@ -257,7 +257,7 @@ class Service:
                 if include_usage:
                     await write(_event({**answer.chunk({}), "choices": [], "usage": answer.usage(piece)}))
                 await write(b"data: [DONE]\n\n")
-        await response.write_eof()
+        await write(None)
         return response
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from dataclasses import replace
 
 import pytest
@@ -72,14 +73,21 @@ def test_pixels_are_free_once_they_are_seen(serve, answerer):
     assert prompt.nbytes == prompt.inputs["input_ids"].nbytes == 8 * prompt.length
 
 
-def test_who_does_not_read_keeps_no_place(serve, answerer):
+@pytest.mark.parametrize("count", [11, 1500])  # 11: what is left to send is so little that only its end waits
+def test_who_does_not_read_keeps_no_place(serve, answerer, count):
     async def use(client):
+        (site,) = client.server.runner.sites
+        for listening in site._server.sockets:  # the system would take megabytes for a client
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         client.service.settings = replace(client.service.settings, name="tiny" * 2000)  # each event takes 8 kB
-        sent = json.dumps(body(QUESTIONS[0], stream=True, max_tokens=1500)).encode()
+        sent = json.dumps(body(QUESTIONS[0], stream=True, max_tokens=count)).encode()
         head = (
             f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
         )
-        _, writer = await asyncio.open_connection(client.server.host, client.server.port, limit=1)
+        ours = socket.socket()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        ours.connect((client.server.host, client.server.port))
+        _, writer = await asyncio.open_connection(sock=ours, limit=1)
         writer.write(head.encode() + sent)
         while not client.service._taken:
             await asyncio.sleep(0.01)

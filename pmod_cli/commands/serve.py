@@ -78,7 +78,7 @@ def serve(
     found = checkpoints.resolve(chosen, revision=revision, offline=offline, cache_dir=cache_dir)
     serve_run.run(
         found,
-        name or found.alias or found.path.resolve().name,
+        name or found.alias or found.repo or found.path.resolve().name,
         device=common.pick_device(device),
         dtype=dtype,
         host=host,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pmod_cli.commands import serve_run
 from pmod_cli.data.documents import draw, seed_of
 from pmod_cli.model import PmodSettings
 from pmod_cli.serving.app import ServeSettings, Service
+from tests.checkpoints.test_resolve import REPO, fill_cache
 from tests.conftest import ROOT
 from tests.serving.conftest import talkative
 from tests.serving.load import body, data_url
@@ -81,13 +83,14 @@ def test_a_second_ctrl_c_does_not_wait(workdir):
     assert (server.returncode, err) == (-signal.SIGINT, "")
 
 
-def test_what_is_in_progress_may_take_as_long_as_it_says():
+@pytest.mark.parametrize("drain", [0.0, 2.0])
+def test_what_is_in_progress_may_take_as_long_as_it_says(drain):
     held = Held(talkative())
 
     async def use():
         ready = asyncio.Queue()
         serving = asyncio.create_task(
-            serve_run._serve(Service(held, ServeSettings("tiny")), "127.0.0.1", 0, 2.0, ready.put_nowait)
+            serve_run._serve(Service(held, ServeSettings("tiny")), "127.0.0.1", 0, drain, ready.put_nowait)
         )
         address = await ready.get()
         async with ClientSession() as session:
@@ -105,7 +108,7 @@ def test_what_is_in_progress_may_take_as_long_as_it_says():
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        assert 1.9 < asyncio.run(use()) < 3.6
+        assert drain - 0.1 < asyncio.run(use()) < drain + 1.6
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -115,6 +118,23 @@ def test_what_is_in_progress_may_take_as_long_as_it_says():
 def routed(workdir, stock_model):
     checkpoints.convert(stock_model(), workdir / "routed", PmodSettings(schedule="cosine"))
     return workdir / "routed"
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"), [(f"{REPO}@main", REPO), ("llava-next-7b", "llava-next-7b"), ("./folder", "folder")]
+)
+def test_a_model_is_called_as_its_user_knows_it(stock_model, workdir, monkeypatch, typed, name):
+    """In the cache of the hub, the folder of a repository has the name of a commit."""
+    fill_cache(workdir / "cache", stock_model())
+    shutil.copytree(stock_model(), workdir / "folder")
+    served = []
+
+    async def listen(service, *_):
+        served.append(service.settings.name)
+
+    monkeypatch.setattr(serve_run, "_serve", listen)
+    assert call("serve", "-m", typed, "--device", "cpu", "--cache-dir", "cache") == 0
+    assert served == [name]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from pmod_cli.serving.worker import Piece, Ticket, Worker
 LARGEST_BODY = 32 * 2**20  # bytes; base64 takes 4 for 3
 MOST_WAITING = 4 * 2**30  # bytes of prepared prompts; while more wait, no further one is prepared
 CHARACTERS_A_TOKEN = 64  # a text with more than these for each token of the context is not even tokenized
+LINE_ENDS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}  # of str.splitlines, beside \r and \n
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -311,7 +312,8 @@ async def _until_end(pieces: asyncio.Queue[Piece]) -> AsyncIterator[Piece]:
 
 
 def _event(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False).translate(LINE_ENDS)
+    return b"data: " + text.encode(errors="replace") + b"\n\n"
 
 
 def _error_body(what: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -70,6 +71,17 @@ def test_a_stream_is_the_answer_in_pieces(serve, answerer):
     assert ends[-1] in ("stop", "length")
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] <= 6
+
+
+def test_an_event_is_one_line_for_any_client(serve):
+    """As for those whose `iter_lines` is `str.splitlines`, httpx's: an answer may hold other ends of lines too."""
+    name = "a\x85b\u2028c\u2029d é"
+
+    async def use(client):
+        client.service.settings = replace(client.service.settings, name=name)
+        return await events(await client.post(CHAT, json=body(QUESTIONS[0], stream=True)))
+
+    assert {chunk["model"] for chunk in serve(use)} == {name}
 
 
 def test_requests_that_come_together_are_answered_as_alone(serve, answerer):

@@ -61,8 +61,8 @@ def run(
 async def _serve(service: Service, host: str, port: int, drain: float, ready: Callable[[str], None]) -> None:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # else a traceback for whoever speaks no HTTP
     # A handler is cancelled when its client leaves: then its row leaves the batch.
-    # aiohttp waits twice for its handlers, each time as long as it is told; told 0, for ever.
-    half = max(drain / 2, 0.001)
+    # aiohttp waits twice for its handlers, each time as long as it is told; told 0, for ever, and it counts to no inf.
+    half = min(max(drain / 2, 0.001), 1e9)
     runner = web.AppRunner(service.app(), handler_cancellation=True, access_log=None, shutdown_timeout=half)
     await runner.setup()
     try:

@@ -236,7 +236,7 @@ def profile(
     if sweep is not None:
         if hidden_size or layers:
             raise PmodError("--sweep takes the model's own size", hint="leave --hidden-size and --layers out")
-        shown = swept(name, sweep, workload, overrides, dtype, revision, runs)
+        shown = swept(name, subject, sweep, workload, overrides, dtype, revision, runs)
         return show(shown, output_format, html, plot, quiet)
     if report == "latency":
         if not random_weights and (hidden_size or layers):

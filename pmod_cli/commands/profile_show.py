@@ -115,6 +115,7 @@ def profiled(
 
 def swept(
     name: str,
+    subject: profiling.Subject,
     text: str,
     workload: profiling.Workload,
     overrides: dict[str, Any],
@@ -122,20 +123,27 @@ def swept(
     revision: str | None,
     runs: str | None,
 ) -> ShownReport:
-    """The report of `--sweep`."""
+    """The report of `--sweep`; the subject is the model without the swept setting."""
     from pmod_cli.profiling import plots
+    from pmod_cli.profiling.comparison import cache_dtype
     from pmod_cli.profiling.cost_sweep import parse_axis, read_scores, sweep, sweep_rows, sweep_table
     from pmod_cli.profiling.count_report import SCHEMA_VERSION
 
     axis = parse_axis(text)
-    dtype = "bfloat16" if dtype == "auto" else dtype
+    dtype = cache_dtype(subject.stock) if dtype == "auto" else dtype
     points = sweep(name, axis, workload, overrides, dtype, revision=revision)
-    scores = read_scores([Path(run.strip()) for run in runs.split(",") if run.strip()], axis, points) if runs else None
+    scores = None
+    if runs:
+        from pmod_cli.evaluation.benchmarks import BENCHMARKS
+
+        weights = {benchmark.name: benchmark.weight for benchmark in BENCHMARKS.values()}
+        scores = read_scores([Path(run.strip()) for run in runs.split(",") if run.strip()], axis, points, weights)
     notes = [f"retention: mean ratio over the layers; V: vision tokens; KV cache in {dtype}"]
     if scores:
         notes.append(f"score: mean of {', '.join(scores.tasks)}, by the runs with the same schedule")
     rows = sweep_rows(axis, points, scores)
-    said = {"schema_version": SCHEMA_VERSION, "model": {"name": name}, "sweep": {"setting": axis.name, "points": rows}}
+    found = {"setting": axis.name, "dtype": dtype, "points": rows}
+    said = {"schema_version": SCHEMA_VERSION, "model": {"name": name}, "sweep": found}
     return ShownReport(
         title=name,
         headline=f"{name}: {axis.name} over {len(points)} values, {workload.text_tokens} text tokens",

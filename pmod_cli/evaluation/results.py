@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -297,9 +298,9 @@ def compare(runs: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
     benchmarks: dict[str, Benchmark] = {}
     for _, results in opened:
         for task in results["tasks"]:
-            fields = ("name", "title", "task", "metric", "group", "filter", "scale")
-            kind = known.kind if (known := BENCHMARKS.get(task["name"])) is not None else ""
-            benchmarks.setdefault(task["name"], Benchmark(**{field: task[field] for field in fields}, kind=kind))
+            said = {field: task[field] for field in ("name", "title", "task", "metric", "group", "filter", "scale")}
+            known = BENCHMARKS.get(task["name"])  # has what a result file does not say, such as the weight in a mean
+            benchmarks.setdefault(task["name"], Benchmark(**said) if known is None else replace(known, **said))
     report, labels = (
         Report(list(benchmarks.values()), seed=seed),
         {(at, inner): label for label, at, inner, _ in columns},

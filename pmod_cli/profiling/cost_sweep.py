@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,14 @@ class Scores:
     at: tuple[float | None, ...]
 
 
-def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[SweepPoint]) -> Scores:
+def read_scores(
+    runs: Sequence[Path], axis: Axis, points: Sequence[SweepPoint], weights: Mapping[str, float] | None = None
+) -> Scores:
     """Find the points' schedules among the p-MoD models of runs, and take their mean scores.
 
     Args:
         runs: Folders that `pmod eval` wrote, or their results.json.
+        weights: Of the score of a task in the mean, by its name; 1 unless told. MME has 2,000 points, not 100.
 
     Raises:
         PmodError: No run, a run at none of the values, two runs at one, or no task in common.
@@ -199,7 +202,10 @@ def read_scores(runs: Sequence[Path], axis: Axis, points: Sequence[SweepPoint]) 
     tasks = tuple(sorted(set.intersection(*asked))) if asked else ()
     if not tasks:
         raise PmodError("`runs`: no p-MoD model, or no task that all of them were asked", hint="pmod eval --tasks tiny")
-    means = {index: sum(scores[task] for task in tasks) / len(tasks) for index, (_, scores) in found.items()}
+    weight = {task: (weights or {}).get(task, 1.0) for task in tasks}
+    means = {
+        index: sum(weight[task] * scores[task] for task in tasks) / len(tasks) for index, (_, scores) in found.items()
+    }
     return Scores(tasks, tuple(means.get(index) for index in range(len(points))))
 
 

@@ -120,6 +120,17 @@ def test_reports(tiny: Path, capsys: pytest.CaptureFixture, report: str) -> None
     assert "KV cache, KiB in bfloat16" in out
 
 
+def test_a_sweep_counts_the_cache_that_a_profile_does(
+    stock_model: Callable, workdir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stock = ["-m", str(stock_model()), "--json"]
+    alone = json.loads(run(capsys, *stock, "--new-tokens", "4")[1])["kv_cache"]
+    swept = json.loads(run(capsys, *stock, "--new-tokens", "4", "--sweep", "shift=0.5")[1])["sweep"]
+    assert swept["points"][0]["stock_kv_cache_mib"] == alone["stock_total_mib"]
+    assert swept["points"][0]["pmod_kv_cache_mib"] == alone["pmod_total_mib"]
+    assert swept["dtype"] == alone["dtype"] == "float32"
+
+
 def write_run(folder: Path, settings: dict, scores: dict[str, float]) -> None:
     """A finished run of one p-MoD model, as `pmod eval` writes it, as far as it is read here."""
     model = {"pmod": PmodSettings(**settings).to_dict(), "selection": "router", "layers": 32}
@@ -138,6 +149,13 @@ def test_scores_of_runs_stand_beside_the_costs(workdir: Path, capsys: pytest.Cap
     assert [point["mean_score"] for point in points] == [50.0, None, 80.0]  # of the task that both were asked
     assert "mean score of tiny_doc" in Path("sweep.svg").read_text()
     assert "score: mean of tiny_doc" in run(capsys, *arguments)[1]
+
+
+def test_the_mean_of_a_run_is_that_of_pmod_eval(workdir: Path, capsys: pytest.CaptureFixture) -> None:
+    write_run(Path("a"), {}, {"mme": 1500.0, "pope": 85.0})
+    code, out, _ = run(capsys, "-m", "llava-1.5-7b", "--sweep", "shift=0.5", "--runs", "a", "--json")
+    assert code == 0
+    assert json.loads(out)["sweep"]["points"][0]["mean_score"] == 80.0  # MME's points are divided by 20
 
 
 @pytest.mark.parametrize(

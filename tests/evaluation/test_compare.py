@@ -9,6 +9,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.results import SCHEMA_VERSION, Report, compare
 from pmod_cli.evaluation.results_folder import ResultsFolder
+from pmod_cli.evaluation.score_report import warnings
 from tests.evaluation import reports
 
 
@@ -25,9 +26,15 @@ def write_run(folder, items, *, model=reports.PMOD, score=None, questions=None, 
     report.add_model("m", model)
     score = 100 * sum(items) / len(items) if score is None else score
     report.add(benchmark, "m", reports.entry(score, len(items), 9, prompt="USER"), rows)
-    answers = folder / "answers" / "m" / "docvqa.jsonl"
-    answers.parent.mkdir(parents=True)
-    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write(folder, report, {"docvqa": rows}, settings, packages)
+
+
+def write(folder, report, rows, settings=None, packages=None):
+    """The answers of model `m` by benchmark, and the report, as the runner leaves them."""
+    answers = folder / "answers" / "m"
+    answers.mkdir(parents=True)
+    for name, records in rows.items():
+        (answers / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
     header = {
         "schema_version": SCHEMA_VERSION,
         "settings": {"seed": 0, "limit": None, "batch_size": 8, **(settings or {})},
@@ -63,6 +70,27 @@ def test_other_questions_are_named_and_left_out(tmp_path):
     assert results["unequal"] == [
         "DocVQA: a answered 4 questions, b 4; the difference is over the 2 in common",
     ]
+
+
+def test_means_by_kind_are_those_of_the_runs(tmp_path):
+    """MME's points are divided by 20 in a comparison too, and what is known of a benchmark is said there."""
+    runs = []
+    for name, mme in (("a", 1500.0), ("b", 1400.0)):
+        report = Report(suite.resolve(["mme", "gqa", "pope"]), seed=0)
+        report.add_model("m", reports.PMOD)
+        rows = {}
+        for benchmark, score in zip(report.benchmarks, (mme, 60.0, 80.0), strict=True):
+            rows[benchmark.name] = reports.records(["a"], [None])
+            report.add(benchmark, "m", reports.entry(score, 1), rows[benchmark.name])
+        runs.append(write(tmp_path / name, report, rows))
+    alone = json.loads((runs[0] / "results.json").read_text())
+    beside = compare(runs)
+    means = {kind["title"]: kind["scores"]["m"]["score"] for kind in alone["kinds"]}
+    assert means == {"general": 67.5, "hallucination": 80.0, "mean of tasks": pytest.approx(215 / 3)}
+    assert {kind["title"]: kind["scores"]["a"]["score"] for kind in beside["kinds"]} == means
+    assert beside["kinds"][0]["scores"]["b"]["score"] == 65.0
+    assert warnings(beside) == warnings(alone)
+    assert any("MME: the data has 1 questions, the benchmark 2,374" in line for line in warnings(beside))
 
 
 def test_no_question_in_common(tmp_path):

@@ -205,7 +205,8 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
 
 def markdown(found: dict) -> str:
     """The table as Markdown, rows grouped by what they change, the reference first."""
-    tasks = next((list(row["score_percent"]) for row in found["rows"] if "score_percent" in row), [])
+    scored = [row["score_percent"] for row in found["rows"] if "score_percent" in row]
+    tasks = list(dict.fromkeys(task for scores in scored for task in scores))
     head, lines, group = ["recipe", "retention", *tasks, "mean", "seeds", "steps", "CPU s", "MiB"], [], None
     for row in found["rows"]:
         name = row["recipe"]
@@ -213,7 +214,9 @@ def markdown(found: dict) -> str:
             group = name.partition("-")[0]
             lines.append([group, *[""] * (len(head) - 1)])
         lines.append(_cells_of_row(row, tasks))
-    return markdown_table(head, lines) + "\n"
+    unlike = any(len(scores) < len(tasks) for scores in scored)
+    note = "\nThe recipes were not scored on the same tasks: a mean is over a row's own.\n" if unlike else ""
+    return markdown_table(head, lines) + "\n" + note
 
 
 def why_unscored(row: dict) -> str:
@@ -225,7 +228,8 @@ def _cells_of_row(row: dict, tasks: list[str]) -> list[str]:
     head = [row["recipe"], "" if row["mean_retention"] is None else f"{row['mean_retention']:.4f}"]
     if "score_percent" not in row:
         return [*head, *[""] * len(tasks), why_unscored(row), "0", "", "", ""]
-    scores = [_shown(row["score_percent"][task]) for task in tasks]
+    own = row["score_percent"]
+    scores = [_shown(own[task]) if task in own else "" for task in tasks]
     failed = f" ({len(row['failed'])} failed)" if row["failed"] else ""
     cost = ["" if row[key] is None else f"{row[key]:.0f}" for key in ("steps", "cpu_seconds", "peak_memory_mib")]
     return [*head, *scores, _shown(row["mean_score_percent"]), f"{len(row['seeds'])}{failed}", *cost]

@@ -347,6 +347,21 @@ def test_mean_and_spread_are_over_seeds(tmp_path):
     assert "| p-mod | 0.5375 | 85.0 ± 7.1 | 100.0 ± 0.0 | 92.5 ± 3.5 | 2 |  | 1 |  |" in markdown(found)
 
 
+def test_recipes_may_teach_other_tasks(tmp_path):
+    """Each task has its column, and the table says that the means are over unlike tasks."""
+    (tmp_path / "cells").mkdir()
+    for name, answered in (("a", {"doc": [80, 100], "chart": [50, 100]}), ("b", {"doc": [9, 10], "where": [4, 10]})):
+        result = {"seed": 0, "mean_retention": 0.5, "answered": answered, "cpu_seconds": 1.0}
+        (tmp_path / "cells" / f"{name}-seed0.json").write_text(json.dumps(result))
+    both = [Cell("mine/a.yaml", 0), Cell("mine/b.yaml", 0)]
+    lines = markdown(table(both, tmp_path)).splitlines()
+    assert lines[0].startswith("| recipe | retention | doc | chart | where | mean |")
+    assert lines[2].startswith("| a | 0.5000 | 80.0 | 50.0 |  | 65.0 |")
+    assert lines[3].startswith("| b | 0.5000 | 90.0 |  | 40.0 | 65.0 |")
+    assert lines[4:] == ["", "The recipes were not scored on the same tasks: a mean is over a row's own."]
+    assert len(markdown(table(both[:1], tmp_path)).splitlines()) == 3
+
+
 def test_an_answer_is_right_if_all_of_it_is():
     labels = torch.full((2, 9), IGNORED)
     labels[0, 2:4], labels[0, 6:9] = torch.tensor([5, 1]), torch.tensor([4, 4, 1])

@@ -69,7 +69,7 @@ class Benchmark:
         data: The splits that the task reads; none where it draws its questions, or nothing is known of its data.
         group: Name that stands for all benchmarks of the group: `general` and `text-rich` are the paper's.
         filter: lmms-eval's answer filter that the headline is taken after.
-        scale: Factor from lmms-eval's number to the one the report prints.
+        scale: Factor from lmms-eval's number to the one the report prints, see `scale_of`.
         questions: Their number, where the data does not say it.
         judged_task: lmms-eval's task that scores it with a judge model, used where the judge's key is set.
         units: From a task's rows to what each is scored together with; a limited run draws whole units. None: rows.
@@ -131,9 +131,18 @@ def asked_of(rows: int, limit: float | None) -> int:
 def sums_of(benchmark: Benchmark, metric: str) -> Sums:
     """The sums that make a benchmark's score: its own, as it is registered, or those of a benchmark with its metric."""
     if benchmark.sums is None:
-        alike = next((other for other in BENCHMARKS.values() if other.metric == metric), benchmark)
-        benchmark = BENCHMARKS.get(benchmark.name) or alike
+        benchmark = BENCHMARKS.get(benchmark.name) or _with_metric(metric) or benchmark
     return benchmark.sums or _sums("means")
+
+
+def scale_of(benchmark: Benchmark, metric: str | None) -> float:
+    """The factor of a benchmark's score: its own; of a task that was passed through, of one with its metric."""
+    passed_through = benchmark.metric is None and benchmark.name not in BENCHMARKS
+    return ((_with_metric(metric) if passed_through else None) or benchmark).scale
+
+
+def _with_metric(metric: str | None) -> Benchmark | None:
+    return next((other for other in BENCHMARKS.values() if other.metric == metric is not None), None)
 
 
 def _sums(name: str) -> Sums:
@@ -229,16 +238,31 @@ _text_rich("okvqa", "OK-VQA", "ok_vqa_val2014", "exact_match", "ok_vqa")
 _text_rich("mmmu", "MMMU", "mmmu_val", "mmmu_acc", "mmmu", sums=_sums("mmmu"))
 _text_rich("sqa", "SQA", "scienceqa_img", "exact_match", "scienceqa")
 # lmms-eval fetches the data of these by itself: films are archives, which it unpacks below HF_HOME.
-_several, _video = (partial(_add, group, sums=_sums("options")) for group in ("multi-image", "video"))
+_several, _video = (partial(_add, group) for group in ("multi-image", "video"))
 _several(
     *("muirbench", "MuirBench", "muirbench", "muirbench_score_overall", "muirbench"),
     filter="flexible-extract",
     questions=2600,
+    sums=_sums("options"),
 )
-_several("blink", "BLINK", "blink_groups", "blink_acc", "blink", questions=1901)
-_video("mvbench", "MVBench", "mvbench", "mvbench_accuracy", "mvbench", scale=1.0, questions=4000)
-_video("videomme", "Video-MME", "videomme", "videomme_perception_score", "videomme", scale=1.0, questions=2700)
-_video("egoschema", "EgoSchema", "egoschema_subset", "score", "egoschema", questions=500)  # the part with answers
+_several("blink", "BLINK", "blink_groups", "blink_acc", "blink", questions=1901, sums=_sums("options"))
+_video(
+    *("mvbench", "MVBench", "mvbench", "mvbench_accuracy", "mvbench"),
+    scale=1.0,
+    questions=4000,
+    sums=_sums("mvbench"),
+)
+_video(
+    *("videomme", "Video-MME", "videomme", "videomme_perception_score", "videomme"),
+    scale=1.0,
+    questions=2700,
+    sums=_sums("videomme"),
+)
+_video(  # the part with answers
+    *("egoschema", "EgoSchema", "egoschema_subset", "score", "egoschema"),
+    questions=500,
+    sums=_sums("options"),
+)
 for _group, _kind, _name, _metric, _own in (
     ("tiny", "text-rich", "doc", "anls", None),
     ("tiny", "text-rich", "chart", "relaxed_overall", None),

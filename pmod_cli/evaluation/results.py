@@ -13,7 +13,7 @@ import numpy as np
 
 from pmod_cli import paper
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation.benchmarks import BENCHMARKS, KINDS, Benchmark, groups, sums_of
+from pmod_cli.evaluation.benchmarks import BENCHMARKS, KINDS, Benchmark, groups, scale_of, sums_of
 from pmod_cli.evaluation.intervals import (
     UNKNOWN,
     Difference,
@@ -46,6 +46,7 @@ class Report:
     def __init__(self, benchmarks: Sequence[Benchmark], *, seed: int) -> None:
         self.benchmarks, self.seed = list(benchmarks), seed
         self.models: dict[str, dict[str, Any]] = {}
+        self.scales = {benchmark.name: benchmark.scale for benchmark in benchmarks}
         self.entries: dict[str, dict[str, dict[str, Any]]] = {benchmark.name: {} for benchmark in benchmarks}
         self.differences: dict[str, dict[str, Difference]] = {benchmark.name: {} for benchmark in benchmarks}
         self._draws: dict[tuple[str, str], np.ndarray] = {}
@@ -71,17 +72,19 @@ class Report:
             return
         self._add_costs(label)
         seed = [self.seed, crc32(benchmark.name.encode())]
-        sums = sums_of(benchmark, benchmark.metric or entry["metric"])
+        metric = benchmark.metric or entry["metric"]
+        sums, scale = sums_of(benchmark, metric), scale_of(benchmark, metric)
+        self.scales[benchmark.name] = scale
         entry["low"], entry["high"] = UNKNOWN
         part = summands(records, sums)
-        if part is not None and makes_up(benchmark.scale * part.value(), entry["score"], benchmark.scale):
-            draws = benchmark.scale * part.resampled(seed)
+        if part is not None and makes_up(scale * part.value(), entry["score"], scale):
+            draws = scale * part.resampled(seed)
             entry["low"], entry["high"] = interval(draws)
             entry["units"] = len(part.units)
             self._draws[benchmark.name, label] = draws
         self._asked[benchmark.name, label] = records
         for known in self.models:
-            self._add_gain(benchmark, known, sums, seed)
+            self._add_gain(benchmark, known, sums, scale, seed)
         first = next(iter(self.models))
         if label == first:
             self._records[benchmark.name] = records
@@ -91,7 +94,7 @@ class Report:
                 records,
                 (self.entries[benchmark.name][first]["score"], entry["score"]),
                 sums=sums,
-                scale=benchmark.scale,
+                scale=scale,
                 seed=seed,
             )
 
@@ -99,7 +102,7 @@ class Report:
         """The records of the first model; none where it has no score yet."""
         return self._records.get(benchmark.name, ())
 
-    def _add_gain(self, benchmark: Benchmark, label: str, sums: Sums, seed: list[int]) -> None:
+    def _add_gain(self, benchmark: Benchmark, label: str, sums: Sums, scale: float, seed: list[int]) -> None:
         """The difference to random dropping at the same cost, once both are there, in whichever order they came.
 
         A p-MoD model's is taken anew where random dropping comes that is nearer to its cost.
@@ -111,7 +114,7 @@ class Report:
         entry, beside = (self.entries[benchmark.name][each] for each in (label, control))
         asked, other = (self._asked[benchmark.name, each] for each in (label, control))
         scores = (entry["score"], beside["score"])
-        gain = self._gains[key] = difference(asked, other, scores, sums=sums, scale=benchmark.scale, seed=seed)
+        gain = self._gains[key] = difference(asked, other, scores, sums=sums, scale=scale, seed=seed)
         entry["over_random"] = {key: gain.as_dict()[key] for key in ("difference", "low", "high")}
 
     def _control(self, benchmark: str, label: str) -> str | None:
@@ -168,7 +171,7 @@ class Report:
             "task": benchmark.task,
             "metric": benchmark.metric,
             "filter": benchmark.filter,
-            "scale": benchmark.scale,
+            "scale": self.scales[benchmark.name],
             "rows": benchmark.rows,
             "scores": self.entries[benchmark.name],
             "differences": {label: found.as_dict() for label, found in self.differences[benchmark.name].items()},

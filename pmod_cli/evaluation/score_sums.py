@@ -31,16 +31,27 @@ def seed(records: Sequence[Record]) -> Summands:
 
 
 def options(records: Sequence[Record]) -> Summands:
-    """MuirBench, BLINK and the video benchmarks: the share of the right options, as each task notes it."""
+    """MuirBench, BLINK and EgoSchema: the share of the right options, as each task notes it."""
+    return means(records, _is_right)
 
-    def right(item: Any) -> float:
-        for verdict in ("is_correct", "score"):
-            if verdict in item:
-                return float(item[verdict])
-        said, meant = str(item["pred"]), str(item["answer"] if "answer" in item else item["ground_truth"])
-        return float(said.lower().strip() == meant.lower().strip())
 
-    return means(records, right)
+def videomme(records: Sequence[Record]) -> Summands:
+    """Video-MME: the same in percent."""
+    return means(records, lambda item: 100 * _is_right(item))
+
+
+def mvbench(records: Sequence[Record]) -> Summands:
+    """MVBench: the same in percent, of the answers that are not empty; lmms-eval leaves the others out."""
+    terms = [(100 * _is_right(record["item"]), float(record["item"]["pred_answer"] != "")) for record in records]
+    return per_task(records, terms, lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1))
+
+
+def _is_right(item: Any) -> float:
+    for verdict in ("is_correct", "score"):
+        if verdict in item:
+            return float(item[verdict])
+    said, meant = str(item["pred"]), str(item["answer"] if "answer" in item else item["ground_truth"])
+    return float(said.lower().strip() == meant.lower().strip())
 
 
 def mmmu(records: Sequence[Record]) -> Summands:

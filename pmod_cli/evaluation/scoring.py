@@ -15,7 +15,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
 from pmod_cli.core.errors import RUN_FAILED, PmodError
-from pmod_cli.evaluation.benchmarks import Benchmark
+from pmod_cli.evaluation.benchmarks import Benchmark, scale_of
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.outcome import OF_LMMS_EVAL, Guesses, Outcome, Record, digest
 from pmod_cli.evaluation.processes import hidden_launcher
@@ -113,7 +113,7 @@ def _read(
             _record(task, questions.rows[task][sample["doc_id"]], sample, metric, answers[task, sample["doc_id"]])
             for sample in samples
         ]
-    outcome.score = benchmark.scale * sum(values) / len(values)
+    outcome.score = scale_of(benchmark, outcome.metric) * sum(values) / len(values)
     return outcome
 
 

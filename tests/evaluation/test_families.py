@@ -13,7 +13,9 @@ from pmod_cli.checkpoints import convert, load_model
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import prompts, suite
 from pmod_cli.evaluation.adapter import PmodModel, Unanswered
+from pmod_cli.evaluation.benchmarks import sums_of
 from pmod_cli.evaluation.downsample import downsample
+from pmod_cli.evaluation.intervals import makes_up, summands
 from pmod_cli.evaluation.score_sums import options
 from pmod_cli.model import PmodSettings
 from tests.films import write_avi
@@ -238,3 +240,18 @@ def test_sums_of_options_read_what_each_task_notes():
     ]
     summed = options([{"task": "t", "doc_id": place, "item": item} for place, item in enumerate(items)])
     assert summed.score(summed.columns.sum(axis=0)) == 0.75
+
+
+def test_sums_of_the_videos_make_up_the_scores_of_lmms_eval():
+    """Both are in percent; MVBench leaves out what was answered with nothing."""
+    from lmms_eval.tasks.mvbench.utils import mvbench_aggregate_results
+
+    of_mvbench = [{"pred_answer": said, "gt_answer": "A", "score": int(said == "A")} for said in ("A", "B", "A", "")]
+    of_videomme = [{"pred_answer": said, "answer": "A", "score": float(said == "A")} for said in ("A", "", "B")]
+    scored = {"mvbench": mvbench_aggregate_results(of_mvbench), "videomme": 100 / 3}  # whose code needs OpenCV
+    assert scored["mvbench"] == pytest.approx(200 / 3)
+    for benchmark in suite.resolve(["mvbench", "videomme"]):
+        items = {"mvbench": of_mvbench, "videomme": of_videomme}[benchmark.name]
+        records = [{"task": "t", "doc_id": place, "item": item} for place, item in enumerate(items)]
+        part = summands(records, sums_of(benchmark, benchmark.metric))
+        assert makes_up(benchmark.scale * part.value(), scored[benchmark.name], benchmark.scale)

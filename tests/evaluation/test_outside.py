@@ -112,6 +112,23 @@ def test_a_folder_that_does_not_exist_is_named_before_a_model_is_loaded(registry
     assert not (workdir / "run").exists()
 
 
+def test_a_metric_of_100_points_is_not_multiplied_by_100(task, stock_model, workdir, capsys):
+    """As of `--tasks mvbench_action_count`, one of MVBench's own tasks: its metric is in percent already."""
+    file = task / "toy_colours.yaml"
+    metric = "metric: mvbench_accuracy\n    aggregation: !function toy_colours_pictures.percent"
+    file.write_text(file.read_text().replace("metric: exact_match\n    aggregation: mean", metric))
+    with file.open("a") as text:
+        text.write("process_results: !function toy_colours_pictures.judge\n")
+    with (task / "toy_colours_pictures.py").open("a") as text:
+        item = '{"pred_answer": "A", "score": doc["answer"] != "red"}'
+        text.write(f'def judge(doc, results):\n    return {{"mvbench_accuracy": {item}}}\n')
+        text.write('def percent(items):\n    return 100 * sum(item["score"] for item in items) / len(items)\n')
+    (found,) = scores(capsys, str(file), stock_model())
+    (entry,) = found["scores"].values()
+    assert (entry["score"], found["scale"]) == (pytest.approx(200 / 3), 1.0)
+    assert entry["high"] == 100.0  # the interval is in the same points
+
+
 def test_by_its_file(task, stock_model, workdir, capsys):
     # Files of other tools beside it: lmms-eval would read each, and ends at the first that is no mapping.
     (task / "deploy.yaml").write_text("a: 1\n---\nb: 2\n")

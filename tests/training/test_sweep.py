@@ -350,8 +350,8 @@ def test_mean_and_spread_are_over_seeds(tmp_path):
 def test_recipes_may_teach_other_tasks(tmp_path):
     """Each task has its column, and the table says that the means are over unlike tasks."""
     (tmp_path / "cells").mkdir()
-    for name, answered in (("a", {"doc": [80, 100], "chart": [50, 100]}), ("b", {"doc": [9, 10], "where": [4, 10]})):
-        result = {"seed": 0, "mean_retention": 0.5, "answered": answered, "cpu_seconds": 1.0}
+    for name, right in (("a", {"doc": [80, 100], "chart": [50, 100]}), ("b", {"doc": [9, 10], "where": [4, 10]})):
+        result = {"seed": 0, "mean_retention": 0.5, "answered": right, "cpu_seconds": 1.0}
         (tmp_path / "cells" / f"{name}-seed0.json").write_text(json.dumps(result))
     both = [Cell("mine/a.yaml", 0), Cell("mine/b.yaml", 0)]
     lines = markdown(table(both, tmp_path)).splitlines()

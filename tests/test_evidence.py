@@ -154,7 +154,7 @@ def test_the_papers_ablations(run):
 
 
 def test_the_reason_why_stepped_is_last(run):
-    """One cell of nine: with as many tokens at its end as the cosine has, it is level with that."""
+    """One cell of twelve: with as many tokens at its end as the cosine has, it is level with that."""
     recorded = rows_of(EVIDENCE / "reasons.json")
     recipe = ROOT / "tests" / "beds" / "tiny_llava_next" / "reasons" / "stepped-15.yaml"
     folder = run("reasons", "finetune", "--sweep", recipe, "--seeds", "1", "--set", "train.max_steps=60")

@@ -194,6 +194,8 @@ class Asking:
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "/image":
+            if not rest.strip():
+                raise PmodError("which picture? /image FILE shows one", code=BAD_INPUT)
             picture = open_picture(expanded(rest.strip()))
             for speaker in self._speakers:  # what one of them refuses would end every question from here on
                 speaker.conversation.check(picture)

@@ -90,7 +90,7 @@ class PmodModel(lmms):
         if hasattr(model, "set_selection"):
             model.set_selection(selection, seed=self.seed)
         elif selection != "router":
-            raise PmodError(f"{self.name} is a plain LLaVA: it keeps every vision token, there is nothing to select")
+            raise PmodError(f"{self.name} is a stock model: it keeps every vision token, there is nothing to select")
         self._of_thread = threading.local()
         self._end_ids, self._pad_id = prompts.special_ids(model, processor)
 

@@ -81,7 +81,7 @@ def choose(name: str, against: Iterable[str], *, revision: str | None = None, of
             continue
         if (other in SELECTIONS or other == DOWNSAMPLE) and main.routers == "stock":
             raise PmodError(
-                f"`against={other}`: {name} is a plain LLaVA, which keeps every vision token",
+                f"`against={other}`: {name} is a stock model, which keeps every vision token",
                 hint=f"pmod convert {quote(name)}",
             )
         if other in SELECTIONS:
@@ -166,7 +166,7 @@ def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: b
     sizes = with_limits(Sizes.of(config), main.path)
     if budget is None and main.routers == "stock":
         raise PmodError(
-            f"`against={method}`: {main.path} is a plain LLaVA, whose cost is no budget", hint=f"`against={method}@0.4`"
+            f"`against={method}`: {main.path} is a stock model, whose cost is no budget", hint=f"`against={method}@0.4`"
         )
     share = PmodSettings.from_dict(config.get("pmod") or {}) if budget is None else budget
     stock = main

@@ -151,7 +151,7 @@ def test_bad_input_is_a_sentence(ready, routed, capsys, caplog, arguments, what,
 
 
 def test_a_question_that_fails_leaves_the_others_answered(ready, routed, capsys, monkeypatch):
-    lines = b"what is it?\n/image none.png\n/image ~draft.png\n/what\ncaf\xe9?\nwhat is it?\n"
+    lines = b"what is it?\n/image none.png\n/image ~draft.png\n/image\n/what\ncaf\xe9?\nwhat is it?\n"
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(lines), encoding="utf-8"))
     assert call("ask", "doc.png", "-i", "-m", routed, "--device", "cpu", "--max-new-tokens", 3) == 3
     written = capsys.readouterr()
@@ -159,6 +159,7 @@ def test_a_question_that_fails_leaves_the_others_answered(ready, routed, capsys,
     assert "none.png: no such image file" in written.err
     assert "~draft.png: no such image file" in written.err
     assert "the text is no UTF-8: caf\\xe9?" in written.err
+    assert "which picture?" in written.err
     assert "/what is no command" in written.err
 
 

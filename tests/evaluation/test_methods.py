@@ -50,7 +50,7 @@ def test_a_method_runs_on_the_stock_weights_at_a_budget(converted):
 def test_what_cannot_be_asked(converted):
     mine, stock = map(str, converted)
     for name, against, message in (
-        (stock, "fastv", "is a plain LLaVA, whose cost is no budget"),
+        (stock, "fastv", "is a stock model, whose cost is no budget"),
         (mine, "fastv@two", "'two' is no share"),
         (mine, "fastv@0.01", r"fastv cannot cost 0.01 of the stock model: it comes as near as 0\."),
         (mine, "pmod@0.4", "pmod needs routers for its schedule"),

@@ -229,8 +229,9 @@ class RoutedModel(CheckedRelease):
             if (lengths := self._frames(outputs, kwargs)) is not None:
                 starts = starts | _first_of_each(videos, lengths)
             elif "video" in outputs and (positions := kwargs.get("position_ids")) is not None and positions.ndim == 3:
-                time = positions[-3]  # M-RoPE: of the tokens of one frame it is one
-                starts = starts | videos & (time != _behind(time))
+                rows, columns = positions[-2:]  # M-RoPE: a frame is read row by row; frames may share a time
+                on = (rows > _behind(rows)) | (rows == _behind(rows)) & (columns > _behind(columns))
+                starts = starts | videos & ~on
         return (starts.cumsum(dim=1) - 1).clamp_(min=0)
 
     def _frames(self, outputs: dict, kwargs: dict) -> list[int] | None:

@@ -303,3 +303,18 @@ def test_a_quota_for_each_image_and_frame(kind):
     real = inputs["attention_mask"].bool() & ~record.vision_mask
     held = max(int(k) + int(text) for k, text in zip(record.layers[0].K, real.sum(1), strict=True))
     assert made[CACHE_NAME].layers[0].keys.shape[-2] == held + 1
+
+
+def test_frames_of_a_fast_film_are_told_apart_while_generating():
+    """More than `tokens_per_second` a second share one time: rows and columns tell where the next one begins."""
+    kind = "qwen2_5_vl"
+    plain, rows = stock(kind), rows_of(kind)
+    pmod = routed(plain, ROUTED_FROM_START | {"quota": "per_image"})
+    inputs = prompt(kind, plain.config, rows)
+    inputs["second_per_grid_ts"] = torch.full((len(inputs["video_grid_thw"]),), 0.01)
+    kept = []
+    for run in (pmod, partial(pmod.generate, max_new_tokens=1, do_sample=False)):
+        with torch.no_grad(), capture_selection(pmod) as record:
+            run(**inputs)
+        kept.append(torch.stack([chosen.kept for chosen in record.layers.values()]))
+    assert torch.equal(*kept)

@@ -16,7 +16,7 @@ from pmod_cli.core.errors import BAD_INPUT, PmodError
 from pmod_cli.core.folders import check_writable
 from pmod_cli.core.images import load_image, pictures_in
 from pmod_cli.core.videos import Frames, Video, load_video
-from pmod_cli.data.conversation import BadRow, from_messages, is_llava
+from pmod_cli.data.conversation import IMAGE, MARKS, BadRow, from_messages, is_llava
 from pmod_cli.data.pictures import inside
 from pmod_cli.visualization.archive import check_regions
 from pmod_cli.visualization.page import check_format
@@ -155,18 +155,22 @@ def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
             if not is_llava(row):
                 said = from_messages(row, answered=False)
                 turns = [{"from": turn.role, "value": turn.text} for turn in said.turns]
-                row |= {"images": [*said.images], "videos": [*said.videos], "conversations": turns}
-            names, film = _named(row)
-            files = tuple(inside(name, image_folder) for name in names)
+                row |= {"image": [*said.images] or None, "video": [*said.videos] or None, "conversations": turns}
+            pictures, films = (_named(row, key) for key in ("image", "video"))
+            files = tuple(inside(name, image_folder) for name in pictures or films)
         except BadRow as error:
             hint = "images are named as they are below `image_folder`, and nothing is downloaded"
             raise PmodError(f"{where}: {error.what}", hint=hint) from None
+        if pictures and films:
+            raise PmodError(
+                f"{where} has images and a video, which are not drawn from one prompt", hint="remove the row"
+            )
         if not files:  # a row of text alone
             continue
         found = True
-        question = _question(row, where)
+        question = _question(row, where, film=bool(films))
         if len(files) == 1:
-            yield Item(files[0], short_name(files[0].stem), question, _regions(row, where), is_film=film)
+            yield Item(files[0], short_name(files[0].stem), question, _regions(row, where), is_film=bool(films))
             continue
         for place, file in enumerate(files):
             yield Item(file, short_name(file.stem), question, together=files, place=place)
@@ -174,19 +178,17 @@ def _rows(path: Path, image_folder: Path) -> Iterator[Item]:
         raise PmodError(f"{path}: no row has an image", hint='a row is {"image": "a.png", "conversations": [...]}')
 
 
-def _named(row: dict) -> tuple[list[str], bool]:
-    """The names of a row's images; or of its film, and True."""
-    for key in ("image", "video"):
-        given = row.get(key) if row.get(key) is not None else row.get(f"{key}s") or None
-        if given is None:
-            continue
-        names, film = given if isinstance(given, list) else [given], key == "video"
-        readable = all(isinstance(name, str) and name and not re.match("https?:/", name) for name in names)
-        if not names or not readable or (film and len(names) > 1):
-            found = json.dumps(given, default=lambda data: f"{len(data)} bytes")  # which a data URL holds
-            raise BadRow(f"`{key}` is expected to be a file name, found {found[:60]}")
-        return names, film
-    return [], False
+def _named(row: dict, key: str) -> list[str]:
+    """The names of a row's images, or of its film."""
+    given = row.get(key) if row.get(key) is not None else row.get(f"{key}s") or None
+    if given is None:
+        return []
+    names = given if isinstance(given, list) else [given]
+    readable = all(isinstance(name, str) and name and not re.match("https?:/", name) for name in names)
+    if not names or not readable or (key == "video" and len(names) > 1):
+        found = json.dumps(given, default=lambda data: f"{len(data)} bytes")  # which a data URL holds
+        raise BadRow(f"`{key}` is expected to be a file name, found {found[:60]}")
+    return names
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -201,12 +203,15 @@ def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     return enumerate(rows)
 
 
-def _question(row: dict, where: str) -> str | None:
-    """The first human turn. A mark in front of the text is where images stand anyway; elsewhere it is kept."""
+def _question(row: dict, where: str, *, film: bool) -> str | None:
+    """The first human turn. Where all marks are in front of the text, images stand there anyway; so does a film."""
     turns = row.get("conversations") or []
     try:
         text = next((turn["value"] for turn in turns if turn["from"] in ("human", "user")), None)
-        return text and re.sub(r"^(<image>|<video>|\s)+", "", text).strip()
+        if text and film:
+            return MARKS.sub("", text).strip()
+        words = text and re.sub(r"^(<image>|<video>|\s)+", "", text).strip()
+        return text.strip() if words and IMAGE in words else words
     except (TypeError, KeyError, AttributeError) as error:
         raise PmodError(f'{where}: a turn is {{"from": "human" or "gpt", "value": TEXT}}') from error
 

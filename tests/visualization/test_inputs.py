@@ -61,6 +61,9 @@ def test_rows_of_the_other_forms_that_finetune_takes(tmp_path):
         {"messages": [{"role": "user", "content": "text alone"}]},
         {"images": ["a.png"], "conversations": [{"from": "human", "value": "<image>\nLLaVA's"}]},
         {"video": ["clip"], "conversations": [{"from": "human", "value": "<video>\nLLaVA's"}]},
+        {"video": "clip", "conversations": [{"from": "human", "value": "what happens?\n<video>"}]},
+        {"image": ["a.png", "b.png"], "conversations": [{"from": "human", "value": "<image> or <image>: which?"}]},
+        {"image": "c.png", "messages": [{"role": "user", "content": [asked["content"][0]]}]},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = [
@@ -75,6 +78,10 @@ def test_rows_of_the_other_forms_that_finetune_takes(tmp_path):
         ("clip", "what?", 0, True),
         ("a.png", "LLaVA's", 0, False),
         ("clip", "LLaVA's", 0, True),
+        ("clip", "what happens?", 0, True),
+        ("a.png", "<image> or <image>: which?", 2, False),
+        ("b.png", "<image> or <image>: which?", 2, False),
+        ("b.png", "", 0, False),
     ]
 
 
@@ -100,6 +107,7 @@ def test_a_row_may_hold_the_other_line_separators(tmp_path):
             r"`image` is expected to be a file name, found \[\"3 bytes\"\]",
         ),
         ('[{"video": ["a", "b"]}]', "row 0: `video` is expected to be a file name, found"),
+        ('[{"image": "a.png", "video": "b"}]', "row 0 has images and a video, which are not drawn from one prompt"),
         ('[{"images": ["a.png"], "messages": [{"role": "user"}]}]', "row 0: turn 0: expected an object with 'role'"),
         ('[{"image": "a.png", "conversations": ["hm"]}]', "row 0: a turn is"),
         ('[{"image": "a.png", "conversations": 3}]', "row 0: a turn is"),

@@ -84,7 +84,7 @@ def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
 
 def frame_text(frames: int, per_second: float) -> int:
     """A timestamp such as `<12.5 seconds>`, one token a digit, and the marks around the frame's tokens."""
-    times = (TEMPORAL * (frame + 0.5) / per_second for frame in range(frames))
+    times = ((TEMPORAL * frame + 0.5) / per_second for frame in range(frames))  # half way between the two of a pair
     return sum(len(f"{seconds:.1f}") + 5 for seconds in times)
 
 

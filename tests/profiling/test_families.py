@@ -19,6 +19,7 @@ from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 from pmod_cli.profiling.measure.clock import shares_of_time
 from pmod_cli.profiling.measure.phases import FIRST_TOKEN, PMOD, STOCK, PhaseBench, prompt, random_pair
 from pmod_cli.profiling.subject import load_subject, scaled
+from tests import visual_processors
 from tests.model import visual
 
 NEW = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
@@ -90,6 +91,13 @@ def test_timestamps_of_a_video_count_as_text(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["workload"]["text_tokens"] == 58 + 4 * 8
     assert report["workload"]["rows"][0]["vision_tokens"] == 4 * 15 * 11
+
+
+@pytest.mark.parametrize("per_second", [0.5, 1.9, 2.0])
+def test_timestamps_have_as_many_digits_as_the_processor_writes(per_second):
+    times = visual_processors.processor("qwen3_vl")._calculate_timestamps([*range(40)], per_second)
+    around = 5  # "<", " seconds", ">" and the two marks around the frame
+    assert FAMILIES["qwen3_vl"].frame_text(20, per_second) == sum(len(f"{time:.1f}") + around for time in times)
 
 
 @pytest.mark.slow

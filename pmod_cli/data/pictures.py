@@ -82,8 +82,10 @@ def inside(name: str, folder: Path | None) -> Path:
     """The path of ``name`` in the image folder, there or not. An absolute one has to begin with that folder's own path.
 
     Raises:
-        BadRow: It lies outside.
+        BadRow: It lies outside, or is no name.
     """
+    if not isinstance(name, str):
+        raise BadRow(f"expected a file name, found {type(name).__name__}")
     path, own = Path(name), folder or Path()
     if ".." in path.parts and not path.is_absolute() and not os.path.normpath(name).startswith(".."):
         raise BadRow(f"{name} has '..' in it: expected the name as it is below {own}")

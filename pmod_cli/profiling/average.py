@@ -82,6 +82,8 @@ def read_rows(
         try:
             conversation = source[number]
             for name in conversation.images:
+                if not isinstance(name, str | bytes):
+                    raise BadRow(f"expected a file name, found {type(name).__name__}")
                 if name not in seen:
                     seen[name] = _size(name, source.images)
             count = len(conversation.images)
@@ -93,7 +95,7 @@ def read_rows(
                 video = open_video(name, source.images, frames)
                 cut.append(video_tokens(sizes, video.size))
                 between += sizes.family.frame_text(cut[-1].frames, video.per_second)
-        except BadRow as error:
+        except PmodError as error:  # a row that cannot be read, or a picture that the processor refuses
             raise PmodError(f"{file}, row {number}: {error.what}", hint="mend or remove the row") from error
         rows.append(Row(tuple(cut), count_text(_text(conversation)) + between))
     if not rows:

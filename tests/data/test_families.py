@@ -49,6 +49,12 @@ def said(question="<video>", **pictures):
     return {**pictures, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "that"}]}
 
 
+def told(question, **pictures):
+    """The same in messages."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "that"}]
+    return {**pictures, "messages": turns}
+
+
 def parts(*content):
     return [{"type": "text", "text": each} if each not in ("image", "video") else {"type": each} for each in content]
 
@@ -190,12 +196,21 @@ def test_layouts_of_other_tools_are_the_same_conversation():
         ({"prompt": [{"role": "assistant", "content": "a"}], "completion": []}, "'prompt' holds an answer"),
         ({"prompt": "what?", "completion": "that"}, "expected two lists of messages"),
         ({"video": 3, "conversations": []}, "'video': expected a file name"),
+        ({"messages": [{"role": "user", "content": ["what?"]}]}, "parts of type image, image_url, video or text"),
     ],
 )  # fmt: skip
-def test_rows_that_cannot_be_read_say_why(row, reason):
+def test_rows_that_cannot_be_read_say_why(row, reason, tmp_path):
     with pytest.raises(BadRow) as caught:
         from_row(row)
     assert reason in caught.value.what
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert len(LlavaFile(tmp_path / "rows.jsonl", None)) == 1, "it is told when it is read, and breaks no file"
+
+
+@pytest.mark.parametrize("videos", [[3], [[3]], [{}]])
+def test_a_video_without_a_name_is_a_bad_row(videos, pictures):
+    with pytest.raises(BadRow, match=r"expected .*name.*, found (int|dict)"):
+        RowEncoder(processor("qwen3_vl"))(from_messages(told("<video>?", videos=videos)), pictures)
 
 
 def test_a_file_tells_rows_with_pictures_from_others(tmp_path):
@@ -360,3 +375,15 @@ def test_profile_refuses_a_film_for_a_model_of_images(pictures):
     sizes = Sizes.of(builtin_config("llava-next-7b"))
     with pytest.raises(PmodError, match=r"row 1: it has a video, and LLaVA-NeXT takes images alone"):
         read_rows(pictures / "rows.json", None, sizes, len)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [("long.png", "an image of 900 x 2 pixels is too long"), (3, "found int"), ([], "found list"), ({}, "found dict")],
+)
+def test_profile_names_the_row_of_an_image_that_cannot_be_used(image, reason, pictures):
+    Image.new("RGB", (900, 2)).save(pictures / "long.png")
+    rows = [said(image="wide.png", question="<image>"), told("<image>?", images=[image])]
+    (pictures / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(PmodError, match=f"row 1: .*{reason}"):
+        read_rows(pictures / "rows.json", None, Sizes.of(builtin_config("qwen2.5-vl-3b")), len)

@@ -167,7 +167,13 @@ def _llava_length(row: Any) -> int:
         return length_of(row, "conversations", "value", pictured)
     said = row.get("messages") or row.get("prompt")
     parts = [turn.get("content") for turn in said if isinstance(turn, Mapping)] if isinstance(said, list) else []
-    own = (part.get("type") for content in parts if isinstance(content, list) for part in content if isinstance(part, Mapping))
+    own = (
+        part.get("type")
+        for content in parts
+        if isinstance(content, list)
+        for part in content
+        if isinstance(part, Mapping)
+    )
     pictured = pictured or any(kind in PICTURES for kind in own)
     return length_of({"messages": said}, "messages", "content", pictured)
 

@@ -17,7 +17,16 @@ from pmod_cli.profiling.count.formulas import parameters
 from pmod_cli.profiling.count.trace import decoder_cost, meta_model, vision_cost
 from pmod_cli.profiling.count.workload import Routed, Row, layer_tokens
 from pmod_cli.profiling.measure.clock import shares_of_time
-from pmod_cli.profiling.measure.phases import FIRST_TOKEN, PMOD, STOCK, PhaseBench, prompt, random_pair
+from pmod_cli.profiling.measure.phases import (
+    DECODE,
+    FIRST_TOKEN,
+    PMOD,
+    STOCK,
+    ModelPair,
+    PhaseBench,
+    prompt,
+    random_pair,
+)
 from pmod_cli.profiling.subject import load_subject, scaled
 from tests import visual_processors
 from tests.model import visual
@@ -129,6 +138,21 @@ def test_a_narrow_model_takes_the_prompt_that_is_counted(name):
     assert [layer.keys.shape[-2] for layer in held] == counted
     shares = shares_of_time(pair[STOCK], bench.call(FIRST_TOKEN, STOCK), "cpu")
     assert shares["vision tower"] > 0
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_rows_of_unlike_images_are_decoded(kind):
+    """Of a padded batch, models whose positions have rows and columns are told those of the new token."""
+    plain = visual.stock(kind)
+    rows = Workload(image_sizes=((60, 60), (120, 60))).rows(Sizes.of(plain.config))
+    assert rows[0].tokens != rows[1].tokens
+    bench = PhaseBench(
+        ModelPair(plain, visual.routed(plain)), prompt(plain.config, rows, device="cpu", dtype=torch.float32), steps=2
+    )
+    for name in (STOCK, PMOD):
+        bench.call(FIRST_TOKEN, name)()
+        for _ in range(2):
+            bench.call(DECODE, name)()
 
 
 @pytest.mark.parametrize(

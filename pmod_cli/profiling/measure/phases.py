@@ -269,8 +269,11 @@ class PhaseBench:
         def loop() -> None:
             model, seen = self.pair[name], mask
             for _ in range(self.steps):
-                seen = None if seen is None else torch.cat([seen, seen[:, -1:]], dim=1)
-                model(input_ids=ids, attention_mask=seen, use_cache=True, **{CACHE_NAME: cache})
+                seen, positions = None if seen is None else torch.cat([seen, seen[:, -1:]], dim=1), {}
+                if seen is not None and not known_family(model.config).tiled:
+                    # By a mask alone, models whose positions have rows and columns place the whole row.
+                    positions["position_ids"] = (seen.sum(dim=1, keepdim=True) - 1).expand(3, -1, -1)
+                model(input_ids=ids, attention_mask=seen, use_cache=True, **{CACHE_NAME: cache}, **positions)
             cache.crop(-self.steps)
 
         return loop

@@ -211,7 +211,7 @@ def _question(row: dict, where: str, *, film: bool) -> str | None:
         if text and film:
             return MARKS.sub("", text).strip()
         words = text and re.sub(r"^(<image>|<video>|\s)+", "", text).strip()
-        return text.strip() if words and IMAGE in words else words
+        return text.strip() if text and words and IMAGE in words else words
     except (TypeError, KeyError, AttributeError) as error:
         raise PmodError(f'{where}: a turn is {{"from": "human" or "gpt", "value": TEXT}}') from error
 

@@ -1,8 +1,9 @@
 """A selection as one `.npz` file: read back without the model, and by anyone who has NumPy.
 
 Arrays: `kept` bool (L, V), `weight` float32 (L, V), `routed` (L,), `retention` (L,), `boxes_px` float64 (V, 4) with NaN
-for tokens without a place, `image` uint8 (H, W, 3); of each part of the layout `<part>.tokens`, `.row_spans`,
-`.column_spans`, `.newlines` (see geometry.Part); and `about`, a JSON text with everything else.
+for tokens without a place, `image` uint8 (H, W, 3); `routed_tokens` bool (V,) where some are not; of each part of the
+layout `<part>.tokens`, `.row_spans`, `.column_spans`, `.newlines` (see geometry.Part); and `about`, a JSON text with
+everything else.
 
 A file may come from anybody, so an array is read only if its header promises a type, a shape and a size that a
 selection can have. Then the values are held to each other.
@@ -56,6 +57,7 @@ def npz_bytes(record: ImageSelection) -> bytes:
     arrays = {name: np.asarray(getattr(record, name), dtype) for name, dtype in (PER_TOKEN | PER_LAYER).items()}
     for part in record.layout.parts:
         arrays |= {f"{part.name}.{grid}": np.asarray(getattr(part, grid), dtype) for grid, dtype in GRIDS.items()}
+    arrays |= {} if record.routed_tokens is None else {"routed_tokens": record.routed_tokens}
     arrays |= {
         "boxes_px": record.layout.boxes(),
         "image": np.asarray(record.image),
@@ -107,6 +109,8 @@ def _read(archive: zipfile.ZipFile) -> ImageSelection:
     arrays |= {name: _array(archive, name, dtype, (None, layout.size)) for name, dtype in PER_TOKEN.items()}
     layers = len(arrays["kept"])
     arrays |= {name: _array(archive, name, dtype, (layers,)) for name, dtype in PER_LAYER.items()}
+    if "routed_tokens.npy" in archive.namelist():
+        arrays["routed_tokens"] = _array(archive, "routed_tokens", np.bool_, (layout.size,))
     record = ImageSelection(image=Image.fromarray(image), layout=layout, **arrays, **words)
     check_selection(record)
     boxes = _array(archive, "boxes_px", np.float64, (layout.size, 4))
@@ -198,11 +202,13 @@ def check_selection(record: ImageSelection) -> None:
     kept, weight, routed, retention = record.kept, record.weight, record.routed, record.retention
     expect(1 <= record.num_layers <= MOST_LAYERS, f"{record.num_layers} layers, expected 1 to {MOST_LAYERS}")
     # A byte other than 0 and 1 in a bool array is true for some of NumPy's functions, and itself for others.
-    for name, flags in (("kept", kept), ("routed", routed)):
+    of_tokens = np.ones(record.layout.size, dtype=bool) if record.routed_tokens is None else record.routed_tokens
+    for name, flags in (("kept", kept), ("routed", routed), ("routed_tokens", of_tokens)):
         expect(flags.view(np.uint8).max(initial=0) <= 1, f"`{name}` holds other values than false and true")
     expect(np.isfinite(weight).all(), "`weight` holds values that are no finite numbers")
     expect(((retention >= 0) & (retention <= 1)).all(), "`retention` lies outside 0 … 1")
     expect(kept[~routed].all(), "a plain layer keeps every token, and this one does not")
+    expect(kept[:, ~of_tokens].all(), "tokens that are not routed are kept by every layer, and these are not")
     if record.chosen_by != STOCK_CHOOSER:
         expect((weight[~routed] == 1).all(), "a plain layer weights no token, and this one does")
     else:

@@ -137,7 +137,8 @@ def _draw_compare(
     for layer in layers:
         here, there = int(record.kept[layer].sum()), int(against.kept[layer].sum())
         counts = f"{here} of {total} kept" if here == there else f"{here} and {there} of {total}"
-        headings.append((f"Layer {layer}", counts, f"{common[layer]:.0%} in common", f"by chance {chance[layer]:.0%}"))
+        told = (f"{common[layer]:.0%} in common", f"by chance {chance[layer]:.0%}") if min(here, there) else ()
+        headings.append((f"Layer {layer}", counts, *told))
     labels = _row_labels(record.layout, groups)
     rows = [f"{letter}: {label}" if label else letter for letter in "AB" for label in labels]
     caption = [] if answer_only else _questions(record, against)

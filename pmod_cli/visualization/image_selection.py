@@ -38,6 +38,8 @@ class ImageSelection:
         notes: what was done to the picture that its owner may not expect, for the caption.
         model_notes: what the caption says of the model besides.
         regions: pixel boxes (x0, y0, x1, y1) given with the picture, such as its text.
+        routed_tokens: bool (V,), the tokens among which layers choose; every layer keeps the others, such as the whole
+            image under `vision_hr`. None where all are routed.
     """
 
     image: Image.Image
@@ -54,6 +56,7 @@ class ImageSelection:
     notes: tuple[str, ...] = ()
     model_notes: tuple[str, ...] = ()
     regions: tuple[tuple[float, float, float, float], ...] = ()
+    routed_tokens: np.ndarray | None = None
 
     @property
     def image_first(self) -> bool:
@@ -75,6 +78,14 @@ class ImageSelection:
     def depth(self) -> np.ndarray:
         """int64 (V,), how many layers keep each token."""
         return self.kept.sum(axis=0)
+
+    @property
+    def by_chance(self) -> np.ndarray:
+        """float64 (L, V): how likely each token is kept, were as many of the routed ones drawn at random."""
+        if self.routed_tokens is None:
+            return np.broadcast_to(self.kept.mean(axis=1, keepdims=True), self.kept.shape)
+        drawn = self.kept[:, self.routed_tokens].sum(axis=1, keepdims=True) / max(1, self.routed_tokens.sum())
+        return np.where(self.routed_tokens, drawn, self.kept)
 
     @property
     def weighted(self) -> np.ndarray:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pmod_cli.core.atomic import write_files
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.images import LoadedImage, load_image
@@ -220,7 +222,7 @@ def layer_table(drawn: Drawn) -> Table:
         table.add_column(heading, justify="right")
     for layer in drawn.layers:
         kept = str(record.kept[layer].sum()) if record.routed[layer] else "all (plain)"
-        shared = [] if common is None else [f"{common[layer]:.0%}"]
+        shared = [] if common is None else ["-" if np.isnan(common[layer]) else f"{common[layer]:.0%}"]
         table.add_row(str(layer), kept, f"{record.retention[layer]:.3f}", *shared)
     return table
 
@@ -250,7 +252,8 @@ def describe(drawn: Drawn) -> dict[str, Any]:
         common, chance = in_common(drawn.record, drawn.against)
         against = drawn.against.to_dict(drawn.layers)
         for layer in against["layers"]:
-            layer["in_common"] = round(float(common[layer["layer"]]), 4)
-            layer["in_common_by_chance"] = round(float(chance[layer["layer"]]), 4)
+            for name, shares in (("in_common", common), ("in_common_by_chance", chance)):
+                share = float(shares[layer["layer"]])
+                layer[name] = None if np.isnan(share) else round(share, 4)  # one of both keeps nothing
     written = {"image": str(drawn.item.path), "files": [str(file) for file in drawn.files]}
     return {**written, **drawn.record.to_dict(drawn.layers), "against": against}

@@ -208,7 +208,7 @@ def select_together(
             notes += (f"on this prompt {budget.method} {OFF_BUDGET} {100 * budget.flops(*prompt):.3g} %",)
     chosen_by = selection or model.config.settings.selection
     model.set_selection(chosen_by)
-    kept, weight, routed, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)
+    kept, weight, routed, routed_tokens, new_tokens = run(model, inputs, max_new_tokens=max_new_tokens)
     if isinstance(pictures, Video):
         read, drawn = len(pictures.pixels), shown[0].layout.frames
         told[0] += (
@@ -231,6 +231,7 @@ def select_together(
             notes=(*own, several.format(number)) if several else own,
             model_notes=notes,
             regions=own_boxes,
+            routed_tokens=None if routed_tokens[each.tokens].all() else routed_tokens[each.tokens],
         )
         for number, (each, own, own_boxes) in enumerate(zip(shown, told, boxes, strict=True), start=1)
     ]
@@ -238,14 +239,15 @@ def select_together(
 
 def run(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Tensor]:
     """The selection of one row's prefill, and the tokens generated after it.
 
     Args:
         inputs: of the model, B = 1, image tokens already expanded.
 
     Returns:
-        kept bool (L, V), weight float32 (L, V), routed bool (L,), and the ids of at most `max_new_tokens` new tokens.
+        kept bool (L, V), weight float32 (L, V), routed bool (L,), bool (V,) for the tokens that are routed, and the ids
+        of at most `max_new_tokens` new tokens.
     """
     import torch
 
@@ -269,7 +271,10 @@ def run(
     for layer, selection in captured.layers.items():
         kept[layer] = selection.kept[0].cpu()[is_vision].numpy()
         weight[layer] = selection.weight[0].float().cpu()[is_vision].numpy()
-    return kept, weight, np.isin(np.arange(num_layers), list(captured.layers)), new
+    of_tokens: np.ndarray = np.ones(num_vision, dtype=bool)
+    if captured.vision_mask is not None:
+        of_tokens = captured.vision_mask[0].cpu()[is_vision].numpy()
+    return kept, weight, np.isin(np.arange(num_layers), list(captured.layers)), of_tokens, new
 
 
 def attend(

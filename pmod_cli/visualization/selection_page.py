@@ -64,6 +64,7 @@ def _data(record: ImageSelection, layers: Sequence[int] | None) -> dict[str, Any
         "retention": [round(float(ratio), 6) for ratio in record.retention],
         "kept": _base64(np.packbits(record.kept, axis=1, bitorder="little")),  # (L, ceil(V / 8)) bytes
         "weights": _base64(record.weight.astype("<f4")),  # (L, V)
+        "fixed": [] if record.routed_tokens is None else np.flatnonzero(~record.routed_tokens).tolist(),
         "parts": [_part(part, record) for part in record.layout.parts if part.size],
     }
 

@@ -1,6 +1,7 @@
 """What many selections have in common: overlap of neighbouring layers, and tokens on marked regions, against chance.
 
-Chance is the expected value for as many tokens drawn at random from all V, computed, not sampled. LLaVA-NeXT's patches
+Chance is the expected value for as many tokens drawn at random from those that are routed, computed, not sampled;
+tokens that no layer may skip are kept by chance too. LLaVA-NeXT's patches
 of the whole image are larger than those of the tiles and touch a region more often; so there is a second chance for
 regions: as many tokens drawn from each part as the layer keeps of it.
 """
@@ -40,19 +41,20 @@ class ImageStatistics:
 
 def image_statistics(record: ImageSelection) -> ImageStatistics:
     """The statistics of one record."""
-    kept, total = record.kept, record.layout.size
+    kept, likely = record.kept, record.by_chance
     counts = kept.sum(axis=1)
     both = np.minimum(counts[:-1], counts[1:])
     compared = record.routed[:-1] & record.routed[1:] & (both > 0)
     overlap = np.where(compared, (kept[:-1] & kept[1:]).sum(axis=1) / both.clip(1), np.nan)
-    chance = np.where(compared, np.maximum(counts[:-1], counts[1:]) / total, np.nan)
+    chance = np.where(compared, (likely[:-1] * likely[1:]).sum(axis=1) / both.clip(1), np.nan)
     marked = tokens_on(record)
     known = record.routed & (counts > 0) & marked.any()
     share = np.where(known, kept[:, marked].sum(axis=1) / counts.clip(1), np.nan)
+    by_chance = np.where(known, likely[:, marked].sum(axis=1) / counts.clip(1), np.nan)
     groups = [tokens.ravel() for part in record.layout.parts for tokens in (part.tokens, part.newlines) if tokens.size]
     drawn = sum(kept[:, tokens].sum(axis=1) * marked[tokens].mean() for tokens in groups)
     in_parts = np.where(known & (len(groups) > 1), drawn / counts.clip(1), np.nan)
-    return ImageStatistics(overlap, chance, share, np.where(known, marked.mean(), np.nan), in_parts)
+    return ImageStatistics(overlap, chance, share, by_chance, in_parts)
 
 
 def tokens_on(record: ImageSelection) -> np.ndarray:
@@ -70,6 +72,8 @@ def tokens_on(record: ImageSelection) -> np.ndarray:
 def in_common(first: ImageSelection, second: ImageSelection) -> tuple[np.ndarray, np.ndarray]:
     """float64 (L,) each: share of the smaller selection that the other keeps too, and the same by chance.
 
+    NaN where one of them keeps nothing.
+
     Raises:
         PmodError: the records are not of the same tokens and layers.
     """
@@ -79,9 +83,10 @@ def in_common(first: ImageSelection, second: ImageSelection) -> tuple[np.ndarray
             f"vision tokens, against {second.num_layers} of {second.layout.size}, or other places in the image",
             hint="compare checkpoints of the same stock model, on the same image",
         )
-    counts = np.stack([first.kept.sum(axis=1), second.kept.sum(axis=1)])
-    smaller = counts.min(axis=0).clip(1)
-    return (first.kept & second.kept).sum(axis=1) / smaller, counts.max(axis=0) / first.layout.size
+    smaller = np.minimum(first.kept.sum(axis=1), second.kept.sum(axis=1))
+    shared, likely = (first.kept & second.kept).sum(axis=1), (first.by_chance * second.by_chance).sum(axis=1)
+    common, chance = (np.where(smaller > 0, count / smaller.clip(1), np.nan) for count in (shared, likely))
+    return common, chance
 
 
 def _same_places(first: ImageSelection, second: ImageSelection) -> bool:

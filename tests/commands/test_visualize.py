@@ -266,6 +266,24 @@ def test_what_is_compared(ready, stock_model, capsys):
     assert [layer["in_common"] for layer in image["against"]["layers"]] == [1, 1, 1, 1]
 
 
+def test_the_chance_of_a_model_that_routes_tiles_alone_knows_the_whole_image(ready, stock_model, capsys):
+    """Both rows keep every token of the whole image, so that random tokens share them too; and nothing of nothing."""
+    settings = PmodSettings(schedule="list", values=(1.0, 0.5, 0.25, 0.0), target_tokens="vision_hr")
+    checkpoints.convert(stock_model(), ready / "tiles", settings)
+    options = ("--model", "tiles", "--device", "cpu", "--max-new-tokens", 0, "--npz", "-o", "a.png")
+    assert call("visualize", "img.png", "--against", "random", "--json", *options) == 0
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    base = sum(token["part"] == "base" for token in image["tokens"])
+    tiles = len(image["tokens"]) - base
+    for layer, ratio in enumerate(settings.values):
+        drawn, told = int(ratio * tiles), image["against"]["layers"][layer]
+        assert told["kept_tokens"] == base + drawn
+        assert told["in_common_by_chance"] == pytest.approx((base + drawn**2 / tiles) / (base + drawn), abs=1e-4)
+    checkpoints.convert(stock_model(), ready / "none", PmodSettings(schedule="list", values=(1.0, 0.5, 0.0, 0.0)))
+    assert call("visualize", "img.png", "--model", "none", "--against", "random", *options[2:]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["2", "0", "0.000", "-"]
+
+
 @pytest.mark.parametrize("name", ["stock", "routed"])
 def test_a_method_is_drawn_at_a_share_of_the_flops(ready, stock_model, capsys, name):
     """On stock weights or on a p-MoD's; beside random tokens of the same numbers."""

@@ -39,6 +39,17 @@ def test_round_trip(tmp_path, make):
         np.testing.assert_array_equal(arrays["boxes_px"], record.layout.boxes())
 
 
+def test_tokens_that_are_not_routed_are_told(tmp_path):
+    record = anyres_record(60, 90)
+    routed_tokens = np.arange(record.layout.size) >= record.layout.parts[0].size
+    record = replace(record, kept=record.kept | ~routed_tokens, routed_tokens=routed_tokens)
+    save_npz(record, tmp_path / "a.npz")
+    np.testing.assert_array_equal(load_npz(tmp_path / "a.npz").routed_tokens, routed_tokens)
+    save_npz(replace(record, kept=record.kept & routed_tokens | ~record.routed[:, None]), tmp_path / "b.npz")
+    with pytest.raises(PmodError, match="tokens that are not routed are kept by every layer"):
+        load_npz(tmp_path / "b.npz")
+
+
 def test_a_file_from_before_notes_were_kept_apart_is_read(tmp_path):
     save_npz(anyres_record(60, 90, notes=("a toy model",)), tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as arrays:

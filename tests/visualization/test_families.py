@@ -91,7 +91,7 @@ def test_several_images_are_a_record_each_and_together_the_row(ready):
     inputs, _ = prepare(model, processor, [picture.pixels for picture in pictures], "which?")
     from pmod_cli.visualization.recording import run
 
-    kept, _, routed, _ = run(model, inputs)
+    kept, _, routed, _, _ = run(model, inputs)
     spare = kept.shape[1] - sum(record.layout.size for record in records)
     assert spare in (0, 2)  # the ends of LLaVA-OneVision's pictures lie nowhere
     for layer in np.flatnonzero(routed):

@@ -240,6 +240,10 @@ def test_compare_says_what_is_in_common():
     words = [text.get_text() for text in draw(record, [0, 3], "compare", against=flipped).texts]
     assert {"100% in common", "0% in common", "A: whole image", "B: 2×2 tiles", "Q: What is it?"} <= set(words)
     assert {"A: planted, trained routers; answers: blue", "B: other, trained routers; answers: blue"} <= set(words)
+    nothing = replace(record, kept=record.kept & ~record.routed[:, None])
+    words = [text.get_text() for text in draw(record, [3], "compare", against=nothing).texts]
+    assert f"{record.kept[3].sum()} and 0 of {record.layout.size}" in words
+    assert not [word for word in words if "in common" in word or "by chance" in word]
     with pytest.raises(PmodError, match="something to compare with"):
         draw(record, [3], "compare")
 

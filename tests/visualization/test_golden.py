@@ -26,7 +26,7 @@ def inputs_of(case: str, prefix: str):
 @pytest.mark.parametrize(("case", "prefix"), [("llava15", "single"), ("next", "single0")])
 def test_kept_masks(case, prefix):
     model, inputs, expected = our_model(case), inputs_of(case, prefix), golden(case)
-    kept, weight, routed, new = run(model, inputs)
+    kept, weight, routed, _, new = run(model, inputs)
     is_vision = inputs["input_ids"][0] == image_token(case)
     assert kept.shape == weight.shape == (32, int(is_vision.sum()))
     assert routed.tolist() == [layer >= 8 for layer in range(32)]

@@ -261,6 +261,15 @@ def test_a_layer_that_holds_a_choice_tells_no_weight_and_no_rank(open_page):
     assert f"1.0000 to {1 + (record.layout.size - 1) / 1000:.4f}" in page.inner_text("#scale")
 
 
+def test_a_token_that_is_not_routed_has_no_weight_and_no_rank(open_page):
+    record = weighted(anyres_record(84, 168))
+    base, tiles = record.layout.parts
+    routed_tokens = np.arange(record.layout.size) >= base.size
+    page = open_page(replace(record, kept=record.kept | ~routed_tokens, routed_tokens=routed_tokens))
+    assert hover(page, "base", 0.5, 0.5).count("none: not routed") == 2
+    assert f" of {tiles.size}\n" in hover(page, "tiles", 0.5, 0.5)
+
+
 def test_keyboard_and_themes(open_page):
     record = weighted(anyres_record(84, 168, layers=6))
     page = open_page(record, scheme="dark")

@@ -102,6 +102,31 @@ def test_in_common():
         summarise([image_statistics(planted([[0]])), image_statistics(planted([[0], [1]]))], [0])
 
 
+def test_with_a_layer_that_keeps_nothing_nothing_is_in_common():
+    common, chance = in_common(planted([[0, 1], [2]]), planted([[], [2, 3]]))
+    np.testing.assert_allclose(common, [np.nan, 1.0])
+    np.testing.assert_allclose(chance, [np.nan, 2 / 144])
+
+
+def test_tokens_that_are_not_routed_are_kept_by_chance_too():
+    """Of 144 tokens every layer keeps the first 100; of the others each draws 20."""
+    random, images, halves = np.random.default_rng(1), [], []
+    routed_tokens = np.arange(144) >= 100
+    for _ in range(200):
+        kept = [[*range(100), *(100 + random.permutation(44)[:20])] for _ in range(4)]
+        record = replace(planted(kept, regions=((0.0, 0.0, 84.0, 60.0),)), routed_tokens=routed_tokens)
+        images.append(image_statistics(record))
+        first, second = (replace(record, kept=record.kept[half]) for half in (slice(0, 2), slice(2, 4)))
+        halves.append([*in_common(first, second)])
+    summary = summarise(images, range(4))
+    for numbers in (summary["neighbour_overlap"], summary["kept_on_regions"]):
+        low, high = numbers["lift_95"]
+        assert low < 1 < high
+    common, chance = np.mean(halves, axis=0)
+    np.testing.assert_allclose(common, chance, rtol=0.01)
+    np.testing.assert_allclose(chance, (100 + 20 * 20 / 44) / 120)
+
+
 def test_a_layer_that_keeps_nothing_of_the_parts_with_a_box_tells_nothing():
     """It keeps an end of a row alone, which no box touches: chance is 0, and 0 of 0 is no lift."""
     record = replace(anyres_record(84, 168), regions=((40.0, 20.0, 60.0, 30.0),))

@@ -18,6 +18,7 @@ from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.samples import by_picture, read_samples
 from pmod_cli.calibration.search import Found, Search
 from pmod_cli.core.errors import PmodError
+from pmod_cli.data.conversation import IMAGE
 from pmod_cli.data.vision import films_are_equal
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.budgets import prompt_of
@@ -68,6 +69,11 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if self.samples < FEWEST:
             raise PmodError(f"`samples={self.samples}` are too few to calibrate on: expected {FEWEST} or more")
+        if marked := [question for question in self.questions if IMAGE in question]:
+            raise PmodError(
+                f"`question={marked[0][:60]}` holds {IMAGE}: the picture stands in front of the first question",
+                hint="leave it out",
+            )
         name = "budget" if self.of == "flops" else "target_retention"
         for share in self.budgets:
             if not 0 < share <= 1:

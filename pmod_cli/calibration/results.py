@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.calibration.calibration import Calibration, CalibrationSettings, Judged
-from pmod_cli.calibration.search import describe
+from pmod_cli.calibration.search import TOGETHER, describe
 from pmod_cli.reporting import markdown_table, plain_table
 
 if TYPE_CHECKING:
@@ -85,12 +85,20 @@ def _budget_json(result: Calibration) -> dict[str, Any]:
         "kl_on_the_samples_of_the_search": found.divergence,
         "judged": [asdict(row) for row in result.judged],
         "kl_hidden_from": result.hidden,
-        "kl_of_one_layer_at_a_ratio": {
-            str(layer): {f"{ratio:g}": loss for ratio, loss in sorted(losses.items())}
+        "kl_of_neighbours_at_a_ratio": {
+            _neighbours(layer, len(found.schedule.ratios)): {
+                f"{ratio:g}": loss for ratio, loss in sorted(losses.items())
+            }
             for layer, losses in found.thinned.items()
         },
         "tried": [{"what": what, "kl": loss} for what, loss in found.steps],
     }
+
+
+def _neighbours(first: int, layers: int) -> str:
+    """The layers that were changed at once: `6-7`; of an odd number of layers, the last one alone."""
+    last = min(first + TOGETHER, layers) - 1
+    return f"{first}-{last}" if last > first else f"{first}"
 
 
 def card(result: Calibration, settings: CalibrationSettings) -> str:
@@ -115,7 +123,7 @@ def _data(settings: CalibrationSettings) -> str:
 
 
 def depth_figure(result: Calibration) -> Figure:
-    """What each layer keeps, above what it costs to hide images from it on, or from it alone."""
+    """What each layer keeps, above what it costs to hide images from it on, or from it and its neighbour alone."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -133,10 +141,10 @@ def depth_figure(result: Calibration) -> Figure:
         kept.set_ylabel("retention ratio")
         needed.plot(layers, result.hidden, ".-", color=THIRD, label="vision tokens hidden from here on, stock model")
         if found.thinned:
-            alone = {layer: losses[0.0] for layer, losses in found.thinned.items()}
-            needed.bar(
-                list(alone), list(alone.values()), width=0.8, color=SECOND, label="hidden here alone, as calibrated"
-            )
+            widths = [min(TOGETHER, len(layers) - layer) - 0.2 for layer in found.thinned]
+            alone = [losses[0.0] for losses in found.thinned.values()]
+            label = "hidden from two neighbours alone, in the search"
+            needed.bar([layer - 0.4 for layer in found.thinned], alone, widths, align="edge", color=SECOND, label=label)
         needed.set_yscale("symlog", linthresh=0.001)
         needed.set_ylim(bottom=0)
         needed.set_ylabel("KL to stock, nats")

@@ -51,7 +51,8 @@ class Found:
             routers that were fitted on others.
         rows: The share of each picture in it.
         steps: What was tried: a line each, with its divergence.
-        thinned: By layer and ratio, the divergence with that layer and the next one alone changed; of the last round.
+        thinned: By layer and ratio, the divergence with that layer and the next one alone changed, `TOGETHER` of them;
+            of the last round.
     """
 
     schedule: Schedule
@@ -97,10 +98,9 @@ class Search:
         if self.of_cosine is not None:
             found = min(found, self.of_cosine, key=lambda each: each.divergence)
         for _ in range(ROUNDS if found.divergence > NOISE else 0):
-            better = self._other_ratios(found)
-            if better is None:
+            before, found = found, self._other_ratios(found)
+            if found.schedule == before.schedule:
                 break
-            found = better
         found = self._another_choice(found)
         return replace(found, steps=tuple(self.steps))
 
@@ -204,8 +204,8 @@ class Search:
         self.steps.append((name, divergence))
         return replace(found, divergence=divergence, rows=rows)
 
-    def _other_ratios(self, found: Found) -> Found | None:
-        """One round of step 3; None where nothing is better."""
+    def _other_ratios(self, found: Found) -> Found:
+        """One round of step 3; where nothing is better, the same with what was measured."""
         chooser, ratios = found.schedule.select_at[0], found.schedule.ratios
         self.bench.apply(self.whole)
         start = self.bench.streams_at(chooser)
@@ -223,12 +223,12 @@ class Search:
             for part in PARTS:
                 between = [now + part * (then - now) for now, then in zip(ratios, chosen, strict=True)]
                 steps[tuple(self._filled(between))] = None
-        best = replace(found, thinned=thinned)
+        best = found = replace(found, thinned=thinned)
         for step in steps:
             schedule = replace(found.schedule, ratios=step)
             measured = self._measured(replace(best, schedule=schedule), describe(schedule), start)
             best = min(best, measured, key=lambda each: each.divergence)
-        return best if _is_better(best, found) else None
+        return best if _is_better(best, found) else found
 
     def _filled(self, ratios: Sequence[float]) -> list[float]:
         """The ratios between 0 and 1 with one factor, up to the budget."""

@@ -18,12 +18,14 @@ from pmod_cli import checkpoints
 from pmod_cli.calibration.asked import Asked
 from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
 from pmod_cli.calibration.budget import Budget, best_ratios
-from pmod_cli.calibration.calibration import CalibrationSettings, calibrate
+from pmod_cli.calibration.calibration import Calibration, CalibrationSettings, calibrate
 from pmod_cli.calibration.importance import target_of
 from pmod_cli.calibration.measured import Measured
 from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
+from pmod_cli.calibration.results import depth_figure
 from pmod_cli.calibration.samples import Sample, by_picture, read_samples
+from pmod_cli.calibration.search import Found
 from pmod_cli.cli import main
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families.sizes import Sizes
@@ -346,6 +348,8 @@ def test_the_result_is_a_whole_p_mod_checkpoint(calibrated: Path, stock_model):
     assert Budget(SIZES, 0.6).total(said["ratios"], len(said["select_at"])) <= 0.6 + 1e-6
     stock = stock_model() / "model.safetensors"
     assert os.path.samefile(folder / "model-00001-of-00001.safetensors", stock), "no weight is copied"
+    pairs = [["0-1", "2-3"], ["1-2", "3"], ["2-3"], ["3"]][said["select_at"][0]]
+    assert list(said["kl_of_neighbours_at_a_ratio"]) == pairs, "though no other ratios were better"
     assert said["judged"][0]["name"] == "calibrated"
     assert {"uniform", "random"} < {row["name"] for row in said["judged"]}
     card = (folder / "README.md").read_text()
@@ -360,6 +364,13 @@ def test_the_result_is_a_whole_p_mod_checkpoint(calibrated: Path, stock_model):
     routers = {i: model.model.language_model.layers[i].router for i in said["select_at"]}
     bench.apply(Schedule(tuple(said["ratios"]), tuple(said["select_at"])), routers)
     assert bench.divergence() == pytest.approx(said["judged"][0]["divergence"], abs=1e-6)
+
+
+def test_a_bar_is_as_wide_as_the_layers_that_were_changed_at_once():
+    found = Found(Schedule((1.0, 0.5, 0.5, 0.2), (1,)), thinned={1: {0.0: 0.3, 1.0: 0.1}, 3: {0.0: 0.2, 1.0: 0.1}})
+    _, needed = depth_figure(Calibration(0.5, found, (88, 58), [], [0.9, 0.4, 0.2, 0.1])).axes
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in needed.patches]
+    assert bars == [pytest.approx((0.6, 2.4, 0.3)), pytest.approx((2.6, 3.4, 0.2))]
 
 
 def test_a_budget_of_one_changes_nothing(calibrated: Path, stock_model):
@@ -439,6 +450,7 @@ def test_convert_calibrates_too(stock_model, workdir: Path, monkeypatch, capsys)
     ("arguments", "said"),
     [
         (["--samples", "7"], "--samples 7 are too few"),
+        (["--question", "What is red in <image>?"], "holds <image>: the picture stands in front of"),
         (["--budget", "0.01"], "cannot be met"),
         (["--budget", "1.5"], "--budget 1.5"),
         (["--budget", "half"], "--budget 'half'"),

@@ -70,7 +70,7 @@ class Benchmark:
         group: Name that stands for all benchmarks of the group: `general` and `text-rich` are the paper's.
         filter: lmms-eval's answer filter that the headline is taken after.
         scale: Factor from lmms-eval's number to the one the report prints, see `scale_of`.
-        questions: Their number, where the data does not say it.
+        questions: Their number, where the data does not say it; of a group, that of each of its tasks.
         judged_task: lmms-eval's task that scores it with a judge model, used where the judge's key is set.
         units: From a task's rows to what each is scored together with; a limited run draws whole units. None: rows.
         sums: From its answered questions to the sums that make its score, for the interval. None: the score is the mean
@@ -88,7 +88,7 @@ class Benchmark:
     group: str = ""
     filter: str = "none"
     scale: float = 100.0
-    questions: int | None = None
+    questions: int | tuple[int, ...] | None = None
     judged_task: str | None = None
     units: Callable[[Any], Iterable[Hashable]] | None = None
     weight: float = 1.0
@@ -101,11 +101,18 @@ class Benchmark:
         return self.folder == str(TINY_TASKS)
 
     @property
+    def rows_of_tasks(self) -> tuple[int, ...]:
+        """Questions of each of its tasks; empty where they are not known."""
+        asked = [split.rows for split in self.data if not split.pictures_of]
+        known = tuple(rows for rows in asked if rows is not None)
+        if known and len(known) == len(asked):
+            return known
+        return (self.questions,) if isinstance(self.questions, int) else self.questions or ()
+
+    @property
     def rows(self) -> int | None:
         """Questions of the whole benchmark; None where it is not known."""
-        asked = [split.rows for split in self.data if not split.pictures_of]
-        known = [rows for rows in asked if rows is not None]
-        return sum(known) if asked and len(known) == len(asked) else self.questions
+        return sum(self.rows_of_tasks) or None
 
 
 BENCHMARKS: PluginRegistry[Benchmark] = PluginRegistry("benchmark", "pmod_cli.benchmarks", Benchmark)
@@ -245,11 +252,15 @@ _several(
     questions=2600,
     sums=_sums("options"),
 )
-_several("blink", "BLINK", "blink_groups", "blink_acc", "blink", questions=1901, sums=_sums("options"))
+_several(
+    *("blink", "BLINK", "blink_groups", "blink_acc", "blink"),
+    questions=(117, 120, 132, 130, 150, 150, 133, 122, 124, 134, 139, 143, 172, 135),
+    sums=_sums("options"),
+)
 _video(
     *("mvbench", "MVBench", "mvbench", "mvbench_accuracy", "mvbench"),
     scale=1.0,
-    questions=4000,
+    questions=(200,) * 20,
     sums=_sums("mvbench"),
 )
 _video(

@@ -161,8 +161,4 @@ def _questions(benchmark: Benchmark, limit: float | None) -> int | None:
 
     Where they come in units, such as the pairs of MME, a run asks the whole of the last one: a few more.
     """
-    asked = [split.rows for split in benchmark.data if not split.pictures_of] or [benchmark.rows]
-    known = [rows for rows in asked if rows is not None]
-    if len(known) < len(asked):
-        return None
-    return sum(asked_of(rows, limit) for rows in known)
+    return sum(asked_of(rows, limit) for rows in benchmark.rows_of_tasks) or None

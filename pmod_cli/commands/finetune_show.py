@@ -162,7 +162,7 @@ def show_plan(plan: Plan, as_json: bool, quiet: bool) -> None:
     table.add_row("steps", *[f"{plan.steps:,}"] * 2)
     table.add_row("rows, a step and in all", *[f"{plan.rows_per_step:,}; {plan.rows:,}"] * 2)
     table.add_row("tokens", *[f"{plan.tokens:,}"] * 2)
-    table.add_row("vision tokens a layer keeps", *(f"{cost.mean_retention:.2%}" for cost in columns))
+    table.add_row("mean retention ratio", *(f"{cost.mean_retention:.2%}" for cost in columns))
     table.add_row("training FLOPs", *(f"{cost.flops:.3g}" for cost in columns))
     table.add_row("disk: a checkpoint, the result", *[f"{disk_size(disk.checkpoint)}, {disk_size(disk.result)}"] * 2)
     free = "" if disk.free is None else f" of {disk_size(disk.free)} free"
@@ -264,7 +264,7 @@ def show_sweep(found: dict[str, Any], out: Path, as_json: bool, quiet: bool, tab
 
 
 def _show_sweep_plan(plan: dict[str, Any]) -> None:
-    table = Table("recipe", "vision tokens kept", "steps", "rows", "FLOPs a cell", "seeds done", "left")
+    table = Table("recipe", "mean retention", "steps", "rows", "FLOPs a cell", "seeds done", "left")
     for row in plan["rows"]:
         done, left = (", ".join(map(str, row[name])) or "-" for name in ("done", "left"))
         counts = (f"{row['steps']:,}", f"{row['rows']:,}", f"{row['flops_per_cell']:.3g}")

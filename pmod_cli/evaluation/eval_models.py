@@ -23,6 +23,7 @@ from pmod_cli.families.sizes import Sizes
 from pmod_cli.families.unsupported import why_not
 from pmod_cli.model import METHODS, SELECTIONS, PmodSettings
 from pmod_cli.profiling.budgets import HARDLY_TEXT, PromptBudget, cost_of, cost_of_fewer, nearest, prompt_of, solve
+from pmod_cli.profiling.count.workload import Workload
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.outcome import Record
@@ -169,6 +170,12 @@ def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: b
             f"`against={method}`: {main.path} is a stock model, whose cost is no budget", hint=f"`against={method}@0.4`"
         )
     share = PmodSettings.from_dict(config.get("pmod") or {}) if budget is None else budget
+    if isinstance(share, PmodSettings) and not _same_for_any_cut(share):
+        raise PmodError(
+            f"`against={method}`: what {main.path} costs on a prompt depends on how pictures are cut, with its "
+            f"target_tokens {share.target_tokens} and quota {share.quota}",
+            hint=f"name the budget: `against={method}@{cost_of(sizes, share).flops:.2f}`",
+        )
     stock = main
     if main.routers != "stock":
         hint = "name the stock model with `model`, and this one with `against`"
@@ -264,7 +271,6 @@ class Loaded:
             share = eval_model.share
             described |= {"method": eval_model.method.method, "control": eval_model.control}
             described["budget"] = share.to_dict() if isinstance(share, PmodSettings) else share
-        described["cost"] = _cost(self.model.config)
         if self.downsampled is not None:
             described["mean_retention"] = self.downsampled["tokens_left"]
         return described
@@ -278,7 +284,7 @@ class Loaded:
     def cost_of_prompts(
         self, eval_model: EvalModel, records: Sequence[Record], whole: Sequence[Mapping[str, Any]] = ()
     ) -> dict[str, Any]:
-        """For the entry of a benchmark; empty where the settings do not tell it.
+        """For the entry of a benchmark; empty for a stock model, and where the answers do not tell it.
 
         Args:
             eval_model: A column that this model serves.
@@ -294,9 +300,11 @@ class Loaded:
             return self._cost_of_fewer(records, whole)
         budget, config = self.budget(eval_model), self.model.config
         own: PmodSettings | None = getattr(config, "settings", None)
-        if own is not None and (own.target_tokens, own.quota) != ("vision_all", "row"):
-            own = None
-        sizes, totals = Sizes.of(config), dict[str, float]()
+        sizes, totals, base = Sizes.of(config), dict[str, float](), None
+        if budget is None and own is not None and not _same_for_any_cut(own):
+            if not all(self._has_one_picture(record) for record in records):
+                return {}
+            base = Workload().rows(sizes)[0].images[0].base
         prompts = Counter(
             (record["vision_tokens"], record["input_tokens"] - record["vision_tokens"]) for record in records
         )
@@ -304,12 +312,18 @@ class Loaded:
             settings = own if budget is None else budget.settings(vision, text)
             if settings is None:
                 return {}
-            for name, share in cost_of(sizes, settings, prompt_of(vision, text)).as_dict().items():
+            for name, share in cost_of(sizes, settings, prompt_of(vision, text, base)).as_dict().items():
                 totals[name] = totals.get(name, 0.0) + share * times
         found: dict[str, Any] = {"cost": {name: total / len(records) for name, total in totals.items()}}
         if budget is not None:
             found["off_budget"] = sum(times for prompt, times in prompts.items() if not budget.is_met(*prompt))
         return found
+
+    def _has_one_picture(self, record: Record) -> bool:
+        """Whether a prompt has one picture, or none, and no video: then its numbers of tokens tell how it was cut."""
+        marks = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")]
+        images, videos = (record["prompt"].count(mark) if mark else 0 for mark in marks)
+        return images < 2 and not videos
 
     def _cost_of_fewer(self, records: Sequence[Record], whole: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The cost of smaller pictures; empty where a question is not among those with whole ones."""
@@ -327,9 +341,9 @@ class Loaded:
         return {"cost": {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}}
 
 
-def _cost(config: Any) -> dict[str, float] | None:
-    """What a loaded p-MoD model costs, see `profiling.budgets.MethodCost`; None for a stock one."""
-    return cost_of(Sizes.of(config), config.settings).as_dict() if hasattr(config, "settings") else None
+def _same_for_any_cut(settings: PmodSettings) -> bool:
+    """Whether K is the same however many pictures the vision tokens of a prompt are of, and however they are cut."""
+    return (settings.target_tokens, settings.quota) == ("vision_all", "row")
 
 
 def load(eval_model: EvalModel, *, dtype: str, device: str, attention: str) -> Loaded:

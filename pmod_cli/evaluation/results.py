@@ -137,15 +137,17 @@ class Report:
         return nearest if nearest is not None and away[nearest] <= SAME_COST else None
 
     def _add_costs(self, label: str) -> None:
-        """What the model costs on the prompts of all benchmarks so far, in the place of the paper's prompt."""
-        known = [entry for of in self.entries.values() if (entry := of.get(label)) and entry.get("cost")]
-        if known:
-            questions = [entry["questions"] for entry in known]
-            names = known[0]["cost"]
-            means = {name: np.average([entry["cost"][name] for entry in known], weights=questions) for name in names}
-            self.models[label]["cost"] = {name: float(mean) for name, mean in means.items()}
-            if self.models[label].get("method") and "mean_tokens" in means:  # its settings are those of each prompt
-                self.models[label]["mean_retention"] = self.models[label]["cost"]["mean_tokens"]
+        """What the model costs on the prompts of all benchmarks so far; None where it is not known of them all."""
+        model, entries = self.models[label], self._scored(self.entries, label).values()
+        if not all(entry.get("cost") for entry in entries):
+            model["cost"] = None
+            return
+        questions = [entry["questions"] for entry in entries]
+        names = next(iter(entries))["cost"]
+        means = {name: np.average([entry["cost"][name] for entry in entries], weights=questions) for name in names}
+        model["cost"] = {name: float(mean) for name, mean in means.items()}
+        if model.get("downsampled") is None and "mean_tokens" in means:
+            model["mean_retention"] = model["cost"]["mean_tokens"]
 
     def results(self) -> dict[str, Any]:
         """Everything so far."""

@@ -10,6 +10,7 @@ from pmod_cli.evaluation.intervals import rate_interval
 from pmod_cli.evaluation.score_tables import (
     Row,
     answer_columns,
+    cost_of,
     cost_rows,
     has_kinds,
     has_methods,
@@ -76,6 +77,11 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     if has_methods(results):
         lines.append("FLOPs: of the decoder's prefill, mean over the prompts; of them ranking: what chooses the tokens")
         lines.append("layer 0, mean of layers: vision tokens that are processed; KV bytes: after the prefill")
+        lines += [
+            f"{label}: no cost, which depends on how its pictures are cut, and answers to several do not tell that"
+            for label, model in results["models"].items()
+            if model.get("pmod") and not cost_of(model)
+        ]
         lines += _off_budget(results)
     if any(row["over_random"] is not None for row in listed):
         lines += _no_better_than_random(listed)

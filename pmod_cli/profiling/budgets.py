@@ -27,7 +27,7 @@ class MethodCost:
 
     Args:
         first_layer: Vision tokens that enter layer 0.
-        mean_tokens: Vision tokens of a layer, mean over the layers.
+        mean_tokens: Vision tokens of a layer, those that are not routed too, mean over the layers.
         flops: FLOPs of the decoder's prefill: layers with attention products, what ranks the tokens, and lm_head. This
             is what a budget means.
         selector: The part of `flops` that ranks the tokens, routers left out.
@@ -58,8 +58,8 @@ def cost_of(sizes: Sizes, settings: PmodSettings, rows: Sequence[Row] | None = N
     stock, found = formulas.prefill(sizes, rows).decoder, formulas.prefill(sizes, rows, routed)
     slots = cached_tokens(rows, routed)
     return MethodCost(
-        first_layer=routed.before * routed.retention[0],
-        mean_tokens=routed.mean_retention,
+        first_layer=routed.of_all(rows, routed.before * routed.retention[0]),
+        mean_tokens=routed.mean_tokens(rows),
         flops=found.decoder / stock,
         selector=found.selector / stock,
         kv_bytes=sum(slots) / (len(slots) * max(row.tokens for row in rows)),
@@ -158,9 +158,16 @@ class PromptBudget:
         return _for_prompt(self, vision, text)[1]
 
 
-def prompt_of(vision: int, text: int) -> list[Row]:
-    """A prompt of which no more is known than how many vision and text tokens it has."""
-    image = ImageTokens(0, 0, tiles=0, base=vision, high_resolution=0, patches_per_tile=0)
+def prompt_of(vision: int, text: int, base: int | None = None) -> list[Row]:
+    """A prompt of which no more is known than how many vision and text tokens it has.
+
+    Args:
+        vision: Its vision tokens.
+        text: Its text tokens.
+        base: Of the vision tokens of one picture, those of the base image; None: it does not matter which they are.
+    """
+    base = vision if base is None else min(base, vision)
+    image = ImageTokens(0, 0, tiles=0, base=base, high_resolution=vision - base, patches_per_tile=0)
     return [Row((image,) if vision else (), text)]
 
 

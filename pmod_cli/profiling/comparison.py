@@ -75,7 +75,7 @@ class Profile:
 
     @property
     def mean_retention(self) -> float:
-        """Share of the vision tokens that a layer processes, mean over the layers."""
+        """Share of the routed vision tokens that a layer processes, mean over the layers."""
         return self.routed.mean_retention
 
     @property

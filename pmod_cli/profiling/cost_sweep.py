@@ -47,7 +47,7 @@ class SweepPoint:
     Args:
         value: The swept setting's.
         retention: Retention ratio of each layer, length L.
-        mean_retention: Share of the vision tokens that a layer processes, mean over the layers.
+        mean_retention: Share of the routed vision tokens that a layer processes, mean over the layers.
         vision_tokens: V of the longest row.
         stock, pmod: FLOPs of the prefill.
         stock_kv, pmod_kv: Bytes of the KV cache.

@@ -139,7 +139,8 @@ def kv_table(result: Profile) -> Table:
         table.add_row(name, *_pair(unit, *sizes))
     table.add_section()
     said = f"{result.published.kv_percent.pmod} %" if result.published else ""
-    table.add_row("paper convention: mean retention", "", "", _share(result.mean_retention, 1), said, style="bold")
+    kept = _share(result.routed.mean_tokens(result.rows), 1)
+    table.add_row("paper convention: vision, K not rounded", "", "", kept, said, style="bold")
     return table
 
 
@@ -270,7 +271,7 @@ def _kv_json(result: Profile) -> dict[str, Any]:
         stock, pmod = (sum(getattr(layer, kind) for layer in kv) for kv in (result.stock_kv, result.pmod_kv))
         report |= {f"stock_{kind}_mib": stock / MIB, f"pmod_{kind}_mib": pmod / MIB}
         report[f"{kind}_pmod_of_stock_percent"] = percent(pmod, stock)
-    report["paper_convention_percent"] = 100 * result.mean_retention
+    report["paper_convention_percent"] = 100 * result.routed.mean_tokens(result.rows)
     if result.published:
         report["published_percent"] = result.published.kv_percent.pmod
     return report

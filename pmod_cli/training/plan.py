@@ -64,7 +64,7 @@ class Cost:
         fits: whether that fits the device; None where its memory is not known.
         flops: of the whole run: forward and backward passes, and what checkpointing repeats.
         hours: at the stated utilization; None where the device's peak is not known.
-        mean_retention: share of the vision tokens a layer keeps, mean over the layers.
+        mean_retention: share of the routed vision tokens a layer keeps, mean over the layers.
     """
 
     memory: TrainingMemory

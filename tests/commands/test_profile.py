@@ -40,7 +40,7 @@ def test_the_default_prints_the_papers_figures(workdir: Path) -> None:
     paper = next(line for line in shown.splitlines() if line.startswith("paper convention  "))
     assert paper.split() == ["paper", "convention", "39.46", "21.92", "55.5", "%", "39.46", "->", "21.94"]
     assert any(line.startswith("full convention") for line in shown.splitlines())
-    kv = next(line for line in shown.splitlines() if line.startswith("paper convention: mean retention"))
+    kv = next(line for line in shown.splitlines() if line.startswith("paper convention: vision, K not rounded"))
     assert kv.split()[-4:] == ["53.8", "%", "53.8", "%"]
     assert "…" not in shown  # nothing is cut off in a pipe
     # No weights: the rest is torch itself, of which builds with CUDA take three times as much as others.

@@ -9,6 +9,7 @@ from pmod_cli.model import METHODS, SCHEDULES, Method, PmodSettings
 from pmod_cli.profiling import Routed, Workload, load_subject, profile
 from pmod_cli.profiling.budgets import PromptBudget, cost_of, prompt_of, solve
 from pmod_cli.profiling.count.memory import inference_memory
+from pmod_cli.profiling.count_report import to_json
 
 
 @pytest.mark.parametrize("before", [None, "divprune:0.33"])
@@ -99,3 +100,19 @@ def test_calibration_counts_the_same(shift):
     layers = sizes.decoder.layers
     total = Budget(sizes, 0.5).total(settings.retention(layers), sum(settings.routed(layers)))
     assert cost_of(sizes, settings).flops == pytest.approx(total, rel=1e-9)
+
+
+@pytest.mark.parametrize("target", ["vision_all", "vision_hr"])
+def test_vision_tokens_that_are_not_routed_are_processed(target):
+    """The base image's 576 of 2928 pass every layer: more than the schedule's mean, which `mean_retention` stays."""
+    found = profile(load_subject("llava-next-7b", {"target_tokens": target}), Workload(text_tokens=58))
+    processed = sum(layer.vision_tokens for layer in found.pmod.layers) / (32 * 2928)
+    assert processed == pytest.approx({"vision_all": 0.537, "vision_hr": 0.628}[target], abs=1e-3)
+    cost = cost_of(found.sizes, found.subject.pmod.settings, found.rows)
+    assert cost.mean_tokens == pytest.approx(processed, abs=1e-3)
+    assert found.mean_retention == pytest.approx(0.5375)
+    cache = to_json(found)["kv_cache"]
+    assert cache["paper_convention_percent"] == pytest.approx(cache["vision_pmod_of_stock_percent"], abs=0.1)
+    thinned = PmodSettings("list", values=[0.25] * 32, target_tokens=target)
+    first = cost_of(found.sizes, thinned).first_layer
+    assert first == pytest.approx(0.25 if target == "vision_all" else 0.3975, abs=1e-3)

@@ -214,8 +214,18 @@ class Routed:
 
     @property
     def mean_retention(self) -> float:
-        """Share of the vision tokens that a layer processes, mean over the layers."""
+        """Share of the routed vision tokens that a layer processes, mean over the layers."""
         return self.before * sum(self.retention) / len(self.retention)
+
+    def mean_tokens(self, rows: Sequence[Row]) -> float:
+        """The same of all vision tokens of a batch: a layer processes every one that is not routed."""
+        return self.of_all(rows, self.mean_retention)
+
+    def of_all(self, rows: Sequence[Row], share: float) -> float:
+        """Share of all vision tokens of a batch, where this share of the routed ones is processed."""
+        vision = sum(row.vision_tokens for row in rows)
+        routed = sum(row.routable(self.target_tokens) for row in rows) / vision if vision else 1.0
+        return routed * share + (1 - routed)
 
 
 def _ranking(settings: PmodSettings) -> Cost | None:

@@ -68,6 +68,11 @@ def interval(draws: np.ndarray) -> Interval:
     return (low, high) if low < high else UNKNOWN
 
 
+def is_gain(low: float | None, high: float | None, *, lower_is_better: bool = False) -> bool:
+    """Whether the interval of a difference is on the good side of 0."""
+    return low is not None and high is not None and (high < 0 if lower_is_better else low > 0)
+
+
 def rate_interval(changed: int, questions: int) -> tuple[float, float]:
     """The 95 % interval of a rate by Wilson's formula, which also holds where nothing or everything changed."""
     z2 = 1.959964**2

@@ -86,6 +86,7 @@ class Outcome:
         score: Headline number, as the paper prints it; None where the run failed.
         error: Why it failed, one line.
         metric: lmms-eval's name of the headline number.
+        lower_is_better: Whether lmms-eval says so of the headline number.
         metrics: Every number of lmms-eval, `{task: {"metric,filter": value}}`.
         versions: Version of each lmms-eval task.
         samples: The records, in the order of the data set.
@@ -103,6 +104,7 @@ class Outcome:
     score: float | None = None
     error: str | None = None
     metric: str | None = None
+    lower_is_better: bool = False
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     samples: list[Record] = field(default_factory=list)
@@ -133,6 +135,7 @@ class Outcome:
             "questions_available": self.available,
             "limited": self.limited,
             "metric": self.metric,
+            "lower_is_better": self.lower_is_better,
             "empty_answers": sum(not any(letter.isalnum() for letter in record["answer"]) for record in self.samples),
             "cut_answers": sum(record["cut"] for record in self.samples),
             "too_long_prompts": sum(record["too_long"] for record in self.samples),

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from pmod_cli.core.atomic import write_text
 from pmod_cli.evaluation import score_report, score_tables
+from pmod_cli.evaluation.intervals import is_gain
 from pmod_cli.profiling.plots import STYLE, save, to_svg
 from pmod_cli.reporting import plain_table, report_page
 
@@ -40,6 +41,7 @@ class Point:
         seconds: In `generate`, a question; None where no time was taken.
         score, low, high: With its interval; the bounds are None where there is none.
         gain: Difference, low and high bound of it, to random dropping at the same FLOPs; None where there is none.
+        lower_is_better: Of the score.
     """
 
     flops: float
@@ -48,11 +50,12 @@ class Point:
     low: float | None
     high: float | None
     gain: tuple[float, float | None, float | None] | None
+    lower_is_better: bool = False
 
     @property
     def beats_random(self) -> bool:
-        """Whether the interval of the difference is above zero; what is not compared is not beaten."""
-        return self.gain is None or (self.gain[1] is not None and self.gain[1] > 0)
+        """Whether the interval of the difference is on the good side of zero; what is not compared is not beaten."""
+        return self.gain is None or is_gain(*self.gain[1:], lower_is_better=self.lower_is_better)
 
 
 def has_costs(results: Mapping[str, Any]) -> bool:
@@ -82,6 +85,7 @@ def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, lis
             low=entry.get("low"),
             high=entry.get("high"),
             gain=gain and (gain["difference"], gain["low"], gain["high"]),
+            lower_is_better=bool(entry.get("lower_is_better")),
         )
         stem = _stem(label, model)
         name = model.get("method")
@@ -118,7 +122,8 @@ def figure(results: Mapping[str, Any], *, mean: bool = False) -> Figure:
         for (part, own), row in zip(shown, grid, strict=True):
             for axes, cost in zip(row[::2], ("flops", "seconds"), strict=False):
                 _scores(axes, own, looks, cost)
-                axes.set_ylabel(f"{part['title']}, score")
+                lower = ", lower is better" if part.get("lower_is_better") else ""
+                axes.set_ylabel(f"{part['title']}, score{lower}")
             _gains(row[1], own, looks)
             row[1].set_ylabel("score − random")
         grid[0][1].set_title("filled: beats random at the same FLOPs", fontsize=9)
@@ -191,8 +196,10 @@ def _scores(axes: Axes, own: Mapping[str, list[Point]], looks: Mapping[str, Any]
         axes.plot([place for place, _ in known], [point.score for _, point in known], line, color=colour, linewidth=1.0)
         for place, point in known:
             _mark(axes, place, point.score, colour, marker, point)
-            pairs.append((round(place) if cost == "flops" else place, point.score))
-    axes.step(*zip(*front(pairs), strict=True), where="post", color=FRONT, linewidth=0.8, linestyle=":", zorder=0)
+            sign = -1 if point.lower_is_better else 1
+            pairs.append((round(place) if cost == "flops" else place, sign * point.score))
+    best = [(place, sign * score) for place, score in front(pairs)]
+    axes.step(*zip(*best, strict=True), where="post", color=FRONT, linewidth=0.8, linestyle=":", zorder=0)
 
 
 def _gains(axes: Axes, own: Mapping[str, list[Point]], looks: Mapping[str, Any]) -> None:

@@ -174,6 +174,7 @@ class Report:
             "metric": benchmark.metric,
             "filter": benchmark.filter,
             "scale": self.scales[benchmark.name],
+            "lower_is_better": self._lower_is_better(benchmark),
             "rows": benchmark.rows,
             "scores": self.entries[benchmark.name],
             "differences": {label: found.as_dict() for label, found in self.differences[benchmark.name].items()},
@@ -213,10 +214,17 @@ class Report:
         }
 
     def _kinds(self) -> list[dict[str, Any]]:
-        """The means of each kind that was asked; of several kinds also, last, the mean of all tasks."""
-        of_kind = {kind: [each for each in self.benchmarks if each.kind == kind] for kind in KINDS}
+        """The means of each kind that was asked; of several kinds also, last, the mean of all tasks.
+
+        A score that is better where it is lower is in none of them.
+        """
+        asked = [each for each in self.benchmarks if not self._lower_is_better(each)]
+        of_kind = {kind: [each for each in asked if each.kind == kind] for kind in KINDS}
         means = [self._means(kind, members) for kind, members in of_kind.items() if members]
-        return means if len(means) < 2 else [*means, self._means(ALL_TASKS, self.benchmarks)]
+        return means if len(means) < 2 else [*means, self._means(ALL_TASKS, asked)]
+
+    def _lower_is_better(self, benchmark: Benchmark) -> bool:
+        return any(entry.get("lower_is_better") for entry in self.entries[benchmark.name].values())
 
     def _means(self, title: str, members: Sequence[Benchmark]) -> dict[str, Any]:
         """Means over benchmarks, for the models that have all their scores."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pmod_cli import paper
-from pmod_cli.evaluation.intervals import rate_interval
+from pmod_cli.evaluation.intervals import is_gain, rate_interval
 from pmod_cli.evaluation.score_tables import (
     Row,
     answer_columns,
@@ -69,6 +69,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     listed, labels = rows(results), list(results["models"])
     metrics = {row["benchmark"]: row["metric"] for row in listed if row["metric"]}
     lines = ["metrics: " + ", ".join(f"{title} {metric}" for title, metric in metrics.items())] if metrics else []
+    lower = list(dict.fromkeys(row["benchmark"] for row in listed if row["lower_is_better"]))
+    if lower:
+        means = "; they are in no mean" if has_kinds(results) else ""
+        lines.append(f"lower scores are better: {', '.join(lower)}{means}")
     lines += [
         "±: half of the 95 % interval, questions resampled; none where all questions score alike or it is unknown"
     ]
@@ -117,14 +121,19 @@ def _off_budget(results: Mapping[str, Any]) -> list[str]:
 
 
 def _no_better_than_random(listed: Sequence[Row]) -> list[str]:
-    """Which methods do not beat random dropping at the same budget: the interval of the difference is not above 0."""
+    """Which methods do not beat random dropping at the same budget: its interval has 0 or is worse."""
     lines = []
     for title in dict.fromkeys(row["benchmark"] for row in listed):
         mine = [row for row in listed if row["benchmark"] == title and row["over_random"] is not None]
-        failed = [row["model"] for row in mine if row["over_random_low"] is None or row["over_random_low"] <= 0]
+        failed = [row["model"] for row in mine if not _beats_random(row)]
         if mine:
             lines.append(f"{title}: do not beat random at the same FLOPs: {', '.join(failed) or 'none of them'}")
     return lines
+
+
+def _beats_random(row: Row) -> bool:
+    low, high = row["over_random_low"], row["over_random_high"]
+    return is_gain(low, high, lower_is_better=bool(row["lower_is_better"]))
 
 
 def _no_better_by_kind(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -133,7 +142,7 @@ def _no_better_by_kind(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
     for kind in kinds:
         gains = {label: entry["over_random"] for label, entry in kind["scores"].items() if "over_random" in entry}
         if gains and len(kind["tasks"]) > 1:
-            failed = [label for label, gain in gains.items() if gain["low"] is None or gain["low"] <= 0]
+            failed = [label for label, gain in gains.items() if not is_gain(gain["low"], gain["high"])]
             lines.append(
                 f"{kind['title']}: do not beat random at the same FLOPs: {', '.join(failed) or 'none of them'}"
             )

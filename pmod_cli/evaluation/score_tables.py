@@ -86,6 +86,7 @@ def _row(
         "over_random": gain.get("difference"),
         "over_random_low": gain.get("low"),
         "over_random_high": gain.get("high"),
+        "lower_is_better": entry.get("lower_is_better"),
         "error": entry.get("error"),
     }
 

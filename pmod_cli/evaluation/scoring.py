@@ -106,6 +106,7 @@ def _read(
             raise _incomplete(f"{task}: lmms-eval gave no number for {key}, but {value!r}")
         values.append(float(value))
         outcome.metric = metric
+        outcome.lower_is_better |= results["higher_is_better"].get(task, {}).get(metric) is False
         outcome.metrics[task] = _numbers(results["results"][task])
         outcome.versions[task] = results["versions"].get(task)
         outcome.available += questions.available[task]

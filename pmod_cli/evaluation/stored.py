@@ -75,6 +75,7 @@ SCORED = {
         for name in ("empty_answers", "cut_answers", "too_long_prompts", "random_answers", "unread_answers")
     },
     **{f"{name}?": NUMBER.or_null() for name in ("seconds", "tokens_per_second", "peak_memory_mib")},
+    "lower_is_better?": FLAG,
     "batching?": ANY,
 }
 BATCHING = {"questions": COUNT, "changed": COUNT, "batch_size": COUNT}

@@ -149,7 +149,8 @@ class Scores:
     """What runs of `pmod eval` say about the points of a sweep.
 
     Args:
-        tasks: Tasks that every matched model was asked; a mean over unlike tasks would compare nothing.
+        tasks: Tasks that every matched model was asked; a mean over unlike tasks would compare nothing. Those where
+            lower scores are better are not among them.
         at: Mean score over them for each point, None where no run has the point's schedule.
     """
 
@@ -195,7 +196,8 @@ def read_scores(
                 {
                     task["name"]: task["scores"][label]["score"]
                     for task in results["tasks"]
-                    if task["scores"].get(label, {}).get("score") is not None
+                    if (entry := task["scores"].get(label, {})).get("score") is not None
+                    and not entry.get("lower_is_better")
                 },
             )
     asked = [set(scores) for _, scores in found.values()]

@@ -8,7 +8,9 @@ from PIL import Image as Pictures
 
 from pmod_cli import cli
 from pmod_cli.core.errors import PmodError
+from pmod_cli.evaluation import questions, scoring
 from pmod_cli.evaluation.benchmarks import BENCHMARKS, Benchmark, register_benchmark
+from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.suite import resolve
 
 TASK = """\
@@ -142,3 +144,14 @@ def test_by_its_file(task, stock_model, workdir, capsys):
     (task / "empty.yaml").write_text("metric_list: []\n")
     assert cli.main(["eval", "--tasks", str(task / "empty.yaml"), "-m", str(stock_model())]) == 2
     assert "defines no task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_whether_lower_is_better_is_read_from_the_task(registry, task, tmp_path, lower):
+    file = task / "toy_colours.yaml"
+    file.write_text(file.read_text().replace("higher_is_better: true", f"higher_is_better: {str(not lower).lower()}"))
+    (benchmark,) = resolve([str(file)])
+    opened = questions.load(benchmark, log=tmp_path / "log")
+    answers = {place: Answer("red", "prompt", 10, 1) for place in range(3)}
+    entry = scoring.score(benchmark, opened, answers, seed=0, log=tmp_path / "log").entry()
+    assert (entry["score"], entry["lower_is_better"]) == (pytest.approx(100 / 3), lower)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pmod_cli import paper
 from pmod_cli.evaluation import pareto, score_report, score_tables, suite
-from pmod_cli.evaluation.benchmarks import groups
+from pmod_cli.evaluation.benchmarks import Benchmark, groups
 from pmod_cli.evaluation.results import Report
 from tests.evaluation import reports
 
@@ -349,3 +349,35 @@ def test_other_sizes_are_told_from_the_papers():
     results = reports.small().results()
     results["models"]["stock"]["layers"] = 40
     assert any(line.startswith("stock: not of the paper's size") for line in score_report.notes(results))
+
+
+def test_a_score_that_is_better_where_it_is_lower():
+    """Beating random, filled marks and the front turn round; it is in no mean."""
+    errors = Benchmark("errors", "Errors", "errors", None)
+    benchmarks = [*suite.resolve(["tiny_doc", "tiny_where"]), errors]
+    report = Report(benchmarks, seed=0)
+    wrong = {"random@0.5": 30, "few@0.5": 10, "many@0.5": 50, "dear@0.9": 20}
+    for label, number in wrong.items():
+        control = None if label in ("random@0.5", "dear@0.9") else "random@0.5"
+        report.add_model(label, reports.STOCK | {"method": label.partition("@")[0], "control": control})
+        for benchmark in benchmarks:
+            lower = {"lower_is_better": True} if benchmark is errors else {}
+            cost = {"flops": float(label[-3:])} | dict.fromkeys(("selector", "first_layer", "mean_tokens"), 0.5)
+            items = [1.0] * number + [0.0] * (60 - number)
+            found = reports.entry(100 * number / 60, 60, metric="mae", cost=cost | {"kv_bytes": 0.5}, **lower)
+            report.add(benchmark, label, found, reports.records(["x"] * 60, items))
+    results = report.results()
+    notes = score_report.notes(results)
+    assert "Errors: do not beat random at the same FLOPs: many@0.5" in notes
+    assert "tiny doc: do not beat random at the same FLOPs: few@0.5" in notes
+    assert "lower scores are better: Errors; they are in no mean" in notes
+    assert [kind["tasks"] for kind in results["kinds"]] == [["tiny_doc"], ["tiny_where"], ["tiny_doc", "tiny_where"]]
+    filled = {
+        name: [point.beats_random for point in points]
+        for name, points in pareto.curves(results, results["tasks"][-1]).items()
+    }
+    assert filled == {"random": [True], "few": [True], "many": [False], "dear": [True]}
+    figure = pareto.figure({**results, "kinds": [], "tasks": results["tasks"][-1:]})
+    assert figure.axes[0].get_ylabel() == "Errors, score, lower is better"
+    (front,) = (line for line in figure.axes[0].lines if line.get_drawstyle() == "steps-post")
+    assert [(x, y) for x, y in zip(*front.get_data(), strict=True)] == [(50, pytest.approx(100 / 6))]

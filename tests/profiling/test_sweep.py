@@ -68,6 +68,9 @@ def test_scores_are_means_over_the_tasks_that_all_were_asked(tmp_path) -> None:
     assert found.at == (15, None, 40)
     both = results(tmp_path / "both", 0.5, {"mme": 1500, "pope": 85})
     assert read_scores([both], axis, points, {"mme": 1 / 20}).at == (None, 80, None)
+    file = results(tmp_path / "errors", 0.5, {"x": 10, "errors": 3}) / "results.json"
+    file.write_text(file.read_text().replace('"score": 3', '"score": 3, "lower_is_better": true'))
+    assert read_scores([file], axis, points).tasks == ("x",), "a mean of rights and errors says nothing"
     assert [row["mean_score"] for row in sweep_rows(axis, points, found)] == [15, None, 40]
     with pytest.raises(PmodError, match="same schedule"):
         read_scores([*runs, results(tmp_path / "again", 0.4, {"x": 1})], axis, points)

@@ -170,11 +170,11 @@ def _of_method(main: EvalModel, method: str, budget: float | None, *, offline: b
             f"`against={method}`: {main.path} is a stock model, whose cost is no budget", hint=f"`against={method}@0.4`"
         )
     share = PmodSettings.from_dict(config.get("pmod") or {}) if budget is None else budget
-    if isinstance(share, PmodSettings) and not _same_for_any_cut(share):
+    if isinstance(share, PmodSettings) and share.target_tokens != "vision_all":
         raise PmodError(
-            f"`against={method}`: what {main.path} costs on a prompt depends on how pictures are cut, with its "
-            f"target_tokens {share.target_tokens} and quota {share.quota}",
-            hint=f"name the budget: `against={method}@{cost_of(sizes, share).flops:.2f}`",
+            f"`against={method}`: with target_tokens {share.target_tokens}, what {main.path} costs on a prompt depends "
+            "on how pictures are cut",
+            hint=f"name a budget: `against={method}@{cost_of(sizes, share).flops:.2f}`",
         )
     stock = main
     if main.routers != "stock":

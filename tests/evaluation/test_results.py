@@ -310,8 +310,8 @@ def test_results_are_plain_json():
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert {*results} == {"models", "tasks", "averages", "kinds", "failed"}
     task = results["tasks"][0]
-    named = {"name", "title", "group", "kind", "task", "metric", "filter", "scale", "rows", "scores", "differences"}
-    assert {*task} == named
+    named = {"name", "title", "group", "kind", "task", "metric", "filter", "scale", "lower_is_better", "rows"}
+    assert {*task} == named | {"scores", "differences"}
 
 
 def test_flip_rate_is_summed_over_tasks():

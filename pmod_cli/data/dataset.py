@@ -232,7 +232,7 @@ class Rows(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The row, or in its place the next good one that has an image, or has none, as this one.
+        """The row, or in its place the next good one that has an image, or has none, as this one; else any good one.
 
         Raises:
             BadRow: naming file and row, if bad rows are not skipped.
@@ -262,12 +262,13 @@ class Rows(Dataset):
         )
 
     def _in_place_of(self, index: int) -> Iterator[int]:
-        """The row itself, then the following ones of its kind, round the end of the data set."""
+        """The row itself, then the following ones of its kind, round the end of the data set, then the others."""
         with_image = self.lengths[index] > 0
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            if (self.lengths[candidate] > 0) == with_image:
-                yield candidate
+        for kind in (with_image, not with_image):
+            for step in range(len(self)):
+                candidate = (index + step) % len(self)
+                if (self.lengths[candidate] > 0) == kind:
+                    yield candidate
 
     def counts(self) -> dict[str, int]:
         """Since the run began, over all workers of this process: rows left out, rows cut, rows that teach nothing."""

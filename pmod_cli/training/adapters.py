@@ -34,8 +34,8 @@ def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | 
         PmodError: no linear map of the decoder has one of the names of ``lora.targets``.
     """
     if checkpoint is not None:
-        with _quiet():
-            adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+        config = LoraConfig.from_pretrained(str(checkpoint))
+        config.inference_mode = False  # as it is saved, nothing is trained
     else:
         lora = settings.lora
         names = {name.rsplit(".", 1)[-1] for name, _ in model.model.language_model.layers[0].named_modules()}
@@ -50,11 +50,13 @@ def add_adapters(model: PreTrainedModel, settings: Settings, checkpoint: Path | 
             target_modules=rf".*\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})",
             modules_to_save=modules_of(model, whole),
         )
-        with _quiet():
-            adapted = get_peft_model(model, config)
+    with _quiet():
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # what is trained is float32, whatever the frozen weights are
+    if checkpoint is not None:  # only now: before, what is trained whole would be rounded to the frozen weights' dtype
+        adapted.load_adapter(checkpoint, "default", is_trainable=True)
     freeze(adapted, settings.model.freeze)  # of what is saved whole
     return adapted
 

@@ -11,7 +11,8 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.core.paths import expanded
 from pmod_cli.data.check import check_rows, refuse_bad
 from pmod_cli.data.collator import Collator, ModalityBatches
-from pmod_cli.data.dataset import build_dataset
+from pmod_cli.data.dataset import Rows, build_dataset
+from pmod_cli.data.sources import RowSource, open_source
 from pmod_cli.data.vision import vision_ids
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.sizes import Sizes
@@ -25,7 +26,7 @@ from pmod_cli.training.parts import PartCount, count, freeze
 from pmod_cli.training.preflight import check_settings
 from pmod_cli.training.run_data import SyntheticDocuments
 from pmod_cli.training.run_settings import Settings, needed
-from pmod_cli.training.start import is_routed
+from pmod_cli.training.start import is_here, is_routed, processor_of
 
 SAMPLE = 16  # synthetic rows drawn to estimate the tokens of a row
 TEXT_TOKENS = 200  # of a row that nobody has seen
@@ -243,12 +244,14 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
     """
     data = settings.data
     vision = Workload().rows(sizes)[0].vision_tokens
-    if data.kind == "synthetic" or (data.path and expanded(data.path).exists()) or data.kind == "hub":
-        source = resolve(settings.model.name, weights=False).path if settings.model.name else None
-        if source is not None:
-            processor = load_processor(source)
-            return _sampled(settings, processor, per_step)
-    rows = data.rows or (settings.train.max_steps or 0) * per_step
+    here = data.kind != "llava" or (data.path is not None and expanded(data.path).exists())
+    processor = _processor(settings) if here else None
+    if processor is not None:
+        return _sampled(settings, processor, per_step)
+    rows = read = data.rows or (settings.train.max_steps or 0) * per_step
+    if here and data.kind != "synthetic":
+        source = open_source(data.kind, needed(data.path, "data.path"), None)
+        rows, read = len(source), _rows_per_epoch(settings, source, per_step)
     if not rows:
         raise PmodError(
             f"{data.path} is not here, and neither data.rows nor train.max_steps says how much it is",
@@ -256,8 +259,19 @@ def data_shape(settings: Settings, sizes: Sizes, per_step: int) -> DataShape:
         )
     tokens = min(vision + TEXT_TOKENS, data.max_length or vision + TEXT_TOKENS)
     vision = min(vision, tokens)
-    said = f"{data.path} is not here: {rows:,} rows of one large image and {TEXT_TOKENS} text tokens are assumed"
-    return DataShape(rows, rows, tokens, vision, max(tokens, data.max_length or 0), vision, said)
+    lacking = "not every part of the model is here" if here else f"{data.path} is not here"
+    said = f"{lacking}: {rows:,} rows of one large image and {TEXT_TOKENS} text tokens are assumed"
+    return DataShape(rows, read, tokens, vision, max(tokens, data.max_length or 0), vision, said)
+
+
+def _processor(settings: Settings) -> ProcessorMixin | None:
+    """The processor of the run; None where it is made of parts that are not all on this machine."""
+    if settings.model.name:
+        return load_processor(resolve(settings.model.name, weights=False).path)
+    try:
+        return processor_of(settings) if is_here(settings) else None
+    except PmodError:  # which the start would refuse, and ``preflight`` has named
+        return None
 
 
 def _sampled(settings: Settings, processor: ProcessorMixin, per_step: int) -> DataShape:
@@ -276,11 +290,16 @@ def _sampled(settings: Settings, processor: ProcessorMixin, per_step: int) -> Da
     report = check_rows(found)
     if data.on_bad_row == "error":
         refuse_bad(report)
-    rows = len(found)
-    if data.group_by_modality:
-        batch_size = settings.train.batch_size
-        rows = len(ModalityBatches(found.lengths, batch_size, per_step // batch_size))
+    rows = _rows_per_epoch(settings, found, per_step)
     means = report.tokens_per_row, report.vision_tokens_per_row
     longest = min(report.longest, data.max_length or report.longest)
     said = f"{report.checked} rows of the data"
     return DataShape(len(found), rows, *means, longest, report.longest_vision, said)
+
+
+def _rows_per_epoch(settings: Settings, rows: Rows | RowSource, per_step: int) -> int:
+    """Of one pass over the data, with those that fill up batches of one kind."""
+    if not settings.data.group_by_modality:
+        return len(rows)
+    batch_size = settings.train.batch_size
+    return len(ModalityBatches(rows.lengths, batch_size, per_step // batch_size))

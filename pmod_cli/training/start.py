@@ -51,6 +51,19 @@ def is_routed(settings: Settings) -> bool:
     return bool(settings.pmod.stated) if settings.pmod.enabled is None else settings.pmod.enabled
 
 
+def is_here(settings: Settings) -> bool:
+    """Whether all that a run starts from is on this machine. Nothing is fetched.
+
+    Raises:
+        PmodError: there is no such checkpoint, which offline includes one that is not in the cache.
+    """
+    model = settings.model
+    names = (name for name in (model.name, model.llm, model.vision_tower) if name is not None)
+    if any(find_here(name) is None for name in names):
+        return False
+    return model.projector is None or _local_projector(model.projector) is not None
+
+
 def check_start(settings: Settings, converted: Path) -> None:
     """Refuse what ``starting_checkpoint`` would refuse, as far as the files are on this machine. Nothing is written.
 
@@ -58,10 +71,7 @@ def check_start(settings: Settings, converted: Path) -> None:
         PmodError: as ``starting_checkpoint``.
     """
     model = settings.model
-    for name in (model.name, model.llm, model.vision_tower):
-        if name is not None and find_here(name) is None:
-            return
-    if model.projector is not None and _local_projector(model.projector) is None:
+    if not is_here(settings):
         return
     source, to_convert = source_of(settings)
     if not to_convert or (converted / CONFIG).is_file() or (model.llm is not None and model.projector is None):

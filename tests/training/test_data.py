@@ -115,6 +115,17 @@ def test_bad_rows_end_the_run_before_it_starts_or_are_left_out(routed, rows, tmp
     assert [line["row"] for line in skipped] == [5]
 
 
+def test_a_bad_row_that_is_the_only_one_of_its_kind_is_left_out_too(routed, rows, tmp_path):
+    """Nobody knows of a broken line whether it has an image, and all other rows have one."""
+    pictured = [json.dumps(row) for row in json.loads(rows.read_text()) if "image" in row]
+    lines = rows.with_suffix(".jsonl")
+    lines.write_text("\n".join([*pictured[:2], '{"image": "5.png', *pictured[2:]]))
+    settings = settings_of(routed, lines, "data.on_bad_row=skip")
+    found = open_data(settings, AutoProcessor.from_pretrained(routed), tmp_path).rows
+    assert torch.equal(found[2]["input_ids"], found[3]["input_ids"])
+    assert [json.loads(line)["row"] for line in (tmp_path / SKIPPED).read_text().splitlines()] == [2]
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_routers_start_from_rows_with_images_wherever_these_stand(routed, rows, start):
     """As many rows as are asked for, behind rows of text. Of text alone the run is refused."""

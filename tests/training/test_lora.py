@@ -202,11 +202,11 @@ def test_the_result_keeps_the_selection_it_was_trained_with(routed, tmp_path, lo
     assert model.config.settings == replace(PmodSettings(), selection="uniform")
 
 
-def test_an_interrupted_lora_run_ends_where_an_unbroken_one_does(stock_model, tmp_path):
-    """Started from a stock model, which the run converts."""
-    settings = lora_settings(
-        stock_model("llava_next", "llama"), "pmod.enabled=true", "model.gradient_checkpointing=true"
-    )
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_interrupted_lora_run_ends_where_an_unbroken_one_does(stock_model, tmp_path, precision):
+    """Started from a stock model, which the run converts. What is trained goes on in float32 in any case."""
+    own = ("pmod.enabled=true", "model.gradient_checkpointing=true", f"model.precision={precision}")
+    settings = lora_settings(stock_model("llava_next", "llama"), *own)
     finetune(settings, tmp_path / "whole")
 
     def interrupt(step):

@@ -24,6 +24,7 @@ from pmod_cli.training.run import finetune
 from pmod_cli.training.run_data import Counting, SyntheticDocuments
 from pmod_cli.training.trainer import PmodTrainer, training_arguments
 from pmod_cli.training.watch import Watch
+from tests.checkpoints.test_from_parts import parts  # noqa: F401
 
 
 def settings_of(model, *more):
@@ -67,6 +68,21 @@ def test_batches_of_one_kind_are_filled_up_in_the_plan_too(routed, rows, tmp_pat
     planned = plan(settings, device="cpu")
     assert (planned.data.rows, planned.steps) == (18, 6)  # three of each kind
     assert finetune(settings, tmp_path / "run").step == 6
+
+
+def test_rows_are_those_of_the_data_where_the_model_comes_in_parts(parts, rows):  # noqa: F811
+    """Whatever `data.rows` says; their tokens are counted where the parts are here."""
+    folder, *_ = parts
+    own = ["model.kind=llava", f"model.projector={folder / 'mm_projector.bin'}", "data.kind=llava", f"data.path={rows}"]
+    own += ["data.template=vicuna_v1", "data.rows=999", "train.batch_size=2"]
+    here, away = (
+        plan(load_settings(None, [*own, f"model.llm={llm}", f"model.vision_tower={folder / 'clip'}"]), device="cpu")
+        for llm in (folder / "llm", "org/llm")
+    )
+    assert (here.data.rows, here.steps, here.data.source) == (18, 9, "18 rows of the data")
+    assert 0 < here.data.vision_tokens < here.data.tokens < 200
+    assert (away.data.rows, away.steps) == (18, 9)
+    assert "not every part of the model is here" in away.data.source
 
 
 def test_the_vision_tokens_of_a_film_are_counted():

@@ -85,6 +85,7 @@ def read_samples(
     Raises:
         PmodError: nothing is there, a picture cannot be read, or there are fewer than `count`.
     """
+    passed_over: Counter[str] = Counter()
     if tasks := tiny_tasks(data):
         tasks = ALL_TASKS if data == TINY and films else tasks
         shares = [count // len(tasks) + (index < count % len(tasks)) for index in range(len(tasks))]
@@ -94,10 +95,14 @@ def read_samples(
     elif expanded(data).is_dir() and not (expanded(data) / "dataset_info.json").is_file():
         found = _of_folder(expanded(data), count, seed)
     else:
-        found = _of_rows(data, images, count, seed, questions)
+        found = _of_rows(data, images, count, seed, questions, passed_over)
     found = [_asked(each, questions) for each in found if each.images or not questions]
     if len(found) < count:
-        raise PmodError(f"{data} has {len(found)} pictures to ask about, and `samples={count}` were asked for")
+        told = [f"{rows} row{'s' * (rows > 1)} {why}" for why, rows in passed_over.items()]
+        raise PmodError(
+            f"{data} has {len(found)} pictures to ask about, and `samples={count}` were asked for"
+            + (f"; passed over: {', '.join(told)}" if told else "")
+        )
     return found
 
 
@@ -150,7 +155,10 @@ def _of_folder(folder: Path, count: int, seed: int) -> list[Sample]:
     return [_readable(Sample(folder.name, (name,), asked, (), folder), f"{folder}") for name in chosen]
 
 
-def _of_rows(data: str, images: Path | None, count: int, seed: int, questions: Sequence[str]) -> list[Sample]:
+def _of_rows(
+    data: str, images: Path | None, count: int, seed: int, questions: Sequence[str], passed_over: Counter[str]
+) -> list[Sample]:
+    """Samples of rows; those that cannot be asked about are counted in `passed_over`, by reason."""
     path = expanded(data)
     kind = "llava" if path.suffix.lower() in (".json", ".jsonl") else "hub"
     source = open_source(kind, data, None if images is None else str(images), answered=False)
@@ -163,12 +171,14 @@ def _of_rows(data: str, images: Path | None, count: int, seed: int, questions: S
             break
         where = f"row {row} of {source.name}"
         try:
-            sample = _of_conversation(path.stem or data, source[row], source.images)
-            pictures = [] if sample is None else _pictures_of(sample := _asked(sample, questions))
+            conversation = source[row]
+            if (why := _unasked(conversation)) is not None:
+                passed_over[why] += 1
+                continue
+            sample = _asked(_of_conversation(path.stem or data, conversation, source.images), questions)
+            pictures = _pictures_of(sample)
         except BadRow as fault:
             raise PmodError(f"{where}: {fault.what}", hint="correct the row, or leave it out") from None
-        if sample is None:
-            continue
         if before := max((seen[picture] for picture in pictures), default=0):
             repeats.append((before, row))
         else:
@@ -177,18 +187,24 @@ def _of_rows(data: str, images: Path | None, count: int, seed: int, questions: S
     if not questions:  # which would be asked about the same picture again
         for _, row in sorted(repeats, key=itemgetter(0))[: count - len(samples)]:
             again = _of_conversation(path.stem or data, source[row], source.images)
-            assert again is not None  # as it was above
             samples.append(_readable(again, f"row {row} of {source.name}"))
     return samples
 
 
-def _of_conversation(task: str, conversation: Conversation, folder: Path | None) -> Sample | None:
-    """Questions and answers in turn; None where the images do not all stand in a first question."""
-    turns = [turn for turn in conversation.turns if turn.role != "system"]
-    asked = [turn.text for turn in turns if turn.role == "user"][:MOST_QUESTIONS]
-    said = [turn.text for turn in turns if turn.role == "assistant"][: len(asked)]
-    if not asked or conversation.videos or asked[0].count(IMAGE) != len(conversation.images):
-        return None
+def _unasked(conversation: Conversation) -> str | None:
+    """Why a row cannot be asked about: what can be has all of its images in a first question."""
+    first = next((turn.text for turn in conversation.turns if turn.role == "user"), None)
+    if first is None:
+        return "without a question"
+    if conversation.videos:
+        return "with a film"
+    return None if first.count(IMAGE) == len(conversation.images) else "with images behind the first question"
+
+
+def _of_conversation(task: str, conversation: Conversation, folder: Path | None) -> Sample:
+    """Questions and answers in turn, of a row that can be asked about."""
+    asked = [turn.text for turn in conversation.turns if turn.role == "user"][:MOST_QUESTIONS]
+    said = [turn.text for turn in conversation.turns if turn.role == "assistant"][: len(asked)]
     answers = tuple(said) if len(said) == len(asked) and all(said) else ()
     return Sample(task, conversation.images, tuple(asked), answers, folder)
 

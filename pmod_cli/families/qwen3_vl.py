@@ -84,7 +84,8 @@ def tower_shapes(tower: grid.GridTower) -> dict[str, tuple[int, ...]]:
 
 def frame_text(frames: int, per_second: float) -> int:
     """A timestamp such as `<12.5 seconds>`, one token a digit, and the marks around the frame's tokens."""
-    times = ((TEMPORAL * frame + 0.5) / per_second for frame in range(frames))  # half way between the two of a pair
+    pairs = ((first, min(first + TEMPORAL, frames) - 1) for first in range(0, frames, TEMPORAL))
+    times = ((first / per_second + last / per_second) / 2 for first, last in pairs)
     return sum(len(f"{seconds:.1f}") + 5 for seconds in times)
 
 

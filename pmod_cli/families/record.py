@@ -156,7 +156,7 @@ class Family:
         video_tokens: How many vision tokens a video gives: `(sizes, (frames, width, height))`; None: none are taken.
         video_inputs: As `pixel_inputs`, for `pixel_values_videos`: `(config, [(frames, height, width)])`.
         frames_apart: Whether text (a timestamp) stands between the frames of a video.
-        frame_text: Text tokens between the frames of a video: `(frames with tokens of their own, frames a second)`.
+        frame_text: Text tokens between the frames of a video: `(its frames, frames a second)`.
         place_tokens: Where the vision tokens of an image lie: `(processor, patch_size, height, width)` to a
             `geometry.TokenLayout`.
         image_processor: `(config, options, pad_to_square)` to the stock image processor for such a config.

@@ -94,7 +94,7 @@ def read_rows(
                     raise BadRow(f"it has a video, and {sizes.family.title} takes images alone")
                 video = open_video(name, source.images, frames)
                 cut.append(video_tokens(sizes, video.size))
-                between += sizes.family.frame_text(cut[-1].frames, video.per_second)
+                between += sizes.family.frame_text(video.size[0], video.per_second)
         except PmodError as error:  # a row that cannot be read, or a picture that the processor refuses
             raise PmodError(f"{file}, row {number}: {error.what}", hint="mend or remove the row") from error
         rows.append(Row(tuple(cut), count_text(_text(conversation)) + between))

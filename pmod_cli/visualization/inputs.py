@@ -56,7 +56,7 @@ class Item:
         """Whether it is a selection that was saved, not a picture."""
         return self.path.suffix.lower() == SAVED
 
-    def can_be_asked(self, faults: Container[Path]) -> bool:
+    def can_be_asked(self, faults: Container[Path | Item]) -> bool:
         """Whether none of the pictures that cannot be read is in its prompt, which needs all of its own."""
         return not any(path in faults for path in self.together or (self.path,))
 
@@ -86,7 +86,7 @@ def find_items(
     return list(_named_apart(items))
 
 
-def check_pictures(items: Sequence[Item]) -> dict[Path, PmodError]:
+def check_pictures(items: Sequence[Item]) -> dict[Path | Item, PmodError]:
     """Decode every image once, before anything is started.
 
     Returns:
@@ -95,7 +95,7 @@ def check_pictures(items: Sequence[Item]) -> dict[Path, PmodError]:
     Raises:
         PmodError: None can be read.
     """
-    faults: dict[Path, PmodError] = {}
+    faults: dict[Path | Item, PmodError] = {}
     for item in dict.fromkeys(items):
         if item.is_saved or item.path in faults:
             continue
@@ -113,7 +113,7 @@ def load_film(path: Path) -> Video:
     return load_video(path, Frames(per_second=FILM_PER_SECOND, most=FILM_FRAMES))
 
 
-def summed_up(faults: dict[Path, PmodError], code: int) -> PmodError:
+def summed_up(faults: dict[Path | Item, PmodError], code: int) -> PmodError:
     """One error for all pictures that cannot be drawn; up to ten reasons are told, each once."""
     first, *others = reasons = list({fault.what: fault for fault in faults.values()}.values())
     if not others:

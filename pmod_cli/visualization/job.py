@@ -105,7 +105,7 @@ def run(
     subject: LoadedModel | None,
     against: LoadedModel | Path | None = None,
     beside: Sequence[str] = (),
-    faults: dict[Path, PmodError] | None = None,
+    faults: dict[Path | Item, PmodError] | None = None,
 ) -> Iterator[Drawn]:
     """Draw each item into its target, one by one; the files of an item are written when all of them are made.
 
@@ -114,7 +114,7 @@ def run(
         subject: the model; None where every item is saved.
         against: what `compare` compares with: a model or a saved selection.
         beside: endings of files to write beside each picture: `.html` for the page, `.npz` for the arrays.
-        faults: takes the errors of items that cannot be drawn, by path, and the others are drawn.
+        faults: takes the errors of items that cannot be drawn, by item, and the others are drawn.
 
     Raises:
         PmodError: an item cannot be drawn, and there is no `faults`.
@@ -138,7 +138,7 @@ def run(
                 raise
             paths = item.together or (item.path,)  # a prompt needs all of its pictures
             told = PmodError(f"{', '.join(map(str, paths))}: {error.what}", hint=error.hint)
-            faults |= dict.fromkeys(paths, told)
+            faults[item] = told
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         write_files(files)

@@ -264,6 +264,22 @@ def test_a_row_without_a_question_is_passed_over(tmp_path: Path):
         read_samples(str(path), 3)
 
 
+def test_rows_that_cannot_be_asked_about_are_counted_by_reason(tmp_path: Path):
+    path = _write_rows(tmp_path, [["a.png"], ["b.png"]])
+    film = {"video": "clip.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat moves?"}]}
+    late = [{"from": "human", "value": "Hello."}, {"from": "human", "value": "<image>\nWhat is it?"}]
+    rows = [*json.loads(path.read_text()), film, film, {"image": "a.png", "conversations": late}]
+    path.write_text(json.dumps(rows))
+    assert len(read_samples(str(path), 2)) == 2
+    with pytest.raises(PmodError, match=r"passed over: .*2 rows with a film"):
+        read_samples(str(path), 3)
+    with pytest.raises(PmodError, match=r"passed over: .*1 row with images behind the first question"):
+        read_samples(str(path), 3)
+    path.write_text(json.dumps([film]))
+    with pytest.raises(PmodError, match=r"has 0 pictures to ask about, and .* passed over: 1 row with a film"):
+        read_samples(str(path), 1)
+
+
 def test_a_picture_is_asked_about_once_before_any_is_asked_about_again(tmp_path: Path):
     path = _write_rows(tmp_path, [[f"{letter}.png"] for letter in "abcdefgh" for _ in range(4)])
     for seed in range(4):

@@ -48,6 +48,16 @@ def test_a_picture_is_drawn_though_one_beside_it_in_another_row_is_broken(ready,
     assert not (ready / "none").exists()
 
 
+def test_every_prompt_over_the_same_pictures_tells_its_own_reason(ready, capsys):
+    """Two rows ask with more marks than pictures, and are told apart."""
+    asked = [{"from": "human", "value": f"<image>\nWhat is {'<image> ' * number}this?"} for number in (1, 2)]
+    rows = [{"image": "a.png"}, *({"image": "a.png", "conversations": [turn]} for turn in asked)]
+    (ready / "rows.json").write_text(json.dumps(rows))
+    assert call("rows.json", "-o", "drawn") == 3
+    said = capsys.readouterr().err
+    assert said.count("a.png:") == 2, said
+
+
 def test_what_is_read_is_never_replaced(ready, capsys):
     for name in "AB":
         assert call("a.png", "-o", f"{name}.png", "--npz") == 0

@@ -102,11 +102,14 @@ def test_timestamps_of_a_video_count_as_text(capsys):
     assert report["workload"]["rows"][0]["vision_tokens"] == 4 * 15 * 11
 
 
-@pytest.mark.parametrize("per_second", [0.5, 1.9, 2.0])
-def test_timestamps_have_as_many_digits_as_the_processor_writes(per_second):
-    times = visual_processors.processor("qwen3_vl")._calculate_timestamps([*range(40)], per_second)
+@pytest.mark.parametrize(("frames", "per_second"), [(40, 0.5), (40, 1.9), (40, 2.0), (1, 2.0), (11, 1.05)])
+def test_timestamps_have_as_many_digits_as_the_processor_writes(frames, per_second):
+    """Of an odd number the last frame is both of its pair, and its time is its own."""
+    times = visual_processors.processor("qwen3_vl")._calculate_timestamps([*range(frames)], per_second)
     around = 5  # "<", " seconds", ">" and the two marks around the frame
-    assert FAMILIES["qwen3_vl"].frame_text(20, per_second) == sum(len(f"{time:.1f}") + around for time in times)
+    workload = Workload(text_tokens=0, videos=((frames, 480, 360),), frames_per_second=per_second)
+    (row,) = workload.rows(Sizes.of(builtin_config("qwen3-vl-2b")))
+    assert row.text_tokens == sum(len(f"{time:.1f}") + around for time in times)
 
 
 @pytest.mark.slow

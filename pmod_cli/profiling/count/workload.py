@@ -90,7 +90,7 @@ class Workload:
         pictured = self.image_sizes or (() if self.videos else (None,))
         kinds = [(image_tokens(sizes, size, self.images),) * self.images for size in pictured] or [()]
         videos = tuple(video_tokens(sizes, size) for size in self.videos)
-        between = sum(sizes.family.frame_text(video.frames, self.frames_per_second) for video in videos)
+        between = sum(sizes.family.frame_text(frames, self.frames_per_second) for frames, *_ in self.videos)
         count = self.batch_size or len(kinds)
         return [Row(kinds[index % len(kinds)] + videos, self.text_tokens + between) for index in range(count)]
 

@@ -215,7 +215,7 @@ def test_a_choice_that_is_held_on_the_pretrained_decoder(run, small):
 
 
 def test_the_papers_ablations_on_the_pretrained_decoder(run, small):
-    """Two cells of eighteen: the reference, and a row of Figure 3, all of which lie far behind it."""
+    """Two cells of forty-one: the reference, and a row of Figure 3, all of which lie far behind it."""
     recorded = rows_of(EVIDENCE / "ablations-small.json")
     layers = ROOT / "tests" / "beds" / "small_llava_next" / "layers" / "layers-0-5.yaml"
     words = ("--sweep", f"ablations/p-mod,{layers}", "--seeds", "1", *of_small(small, 4))

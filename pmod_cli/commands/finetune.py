@@ -253,6 +253,11 @@ def finetune(
             lacking=lacking,
         )
         show_plan(found, as_json, quiet)
+        if found.beyond_context:
+            output.warn(
+                f"the longest row has {found.data.longest:,} tokens, and the decoder was made for {found.context:,}: "
+                f"--set data.max_length={found.context} cuts what is longer"
+            )
         for sentence in lacking:
             output.note(f"it could not start on this machine: {sentence}")
         refuse_unfit(found)

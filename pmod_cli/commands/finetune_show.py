@@ -201,6 +201,7 @@ def _plan_json(plan: Plan) -> dict:
             for part, numbers in plan.parameters.items()
         },
         "data": asdict(plan.data),
+        "context": plan.context,
         "steps": plan.steps,
         "rows_per_step": plan.rows_per_step,
         "rows": plan.rows,

@@ -85,6 +85,7 @@ class Plan:
         parameters: of each part, how many there are and how many are trained.
         learning_rates: of each trained part.
         data: what is read.
+        context: tokens that the decoder was made for; None where its configuration does not say.
         steps: optimizer steps.
         rows_per_step: over all devices.
         rows: of the whole run.
@@ -104,6 +105,7 @@ class Plan:
     parameters: dict[str, PartCount]
     learning_rates: dict[str, float]
     data: DataShape
+    context: int | None
     steps: int
     rows_per_step: int
     rows: int
@@ -116,6 +118,11 @@ class Plan:
     disk: Disk
     remedies: list[Remedy] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
+
+    @property
+    def beyond_context(self) -> bool:
+        """Whether the longest row has more tokens than the decoder was made for: it would be trained all the same."""
+        return self.context is not None and self.data.longest > self.context
 
     @property
     def cost(self) -> Cost:
@@ -182,6 +189,7 @@ def plan(
         parameters=parameters,
         learning_rates={part: settings.train.rate(part) for part, numbers in parameters.items() if numbers.trained},
         data=data,
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
         steps=steps,
         rows_per_step=per_step,
         rows=rows,

@@ -211,3 +211,17 @@ def test_a_quiet_plan_is_its_exit_code(stock_model, workdir, capsys):
     assert printed.err.startswith("error: the run does not fit")
     assert call("--sweep", "ablations", "--seeds", 1, "--device", "cpu", "-o", "sweep", "--dry-run", "-q") == 0
     assert capsys.readouterr() == ("sweep\n", "")
+
+
+def test_rows_beyond_the_decoders_context_are_told(stock_model, workdir, capsys):
+    words = "what colour? " * 1500
+    said = [{"from": "human", "value": words}, {"from": "gpt", "value": "red"}]
+    (workdir / "rows.json").write_text(json.dumps([{"conversations": said}] * 2))
+    asked = ("-m", stock_model(), *QUICK, "--set", "data.kind=llava", "--set", "data.path=rows.json", "--dry-run")
+    call(*asked)
+    warned = capsys.readouterr().err
+    assert "the longest row has" in warned
+    assert "--set data.max_length=" in warned
+    cut = warned.partition("--set data.max_length=")[2].split()[0]
+    call(*asked, "--set", f"data.max_length={cut}")
+    assert "the longest row has" not in capsys.readouterr().err

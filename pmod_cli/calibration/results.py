@@ -126,6 +126,7 @@ def depth_figure(result: Calibration) -> Figure:
     """What each layer keeps, above what it costs to hide images from it on, or from it and its neighbour alone."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     from pmod_cli.profiling.plots import PMOD, SECOND, STYLE, THIRD
 
@@ -135,8 +136,8 @@ def depth_figure(result: Calibration) -> Figure:
         kept, needed = figure.subplots(2, 1, sharex=True)
         colors = [THIRD if layer in found.schedule.select_at else PMOD for layer in layers]
         kept.bar(layers, found.schedule.ratios, width=0.8, color=colors)
-        for layer in found.schedule.select_at:
-            kept.annotate("chooses", (layer, found.schedule.ratios[layer]), ha="center", va="bottom", color=THIRD)
+        chooses = Patch(color=THIRD, label="chooses, the layers behind it hold the choice")
+        kept.legend(handles=[chooses], loc="upper right")
         kept.set_ylim(0, 1.15)
         kept.set_ylabel("retention ratio")
         needed.plot(layers, result.hidden, ".-", color=THIRD, label="vision tokens hidden from here on, stock model")

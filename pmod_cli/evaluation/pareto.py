@@ -189,6 +189,7 @@ def _looks(names: Sequence[str], results: Mapping[str, Any]) -> dict[str, tuple[
 
 def _scores(axes: Axes, own: Mapping[str, list[Point]], looks: Mapping[str, Any], cost: str) -> None:
     """Scores over one of the two costs, and what nothing cheaper beats; budgets are met to a percent."""
+    sign = -1 if any(point.lower_is_better for points in own.values() for point in points) else 1
     pairs = []
     for name, points in own.items():
         colour, marker, line = looks[name]
@@ -196,7 +197,6 @@ def _scores(axes: Axes, own: Mapping[str, list[Point]], looks: Mapping[str, Any]
         axes.plot([place for place, _ in known], [point.score for _, point in known], line, color=colour, linewidth=1.0)
         for place, point in known:
             _mark(axes, place, point.score, colour, marker, point)
-            sign = -1 if point.lower_is_better else 1
             pairs.append((round(place) if cost == "flops" else place, sign * point.score))
     best = [(place, sign * score) for place, score in front(pairs)]
     axes.step(*zip(*best, strict=True), where="post", color=FRONT, linewidth=0.8, linestyle=":", zorder=0)

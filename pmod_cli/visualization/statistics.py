@@ -1,9 +1,9 @@
 """What many selections have in common: overlap of neighbouring layers, and tokens on marked regions, against chance.
 
 Chance is the expected value for as many tokens drawn at random from those that are routed, computed, not sampled;
-tokens that no layer may skip are kept by chance too. LLaVA-NeXT's patches
-of the whole image are larger than those of the tiles and touch a region more often; so there is a second chance for
-regions: as many tokens drawn from each part as the layer keeps of it.
+tokens that no layer may skip are kept by chance too. LLaVA-NeXT's patches of the whole image are larger than those of
+the tiles and touch a region more often; so there is a second chance for regions: as many tokens drawn from each part as
+the layer keeps of it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pmod_cli.core.errors import PmodError, explain
 from pmod_cli.evaluation import prompts
 from pmod_cli.evaluation.journal import Answer
 from pmod_cli.evaluation.prompts import windows
-from pmod_cli.families.configs import vision_token_ids
+from pmod_cli.families.configs import context_of, vision_token_ids
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling.budgets import PromptBudget
 
@@ -183,7 +183,7 @@ class PmodModel(lmms):
         except Exception as error:
             known = explain(error)
             return place, Unanswered(known.what if known else f"{type(error).__name__}: {error}".splitlines()[0])
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(self.model.config)
         if context is not None and row.length >= context:
             vision = row.count(self._vision_ids)
             return place, Answer("", row.prompt, row.length, too_long=True, vision_tokens=vision)

@@ -15,6 +15,7 @@ from pmod_cli.checkpoints.digests import blob_name, file_sha256, weights_sha256
 from pmod_cli.checkpoints.files import CONFIG
 from pmod_cli.evaluation import data as data_files
 from pmod_cli.evaluation.benchmarks import Split
+from pmod_cli.families.configs import context_of
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PROCESSOR_FILES = (
@@ -80,7 +81,7 @@ def loaded(model: Any, processor: Any) -> dict[str, Any]:
         "decoder": text.model_type,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
-        "context": getattr(text, "max_position_embeddings", None),
+        "context": context_of(config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": config._attn_implementation,
         "device": str(model.device),

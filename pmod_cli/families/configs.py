@@ -67,6 +67,15 @@ def vision_token_ids(config: object) -> list[int]:
     return [getattr(config, key) for key in known_family(config).vision_tokens]
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens of prompt and answer that the decoder was made for; None where its configuration does not say.
+
+    Args:
+        config: A whole configuration of transformers.
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def small_side(config: object) -> int:
     """Side in pixels of a square image that costs little: one tile, or four cells of a tower that reads grids.
 

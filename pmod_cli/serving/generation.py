@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation.prompts import Prompt, collate, special_ids
+from pmod_cli.families.configs import context_of
 from pmod_cli.model.cache import CACHE_NAME, RoutedDynamicLayer
 
 MAX_NEW_TOKENS = 512  # where nobody sets a limit
@@ -254,7 +255,7 @@ class Answerer:
     @property
     def context(self) -> int | None:
         """Tokens of prompt and answer that the model takes at most, where its configuration says it."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.model.config)
 
     @torch.inference_mode()
     def prefill(self, rows: list[BatchRow]) -> Batch:

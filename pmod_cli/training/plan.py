@@ -14,6 +14,7 @@ from pmod_cli.data.collator import Collator, ModalityBatches
 from pmod_cli.data.dataset import Rows, build_dataset
 from pmod_cli.data.sources import RowSource, open_source
 from pmod_cli.data.vision import vision_ids
+from pmod_cli.families.configs import context_of
 from pmod_cli.families.llava import LLAVA
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.count.trace import meta_model
@@ -189,7 +190,7 @@ def plan(
         parameters=parameters,
         learning_rates={part: settings.train.rate(part) for part, numbers in parameters.items() if numbers.trained},
         data=data,
-        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        context=context_of(config),
         steps=steps,
         rows_per_step=per_step,
         rows=rows,

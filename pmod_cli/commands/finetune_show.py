@@ -100,10 +100,10 @@ def show_check(report: DataReport, folder: Path, as_json: bool, *, skips: bool) 
         output.stdout.print(table)
     if faults:
         output.note(f"all rows that cannot be used: {file}")
-    if skips and report.num_bad:
+    if skips and 0 < report.num_bad < report.checked:
         output.warn(f"{describe_bad(report)}\n  the run leaves them out, as data.on_bad_row says")
     else:
-        refuse_bad(report)
+        refuse_bad(report, skip=skips)
 
 
 def show_report(report: FinetuneReport, as_json: bool, quiet: bool) -> None:

@@ -111,10 +111,16 @@ def check_rows(
     return report
 
 
-def refuse_bad(report: DataReport) -> None:
-    """Raises PmodError, naming the bad rows of a report, where there are any."""
-    if report.num_bad:
+def refuse_bad(report: DataReport, *, skip: bool = False) -> None:
+    """Raises PmodError, naming the bad rows of a report, where there are any.
+
+    Args:
+        skip: bad rows are left out: refuse only where no good one was found.
+    """
+    if report.num_bad and (not skip or report.num_bad == report.checked):
         hint = "leave bad ones out with `data.on_bad_row=skip`"
+        if skip:
+            hint = "no row is left: do the names of images start from `data.images`?"
         looked = "" if report.checked == report.rows else "look at all rows with `check_data=True`; "
         raise PmodError(describe_bad(report), hint=looked + hint)
 

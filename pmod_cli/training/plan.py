@@ -297,8 +297,7 @@ def _sampled(settings: Settings, processor: ProcessorMixin, per_step: int) -> Da
         return DataShape(rows, rows, *means, int(tokens[longest]), int(vision[longest]), f"{SAMPLE} drawn documents")
     found = build_dataset(data, processor)
     report = check_rows(found)
-    if data.on_bad_row == "error":
-        refuse_bad(report)
+    refuse_bad(report, skip=data.on_bad_row == "skip")
     rows = _rows_per_epoch(settings, found, per_step)
     means = report.tokens_per_row, report.vision_tokens_per_row
     longest = min(report.longest, data.max_length or report.longest)

@@ -98,8 +98,8 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
     if settings.data.kind == "synthetic":
         return Data(SyntheticDocuments(settings.data, _images(settings)), Collator(processor), processor)
     rows = build_dataset(settings.data, processor, skipped=out / SKIPPED)
-    if PartialState().is_main_process and settings.data.on_bad_row == "error":
-        refuse_bad(check_rows(rows))
+    if PartialState().is_main_process:
+        refuse_bad(check_rows(rows), skip=settings.data.on_bad_row == "skip")
     sampler = None
     if settings.data.group_by_modality:
         train, batches = settings.train, settings.accumulation(processes()) * processes()

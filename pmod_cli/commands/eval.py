@@ -316,13 +316,13 @@ def _pick_dtype(dtype: str, device: str) -> str:
 
 
 def _compare(runs: list[Path], seed: int, shown_as: str, out: Path | None, overwrite: bool) -> None:
-    from pmod_cli.evaluation.results import compare
+    from pmod_cli.evaluation.results.comparison import compare
 
     results = compare(runs, seed=seed)
     for sentence in results["unequal"]:
         output.warn(sentence)
     if out is not None:
-        from pmod_cli.evaluation.results_folder import write_comparison
+        from pmod_cli.evaluation.results.folder import write_comparison
 
         write_comparison(results, out, runs, overwrite=overwrite)
         results = {"folder": str(out), **results}

@@ -62,27 +62,25 @@ class Bars:
 
 def show_results(results: dict[str, Any], shown_as: str) -> None:
     """The results of a run or of a comparison, in one of the forms of --format."""
-    from pmod_cli.evaluation import score_report, score_tables
+    from pmod_cli.evaluation.results import markdown, tables
 
     if shown_as == "json":
         output.print_json(results)
     elif shown_as in ("markdown", "csv"):
-        output.print_line(
-            {"markdown": score_report.to_markdown, "csv": score_tables.to_csv}[shown_as](results).rstrip()
-        )
+        output.print_line({"markdown": markdown.to_markdown, "csv": tables.to_csv}[shown_as](results).rstrip())
     else:
-        for line in score_report.warnings(results):
+        for line in markdown.warnings(results):
             output.print_line(line)
         width = output.stdout.width
         if not output.stdout.is_terminal:  # a file or a pipe has no width
-            output.stdout.width = max(width, score_tables.WIDTH)
-        output.stdout.print(score_tables.score_table(results), score_tables.answer_table(results))
-        if score_tables.has_kinds(results):
-            output.stdout.print(score_tables.kind_table(results))
-        if score_tables.has_methods(results):
-            output.stdout.print(score_tables.cost_table(results))
+            output.stdout.width = max(width, tables.WIDTH)
+        output.stdout.print(tables.score_table(results), tables.answer_table(results))
+        if tables.has_kinds(results):
+            output.stdout.print(tables.kind_table(results))
+        if tables.has_methods(results):
+            output.stdout.print(tables.cost_table(results))
         output.stdout.width = width
-        for line in score_report.notes(results):
+        for line in markdown.notes(results):
             output.print_line(line)
         for name in ("pareto.png", "results.json", "comparison.json"):
             if "folder" in results and Path(results["folder"], name).exists():

@@ -16,7 +16,7 @@ from pmod_cli.evaluation import provenance
 from pmod_cli.evaluation.benchmarks import Benchmark, asked_of
 from pmod_cli.evaluation.data import listing
 from pmod_cli.evaluation.eval_models import EvalModel
-from pmod_cli.evaluation.results_folder import RESULTS, ResultsFolder
+from pmod_cli.evaluation.results.folder import RESULTS, ResultsFolder
 
 # Another place of the same weights, or another GPU of the same machine, does not change an answer.
 NOT_OF_AN_ANSWER = ("path", "commit", "device", "cost", "control")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.core.atomic import write_json, write_text
-from pmod_cli.evaluation import pareto, provenance, questions, score_report, score_tables
+from pmod_cli.evaluation import provenance, questions
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, changed_answers, one_line, write_traceback
 from pmod_cli.evaluation.benchmarks import Benchmark
@@ -21,10 +21,11 @@ from pmod_cli.evaluation.eval_plan import EvalSettings, answerer, run_identity, 
 from pmod_cli.evaluation.journal import Journal
 from pmod_cli.evaluation.outcome import Outcome
 from pmod_cli.evaluation.processes import ALONE, Processes
-from pmod_cli.evaluation.results import Report
-from pmod_cli.evaluation.results_folder import MEASURED, RESULTS, ResultsFolder
+from pmod_cli.evaluation.results import markdown, pareto, tables
+from pmod_cli.evaluation.results.folder import MEASURED, RESULTS, ResultsFolder
+from pmod_cli.evaluation.results.report import Report
+from pmod_cli.evaluation.results.stored import SCHEMA_VERSION
 from pmod_cli.evaluation.scoring import score
-from pmod_cli.evaluation.stored import SCHEMA_VERSION
 
 Progress = Callable[[str, str, int, int], None]  # model, task, questions answered, questions of the task
 
@@ -121,10 +122,10 @@ def _evaluate(
                 _write_lines(folder.changed(eval_model.label, benchmark.name), changed)
             results = header | report.results()
             results["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(folder.path / "results.md", score_report.to_markdown(results))
-            write_text(folder.path / "results.csv", score_tables.to_csv(results))
+            write_text(folder.path / "results.md", markdown.to_markdown(results))
+            write_text(folder.path / "results.csv", tables.to_csv(results))
             write_json(folder.path / RESULTS, results)
-    if results and score_tables.has_methods(results):
+    if results and tables.has_methods(results):
         pareto.write(results, folder.path)
     return results
 

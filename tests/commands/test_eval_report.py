@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pmod_cli import cli
-from pmod_cli.evaluation import score_tables
+from pmod_cli.evaluation.results import tables
 
 ASKED = 3  # questions of each task
 
@@ -107,9 +107,9 @@ def test_formats_agree(run):
     results = results_of(run)
     read = list(csv.DictReader(io.StringIO((run / "results.csv").read_text())))
     assert [(line["benchmark"], line["model"]) for line in read] == [
-        (row["benchmark"], row["model"]) for row in score_tables.rows(results)
+        (row["benchmark"], row["model"]) for row in tables.rows(results)
     ]
-    assert [float(line["score"]) for line in read] == [row["score"] for row in score_tables.rows(results)]
+    assert [float(line["score"]) for line in read] == [row["score"] for row in tables.rows(results)]
     assert "| tiny doc | stock |" in (run / "results.md").read_text()
 
 

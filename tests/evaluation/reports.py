@@ -6,7 +6,7 @@ from typing import Any
 
 from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.benchmarks import groups
-from pmod_cli.evaluation.results import Report
+from pmod_cli.evaluation.results.report import Report
 
 VICUNA = {"layers": 32, "hidden_size": 4096, "decoder": "llama", "dtype": "bfloat16"}
 PMOD = {

@@ -7,9 +7,11 @@ import pytest
 from pmod_cli.core import folders
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import suite
-from pmod_cli.evaluation.results import SCHEMA_VERSION, Report, compare
-from pmod_cli.evaluation.results_folder import ResultsFolder
-from pmod_cli.evaluation.score_report import warnings
+from pmod_cli.evaluation.results.comparison import compare
+from pmod_cli.evaluation.results.folder import ResultsFolder
+from pmod_cli.evaluation.results.markdown import warnings
+from pmod_cli.evaluation.results.report import Report
+from pmod_cli.evaluation.results.stored import SCHEMA_VERSION
 from tests.evaluation import reports
 
 

@@ -5,9 +5,10 @@ from PIL import Image
 
 from pmod_cli.checkpoints import convert
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation import eval_models, score_report, score_tables, suite
+from pmod_cli.evaluation import eval_models, suite
 from pmod_cli.evaluation.prompts import prepare
-from pmod_cli.evaluation.results import Report
+from pmod_cli.evaluation.results import markdown, tables
+from pmod_cli.evaluation.results.report import Report
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import PmodSettings
@@ -104,6 +105,6 @@ def test_a_cost_that_is_not_known_of_every_task_is_none():
             shown = report.models[label]["cost"]
             assert shown == (cost if known else None)
     assert report.models["random@0.5"]["mean_retention"] == 0.6
-    assert any(note.startswith("mine: no cost, ") for note in score_report.notes(report.results()))
-    _, (mine, _) = score_tables.cost_rows(report.results())
+    assert any(note.startswith("mine: no cost, ") for note in markdown.notes(report.results()))
+    _, (mine, _) = tables.cost_rows(report.results())
     assert mine[1:-1] == [""] * 5

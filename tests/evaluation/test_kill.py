@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.evaluation.outcome import TIMES
-from pmod_cli.evaluation.results_folder import ResultsFolder
+from pmod_cli.evaluation.results.folder import ResultsFolder
 from tests.evaluation import forks
 
 QUESTIONS = 30  # of each of the two tasks

@@ -9,7 +9,8 @@ from PIL import Image
 
 from pmod_cli import cli
 from pmod_cli.core.errors import PmodError
-from pmod_cli.evaluation import eval_models, pareto
+from pmod_cli.evaluation import eval_models
+from pmod_cli.evaluation.results import pareto
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.model import METHODS, PmodSettings
 from pmod_cli.profiling.budgets import PromptBudget, cost_of, prompt_of

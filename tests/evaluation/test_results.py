@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from pmod_cli import paper
-from pmod_cli.evaluation import pareto, score_report, score_tables, suite
+from pmod_cli.evaluation import suite
 from pmod_cli.evaluation.benchmarks import Benchmark, groups
-from pmod_cli.evaluation.results import Report
+from pmod_cli.evaluation.results import markdown, pareto, tables
+from pmod_cli.evaluation.results.report import Report
 from tests.evaluation import reports
 
 PAPER_SCORES = {name: score.pmod for name, score in paper.MODELS["llava_next"].scores.items()}
@@ -50,10 +51,10 @@ def printed(table) -> str:
 
 def test_the_tables_as_a_user_reads_them():
     results = reports.small().results()
-    assert printed(score_tables.score_table(results)) == SCORES
-    assert printed(score_tables.answer_table(results)) == ANSWERS
-    assert "\n".join(score_report.notes(results)) == NOTES
-    assert score_report.warnings(results) == [
+    assert printed(tables.score_table(results)) == SCORES
+    assert printed(tables.answer_table(results)) == ANSWERS
+    assert "\n".join(markdown.notes(results)) == NOTES
+    assert markdown.warnings(results) == [
         "limited run: scores marked * are not the scores of the benchmarks",
         "DocVQA: the data has 4 questions, the benchmark 5,349",
     ]
@@ -134,13 +135,13 @@ def test_no_average_over_missing_tasks():
     (average,) = results["averages"]
     assert average["scores"] == {}
     assert average["missing"] == {"p-mod": ["pope"]}
-    assert "p-mod: no average of general, which lacks pope" in score_report.notes(results)
-    assert "AVG" not in printed(score_tables.score_table(results))
+    assert "p-mod: no average of general, which lacks pope" in markdown.notes(results)
+    assert "AVG" not in printed(tables.score_table(results))
     assert reports.small().results()["averages"] == [], "nobody asked for the group"
 
 
 def test_average_row_is_last():
-    text = printed(score_tables.score_table(reports.group(PAPER_SCORES).results()))
+    text = printed(tables.score_table(reports.group(PAPER_SCORES).results()))
     assert text.rstrip().splitlines()[-1].split() == ["AVG", "general", "p-mod", "69.1", "69.2", "69.1", "+0.0"]
     assert "1495.5" in text
 
@@ -179,10 +180,10 @@ def test_means_by_kind_of_task():
     assert "over_random" not in text["scores"]["random@0.4"]
     assert list(grounding["scores"]) == ["random@0.4", "fastv@0.4"], "none where a task failed"
     assert grounding["scores"]["fastv@0.4"]["over_random"]["difference"] == -25.0
-    table = printed(score_tables.kind_table(results))
+    table = printed(tables.kind_table(results))
     assert re.search(r"by kind of task +text-rich +grounding +mean of tasks", table)
     assert re.search(r"fastv@0.4 +62.5 ± [\d.]+ \(\+25.0 ± [\d.]+\) +25.0 ± [\d.]+ \(−25.0 ± [\d.]+\)", table)
-    assert "by kind of task" in score_report.to_markdown(results)
+    assert "by kind of task" in markdown.to_markdown(results)
     assert {benchmark.kind for benchmark in groups()["paper"]} == {"general", "text-rich", "hallucination"}
 
 
@@ -240,7 +241,7 @@ def test_means_by_kind_of_a_limited_run_are_marked():
     report.add_model("stock", reports.STOCK)
     for benchmark in benchmarks:
         report.add(benchmark, "stock", reports.entry(25.0, 4, 1000), reports.records(["x"] * 4, [1.0] + [0.0] * 3))
-    _, (cells,) = score_tables.kind_rows(report.results())
+    _, (cells,) = tables.kind_rows(report.results())
     assert [cell.partition(" ")[0] for cell in cells] == ["stock", "25.0*", "25.0*", "25.0*"]
 
 
@@ -253,10 +254,10 @@ def test_what_is_kept_of_smaller_pictures_is_not_all():
     for label in report.models:
         report.add(benchmark, label, reports.entry(25.0), reports.records(["x"] * 4, [1.0] + [0.0] * 3))
     results = report.results()
-    _, (stock, smaller) = score_tables.cost_rows(results)
+    _, (stock, smaller) = tables.cost_rows(results)
     assert stock[1:-1] == ["100.0 %", "0.0 %", "100.0 %", "100.0 %", "100.0 %"]
     assert smaller[1:-1] == [""] * 5
-    assert [row["flops"] for row in score_tables.rows(results)] == [1.0, None]
+    assert [row["flops"] for row in tables.rows(results)] == [1.0, None]
     assert list(pareto.curves(results, results["tasks"][0])) == ["stock"]
     assert not pareto.has_costs(results)
 
@@ -286,15 +287,15 @@ def test_average_interval_is_that_of_independent_benchmarks():
 
 def test_csv_and_markdown_agree_with_the_results():
     results = reports.small().results()
-    read = list(csv.DictReader(io.StringIO(score_tables.to_csv(results))))
-    expected = score_tables.rows(results)
+    read = list(csv.DictReader(io.StringIO(tables.to_csv(results))))
+    expected = tables.rows(results)
     assert len(read) == len(expected) == 4
     for line, row in zip(read, expected, strict=True):
         assert line == {key: "" if value is None else str(value) for key, value in row.items()}
     assert float(read[0]["score"]) == results["tasks"][0]["scores"]["p-mod"]["score"]
     assert float(read[1]["difference_low"]) == results["tasks"][0]["differences"]["stock"]["low"]
 
-    text = score_report.to_markdown(results)
+    text = markdown.to_markdown(results)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert cells[0] == ["benchmark", "model", "score", "paper", "its p-MoD", "to paper", "first − this", "changed"]
@@ -320,7 +321,7 @@ def test_flip_rate_is_summed_over_tasks():
     first["batching"] = {"questions": 60, "changed": 3, "batch_size": 16}
     second["batching"] = {"questions": 40, "changed": 0, "batch_size": 8}
     results["tasks"][0]["scores"]["stock"]["batching"] = {"questions": 0, "changed": 0, "batch_size": 1}
-    lines = score_report.notes(results)
+    lines = markdown.notes(results)
     assert (
         "p-mod: 3 of 100 answers change when asked one at a time instead of up to 16 together, in bfloat16 "
         "(3.0 %, at most 8.5 %)"
@@ -331,8 +332,8 @@ def test_flip_rate_is_summed_over_tasks():
 def test_markup_in_names_is_text():
     report = reports.small()
     results = json.loads(json.dumps(report.results()).replace('"stock"', '"[red]st|ock[/red]"'))
-    assert "[red]st|ock[/red]" in printed(score_tables.score_table(results))
-    assert r"[red]st\|ock[/red]" in score_report.to_markdown(results)
+    assert "[red]st|ock[/red]" in printed(tables.score_table(results))
+    assert r"[red]st\|ock[/red]" in markdown.to_markdown(results)
 
 
 def test_untrained_routers_are_named_but_not_for_controls():
@@ -341,14 +342,14 @@ def test_untrained_routers_are_named_but_not_for_controls():
         "new": {**reports.PMOD, "routers": "untrained"},
         "random": {**reports.PMOD, "routers": "untrained", "selection": "random"},
     }
-    first = score_report.warnings(results)[0]
+    first = markdown.warnings(results)[0]
     assert first.startswith("new: untrained routers")
 
 
 def test_other_sizes_are_told_from_the_papers():
     results = reports.small().results()
     results["models"]["stock"]["layers"] = 40
-    assert any(line.startswith("stock: not of the paper's size") for line in score_report.notes(results))
+    assert any(line.startswith("stock: not of the paper's size") for line in markdown.notes(results))
 
 
 def test_a_score_that_is_better_where_it_is_lower():
@@ -367,7 +368,7 @@ def test_a_score_that_is_better_where_it_is_lower():
             found = reports.entry(100 * number / 60, 60, metric="mae", cost=cost | {"kv_bytes": 0.5}, **lower)
             report.add(benchmark, label, found, reports.records(["x"] * 60, items))
     results = report.results()
-    notes = score_report.notes(results)
+    notes = markdown.notes(results)
     assert "Errors: do not beat random at the same FLOPs: many@0.5" in notes
     assert "tiny doc: do not beat random at the same FLOPs: few@0.5" in notes
     assert "lower scores are better: Errors; they are in no mean" in notes

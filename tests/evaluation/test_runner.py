@@ -8,7 +8,7 @@ from pmod_cli import cli
 from pmod_cli.checkpoints import bundled_path
 from pmod_cli.evaluation import runner, suite
 from pmod_cli.evaluation.benchmarks import groups
-from pmod_cli.evaluation.results_folder import ResultsFolder
+from pmod_cli.evaluation.results.folder import ResultsFolder
 from tests.evaluation import forks, mirrors
 
 

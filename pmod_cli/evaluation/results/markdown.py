@@ -7,7 +7,7 @@ from typing import Any
 
 from pmod_cli import paper
 from pmod_cli.evaluation.intervals import is_gain, rate_interval
-from pmod_cli.evaluation.score_tables import (
+from pmod_cli.evaluation.results.tables import (
     Row,
     answer_columns,
     cost_of,

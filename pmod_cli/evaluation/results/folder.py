@@ -10,11 +10,11 @@ from pmod_cli.core import folders
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.markers import is_new, require_kind
-from pmod_cli.evaluation import pareto, score_report, score_tables
 from pmod_cli.evaluation.benchmarks import Benchmark
 from pmod_cli.evaluation.outcome import OF_LMMS_EVAL
 from pmod_cli.evaluation.processes import ALONE, Processes
-from pmod_cli.evaluation.stored import RESULTS, read_run
+from pmod_cli.evaluation.results import markdown, pareto, tables
+from pmod_cli.evaluation.results.stored import RESULTS, read_run
 
 KIND, COMPARISON = "evaluation", "comparison"
 FIGURES = (pareto.PICTURE, pareto.PICTURE_OF_MEAN, pareto.PAGE)
@@ -158,7 +158,7 @@ def write_comparison(results: Mapping[str, Any], out: Path, runs: Iterable[Path]
 
 def write_tables(results: Mapping[str, Any], folder: Path) -> None:
     """`results.md`, `results.csv`, and figure and page where the costs are known and differ."""
-    write_text(folder / "results.md", score_report.to_markdown(results))
-    write_text(folder / "results.csv", score_tables.to_csv(results))
+    write_text(folder / "results.md", markdown.to_markdown(results))
+    write_text(folder / "results.csv", tables.to_csv(results))
     if pareto.has_costs(results):
         pareto.write(results, folder)

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pmod_cli.core.atomic import write_text
-from pmod_cli.evaluation import score_report, score_tables
 from pmod_cli.evaluation.intervals import is_gain
+from pmod_cli.evaluation.results import markdown, tables
 from pmod_cli.profiling.plots import STYLE, save, to_svg
 from pmod_cli.reporting import plain_table, report_page
 
@@ -60,8 +60,8 @@ class Point:
 
 def has_costs(results: Mapping[str, Any]) -> bool:
     """Whether there is something to draw: models of different FLOPs, or methods."""
-    costs = {score_tables.cost_of(model).get("flops") for model in results["models"].values()}
-    return len(costs - {None}) > 1 or score_tables.has_methods(results)
+    costs = {tables.cost_of(model).get("flops") for model in results["models"].values()}
+    return len(costs - {None}) > 1 or tables.has_methods(results)
 
 
 def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -74,7 +74,7 @@ def curves(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, lis
     bases = {model.get("weights_sha256") for model in results["models"].values() if model.get("method")}
     stems = Counter(_stem(label, model) for label, model in results["models"].items())
     for label, model in results["models"].items():
-        entry, flops = part["scores"].get(label, {}), score_tables.cost_of(model).get("flops")
+        entry, flops = part["scores"].get(label, {}), tables.cost_of(model).get("flops")
         if entry.get("score") is None or flops is None:
             continue
         gain = entry.get("over_random")
@@ -110,7 +110,7 @@ def figure(results: Mapping[str, Any], *, mean: bool = False) -> Figure:
     Args:
         mean: Draw the mean of all tasks alone.
     """
-    parts = results["kinds"] if score_tables.has_kinds(results) else results["tasks"]
+    parts = results["kinds"] if tables.has_kinds(results) else results["tasks"]
     parts = parts[-1:] if mean else parts
     shown = [(part, own) for part in parts if (own := curves(results, part))]
     timed = any(point.seconds for _, own in shown for points in own.values() for point in points)
@@ -140,22 +140,22 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     """Writes the figure and the page, which has the tables and what the text says of random too."""
     picture = figure(results)
     save(picture, folder / PICTURE)
-    if score_tables.has_kinds(results):
+    if tables.has_kinds(results):
         save(figure(results, mean=True), folder / PICTURE_OF_MEAN)
-    listed = score_tables.rows(results)
-    columns = score_tables.score_columns(results, listed)
+    listed = tables.rows(results)
+    columns = tables.score_columns(results, listed)
     shown = [("Scores", list(columns), [[cell(row) for cell in columns.values()] for row in listed])]
-    if score_tables.has_kinds(results):
-        shown.append(("Scores by kind of task", *score_tables.kind_rows(results)))
-    shown.append(("Cost", *score_tables.cost_rows(results)))
-    tables = [plain_table(title, *headings) for title, headings, _ in shown]
-    for table, (_, _, lines) in zip(tables, shown, strict=True):
+    if tables.has_kinds(results):
+        shown.append(("Scores by kind of task", *tables.kind_rows(results)))
+    shown.append(("Cost", *tables.cost_rows(results)))
+    plain = [plain_table(title, *headings) for title, headings, _ in shown]
+    for table, (_, _, lines) in zip(plain, shown, strict=True):
         for line in lines:
             table.add_row(*line)
     words = "Scores against FLOPs and seconds, and the difference to random dropping at the same FLOPs"
-    lead = ". ".join([*score_report.warnings(results), words])
+    lead = ". ".join([*markdown.warnings(results), words])
     title = f"{next(iter(results['models']))} and others: scores against FLOPs"
-    page = report_page(title, lead, [(words, to_svg(picture))], tables, score_report.notes(results))
+    page = report_page(title, lead, [(words, to_svg(picture))], plain, markdown.notes(results))
     write_text(folder / PAGE, page)
 
 

@@ -16,7 +16,8 @@ from pmod_cli.core.errors import BAD_INPUT, PARTIAL, PmodError
 from pmod_cli.core.images import load_image
 from pmod_cli.core.paths import expanded
 from pmod_cli.core.text import memory_size, printable
-from pmod_cli.evaluation import eval_models
+from pmod_cli.evaluation.eval_models import EvalModel, choose
+from pmod_cli.evaluation.loaded import Loaded, load
 from pmod_cli.evaluation.prompts import Prompt
 from pmod_cli.families.configs import vision_token_ids
 from pmod_cli.serving.chat import AnswerStats, Chat
@@ -39,9 +40,7 @@ class Speaker:
         seed: Of a selection that draws.
     """
 
-    def __init__(
-        self, column: eval_models.EvalModel, loaded: eval_models.Loaded, *, keep_cache: bool, seed: int
-    ) -> None:
+    def __init__(self, column: EvalModel, loaded: Loaded, *, keep_cache: bool, seed: int) -> None:
         self.column, self.loaded, self._seed = column, loaded, seed
         self.conversation = Chat(
             Answerer(loaded.model, loaded.processor), keep_cache=keep_cache, on_prefill=self._meet_budget
@@ -84,9 +83,9 @@ def speakers(
 ) -> list[Speaker]:
     """The model and what is compared with it, loaded; columns of one model share it."""
     found: list[Speaker] = []
-    for column in eval_models.choose(name, against, revision=revision, offline=offline):
+    for column in choose(name, against, revision=revision, offline=offline):
         loaded = next((each.loaded for each in found if each.loaded.serves(column)), None)
-        loaded = loaded or eval_models.load(column, dtype=dtype, device=device, attention="sdpa")
+        loaded = loaded or load(column, dtype=dtype, device=device, attention="sdpa")
         found.append(Speaker(column, loaded, keep_cache=keep_cache, seed=seed))
     common.warn_of_ties((each.column.routers, each.column.selection) for each in found)
     return found

@@ -80,7 +80,7 @@ def answerer(described: Mapping[str, Any], settings: EvalSettings) -> str:
     """Digest of a loaded model and of what is around it; the batch size is no part of it.
 
     Args:
-        described: As `eval_models.Loaded.describe` gives it.
+        described: As `loaded.Loaded.describe` gives it.
     """
     parts = {name: value for name, value in described.items() if name not in NOT_OF_AN_ANSWER}
     around = {"device": settings.device.partition(":")[0], "seed": settings.seed, "packages": _versions()}

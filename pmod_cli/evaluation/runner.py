@@ -16,9 +16,10 @@ from pmod_cli.evaluation import provenance, questions
 from pmod_cli.evaluation.adapter import PmodModel, device_of_rank
 from pmod_cli.evaluation.asking import ask, changed_answers, one_line, write_traceback
 from pmod_cli.evaluation.benchmarks import Benchmark
-from pmod_cli.evaluation.eval_models import EvalModel, Loaded, load
+from pmod_cli.evaluation.eval_models import EvalModel
 from pmod_cli.evaluation.eval_plan import EvalSettings, answerer, run_identity, sources_of
 from pmod_cli.evaluation.journal import Journal
+from pmod_cli.evaluation.loaded import Loaded, load
 from pmod_cli.evaluation.outcome import Outcome
 from pmod_cli.evaluation.processes import ALONE, Processes
 from pmod_cli.evaluation.results import markdown, pareto, tables

@@ -6,6 +6,7 @@ from PIL import Image
 from pmod_cli.checkpoints import convert
 from pmod_cli.core.errors import PmodError
 from pmod_cli.evaluation import eval_models, suite
+from pmod_cli.evaluation.loaded import load
 from pmod_cli.evaluation.prompts import prepare
 from pmod_cli.evaluation.results import markdown, tables
 from pmod_cli.evaluation.results.report import Report
@@ -69,7 +70,7 @@ def test_a_pmod_model_costs_what_its_prompts_cost(stock_model, tmp_path, setting
     """Not the paper's prompt, whatever is routed; of several pictures nothing is known where their cut matters."""
     convert(stock_model(), tmp_path / "mine", PmodSettings(**settings))
     (mine,) = eval_models.choose(str(tmp_path / "mine"), [])
-    loaded = eval_models.load(mine, dtype="float32", device="cpu", attention="sdpa")
+    loaded = load(mine, dtype="float32", device="cpu", attention="sdpa")
     sizes, records, expected = Sizes.of(loaded.model.config), [], []
     for size in ((96, 64), (40, 160)):
         prompt = prepare(loaded.processor, 0, "What is it?", [Image.new("RGB", size)], "pmod_llava_next")

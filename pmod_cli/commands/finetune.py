@@ -100,7 +100,8 @@ def finetune(
         str | None, typer.Option("--eval", metavar="TASKS", help="Score the finished run, as `pmod eval --tasks`.")
     ] = None,
     eval_limit: Annotated[
-        int | None, typer.Option("--eval-limit", metavar="N", min=1, help="Only the first N questions of each task.")
+        int | None,
+        typer.Option("--eval-limit", metavar="N", min=1, help="Only N questions of each task, as `pmod eval --limit`."),
     ] = None,
     sweep: Annotated[
         str | None,

@@ -201,7 +201,7 @@ def _kinds(rows: Any) -> np.ndarray:
 
 def _load(path: str) -> Any:
     from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     folder, _, split = path.partition(":")
     if Path(path).is_file():
@@ -218,8 +218,9 @@ def _load(path: str) -> Any:
     except DatasetNotFoundError as error:
         hint = "expected its name on the hub; one that is gated or private wants a login: hf auth login"
         raise PmodError(f"no such data set: {path} ({error})", hint=hint) from None
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise PmodError(f"the data set {path} cannot be read: {first_line(error)}", hint="see docs/data.md") from None
+    except (ConnectionError, DatasetsError, FileNotFoundError, ValueError) as error:
+        why = first_line(error.__cause__ or error)  # a broken file is the cause of an error that does not name it
+        raise PmodError(f"the data set {path} cannot be read: {why}", hint="see docs/data.md") from None
 
 
 def _undecoded(rows: Any) -> Any:

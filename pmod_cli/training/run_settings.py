@@ -260,8 +260,8 @@ class TrainArgs:
 class Settings:
     """A whole run.
 
-    ``name`` is the recipe's, and names the run folder; ``eval`` are tasks to be scored at the end, on the first
-    ``eval_limit`` questions of each (null is all).
+    ``name`` is the recipe's, and names the run folder; ``eval`` are tasks to be scored at the end, on
+    ``eval_limit`` questions of each, drawn as ``pmod eval --limit`` draws them (null is all).
     """
 
     name: str = "finetune"

@@ -455,6 +455,15 @@ def test_a_split_of_a_data_set_without_any_is_refused(tmp_path):
         open_source("hub", f"{tmp_path / 'split'}:train", None)
 
 
+def test_a_data_set_with_a_broken_file_is_named(tmp_path):
+    """It breaks while `datasets` reads it, whose own error says nothing but that."""
+    (tmp_path / "set").mkdir()
+    good = json.dumps(said()) + "\n"
+    (tmp_path / "set" / "train.jsonl").write_text(good + '{"conversations": [')
+    with pytest.raises(PmodError, match=r"the data set .*set cannot be read: .*JSON"):
+        open_source("hub", str(tmp_path / "set"), None)
+
+
 def test_a_hub_data_set_gives_the_rows_of_its_json(tmp_path, pictures):
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature

@@ -15,6 +15,7 @@ from pmod_cli.checkpoints import Options, convert, load_model
 from pmod_cli.checkpoints.files import read_tensors
 from pmod_cli.checkpoints.layouts.published_settings import published_ratios, read_settings, write_settings
 from pmod_cli.core.errors import PmodError
+from pmod_cli.families.llava_next import PINPOINTS
 from pmod_cli.model import PmodLlavaForConditionalGeneration, PmodLlavaNextForConditionalGeneration, PmodSettings
 from tests.model.published import GOLDEN, PLACEHOLDER, golden, info
 
@@ -179,12 +180,45 @@ def test_unknown_fields_are_refused(values, told):
         (PmodSettings(schedule="stepped"), "this schedule over 32 layers"),
         (PmodSettings(schedule="constant"), "this schedule over 32 layers"),
         (PmodSettings(shift=0.3), "a router in layer 0"),
+        (PmodSettings(quota="per_image"), "`quota=per_image`"),
+        (PmodSettings(target_tokens="vision_video"), "`target_tokens=vision_video`"),
     ],
 )
 def test_what_the_published_code_cannot_do_is_refused(settings, told):
     with pytest.raises(PmodError) as caught:
         write_settings(settings, 32)
     assert told in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PmodSettings(alpha=0.123456789),
+        PmodSettings(alpha=1e-5),
+        PmodSettings(norm="sigmoid_0.00001_-1.23456789"),
+        PmodSettings(max_ratio=1, min_ratio=1e-5),
+        PmodSettings(target_tokens="vision_image"),
+    ],
+)
+def test_what_is_written_reads_back_as_it_was(settings):
+    """All digits of a number, none as an exponent; and tokens by a name that the published code has."""
+    again = read_settings(write_settings(settings, 32), 32, "config.json")
+    assert again.weight_norm == settings.weight_norm
+    assert again.retention(32) == settings.retention(32)
+    assert again.target_tokens == "vision_all"
+
+
+def test_a_config_that_leaves_defaults_out(stock_model, tmp_path):
+    """As `save_pretrained` of transformers 4 writes it: what is as in every model of the family is not said."""
+    source, settings = tmp_path / "source", PmodSettings(schedule="list", values=(1.0, 0.4, 1.0, 0.4))
+    shutil.copytree(stock_model(), source)
+    config = json.loads((source / "config.json").read_text())
+    for key in ("image_grid_pinpoints", "vision_feature_layer", "vision_feature_select_strategy"):
+        del config[key]
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "published", settings, PUBLISHED)
+    written = json.loads((tmp_path / "published" / "config.json").read_text())
+    assert written["image_grid_pinpoints"] == [[width, height] for height, width in PINPOINTS]
 
 
 def test_a_router_without_bias_gets_a_zero_one(tmp_path):

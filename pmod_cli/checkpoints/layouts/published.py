@@ -18,6 +18,7 @@ from pmod_cli.checkpoints.writing import WeightFiles, stream
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES
+from pmod_cli.families.configs import filled
 from pmod_cli.families.decoders import LLAMA
 from pmod_cli.families.towers import CLIP, CLIP_L_336
 from pmod_cli.model import PmodSettings
@@ -53,7 +54,7 @@ def _arrange(draft: Draft) -> Draft:
 def _finish(draft: Draft, folder: Path, progress: Progress) -> list[str]:
     """The tower as a CLIP of its own, with its preprocessor, and the tokenizer as it was before images."""
     if draft.tower:
-        tower, vision = folder / TOWER_FOLDER, draft.source.config["vision_config"]
+        tower, vision = folder / TOWER_FOLDER, filled(draft.source.config["vision_config"], CLIP.defaults)
         tower.mkdir()
         write_json(tower / files.CONFIG, {"architectures": ["CLIPVisionModel"], **vision})
         write_json(tower / "preprocessor_config.json", clip_preprocessor(folder, vision["image_size"]))
@@ -76,25 +77,26 @@ def published_config(source: Source, settings: PmodSettings, config: dict) -> tu
     Raises:
         PmodError: the published code cannot run this model.
     """
-    text = config["text_config"]
+    family = FAMILIES[source.kind]
+    config, vision = filled(config, family.defaults), filled(config["vision_config"], CLIP.defaults)
+    text = filled(config["text_config"], _TEXT)
     if source.decoder != LLAMA.name:
         raise PmodError(f"`to=published`: the published code has Llama decoders only, this one is {source.decoder}")
-    if config["vision_config"].get("model_type", CLIP.name) != CLIP.name:
+    if vision.get("model_type", CLIP.name) != CLIP.name:
         raise PmodError("`to=published`: the published code has CLIP towers only")
-    layers = text.get("num_hidden_layers", _TEXT["num_hidden_layers"])
-    fields = published_settings.write_settings(settings, layers)
+    fields = published_settings.write_settings(settings, text["num_hidden_layers"])
     if source.original_config is not None:
         kept = {key: value for key, value in source.original_config.items() if not key.startswith("mod_")}
         named = {"model_type": published_settings.MODEL_TYPE, "architectures": [published_settings.ARCHITECTURE]}
         dtype = {"torch_dtype": config["dtype"]} if "torch_dtype" in kept else {}
         return kept["vocab_size"], dict(sorted((kept | fields | dtype | named).items()))
-    rows = _rows_before_images(config)
-    flat = {key: text.get(key, default) for key, default in _TEXT.items()}
+    rows = _rows_before_images(text["vocab_size"], config.get("image_token_index"))
+    flat = {key: text[key] for key in _TEXT}
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         flat["rope_scaling"] = scaling
-    next_model = FAMILIES[source.kind].high_resolution
+    next_model = family.high_resolution
     flat |= {
         "architectures": [published_settings.ARCHITECTURE],
         "model_type": published_settings.MODEL_TYPE,
@@ -105,7 +107,7 @@ def published_config(source: Source, settings: PmodSettings, config: dict) -> tu
         "tie_word_embeddings": HEAD not in map(canonical, source.parts),
         "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
         "image_aspect_ratio": "anyres" if next_model else "pad",
-        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_hidden_size": vision["hidden_size"],
         "mm_patch_merge_type": "spatial_unpad" if next_model else "flat",
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_patch_token": False,
@@ -123,9 +125,8 @@ def published_config(source: Source, settings: PmodSettings, config: dict) -> tu
     return rows, dict(sorted(flat.items()))
 
 
-def _rows_before_images(config: dict) -> int | None:
+def _rows_before_images(rows: int, image: object) -> int | None:
     """Rows without the image token and the padding behind it, which the published code has not; None: all of them."""
-    rows, image = config["text_config"]["vocab_size"], config.get("image_token_index")
     return image if isinstance(image, int) and 0 < rows - image <= 64 and image > rows // 2 else None
 
 
@@ -140,7 +141,8 @@ def own_tower(source: Source, parts: dict[str, TensorSource], config: dict) -> d
         config: As `published_config` made it.
     """
     name = config["mm_vision_tower"]
-    sizes = {key: source.config["vision_config"].get(key) for key in CLIP_L_336}
+    vision = filled(source.config["vision_config"], CLIP.defaults)
+    sizes = {key: vision.get(key) for key in CLIP_L_336}
     if "/" in name and not (name in KNOWN and sizes != KNOWN[name]):
         return {}
     config["mm_vision_tower"] = TOWER_FOLDER

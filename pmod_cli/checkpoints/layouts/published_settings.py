@@ -7,6 +7,7 @@ schedules that are no decay, the ratios themselves are kept, as schedule `list`.
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from math import cos, isclose, pi
 
 from pmod_cli.core.errors import PmodError
@@ -96,6 +97,10 @@ def write_settings(settings: PmodSettings, num_layers: int) -> dict:
         raise _inexpressible("`before`: all vision tokens enter its decoder")
     if settings.select_at is not None or settings.selection != "router":
         raise _inexpressible("`select_at` and `selection`: each routed layer chooses by its own router")
+    if settings.quota != "row":
+        raise _inexpressible("`quota=per_image`: it takes K of all images of a row together")
+    if settings.target_tokens == "vision_video":
+        raise _inexpressible("`target_tokens=vision_video`: it takes images alone")
     ratios = settings.retention(num_layers)
     routed = [layer for layer, is_routed in enumerate(settings.routed(num_layers)) if is_routed]
     for name, factor in _candidates(settings, ratios, num_layers):
@@ -113,14 +118,16 @@ def write_settings(settings: PmodSettings, num_layers: int) -> dict:
     activation, scale, bias = settings.weight_norm
     if scale < 0:
         raise _inexpressible(f"the norm {settings.norm}: its scale is negative")
+    numbers = "_".join(_decimal(number).removesuffix(".0") for number in (scale, bias))
     return {
         "mod_bias_enabled": True,
         "mod_router_factor": factor,
         "mod_special_init": True,
         "mod_target_layer_indices": routed,
         "mod_target_layers": name,
-        "mod_target_token_type": settings.target_tokens,
-        "mod_weight_norm": activation if (scale, bias) == (1.0, 1.0) else f"{activation}_{scale:g}_{bias:g}",
+        # Where all vision tokens are of images, those of images are all.
+        "mod_target_token_type": "vision_hr" if settings.target_tokens == "vision_hr" else "vision_all",
+        "mod_weight_norm": activation if (scale, bias) == (1.0, 1.0) else f"{activation}_{numbers}",
     }
 
 
@@ -131,14 +138,20 @@ def _candidates(settings: PmodSettings, ratios: list[float], num_layers: int) ->
         if shift is None and settings.schedule == "cosine" and settings.mean is None:
             shift = 0.5
         elif shift is None:
-            limits = {"max_ratio": settings.max_ratio, "min_ratio": settings.min_ratio}
-            shift = solve_shift(settings.schedule, num_layers, settings.mean or PAPER_MEAN, **limits)
+            clamps = {"max_ratio": settings.max_ratio, "min_ratio": settings.min_ratio}
+            shift = solve_shift(settings.schedule, num_layers, settings.mean or PAPER_MEAN, **clamps)
         name = "cos" if settings.schedule == "cosine" else "linear"
-        found.append((f"shifted{name}_decay_{settings.max_ratio}_{settings.min_ratio}", shift))
+        limits = "_".join(map(_decimal, (settings.max_ratio, settings.min_ratio)))
+        found.append((f"shifted{name}_decay_{limits}", shift))
     if levels := {ratio for ratio in ratios if ratio < 1}:
         found += [(place, min(levels)) for place in _PLACES]
     found += [(f"shifted{kind}_decay_0.85_0.15", 0.5) for kind in ("cos", "linear")]
     return found
+
+
+def _decimal(number: float) -> str:
+    """All its digits, without an exponent, which the published code does not read: `0.85`, `1.0`, `0.00001`."""
+    return f"{Decimal(repr(float(number))):f}"
 
 
 def _read_norm(norm: object) -> dict:

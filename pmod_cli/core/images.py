@@ -26,7 +26,7 @@ from PIL.Image import Transpose
 from pmod_cli.core.errors import PmodError
 
 MOST_PIXELS = 89_478_485  # Pillow's own bound, held here because packages that are imported beside us move Pillow's
-ORIENTATION = 0x0112  # the EXIF tag
+WIDTH, HEIGHT, ORIENTATION = 0x0100, 0x0101, 0x0112  # tags of EXIF, and of TIFF
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -94,11 +94,14 @@ def image_size(source: Path | str | bytes, name: str | None = None) -> tuple[int
     with _opened(source, name or str(source)) as image:
         unknown = image.format == "PNG" and "exif" not in image.info  # looking further would decode it
         turned = not unknown and _orientation(image) >= 5
-        return image.size[::-1] if turned else image.size
+        # Pillow 11 and later turn a TIFF themselves: its size when it is opened, its pixels when they are read.
+        size = tuple(map(image.getexif().get, (WIDTH, HEIGHT))) if image.format == "TIFF" else image.size
+        return size[::-1] if turned else size
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """The rule of this module on an open image: upright, without transparency, 8 bits a channel, and no tags left."""
+    image.load()  # a TIFF is upright then
     orientation = _orientation(image)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])

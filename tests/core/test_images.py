@@ -64,7 +64,7 @@ def test_every_verb_is_given_the_same_picture(tmp_path, make, pixels, notes):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations_are_those_of_pillow(tmp_path, orientation):
-    for ending in ("png", "jpg"):
+    for ending in ("png", "jpg", "tiff"):
         path = tmp_path / f"a.{ending}"
         turned(path, orientation)
         with Image.open(path) as image:
@@ -72,6 +72,8 @@ def test_orientations_are_those_of_pillow(tmp_path, orientation):
         found = load_image(path).pixels
         assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())
         assert image_size(path) == expected.size
+        with Image.open(path) as image:
+            assert as_rgb(image).tobytes() == expected.tobytes()
         assert as_rgb(found).tobytes() == found.tobytes()  # nothing is turned twice
 
 

@@ -17,6 +17,7 @@ from shlex import quote
 from pmod_cli.checkpoints import files
 from pmod_cli.checkpoints.conversion_plan import ROUTERS, ConversionPlan, make_plan
 from pmod_cli.checkpoints.conversion_report import (
+    ASKED,
     CARD,
     PROVENANCE,
     SCORES,
@@ -31,7 +32,7 @@ from pmod_cli.checkpoints.layout import Calibrated, Options, Source
 from pmod_cli.checkpoints.layouts import LAYOUTS, output_layout, output_layouts, read_source
 from pmod_cli.checkpoints.layouts.huggingface import HUGGINGFACE
 from pmod_cli.checkpoints.lora import APART, keep_apart, merged, read_config, stands_apart
-from pmod_cli.checkpoints.verify import verify
+from pmod_cli.checkpoints.verify import check_selection, verify
 from pmod_cli.checkpoints.writing import place, stream, write_routers
 from pmod_cli.core.atomic import write_json
 from pmod_cli.core.errors import PmodError
@@ -88,6 +89,7 @@ def convert(
         read = replace(read, notes=[*read.notes, note])
     _refuse_same_again(read, options)
     plan = make_plan(read, settings, options, calibrated=calibrated is not None)
+    check_selection(plan)
     report = planned_report(plan, target, origin or str(folder))
     _check_space(report, target)
     if resume and target.exists():
@@ -174,7 +176,10 @@ def _finished(report: ConversionReport, plan: ConversionPlan, target: Path) -> C
         PmodError: it was made of something else, or otherwise, or is not whole any more.
     """
     there, wanted = files.read_json(target / PROVENANCE), json.loads(json.dumps(provenance(report, plan)))
-    changed = [key for key in wanted if key not in ("made_by", "made_at", "versions") and there.get(key) != wanted[key]]
+    keys = dict.fromkeys([*wanted, *ASKED])
+    changed = [
+        key for key in keys if key not in ("made_by", "made_at", "versions") and there.get(key) != wanted.get(key)
+    ]
     if changed:
         raise PmodError(
             f"{target} exists and was made otherwise: {', '.join(changed)} differ",

@@ -12,13 +12,14 @@ from pathlib import Path
 from pmod_cli import __version__, paper
 from pmod_cli.checkpoints import files, toy
 from pmod_cli.checkpoints.conversion_plan import ConversionPlan
-from pmod_cli.checkpoints.layout import THIS_FOLDER
+from pmod_cli.checkpoints.layout import THIS_FOLDER, Options
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.core.text import printable
 from pmod_cli.families import DECODERS, FAMILIES
 from pmod_cli.model import PmodSettings
 
 PROVENANCE = "pmod_provenance.json"
+ASKED = ("seed", "vision_tower", "tokenizer", "projector", "anyres")  # options that change what is written
 CARD = "README.md"
 SCORES = Path("eval", "results.md")  # where `pmod finetune --eval` puts them
 THIS_IS_TOY = f"this is {toy.NOTE}"
@@ -169,8 +170,17 @@ def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
             for path in plan.source.files
         },
         "unchanged_shards": {name: path.name for name, path in plan.weights.unchanged.items()},
+        **_asked(plan.options),
     }
     return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
+
+
+def _asked(options: Options) -> dict:
+    """Of `ASKED`, what was given; a seed only where something was drawn."""
+    given = {name: getattr(options, name) for name in ASKED if getattr(options, name) != getattr(Options(), name)}
+    if not (options.router_std or options.anyres):
+        given.pop("seed", None)
+    return {name: printable(str(value)) if isinstance(value, str | Path) else value for name, value in given.items()}
 
 
 def model_card(report: ConversionReport, calibration: str = "", scores: str = "") -> str:

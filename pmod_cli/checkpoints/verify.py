@@ -24,7 +24,7 @@ from pmod_cli.model import PmodSettings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _PIECE = 32 * 2**20  # bytes
 
@@ -66,6 +66,33 @@ def verify(plan: ConversionPlan, folder: Path) -> list[str]:
     return done
 
 
+def check_selection(plan: ConversionPlan) -> None:
+    """Refuse a selection that the model cannot have, such as one by a class token that its tower lacks.
+
+    It takes a model without weights to know that, and torch, so the paper's own selection is not looked at.
+
+    Raises:
+        PmodError: the result could not be loaded.
+    """
+    settings = plan.draft.settings
+    papers = settings is None or (settings.selection, settings.before) == ("router", None)
+    if papers or not LAYOUTS[plan.options.to].loads:
+        return
+    try:
+        _built(plan)
+    except ValueError as error:
+        raise PmodError(f"{plan.source.folder} cannot have these settings: {error}") from error
+
+
+def _built(plan: ConversionPlan) -> PreTrainedModel:
+    """The model of the result, on the meta device."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(_config(plan.draft.config))
+
+
 def _same_tensor(written: files.Tensor, part: TensorSource, name: str) -> None:
     expected = part.result
     if (written.dtype, written.shape) != (expected.dtype, expected.shape):
@@ -92,12 +119,8 @@ def _raw(tensor: files.Tensor) -> Iterator[bytes]:
 
 
 def _keys_and_shapes(plan: ConversionPlan, folder: Path) -> str:
-    """Names and shapes on disk against the model itself, which is built on the meta device."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(_config(plan.draft.config))
+    """Names and shapes on disk against the model itself."""
+    model = _built(plan)
     expected = {canonical(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     written = files.read_tensors(folder)
     found = {canonical(name): tensor.shape for name, tensor in written.items() if not OBSOLETE.fullmatch(name)}

@@ -302,6 +302,20 @@ def test_settings_that_do_not_fit_are_refused(stock_model, tmp_path):
         convert(stock_model("llava"), tmp_path / "pmod", PmodSettings(target_tokens="vision_hr"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"before": "fastv:0.5"}, "fastv reads the attention of a layer"),
+        ({"before": "visionzip:0.5", "target_tokens": "vision_hr"}, "target_tokens vision_hr spares the first"),
+        ({"selection": "visionzip", "target_tokens": "vision_hr"}, "target_tokens vision_hr spares the first"),
+    ],
+)
+def test_a_selection_that_the_model_cannot_have_is_refused(settings, told, stock_model, tmp_path):
+    """Before anything is written, and not when the result is loaded."""
+    with pytest.raises(PmodError, match=told):
+        convert(stock_model(), tmp_path / "pmod", PmodSettings(**settings), dry_run=True)
+
+
 def test_a_lost_router_is_not_filled_in(stock_model, tmp_path):
     target = tmp_path / "pmod"
     convert(stock_model(), target, PmodSettings())

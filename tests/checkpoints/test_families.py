@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from pmod_cli import cli
 from pmod_cli.checkpoints import Options, convert
+from pmod_cli.core.errors import PmodError
 from pmod_cli.families import FAMILIES
 from pmod_cli.families.unsupported import REASONS
 from pmod_cli.model import PmodSettings
@@ -70,6 +71,14 @@ def test_a_config_with_the_decoder_at_its_top(tmp_path):
     inputs = prompt("qwen2_5_vl", plain.config, rows_of("qwen2_5_vl")[2:3])
     with torch.no_grad():  # of text alone: zero routers still choose
         assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.parametrize("settings", [{"before": "visionzip:0.5"}, {"selection": "visionzip"}])
+def test_a_class_token_is_not_asked_of_a_tower_without_one(settings, tmp_path):
+    stock("qwen3_vl").save_pretrained(tmp_path / "stock")
+    with pytest.raises(PmodError, match="VisionZip ranks by the class token of a CLIP tower"):
+        convert(tmp_path / "stock", tmp_path / "ours", PmodSettings(**settings))
+    assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.slow

@@ -82,6 +82,24 @@ def test_resume_keeps_what_was_made_the_same_way(stock_model, tmp_path):
         convert(stock_model(), target, resume=True, options=Options(dtype="float16"))
 
 
+def test_resume_keeps_no_routers_of_another_seed(stock_model, tmp_path):
+    drawn = {"router_init": "normal:0.1"}
+    convert(stock_model(), tmp_path / "out", options=Options(**drawn, seed=1))
+    assert "kept" in convert(stock_model(), tmp_path / "out", resume=True, options=Options(**drawn, seed=1)).notes[-1]
+    for seed in (0, 2):
+        with pytest.raises(PmodError, match="made otherwise: seed differ"):
+            convert(stock_model(), tmp_path / "out", resume=True, options=Options(**drawn, seed=seed))
+    convert(stock_model(), tmp_path / "zero", options=Options(seed=1))
+    convert(stock_model(), tmp_path / "zero", resume=True, options=Options(seed=2))  # zeros are of no seed
+
+
+def test_resume_keeps_nothing_of_another_tokenizer(tmp_path):
+    twins(tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "out")
+    with pytest.raises(PmodError, match="made otherwise: tokenizer differ"):
+        convert(tmp_path / "original", tmp_path / "out", resume=True, options=Options(tokenizer=tmp_path / "original"))
+
+
 @pytest.mark.parametrize("options", [{}, {"link": "copy"}, {"dtype": "bfloat16"}], ids=str)
 def test_resume_keeps_nothing_that_was_made_of_other_weights(options, stock_model, tmp_path):
     """Of the same names, shapes and sizes, as a model has them that was trained once more."""

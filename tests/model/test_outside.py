@@ -133,8 +133,9 @@ def test_a_selection_through_every_verb(package, stock_model, workdir, capsys, m
     quick = ("--max-steps", 1, "--batch-size", 1, "--set", "data.turns=1", "--device", "cpu")
     assert run("finetune", "-r", "tiny", "-m", "mine", "-o", "run", "--set", "pmod.selection=louder", *quick) == 0
     assert json.loads((workdir / "run" / "config.json").read_text())["pmod"]["selection"] == "louder"
-    assert run("convert", "toy", "-o", "remote", "--to", "remote-code") == 2
-    assert "the selection 'louder' is of another package" in capsys.readouterr().err
+    for asked in (("toy",), (stock_model(), "--before", "louder:0.5")):
+        assert run("convert", *asked, "-o", "remote", "--to", "remote-code") == 2
+        assert "the selection 'louder' is of another package" in capsys.readouterr().err
 
 
 def test_a_selection_is_timed_beside_the_routers(package, tiny_config, capsys):

@@ -133,13 +133,14 @@ def _without_packages(settings: PmodSettings, layers: int) -> PmodSettings:
     """The same without a schedule of another package, which plain transformers does not have: its ratios as a list.
 
     Raises:
-        PmodError: the selection is of another package.
+        PmodError: a selection is of another package.
     """
-    if not SELECTIONS.is_built_in(settings.selection):
-        raise PmodError(
-            f"the selection {settings.selection!r} is of another package, which plain transformers does not have",
-            hint="leave the layout out: pmod loads the checkpoint as it is",
-        )
+    for name in (settings.selection, *(settings.before_decoder or ())[:1]):
+        if not SELECTIONS.is_built_in(name):
+            raise PmodError(
+                f"the selection {name!r} is of another package, which plain transformers does not have",
+                hint="leave the layout out: pmod loads the checkpoint as it is",
+            )
     if SCHEDULES.is_built_in(settings.schedule):
         return settings
     ratios = tuple(settings.retention(layers))

@@ -186,6 +186,8 @@ def late(num_layers: int, mean: float) -> list[float]:
 @SCHEDULES.register("pyramid")
 def pyramid(num_layers: int, mean: float) -> list[float]:
     """Four equal groups of layers, each of which keeps the same share of the one before (PyramidDrop)."""
+    if mean == 1:  # which halving never reaches
+        return [1.0] * num_layers
     groups = [i * 4 // num_layers for i in range(num_layers)]
     low, high = 0.0, 1.0
     for _ in range(60):

@@ -125,6 +125,7 @@ def nearest(method: str, budget: float, sizes: Sizes, rows: Sequence[Row] | None
         return flops
 
     dearest_within(flops_at, budget, 0.0, 1.0, steps=20)
+    flops_at(1.0)  # which halving never reaches: less would drop a token, a tenth of a short prompt
     if not found:
         raise PmodError(f"the method {method} has settings at no budget: {faults[-1]}")
     _, flops, _, settings = min(found, key=lambda one: one[:3])

@@ -74,6 +74,15 @@ def test_a_budget_is_met_on_each_prompt(method):
     assert cost_of(sizes, settings, prompt_of(2144, 200)).flops == pytest.approx(wanted, rel=0.01)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "pmod"])
+def test_the_whole_budget_is_the_stock_model(method):
+    """Not one token less, however short the prompt."""
+    sizes = Sizes.of(load_subject("tiny-llava-next").stock)
+    for vision, text in ((192, 12), (7, 3)):
+        settings = PromptBudget(sizes, method, 1.0).settings(vision, text)
+        assert settings.retention(sizes.decoder.layers) == [1.0] * sizes.decoder.layers
+
+
 def test_a_budget_that_a_prompt_cannot_meet_says_so():
     """Text cannot be dropped, and a short prompt has few tokens."""
     sizes = Sizes.of(load_subject("tiny-llava-next").stock)

@@ -89,7 +89,7 @@ def make_plan(
     to = output_layout(options.to)
     if source.settings is not None and settings is not None and to.routed:
         raise PmodError(
-            f"{source.folder} is a p-MoD checkpoint already, with settings that its weights were trained with",
+            f"{source.folder} is a p-MoD checkpoint already, with settings that its routers were made for",
             hint="leave out schedule and norm; for other settings start from the stock model",
         )
     settings = (source.settings or settings or PmodSettings()) if to.routed else None

@@ -149,7 +149,7 @@ def _names(row: Mapping, key: str) -> Sequence[Any]:
     found = () if given is None else (given,) if isinstance(given, str) else given
     if not isinstance(found, list | tuple) or not all(_is_name(name, key) for name in found):
         raise BadRow(f"'{key}': expected a file name or a list of them, found {given!r:.60}")
-    return found
+    return [_payload(name) for name in found]
 
 
 def _is_name(value: Any, key: str) -> bool:

@@ -74,7 +74,7 @@ def find_image(name: str, folder: Path | None) -> Path:
     """
     path = inside(name, folder)
     if not os.path.exists(path):  # False for a name that is too long, where `Path.exists` raises
-        raise BadRow(f"no such image: {name}, in {folder}")
+        raise BadRow(f"no such image: {name:.200}, in {folder}")
     return path
 
 
@@ -88,9 +88,9 @@ def inside(name: str, folder: Path | None) -> Path:
         raise BadRow(f"expected a file name, found {type(name).__name__}")
     path, own = Path(name), folder or Path()
     if ".." in path.parts and not path.is_absolute() and not os.path.normpath(name).startswith(".."):
-        raise BadRow(f"{name} has '..' in it: expected the name as it is below {own}")
+        raise BadRow(f"{name:.200} has '..' in it: expected the name as it is below {own}")
     if ".." in path.parts or (path.is_absolute() and not path.is_relative_to(own.absolute())):
-        raise BadRow(f"{name} lies outside the image folder {own}")
+        raise BadRow(f"{name:.200} lies outside the image folder {own}")
     return own / path
 
 

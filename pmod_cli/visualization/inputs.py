@@ -184,7 +184,7 @@ def _named(row: dict, key: str) -> list[str]:
     if given is None:
         return []
     names = given if isinstance(given, list) else [given]
-    readable = all(isinstance(name, str) and name and not re.match("https?:/", name) for name in names)
+    readable = all(isinstance(name, str) and name and not re.match("https?:/|data:", name) for name in names)
     if not names or not readable or (key == "video" and len(names) > 1):
         found = json.dumps(given, default=lambda data: f"{len(data)} bytes")  # which a data URL holds
         raise BadRow(f"`{key}` is expected to be a file name, found {found[:60]}")

@@ -237,7 +237,7 @@ def test_a_router_without_bias_gets_a_zero_one(tmp_path):
 
 
 def test_settings_of_its_own_are_kept(converted, tmp_path):
-    with pytest.raises(PmodError, match="settings that its weights were trained with"):
+    with pytest.raises(PmodError, match="settings that its routers were made for"):
         convert(GOLDEN / "llava15" / "ckpt", tmp_path / "pmod", PmodSettings(shift=0.4))
 
 

@@ -176,7 +176,7 @@ def test_what_comes_next(stock_model, workdir, capsys):
     assert main(["convert", pmod]) == 2
     assert "p-MoD checkpoint already" in capsys.readouterr().err
     assert main(["convert", pmod, "--shift", "0.4", "--to", "remote-code"]) == 2
-    assert "settings that its weights were trained with" in capsys.readouterr().err
+    assert "settings that its routers were made for" in capsys.readouterr().err
 
 
 def test_overwrite_and_resume_contradict_each_other(stock_model, workdir, capsys):

@@ -270,6 +270,17 @@ def test_a_data_url_is_a_picture_and_a_web_address_is_none(pictures):
             encode(from_row(row(url)), pictures)
 
 
+def test_a_data_url_in_llavas_own_form_is_a_picture_and_a_long_name_is_cut(pictures):
+    encode, picture = RowEncoder(processor("qwen3_vl")), (pictures / "wide.png").read_bytes()
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "that"}]
+    urls = "wide.png", f"data:image/png;base64,{b64encode(picture).decode()}"
+    named, whole = (encode(from_row({"image": url, "conversations": turns}), pictures) for url in urls)
+    assert all(torch.equal(named[name], whole[name]) for name in named)
+    with pytest.raises(BadRow) as caught:
+        encode(from_row({"image": "x" * 9999, "conversations": turns}), pictures)
+    assert len(caught.value.what) < 300 + len(str(pictures))
+
+
 def test_videos_that_cannot_be_used_are_bad_rows(pictures, monkeypatch):
     encode = RowEncoder(processor("qwen3_vl"))
     Image.new("RGB", (4, 4)).save(pictures / "clip" / "0.png")

@@ -106,6 +106,7 @@ def test_a_row_may_hold_the_other_line_separators(tmp_path):
             json.dumps([{"images": ["data:image/png;base64,AAAA"], "messages": [{"role": "user", "content": "?"}]}]),
             r"`image` is expected to be a file name, found \[\"3 bytes\"\]",
         ),
+        ('[{"image": "data:image/png;base64,AAAA"}]', "row 0: `image` is expected to be a file name, found"),
         ('[{"video": ["a", "b"]}]', "row 0: `video` is expected to be a file name, found"),
         ('[{"image": "a.png", "video": "b"}]', "row 0 has images and a video, which are not drawn from one prompt"),
         ('[{"images": ["a.png"], "messages": [{"role": "user"}]}]', "row 0: turn 0: expected an object with 'role'"),

@@ -166,13 +166,19 @@ def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
             printable(plan.source.name_of(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in small
         },
         "source_shards": {
-            path.name: {"bytes": path.stat().st_size, "header_sha256": files.header_digest(path)}
+            _shard_name(path, folder): {"bytes": path.stat().st_size, "header_sha256": files.header_digest(path)}
             for path in plan.source.files
         },
-        "unchanged_shards": {name: path.name for name, path in plan.weights.unchanged.items()},
+        "unchanged_shards": {name: _shard_name(path, folder) for name, path in plan.weights.unchanged.items()},
         **_asked(plan.options),
     }
     return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
+
+
+def _shard_name(path: Path, folder: Path) -> str:
+    """Below the source's folder; of a part that lies elsewhere, with its own folder: their names may be alike."""
+    inside = path.is_relative_to(folder)
+    return printable((path.relative_to(folder) if inside else Path(*path.parts[-2:])).as_posix())
 
 
 def _asked(options: Options) -> dict:

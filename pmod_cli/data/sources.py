@@ -207,6 +207,10 @@ def _load(path: str) -> Any:
     if Path(path).is_file():
         raise PmodError(f"{path} is no file of rows: expected .json, .jsonl, or the folder of a data set")
     try:
+        if Path(folder, "dataset_dict.json").is_file():  # several that were saved together, a folder each
+            folder, split = str(Path(folder, split or "train")), ""
+            if not Path(folder).is_dir():
+                raise PmodError(f"no such split: {folder}", hint=f"`data.path={path.partition(':')[0]}:SPLIT`")
         if Path(folder, "dataset_info.json").is_file():
             rows = load_from_disk(folder)
             if split and split != str(rows.split):

@@ -1,10 +1,13 @@
 """The paper's starting point: language model, CLIP tower and pretrained projector become one LLaVA."""
 
+import json
+
 import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from pmod_cli.checkpoints import Options, convert, load_model
+from pmod_cli.checkpoints.conversion import PROVENANCE
 from pmod_cli.core.errors import PmodError
 from tests import factories
 from tests.checkpoints.originals import tokenizer_without_image
@@ -43,6 +46,8 @@ def test_logits_are_those_of_the_whole(parts, tmp_path):
     options = Options(to="stock", vision_tower=str(folder / "clip"), projector=folder / "mm_projector.bin", verify=True)
     report = convert(folder / "llm", tmp_path / "stock", options=options)
     assert report.layout == "parts"
+    shards = json.loads((tmp_path / "stock" / PROVENANCE).read_text())["source_shards"]
+    assert [*shards] == ["model.safetensors", f"{folder.name}/mm_projector.bin", "clip/model.safetensors"]
     model, processor = load_model(tmp_path / "stock")
     inputs = processor(images=PICTURE, text="USER: <image>\nwhat is this ASSISTANT:", return_tensors="pt")
     assert torch.equal(logits_of(model, inputs, vocabulary), logits_of(stock, inputs, vocabulary))

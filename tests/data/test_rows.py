@@ -455,6 +455,17 @@ def test_a_split_of_a_data_set_without_any_is_refused(tmp_path):
         open_source("hub", f"{tmp_path / 'split'}:train", None)
 
 
+def test_splits_that_were_saved_together_are_named(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_dict({"conversations": [said()["conversations"]] * 2})
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "both")
+    for path, count in (("both", 2), ("both:train", 2), ("both:test", 1), ("both/test", 1)):
+        assert len(open_source("hub", str(tmp_path / path), None)) == count
+    with pytest.raises(PmodError, match=r"no such split: .*both/validation"):
+        open_source("hub", f"{tmp_path / 'both'}:validation", None)
+
+
 def test_a_data_set_with_a_broken_file_is_named(tmp_path):
     """It breaks while `datasets` reads it, whose own error says nothing but that."""
     (tmp_path / "set").mkdir()

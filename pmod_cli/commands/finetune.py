@@ -22,6 +22,7 @@ from pmod_cli.commands.finetune_show import (
     show_plan,
     show_report,
     silence_transformers,
+    warn,
 )
 from pmod_cli.core import output
 from pmod_cli.core.errors import INTERRUPTED, PmodError, require
@@ -243,6 +244,7 @@ def finetune(
     silence_transformers()
     if dry_run:
         from pmod_cli.training.plan import plan
+        from pmod_cli.training.run_data import beyond_context
 
         found = plan(
             settings,
@@ -254,11 +256,8 @@ def finetune(
             lacking=lacking,
         )
         show_plan(found, as_json, quiet)
-        if found.beyond_context:
-            output.warn(
-                f"the longest row has {found.data.longest:,} tokens, and the decoder was made for {found.context:,}: "
-                f"--set data.max_length={found.context} cuts what is longer"
-            )
+        if note := beyond_context(found.data.longest, found.context):
+            warn(note)
         for sentence in lacking:
             output.note(f"it could not start on this machine: {sentence}")
         refuse_unfit(found)

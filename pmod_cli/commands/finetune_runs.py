@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pmod_cli.commands.finetune_show import Watching, show_sweep, silence_transformers
+from pmod_cli.commands.finetune_show import Watching, show_sweep, silence_transformers, warn
 from pmod_cli.core import output
 from pmod_cli.core.atomic import write_json, write_text
 from pmod_cli.core.errors import INTERRUPTED, PARTIAL, PmodError, explain
@@ -40,7 +40,7 @@ def run_here(
             resume=resume,
             overwrite=overwrite,
             on_open=lambda: output.note(f"run folder: {named}"),
-            on_note=output.warn,
+            on_note=warn,
             on_step=watching.update,
         )
 

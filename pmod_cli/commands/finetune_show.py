@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from pmod_cli.core import output
-from pmod_cli.core.errors import RUN_FAILED, PmodError
+from pmod_cli.core.errors import RUN_FAILED, PmodError, as_flags
 from pmod_cli.core.text import GIB, disk_size, memory_size
 from pmod_cli.reporting import plain_table
 
@@ -61,6 +61,11 @@ class Watching:
             self.bar.update(self.task, completed=step.step, total=step.max_steps, loss=loss, left=left)
         elif step.step % self.interval == 0 or step.step == step.max_steps:
             output.note(f"step {step.step}/{step.max_steps}  loss {loss}  {left} left")
+
+
+def warn(note: str) -> None:
+    """A note of the library, its settings as they are typed."""
+    output.warn(as_flags(note, {}, settings=True))
 
 
 def _minutes(seconds: float) -> str:

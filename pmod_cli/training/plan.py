@@ -121,11 +121,6 @@ class Plan:
     lacking: list[str] = field(default_factory=list)
 
     @property
-    def beyond_context(self) -> bool:
-        """Whether the longest row has more tokens than the decoder was made for: it would be trained all the same."""
-        return self.context is not None and self.data.longest > self.context
-
-    @property
     def cost(self) -> Cost:
         """That of this run."""
         return self.pmod if self.runs_as == "p-mod" else self.stock

@@ -15,14 +15,14 @@ from pmod_cli.checkpoints import load_model, load_processor, stored_dtype
 from pmod_cli.checkpoints.tokenizer_files import carry_model_file
 from pmod_cli.core.errors import RUN_FAILED, PmodError
 from pmod_cli.data.dataset import Rows
-from pmod_cli.families.configs import vision_token_ids
+from pmod_cli.families.configs import context_of, vision_token_ids
 from pmod_cli.training import folder
 from pmod_cli.training.adapters import add_adapters, copy_adapter, fold
 from pmod_cli.training.calibration import STARTS
 from pmod_cli.training.parts import count, freeze, repeat_in_backward, use_liger
 from pmod_cli.training.preflight import check_requirements, check_settings
 from pmod_cli.training.resume import hold_rows, hold_source, set_damaged_aside
-from pmod_cli.training.run_data import Counting, Data, open_data
+from pmod_cli.training.run_data import Counting, Data, beyond_context, open_data
 from pmod_cli.training.run_settings import Settings, processes
 from pmod_cli.training.start import hold_routing, source_of, starting_checkpoint
 from pmod_cli.training.summary import FinetuneReport, Summary, write_reports
@@ -59,7 +59,8 @@ def finetune(
             ``core.folders.staging_of(out)`` names, and goes on from there when it is repeated.
         on_open: is told, in the first process, when ``out`` has been taken for the run: nothing is refused any more
             for its settings.
-        on_note: is told, in the first process, what a run that goes on has to know about where it goes on from.
+        on_note: is told, in the first process, what a run that goes on has to know about where it goes on from, and
+            that rows are longer than the decoder was made for.
         on_step: is told of each finished step.
 
     Raises:
@@ -127,6 +128,9 @@ def _run(
         train_dataset=data.rows,
         data_collator=Counting(data.collate, data.processor, vision_token_ids(model.config)),
     )
+    note = beyond_context(data.longest, context_of(model.config))
+    if note is not None and on_note is not None:
+        on_note(note)
     parameters = count(model)
     try:
         with watch.signals():

@@ -71,12 +71,14 @@ class Data:
         collate: makes a batch of its rows.
         processor: what reads the pictures, to be saved with the model: LLaVA-1.5's pads them to a square.
         sampler: the order of the rows; None is a shuffle.
+        longest: tokens of the longest row that was looked at; 0 where none was.
     """
 
     rows: Dataset
     collate: Callable[[Sequence], dict]
     processor: "ProcessorMixin"
     sampler: Sampler | None = None
+    longest: int = 0
 
     @property
     def rows_per_epoch(self) -> int:
@@ -98,13 +100,25 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
     if settings.data.kind == "synthetic":
         return Data(SyntheticDocuments(settings.data, _images(settings)), Collator(processor), processor)
     rows = build_dataset(settings.data, processor, skipped=out / SKIPPED)
+    sampler, longest = None, 0
     if PartialState().is_main_process:
-        refuse_bad(check_rows(rows), skip=settings.data.on_bad_row == "skip")
-    sampler = None
+        report = check_rows(rows)
+        refuse_bad(report, skip=settings.data.on_bad_row == "skip")
+        longest = min(report.longest, settings.data.max_length or report.longest)
     if settings.data.group_by_modality:
         train, batches = settings.train, settings.accumulation(processes()) * processes()
         sampler = ModalityBatches(rows.lengths, train.batch_size, batches, train.seed)
-    return Data(rows, Collator(processor), processor, sampler)
+    return Data(rows, Collator(processor), processor, sampler, longest)
+
+
+def beyond_context(longest: int, context: int | None) -> str | None:
+    """That the longest row has more tokens than the decoder was made for, which is trained all the same; or None."""
+    if context is None or longest <= context:
+        return None
+    return (
+        f"the longest row has {longest:,} tokens, and the decoder was made for {context:,}: "
+        f"`data.max_length={context}` cuts what is longer"
+    )
 
 
 def check_all(settings: Settings) -> DataReport:

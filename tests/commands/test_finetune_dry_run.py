@@ -229,3 +229,6 @@ def test_rows_beyond_the_decoders_context_are_told(stock_model, workdir, capsys)
     cut = warned.partition("--set data.max_length=")[2].split()[0]
     call(*asked, "--set", f"data.max_length={cut}")
     assert "the longest row has" not in capsys.readouterr().err
+    assert call(*asked[:-1], "--set", "train.max_steps=1", "-o", "run") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "the longest row has" in line]
+    assert line in warned

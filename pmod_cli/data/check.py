@@ -120,7 +120,7 @@ def refuse_bad(report: DataReport, *, skip: bool = False) -> None:
     if report.num_bad and (not skip or report.num_bad == report.checked):
         hint = "leave bad ones out with `data.on_bad_row=skip`"
         if skip:
-            hint = "no row is left: do the names of images start from `data.images`?"
+            hint = "none is good: do the names of images start from `data.images`?"
         looked = "" if report.checked == report.rows else "look at all rows with `check_data=True`; "
         raise PmodError(describe_bad(report), hint=looked + hint)
 

@@ -51,7 +51,7 @@ REFUSED = {
     "a bad row": (["--set", "data.kind=llava", "--set", "data.path=rows.json"], "no such image: gone.png"),
     "bad rows alone": (
         ["--set", "data.kind=llava", "--set", "data.path=rows.json", "--on-bad-row", "skip"],
-        "no row is left",
+        "none is good",
     ),
     "a schedule of another model": (
         ["--set", "pmod.schedule=list", "--set", "pmod.values=[0.5,0.5]"],

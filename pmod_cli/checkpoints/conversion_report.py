@@ -12,7 +12,7 @@ from pathlib import Path
 from pmod_cli import __version__, paper
 from pmod_cli.checkpoints import files, toy
 from pmod_cli.checkpoints.conversion_plan import ConversionPlan
-from pmod_cli.checkpoints.layout import THIS_FOLDER, Options
+from pmod_cli.checkpoints.layout import THIS_FOLDER, Options, Source
 from pmod_cli.checkpoints.layouts import LAYOUTS
 from pmod_cli.core.text import printable
 from pmod_cli.families import DECODERS, FAMILIES
@@ -166,19 +166,19 @@ def provenance(report: ConversionReport, plan: ConversionPlan) -> dict:
             printable(plan.source.name_of(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in small
         },
         "source_shards": {
-            _shard_name(path, folder): {"bytes": path.stat().st_size, "header_sha256": files.header_digest(path)}
+            _shard_name(path, plan.source): {"bytes": path.stat().st_size, "header_sha256": files.header_digest(path)}
             for path in plan.source.files
         },
-        "unchanged_shards": {name: _shard_name(path, folder) for name, path in plan.weights.unchanged.items()},
+        "unchanged_shards": {name: _shard_name(path, plan.source) for name, path in plan.weights.unchanged.items()},
         **_asked(plan.options),
     }
     return made | ({"original_config": plan.source.original_config} if plan.source.original_config else {})
 
 
-def _shard_name(path: Path, folder: Path) -> str:
+def _shard_name(path: Path, source: Source) -> str:
     """Below the source's folder; of a part that lies elsewhere, with its own folder: their names may be alike."""
-    inside = path.is_relative_to(folder)
-    return printable((path.relative_to(folder) if inside else Path(*path.parts[-2:])).as_posix())
+    name = source.name_of(path)
+    return printable(name if path.is_relative_to(source.folder) else f"{path.parent.name}/{name}")
 
 
 def _asked(options: Options) -> dict:

@@ -74,6 +74,10 @@ class DataReport:
         """Mean over the good rows, with and without images."""
         return self.vision_tokens / max(self.checked - self.num_bad, 1)
 
+    def longest_after(self, max_length: int | None) -> int:
+        """Tokens of the longest row after cutting to ``max_length``."""
+        return min(self.longest, max_length or self.longest)
+
     def add(self, other: "DataReport") -> None:
         """Take in what was found in later rows."""
         for name in ("checked", "with_images", "cut", "without_labels", "tokens", "vision_tokens"):

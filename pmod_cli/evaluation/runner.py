@@ -22,8 +22,8 @@ from pmod_cli.evaluation.journal import Journal
 from pmod_cli.evaluation.loaded import Loaded, load
 from pmod_cli.evaluation.outcome import Outcome
 from pmod_cli.evaluation.processes import ALONE, Processes
-from pmod_cli.evaluation.results import markdown, pareto, tables
-from pmod_cli.evaluation.results.folder import MEASURED, RESULTS, ResultsFolder
+from pmod_cli.evaluation.results import pareto, tables
+from pmod_cli.evaluation.results.folder import MEASURED, RESULTS, ResultsFolder, write_tables
 from pmod_cli.evaluation.results.report import Report
 from pmod_cli.evaluation.results.stored import SCHEMA_VERSION
 from pmod_cli.evaluation.scoring import score
@@ -123,8 +123,7 @@ def _evaluate(
                 _write_lines(folder.changed(eval_model.label, benchmark.name), changed)
             results = header | report.results()
             results["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(folder.path / "results.md", markdown.to_markdown(results))
-            write_text(folder.path / "results.csv", tables.to_csv(results))
+            write_tables(results, folder.path)
             write_json(folder.path / RESULTS, results)
     if results and tables.has_methods(results):
         pareto.write(results, folder.path)

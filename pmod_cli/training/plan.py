@@ -295,7 +295,7 @@ def _sampled(settings: Settings, processor: ProcessorMixin, per_step: int) -> Da
     refuse_bad(report, skip=data.on_bad_row == "skip")
     rows = _rows_per_epoch(settings, found, per_step)
     means = report.tokens_per_row, report.vision_tokens_per_row
-    longest = min(report.longest, data.max_length or report.longest)
+    longest = report.longest_after(data.max_length)
     said = f"{report.checked} rows of the data"
     return DataShape(len(found), rows, *means, longest, report.longest_vision, said)
 

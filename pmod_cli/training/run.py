@@ -72,7 +72,7 @@ def finetune(
     check_settings(settings, processes())
     source_of(settings)
     with folder.RunFolder(out, overwrite=overwrite) as opened:
-        return _run(settings, opened, device, resume, on_open, on_step, on_note)
+        return _run(settings, opened, device, resume, on_open, on_step, on_note or (lambda note: None))
 
 
 def _run(
@@ -82,7 +82,7 @@ def _run(
     resume: bool,
     on_open: Callable[[], None] | None,
     on_step: Callable[[Step], None] | None,
-    on_note: Callable[[str], None] | None,
+    on_note: Callable[[str], None],
 ) -> FinetuneReport:
     out = opened.path
     arguments = training_arguments(settings, out, device)
@@ -95,13 +95,13 @@ def _run(
                 on_open()
             if not folder.is_finished(out, settings):
                 for note in (*set_damaged_aside(out / folder.STATE), hold_source(settings, out / folder.STATE)):
-                    if note is not None and on_note is not None:
+                    if note is not None:
                         on_note(note)
         source = starting_checkpoint(settings, out / folder.STATE / folder.START)
         data = open_data(settings, load_processor(source), out)
         if PartialState().is_main_process and not folder.is_finished(out, settings):
             note = hold_rows(len(data.rows), out / folder.STATE)
-            if note is not None and on_note is not None:
+            if note is not None:
                 on_note(note)
     arguments.max_steps = steps = settings.steps(data.rows_per_epoch, processes())
     done = folder.is_finished(out, settings)
@@ -129,7 +129,7 @@ def _run(
         data_collator=Counting(data.collate, data.processor, vision_token_ids(model.config)),
     )
     note = beyond_context(data.longest, context_of(model.config))
-    if note is not None and on_note is not None:
+    if note is not None:
         on_note(note)
     parameters = count(model)
     try:

@@ -104,7 +104,7 @@ def open_data(settings: Settings, processor: "ProcessorMixin", out: Path) -> Dat
     if PartialState().is_main_process:
         report = check_rows(rows)
         refuse_bad(report, skip=settings.data.on_bad_row == "skip")
-        longest = min(report.longest, settings.data.max_length or report.longest)
+        longest = report.longest_after(settings.data.max_length)
     if settings.data.group_by_modality:
         train, batches = settings.train, settings.accumulation(processes()) * processes()
         sampler = ModalityBatches(rows.lengths, train.batch_size, batches, train.seed)

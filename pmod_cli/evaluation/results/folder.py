@@ -154,11 +154,11 @@ def write_comparison(results: Mapping[str, Any], out: Path, runs: Iterable[Path]
     with folders.staged_directory(out, COMPARISON, overwrite=overwrite, sources=runs) as staged:
         write_json(staged / "comparison.json", results)
         write_tables(results, staged)
+        if pareto.has_costs(results):
+            pareto.write(results, staged)
 
 
 def write_tables(results: Mapping[str, Any], folder: Path) -> None:
-    """`results.md`, `results.csv`, and figure and page where the costs are known and differ."""
+    """`results.md` and `results.csv`."""
     write_text(folder / "results.md", markdown.to_markdown(results))
     write_text(folder / "results.csv", tables.to_csv(results))
-    if pareto.has_costs(results):
-        pareto.write(results, folder)

@@ -239,9 +239,10 @@ def _what(report: ConversionReport) -> str:
     size = f"{FAMILIES[report.family].title}{over} of {report.num_layers} layers"
     if not report.settings:
         return f"{size}."
+    routers = f"{count} layers have" if (count := len(report.routed_layers)) != 1 else "1 layer has"
     return (
         f"p-MoD (Mixture-of-Depths with progressive ratio decay) of a {size}: "
-        f"{len(report.routed_layers)} layers have a router, the mean retention ratio is {report.mean_retention:.4f}."
+        f"{routers} a router, the mean retention ratio is {report.mean_retention:.4f}."
     )
 
 
@@ -261,6 +262,9 @@ def _schedule(report: ConversionReport) -> list[str]:
             layers = f"{start}" if layer - start == 1 else f"{start}–{layer - 1}"
             lines.append(f"| {layers} | {report.retention[start]:.4f} |")
             start = layer
+    if chosen := settings.get("select_at"):
+        choose = f"Layer {chosen[0]} chooses" if len(chosen) == 1 else f"Layers {', '.join(map(str, chosen))} choose"
+        lines += ["", f"{choose}; each later layer keeps the first of the last ranking before it."]
     return [*lines, ""]
 
 

@@ -266,8 +266,10 @@ def finetune(
     from pmod_cli.training import folder
     from pmod_cli.training.launch import launch
 
-    if engine is not None and not distributed.is_launch and not launched:
-        output.warn(f"--engine {engine}: one process shares nothing; it is used with --num-processes")
+    shares = engine is not None or settings.train.engine not in ("auto", "ddp")
+    if shares and not distributed.is_launch and not launched:
+        named = f"--engine {engine}" if engine else f"train.engine: {settings.train.engine}"
+        output.warn(f"{named}: one process shares nothing; it is used with --num-processes")
     out = out or Path("runs", f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
     if distributed.is_launch:
         job = {

@@ -1,5 +1,7 @@
 """The model card: metadata the hub reads, the schedule, results marked as published, no path of the machine."""
 
+import dataclasses
+
 import pytest
 import yaml
 
@@ -34,6 +36,18 @@ def test_what_is_dropped_in_front_counts(stock_model, tmp_path):
     _, body = card(tmp_path / "two")
     assert "the mean retention ratio is 0.2250" in body
     assert "keeps (of those that `divprune:0.4` leaves in front of the decoder):" in body
+
+
+def test_a_choice_that_is_held(stock_model, tmp_path):
+    settings = PmodSettings(schedule="list", values=(1.0, 0.5, 0.5, 0.25), select_at=(1,))
+    convert(stock_model(), tmp_path / "held", settings)
+    _, body = card(tmp_path / "held")
+    assert "4 layers: 1 layer has a router, " in body
+    assert "Layer 1 chooses; each later layer keeps the first of the last ranking before it." in body
+    convert(stock_model(), tmp_path / "twice", dataclasses.replace(settings, select_at=(1, 3)))
+    _, body = card(tmp_path / "twice")
+    assert "4 layers: 2 layers have a router, " in body
+    assert "Layers 1, 3 choose; each later layer" in body
 
 
 def test_the_family_is_called_by_its_name(tmp_path):

@@ -209,6 +209,15 @@ def test_a_missing_extra_is_a_sentence(stock_model, workdir, capsys, monkeypatch
     assert "pip install -e '.[train]'" in capsys.readouterr().err
 
 
+def test_a_recipes_engine_that_one_process_does_not_need_is_said(stock_model, workdir, capsys):
+    assert call("finetune", "-m", stock_model(), *QUICK, "--set", "train.engine=zero3", "-o", "run") == 0
+    assert "train.engine: zero3: one process shares nothing" in capsys.readouterr().err
+    assert call("finetune", "-m", stock_model(), *QUICK, "--engine", "fsdp2", "-o", "other") == 0
+    assert "--engine fsdp2: one process shares nothing" in capsys.readouterr().err
+    assert call("finetune", "-m", stock_model(), *QUICK, "-o", "third") == 0
+    assert "one process" not in capsys.readouterr().err
+
+
 def test_a_path_is_all_that_quiet_prints(stock_model, workdir, capsys):
     assert call("finetune", "-m", stock_model(), *QUICK, "-o", "run", "-q") == 0
     captured = capsys.readouterr()

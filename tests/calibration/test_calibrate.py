@@ -1,6 +1,5 @@
-"""Calibration: its parts held to plain computations, and the command as a user runs it."""
+"""`pmod calibrate` as a user runs it, and what it leaves: whole results, measurements to go on from, or nothing."""
 
-import itertools
 import json
 import os
 import random
@@ -12,319 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from pmod_cli import checkpoints
 from pmod_cli.calibration.asked import Asked
-from pmod_cli.calibration.bench import TARGETS, Bench, Schedule
-from pmod_cli.calibration.budget import Budget, best_ratios
-from pmod_cli.calibration.calibration import Calibration, CalibrationSettings, calibrate
-from pmod_cli.calibration.importance import target_of
+from pmod_cli.calibration.bench import Bench, Schedule
+from pmod_cli.calibration.budget import Budget
+from pmod_cli.calibration.calibration import Calibration
 from pmod_cli.calibration.measured import Measured
-from pmod_cli.calibration.regression import FOLDS
 from pmod_cli.calibration.replay import Replay
 from pmod_cli.calibration.results import depth_figure
-from pmod_cli.calibration.samples import Sample, by_picture, read_samples
+from pmod_cli.calibration.samples import read_samples
 from pmod_cli.calibration.search import Found
 from pmod_cli.cli import main
 from pmod_cli.core.errors import PmodError
-from pmod_cli.families.sizes import Sizes
 from pmod_cli.profiling.budgets import prompt_of
 from tests import factories
+from tests.calibration.test_budget import SIZES
 from tests.calibration.test_depth import batches_of
 from tests.conftest import ROOT
-from tests.model.models import pmod_twin
-
-SIZES = Sizes.of(factories.config("llava_next").to_dict())
-
-
-def test_the_program_is_as_good_as_trying_everything():
-    """Four layers, five ratios, losses without any order."""
-    generator = torch.Generator().manual_seed(0)
-    levels = (0.0, 0.2, 0.5, 0.8, 1.0)
-    for share in (0.35, 0.5, 0.62, 0.8, 0.97):
-        losses = [dict(zip(levels, torch.rand(5, generator=generator).tolist(), strict=True)) for _ in range(4)]
-        budget = Budget(SIZES, share)
-        allowed = [ratios for ratios in itertools.product(levels, repeat=4) if budget.total(ratios) <= share]
-
-        def loss(ratios, losses=losses):
-            return sum(layer[ratio] for layer, ratio in zip(losses, ratios, strict=True))
-
-        found = best_ratios(losses, budget)
-        assert found in [list(ratios) for ratios in allowed]
-        assert loss(found) == pytest.approx(min(map(loss, allowed)), abs=1e-12)
-    assert best_ratios([{1.0: 0.0}] * 4, Budget(SIZES, 0.9)) is None
-
-
-@pytest.mark.parametrize(("of", "logits"), [("flops", "every"), ("flops", "last"), ("retention", "every")])
-def test_a_budget_is_what_profile_counts(of, logits):
-    from pmod_cli.profiling import Routed, Workload, prefill
-
-    ratios = [1.0, 0.7, 0.3, 0.0]
-    rows = Workload(image_sizes=((672, 672),), text_tokens=58).rows(SIZES)
-    routed = Routed(ratios, routers=[False, True, False, False])
-    stock, pmod = (prefill(SIZES, rows, which, logits=1 if logits == "last" else None) for which in (None, routed))
-    assert stock.lm_head == 2 * SIZES.decoder.hidden * SIZES.decoder.vocabulary * (
-        1 if logits == "last" else rows[0].tokens
-    )
-    counted = pmod.decoder / stock.decoder
-    budget = Budget(SIZES, 0.5, of, logits=logits)
-    assert budget.total(ratios) == pytest.approx(counted if of == "flops" else 0.5, rel=1e-9)
-    ratio = budget.solve([(1, 1.0), (2, None), (1, 0.0)])
-    assert budget.total([1.0, ratio, ratio, 0.0]) == pytest.approx(0.5, abs=0.02)
-    assert budget.total([1.0, ratio, ratio, 0.0]) <= 0.5 + 1e-9
-
-
-def test_reusing_the_prefix_gives_what_whole_forward_passes_give():
-    stock = factories.model("llava_next", layers=4)
-    batches = batches_of(stock, "llava_next")
-    with torch.no_grad():
-        before = [stock(**{**batch.inputs, "labels": None}).logits for batch in batches]
-    bench = Bench(Replay(stock), batches, ("text",))
-    schedule = Schedule((1.0, 0.6, 0.5, 0.25), (1, 3))
-    routers = {}
-    for chooser in schedule.select_at:
-        bench.apply(schedule, routers)
-        routers[chooser] = bench.fit(schedule, chooser, "text", bench.streams_at(chooser))[0].whole
-    bench.apply(schedule, routers)
-    start = bench.streams_at(1)
-    found = bench.thinned(start, 1, (0.0, 0.4, 1.0))
-    assert bench.divergence(start) == bench.divergence()
-    state = bench.replay.model.state_dict()
-    for layer, ratio in [(1, 0.4), (2, 0.0), (2, 1.0), (3, 0.4)]:
-        values = [ratio if i == layer else kept for i, kept in enumerate(schedule.ratios)]
-        twin = pmod_twin(factories.model("llava_next", layers=4), schedule.settings().to_dict() | {"values": values})
-        twin.load_state_dict(state)
-        total = tokens = 0.0
-        for batch, plain in zip(batches, before, strict=True):
-            answers = (batch.inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
-            with torch.no_grad():
-                ours = twin(**{**batch.inputs, "labels": None}).logits[:, :-1][answers].log_softmax(-1)
-            stocks = plain[:, :-1][answers].log_softmax(-1)
-            total, tokens = total + float((stocks.exp() * (stocks - ours)).sum()), tokens + len(ours)
-        assert found[layer][ratio] == pytest.approx(total / tokens, abs=1e-6)
-        assert total / tokens > 1e-4
-
-
-def test_targets_are_what_autograd_and_eager_attention_give():
-    stock = factories.model("llava", layers=3)
-    batches = batches_of(stock, "llava", count=2)
-    bench = Bench(Replay(stock), batches, TARGETS)
-    stock.set_attn_implementation("eager")
-    for batch, importance, stream in zip(batches, bench.importance, bench.start, strict=True):
-        with torch.no_grad():
-            attention = stock(**{**batch.inputs, "labels": None}, output_attentions=True).attentions
-        text = stream.routing.rank_base == float("inf")
-        for layer, weights in enumerate(attention):
-            behind = weights.tril(-1) * text[:, None, :, None]
-            vision = stream.routing.target
-            assert torch.allclose(importance["text"][layer][vision], behind.amax(dim=(1, 2))[vision], atol=1e-6)
-    stock.set_attn_implementation("sdpa")
-    # Fisher: the gate of a layer's update alone has the same gradient as the update itself along its own direction.
-    assert all((found["fisher"] >= 0).all() and found["fisher"].any() for found in bench.importance)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "expected"), [(0.5, [2, 0, 1, 0, 0, 2]), (0.34, [1, 0, 0, 0, 0, 2]), (0.01, [0] * 6)]
-)
-def test_of_fisher_information_the_order_is_the_target(ratio, expected):
-    """One token outweighs all others; of equal ones the first comes first, as in a router's choice."""
-    importance = torch.tensor([3.0, 0.5, 1.0, 0.25, 1.0, 9e4])
-    assert target_of("fisher", importance, ratio).tolist() == expected
-    assert target_of("fisher", importance**3, ratio).tolist() == expected
-    assert target_of("text", importance, ratio) is importance
-
-
-def test_fisher_information_fits_a_router_that_chooses_well():
-    """On the bundled model, at a third of the tokens: near to what attention from text gives, far from chance."""
-    model, processor = checkpoints.load_model(checkpoints.resolve("tiny-llava-next").path, dtype="float32")
-    bench = Bench(Replay(model), Asked(model, processor).batches(read_samples("doc", 8)), ("text", "fisher"))
-    layers = len(bench.replay)
-    schedule, found = Schedule((1.0,) + (0.3,) * (layers - 1), (1,)), {}
-    streams = bench.streams_at(1)
-    for name in ("text", "fisher"):
-        router, correlation, _ = bench.fit(schedule, 1, name, streams)
-        assert correlation > 0.3
-        bench.apply(schedule, {1: router.whole})
-        found[name] = bench.divergence(streams)
-    bench.apply(schedule, {1: router.whole}, selection="random")
-    chance = bench.divergence(streams)
-    assert found["fisher"] < max(0.25 * chance, 2 * found["text"]), (found, chance)
-
-
-def test_routers_that_were_fitted_predict_and_shuffled_ones_lose():
-    """On the bundled model: what it reads can be told from hidden states, and a wrong direction is worse."""
-    model, processor = checkpoints.load_model(checkpoints.resolve("tiny-llava-next").path, dtype="float32")
-    bench = Bench(Replay(model), Asked(model, processor).batches(read_samples("doc", 8)), ("text",))
-    layers, chooser = len(bench.replay), len(bench.replay) // 3
-    schedule = Schedule((1.0,) * chooser + (0.3,) * (layers - chooser), (chooser,))
-    streams = bench.streams_at(chooser)
-    fitted, correlation, _ = bench.fit(schedule, chooser, "text", streams)
-    router = fitted.whole
-    assert correlation > 0.3
-    bench.apply(schedule, {chooser: router})
-    fitted = bench.divergence(streams)
-    vision = streams[0].routing.target
-    weights = 1 + 0.2 * torch.tanh(router(streams[0].hidden[vision]))
-    assert 0 < (weights - 1).abs().max() < 1e-2
-    assert (weights - 1).abs().mean() < 1e-3
-    right, shuffled = router.weight.clone(), []
-    for seed in range(4):  # a single wrong direction may be a good one by luck
-        order = torch.randperm(right.shape[1], generator=torch.Generator().manual_seed(seed))
-        router.weight.copy_(right[:, order])
-        shuffled.append(bench.divergence(streams))
-    assert sum(shuffled) / len(shuffled) > 1.5 * fitted, (fitted, shuffled)
-
-
-def test_no_picture_is_ranked_by_a_router_that_was_fitted_on_it(monkeypatch):
-    """With the importances of a fold changed, the router that it is ranked by stays, and the others do not."""
-    monkeypatch.setattr("pmod_cli.calibration.regression.SHRINKAGE", (0.01,))
-    stock = factories.model("llava_next", layers=3)
-    batches = [batches_of(stock, "llava_next", count=1)[0] for _ in range(FOLDS)]
-    schedule, found = Schedule((1.0, 0.5, 0.5), (1,)), []
-    for change in (False, True):
-        bench = Bench(Replay(stock), batches, ("text",), folds=range(FOLDS))
-        if change:
-            bench.importance[0]["text"] = bench.importance[0]["text"].flip(-1)
-        router = bench.fit(schedule, 1, "text", bench.streams_at(1))[0]
-        bench.apply(schedule, {1: router})
-        bench.judged()
-        assert router.fold == FOLDS - 1, "each batch was ranked by the router of its fold"
-        found.append([each.weight.clone() for each in (*router.crossed, router.whole)])
-    same = [torch.allclose(one, other, rtol=1e-3) for one, other in zip(*found, strict=True)]
-    assert same == [True] + [False] * FOLDS
-
-
-@pytest.mark.parametrize(
-    "old",
-    [
-        {"target_tokens": "vision_hr"},
-        {"selection": "visionzip", "schedule": "constant", "mean": 0.6},
-    ],
-    ids=["which tokens", "what ranks in the tower"],
-)
-def test_a_p_mod_model_is_measured_as_the_stock_model_that_it_was(old):
-    """What is written routes all vision tokens by its own routers, whatever the source was converted with."""
-    stock = factories.model("llava_next", layers=4)
-    batches, found = batches_of(stock, "llava_next"), []
-    for model in (stock, pmod_twin(stock, old)):
-        replay = Replay(model)
-        replay.keep_all()
-        bench = Bench(replay, batches, ("text",))
-        schedule = Schedule((1.0, 0.6, 0.5, 0.25), (1,))
-        router = bench.fit(schedule, 1, "text", bench.streams_at(1))[0].whole
-        bench.apply(schedule, {1: router})
-        found.append((bench.divergence(), *(stream.routing.target for stream in bench.start)))
-    for expected, ours in zip(*found, strict=True):
-        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
-
-
-def test_pictures_are_asked_about_as_the_model_and_the_result_see_them(stock_model):
-    """A LLaVA-1.5 of the hub crops, and so does the checkpoint that is written, which has the same processor."""
-    model, processor = checkpoints.load_model(stock_model("llava"))
-    wide = Image.new("RGB", (128, 32), "white")
-    wide.paste("red", (0, 0, 16, 32))
-    (batch,) = Asked(model, processor).batches([Sample("wide", (wide,), ("<image>\nwhat?",), ("white",))])
-    seen = processor(images=[wide], text="<image>", return_tensors="pt")
-    assert torch.equal(batch.inputs["pixel_values"], seen["pixel_values"])
-
-
-def _write_rows(folder: Path, shown: list[list[str]]) -> Path:
-    """A LLaVA file with one row for each list of names; a picture's first letter is its content."""
-    rows = []
-    for number, names in enumerate(shown):
-        for name in names:
-            Image.new("RGB", (40, 40), f"#{ord(name[0]):02x}0000").save(folder / name)
-        question = "<image>\n" * len(names) + f"question {number}?"
-        rows.append({"image": names, "conversations": [{"from": "human", "value": question}]})
-    path = folder / "rows.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-def test_no_picture_is_on_both_sides_or_in_two_folds(tmp_path: Path):
-    """Three rows a picture; one picture under two names, and two that a row shows together, count as one."""
-    names = [f"{letter}.png" for letter in "abcdefgh"]
-    path = _write_rows(tmp_path, [[name] for name in names * 3] + [["a-again.png"], ["g.png", "h.png"]])
-    samples = read_samples(str(path), 26, seed=1)
-    assert len({sample.questions for sample in samples}) == 26
-    groups = by_picture(samples)
-    assert [group[0] for group in groups] == sorted(group[0] for group in groups)
-    shown = [{name[0] for place in group for name in samples[place].images} for group in groups]
-    assert sorted(map(sorted, shown)) == [["a"], ["b"], ["c"], ["d"], ["e"], ["f"], ["g", "h"]]
-    assert sorted(len(group) for group in groups) == [3, 3, 3, 3, 3, 4, 7]
-
-
-def test_a_row_without_a_question_is_passed_over(tmp_path: Path):
-    path = _write_rows(tmp_path, [["a.png"], ["b.png"]])
-    said = {"image": "a.png", "conversations": [{"from": "system", "value": "<image>"}]}
-    path.write_text(json.dumps([said, *json.loads(path.read_text())]))
-    assert len(read_samples(str(path), 2)) == 2
-    with pytest.raises(PmodError, match="has 2 pictures to ask about"):
-        read_samples(str(path), 3)
-
-
-def test_rows_that_cannot_be_asked_about_are_counted_by_reason(tmp_path: Path):
-    path = _write_rows(tmp_path, [["a.png"], ["b.png"]])
-    film = {"video": "clip.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat moves?"}]}
-    late = [{"from": "human", "value": "Hello."}, {"from": "human", "value": "<image>\nWhat is it?"}]
-    rows = [*json.loads(path.read_text()), film, film, {"image": "a.png", "conversations": late}]
-    path.write_text(json.dumps(rows))
-    assert len(read_samples(str(path), 2)) == 2
-    with pytest.raises(PmodError, match=r"passed over: .*2 rows with a film"):
-        read_samples(str(path), 3)
-    with pytest.raises(PmodError, match=r"passed over: .*1 row with images behind the first question"):
-        read_samples(str(path), 3)
-    path.write_text(json.dumps([film]))
-    with pytest.raises(PmodError, match=r"has 0 pictures to ask about, and .* passed over: 1 row with a film"):
-        read_samples(str(path), 1)
-
-
-def test_a_picture_is_asked_about_once_before_any_is_asked_about_again(tmp_path: Path):
-    path = _write_rows(tmp_path, [[f"{letter}.png"] for letter in "abcdefgh" for _ in range(4)])
-    for seed in range(4):
-        images = [sample.images[0] for sample in read_samples(str(path), 20, seed=seed)]
-        assert len(set(images[:8])) == len(set(images[8:16])) == 8
-        assert len(set(images[16:])) == 4
-        assert len({sample.images for sample in read_samples(str(path), 8, seed=seed, questions=["what?"])}) == 8
-    with pytest.raises(PmodError, match="has 8 pictures to ask about, and `samples=9` were asked for"):
-        read_samples(str(path), 9, questions=["what?"])
-
-
-def test_with_one_row_a_picture_the_draw_and_the_halves_are_those_of_the_rows(tmp_path: Path):
-    path = _write_rows(tmp_path, [[f"{letter}.png"] for letter in "abcdefghijkl"])
-    samples = read_samples(str(path), 10, seed=3)
-    order = random.Random(3).sample(range(12), 12)[:10]
-    assert [sample.questions for sample in samples] == [(f"<image>\nquestion {row}?",) for row in order]
-    assert by_picture(samples) == [[place] for place in range(10)]
-    assert by_picture(read_samples("tiny", 64, films=True)) == [[place] for place in range(64)]
-
-
-def test_the_halves_of_a_calibration_show_other_pictures(stock_model, tmp_path: Path, monkeypatch):
-    """And so do its folds. A picture is told by its colour."""
-    path = _write_rows(tmp_path, [[f"{letter}.png"] for letter in "abcdefgh" for _ in range(2)])
-    shown: list[dict[int, set[float]]] = []
-
-    class Seen(Bench):
-        def __init__(self, replay, batches, targets, *, folds=(), **options):
-            super().__init__(replay, batches, targets, folds=folds, **options)
-            shown.append({})
-            for fold, batch in zip(folds or (0,) * len(batches), batches, strict=True):
-                colours = batch.inputs["pixel_values"].flatten(start_dim=1)[:, 0].tolist()
-                shown[-1].setdefault(fold, set()).update(colours)
-
-    monkeypatch.setattr("pmod_cli.calibration.calibration.Bench", Seen)
-    model, processor = checkpoints.load_model(stock_model())
-    settings = CalibrationSettings(data=str(path), samples=16, budgets=(0.6,), schedule="cosine")
-    (found,) = calibrate(model, processor, Sizes.of(model.config), settings)
-    chooses, judges = shown
-    assert [len(chooses[fold]) for fold in range(FOLDS)] == [1] * FOLDS
-    assert len(set.union(*chooses.values())) == len(judges[0]) == 4
-    assert not judges[0] & set.union(*chooses.values())
-    assert found.judged[0].pictures == 8
-    few = _write_rows(tmp_path, [[f"{letter}.png"] for letter in "abc" * 6])
-    with pytest.raises(PmodError, match="has 3 different pictures in 16 samples: expected 4 or more"):
-        calibrate(model, processor, Sizes.of(model.config), replace(settings, data=str(few)))
 
 
 def _prompt(processor):
@@ -572,14 +276,6 @@ def test_answers_that_are_no_numbers_are_refused():
     bench = Bench(Replay(model), batches_of(model, "llava", count=2), ())
     with pytest.raises(PmodError, match="no numbers in float32"):
         bench.judged()
-
-
-def test_a_picture_that_the_processor_refuses_is_named(tmp_path: Path):
-    model, processor = checkpoints.load_model(checkpoints.resolve("tiny-qwen3-vl").path)
-    Image.new("RGB", (2, 600)).save(tmp_path / "line.png")
-    sample = Sample("pictures", ("line.png",), ("<image>\nwhat?",), folder=tmp_path)
-    with pytest.raises(PmodError, match=r"pictures, line\.png: .* aspect ratio"):
-        Asked(model, processor).answered([sample])
 
 
 def test_a_damaged_file_of_measurements_is_begun_anew_and_one_that_cannot_be_is_told(tmp_path: Path, capsys):

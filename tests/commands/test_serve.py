@@ -23,7 +23,7 @@ from tests.checkpoints.test_resolve import REPO, fill_cache
 from tests.conftest import ROOT
 from tests.serving.conftest import talkative
 from tests.serving.load import body, data_url
-from tests.serving.test_app import Held
+from tests.serving.test_queue import Held
 
 
 def call(*arguments: object) -> int:

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from pmod_cli.serving import app
+from tests.serving.asking import CHAT, PICTURES, QUESTIONS, alone, ask
 from tests.serving.load import body
-from tests.serving.test_app import CHAT, PICTURES, QUESTIONS, Held, alone, ask
+from tests.serving.test_queue import Held
 
 
 async def waiting(client) -> float:

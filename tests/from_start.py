@@ -153,8 +153,11 @@ def main() -> None:
         for name in arguments.arms.split(","):
             file = out / "cells" / f"{name}-seed{seed}.json"
             if not file.exists():
-                write_json(file, train(name, seed, arguments.steps, out))
-            found.setdefault(name, []).append(json.loads(file.read_text(encoding="utf-8")))
+                write_json(file, {"steps": arguments.steps, **train(name, seed, arguments.steps, out)})
+            cell = json.loads(file.read_text(encoding="utf-8"))
+            if cell.get("steps", arguments.steps) != arguments.steps:
+                raise SystemExit(f"{file} is of {cell['steps']} steps, not {arguments.steps}: choose another --out")
+            found.setdefault(name, []).append(cell)
             rows = [row(arm, cells) for arm, cells in found.items()]
             write_json(out / "table.json", {"schema_version": 1, "steps": arguments.steps, "rows": rows})
             write_text(out / "table.md", markdown(rows))

@@ -22,6 +22,7 @@ from pmod_cli.core.errors import INTERRUPTED, PARTIAL, PmodError, explain
 if TYPE_CHECKING:
     from pmod_cli.training.run_settings import Settings
     from pmod_cli.training.summary import FinetuneReport
+    from pmod_cli.training.sweep_cells import Cell
 
 EVAL = "eval"  # in the run folder
 
@@ -104,10 +105,10 @@ def run_sweep(
     output.note(f"{len(cells)} cells in {out}; run the same command again to go on, or beside this one to share them")
     number = {cell: place for place, cell in enumerate(cells, 1)}
 
-    def tell(cell: sweep.Cell, what: str) -> None:
+    def tell(cell: Cell, what: str) -> None:
         output.note(f"cell {number[cell]}/{len(cells)}  {cell.name}  {what}")
 
-    found = sweep.sweep(cells, out, overrides=overrides, device=device, on_cell=tell)
+    found = sweep.sweep(cells, out, overrides=overrides, device=device, on_cell=tell, on_note=warn)
     table = sweep.markdown(found)
     write_json(out / "table.json", found)
     write_text(out / "table.md", table)

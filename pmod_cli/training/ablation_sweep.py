@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,10 +25,10 @@ from pmod_cli.core.paths import expanded
 from pmod_cli.reporting import markdown_table
 from pmod_cli.training.folder import SUMMARY
 from pmod_cli.training.preflight import Intent, preflight
-from pmod_cli.training.recipe import flatten, load_settings
+from pmod_cli.training.recipe import load_settings
 from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.sweep_cells import CELLS, RUNS, Cell, read_result, refuse_other_run, result_of, start_of
 
-CELLS = "cells"
 REFERENCE = "p-mod"  # the recipe that the others of a group change in one thing
 OWN = {  # settings that a sweep would not follow
     "train.seed": "a sweep gives each cell its seed",
@@ -36,25 +36,6 @@ OWN = {  # settings that a sweep would not follow
 }
 SEED_STRIDE = 1_000_000  # images
 IMAGES = 100  # unseen documents of each task that a cell is scored on
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One recipe with one seed."""
-
-    recipe: str  # as it is listed: "ablations/norm-none"; or the file of one's own: "mine/norm-none.yaml"
-    seed: int
-
-    @property
-    def row(self) -> str:
-        """Of its table: `norm-none`."""
-        name = self.recipe.rpartition("/")[2]
-        return name.rpartition(".")[0] if name.endswith(recipe_files.SUFFIXES) else name
-
-    @property
-    def name(self) -> str:
-        """Of its files: `norm-none-seed0`."""
-        return f"{self.row}-seed{self.seed}"
 
 
 def cells_of(group: str, seeds: Sequence[int]) -> list[Cell]:
@@ -115,6 +96,7 @@ def sweep(
     images: int = IMAGES,
     device: str = "cpu",
     on_cell: Callable[[Cell, str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict:
     """Run the cells that have no result yet, and return the table as ``table`` builds it.
 
@@ -123,16 +105,17 @@ def sweep(
         overrides: ``key.path=value``, the same for all cells.
         images: unseen documents of each task that a cell is scored on.
         on_cell: is told of each cell what becomes of it: running, done before, done, failed, taken.
+        on_note: is told what ``finetune`` notes of a run.
 
     Raises:
-        PmodError: a recipe is wrong, a finished cell has other settings, the sweep was interrupted, or disk or memory
-            was full. A run that diverges is a result.
+        PmodError: a recipe is wrong, a cell that was begun or finished has other settings or another start, the sweep
+            was interrupted, or disk or memory was full. A run that diverges is a result.
     """
     tell = on_cell or (lambda cell, what: None)
     wanted = prepared(cells, out, overrides, images, device)
     (out / CELLS).mkdir(parents=True, exist_ok=True)
     for cell, settings in wanted.items():
-        if _result(out, cell, settings, images) is not None:
+        if result_of(out, cell, settings, images) is not None:
             tell(cell, "done before")
             continue
         with ExitStack() as held:
@@ -141,12 +124,14 @@ def sweep(
             except Busy:
                 tell(cell, "taken by another process")
                 continue
-            if _result(out, cell, settings, images) is None:
+            if result_of(out, cell, settings, images) is None:
                 tell(cell, "running")
-                result = _run(cell, settings, out, images, device)
+                result = _run(cell, settings, out, images, device, on_note)
                 write_json(out / CELLS / f"{cell.name}.json", result)
-                shutil.rmtree(out / "runs" / cell.name, ignore_errors=True)
+                shutil.rmtree(out / RUNS / cell.name, ignore_errors=True)
                 tell(cell, f"failed: {result['failed']}" if "failed" in result else "done")
+    for cell, settings in wanted.items():  # another process may have other settings
+        result_of(out, cell, settings, images)
     return table(cells, out)
 
 
@@ -156,7 +141,8 @@ def prepared(
     """The settings of the cells, when nothing speaks against any of them.
 
     Raises:
-        PmodError: a recipe is wrong or cannot run here, or a finished cell has other settings.
+        PmodError: a recipe is wrong or cannot run here, or a cell that was begun or finished has other settings or
+            another start.
     """
     for key in (override.partition("=")[0].strip() for override in overrides):
         if key in OWN:
@@ -165,7 +151,8 @@ def prepared(
     for cell in {cell.recipe: cell for cell in cells}.values():
         preflight(Intent(wanted[cell], device=device))
     for cell, settings in wanted.items():
-        _result(out, cell, settings, images)
+        if result_of(out, cell, settings, images) is None:
+            refuse_other_run(out, cell, settings)
     return wanted
 
 
@@ -194,7 +181,7 @@ def table(cells: Sequence[Cell], out: Path) -> dict:
             means = [mean(score.values()) for score in scores]
             row["of_each_seed"], row["mean_score_percent"] = means, _spread(means)
             # A cell that was interrupted cannot tell what its earlier processes took.
-            spent = [result["cpu_seconds"] for result in good if result["cpu_seconds"] is not None]
+            spent = [r["cpu_seconds"] for r in good if r.get("cpu_seconds") is not None]
             row["cpu_seconds"] = round(mean(spent), 1) if spent else None
             # A cell of an earlier version says neither, and not every system tells the memory.
             row["steps"] = good[0].get("steps")
@@ -243,7 +230,9 @@ def _spread(values: list[float]) -> dict:
     return {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else None}
 
 
-def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) -> dict:
+def _run(
+    cell: Cell, settings: Settings, out: Path, images: int, device: str, on_note: Callable[[str], None] | None
+) -> dict:
     """Train and score; the result, or with ``failed`` why there is none.
 
     Raises:
@@ -256,7 +245,7 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
     from pmod_cli.training.teacher_forced import answered
     from pmod_cli.training.watch import Diverged
 
-    wall, cpu, memory, folder = perf_counter(), process_time(), PeakMemory(device), out / "runs" / cell.name
+    wall, cpu, memory, folder = perf_counter(), process_time(), PeakMemory(device), out / RUNS / cell.name
     goes_on = folder.exists()
     result = {
         "schema_version": 1,
@@ -266,10 +255,11 @@ def _run(cell: Cell, settings: Settings, out: Path, images: int, device: str) ->
         "device": device,
         "mean_retention": _mean_retention(settings),
         "settings": asdict(settings),
+        "source": start_of(settings),
         "images": images,
     }
     try:
-        report = finetune(settings, folder, device=device)
+        report = finetune(settings, folder, device=device, on_note=on_note)
     except Diverged as error:
         return result | {"failed": error.what.partition(":")[0]}
     if report.status == "interrupted":
@@ -306,32 +296,11 @@ def _mean_retention(settings: Settings) -> float:
 
 
 def _settings(cell: Cell, overrides: Sequence[str]) -> Settings:
-    """A seed means another order and other images, the same ones for every recipe."""
+    """A seed means another order and other images, the same ones for every recipe.
+
+    Adapters are merged, whatever a recipe says: a cell is scored as one model, and none of it is kept.
+    """
     settings = load_settings(recipe_files.find(cell.recipe), [*overrides, f"train.seed={cell.seed}"])
     settings.data.first += cell.seed * SEED_STRIDE
+    settings.lora.merge |= settings.lora.enabled
     return settings
-
-
-def read_result(out: Path, cell: Cell) -> dict | None:
-    """The result of a cell in the folder of a sweep; None where it has none."""
-    try:
-        return json.loads((out / CELLS / f"{cell.name}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-
-
-def _result(out: Path, cell: Cell, settings: Settings, images: int) -> dict | None:
-    """The result of a cell, if there is one; PmodError where it belongs to other settings."""
-    found = read_result(out, cell)
-    if found is None:
-        return None
-    old, new = (dict(flatten(tree)) for tree in (found["settings"], asdict(settings)))
-    changed = [f"{key}: {value!r} -> {new[key]!r}" for key, value in old.items() if key in new and new[key] != value]
-    if found["images"] != images:
-        changed.append(f"images: {found['images']} -> {images}")
-    if changed:
-        raise PmodError(
-            f"{out} holds cell {cell.name} with other settings:\n  " + "\n  ".join(changed),
-            hint=f"choose another `out`, or remove {out / CELLS / cell.name}.json",
-        )
-    return found

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from pmod_cli.training.ablation_sweep import IMAGES, Cell, prepared, read_result
+from pmod_cli.training.ablation_sweep import IMAGES, prepared
 from pmod_cli.training.run_settings import Settings
+from pmod_cli.training.sweep_cells import Cell, read_result
 
 if TYPE_CHECKING:
     from pmod_cli.training.plan import DataShape

@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pmod_cli import recipe_files
 from pmod_cli.checkpoints import convert, load_model, resolve
@@ -18,9 +20,10 @@ from pmod_cli.data.rendered import IGNORED
 from pmod_cli.model import PmodSettings
 from pmod_cli.profiling.plots import save
 from pmod_cli.training import teacher_forced
-from pmod_cli.training.ablation_sweep import Cell, cells_of, folder_of, markdown, read_result, sweep, table
+from pmod_cli.training.ablation_sweep import cells_of, folder_of, markdown, sweep, table
 from pmod_cli.training.answers import positions
 from pmod_cli.training.recipe import load_settings
+from pmod_cli.training.sweep_cells import Cell, read_result
 from pmod_cli.training.sweep_figure import sweep_figure
 from pmod_cli.training.sweep_plan import plan_sweep
 from pmod_cli.training.teacher_forced import answered, right_answers
@@ -28,6 +31,10 @@ from pmod_cli.training.trainer import PmodTrainer
 from tests.conftest import ROOT
 
 QUICK = ["train.max_steps=1", "train.batch_size=2", "model.calibration_images=2"]
+RESULT = {  # of a cell, without what its table does not need
+    **{"seed": 0, "settings": {}, "images": 4, "mean_retention": 0.5375, "cpu_seconds": 1.0},
+    "answered": {"doc": [9, 10]},
+}
 
 
 def test_each_ablation_changes_one_thing_and_keeps_as_many_tokens():
@@ -261,6 +268,102 @@ def test_a_cell_that_another_process_has_is_left_to_it(tmp_path):
     assert found["rows"][0]["status"] == "not run"
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "Expecting value"),
+        (json.dumps(RESULT)[:60], "Unterminated string|Expecting"),
+        ("[]", "a list is not"),
+        ("null", "a NoneType is not"),
+        (json.dumps(RESULT | {"seed": 1}), "seed is not"),
+        (json.dumps(RESULT | {"settings": None, "images": "4"}), "settings, images are not"),
+        (json.dumps({key: value for key, value in RESULT.items() if key != "answered"}), "answered is not"),
+        *(
+            (json.dumps(RESULT | {"answered": answered}), "answered is not")
+            for answered in ({}, [], {"doc": 9}, {"doc": [9]}, {"doc": [0, 0]}, {"doc": [11, 10]}, {"doc": ["9", 10]})
+        ),
+        (json.dumps(RESULT | {"mean_retention": float("nan")}), "NaN is no number"),
+        (json.dumps(RESULT).replace("0.5375", "1e999"), "larger than any float"),
+        (json.dumps(RESULT | {"cpu_seconds": "long", "steps": True}), "cpu_seconds, steps are not"),
+        (json.dumps(RESULT | {"failed": None}), "failed is not"),
+    ],
+)
+def test_a_damaged_result_is_named(tmp_path, text, wrong):
+    """By the file, and by what to do: no traceback, and no table with a number of it."""
+    cell, path = Cell("ablations/p-mod", 0), tmp_path / "cells" / "p-mod-seed0.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(RESULT))
+    assert read_result(tmp_path, cell) == RESULT
+    path.write_text(text)
+    for look in (
+        lambda: table([cell], tmp_path),
+        lambda: sweep([cell], tmp_path),
+        lambda: plan_sweep([cell], tmp_path),
+    ):
+        with pytest.raises(PmodError, match=f"{path} is no result of this cell: .*({wrong})") as caught:
+            look()
+        assert caught.value.hint == "remove that file: the cell is then run again"
+
+
+def test_cells_of_another_process_with_other_settings_are_in_no_table(tmp_path):
+    """It began this one before there was a result to compare with."""
+    cell, path = Cell("ablations/p-mod", 0), tmp_path / "cells" / "p-mod-seed0.json"
+    path.parent.mkdir()
+
+    def ends(cell, what):
+        assert what == "taken by another process"
+        path.write_text(json.dumps(RESULT | {"settings": {"train": {"max_steps": 2}}}))
+
+    with locked(path.with_name(".p-mod-seed0.lock")), pytest.raises(PmodError, match=r"train\.max_steps: 2 -> 1"):
+        sweep([cell], tmp_path, overrides=QUICK, images=4, on_cell=ends)
+
+
+def test_a_cell_that_was_stopped_and_is_another_now_is_refused_first(stock_model, tmp_path, monkeypatch):
+    """Before any cell runs, by its own name; the command of a single run would not help."""
+    cells, told = [Cell("choice/p-mod", 0), Cell("choice/stock", 0)], []
+    words = [f"model.name={stock_model()}", "train.max_steps=2", "train.batch_size=1", "model.router_start=zero"]
+
+    def stopped(self, *arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PmodTrainer, "train_rest", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(cells[1:], tmp_path, overrides=words, images=1)
+    for again in (sweep, plan_sweep):
+        with pytest.raises(
+            PmodError, match=r"unfinished run of cell stock-seed0 .*\n  train.batch_size: 1 -> 2"
+        ) as caught:
+            again(cells, tmp_path, overrides=[*words, "train.batch_size=2"], images=1)
+        assert caught.value.hint == f"choose another `out`, or remove {tmp_path / 'runs' / 'stock-seed0'}"
+    assert not list((tmp_path / "cells").iterdir())
+    sweep(cells[1:], tmp_path, overrides=words, images=1, on_cell=lambda cell, what: told.append(what))
+    assert told == ["running", "done"]
+
+
+def test_a_model_that_was_trained_anew_meanwhile_is_another_start(stock_model, tmp_path):
+    """Its name is the same, and a table would have rows of two models."""
+    model, cell = tmp_path / "model", Cell("choice/stock", 0)
+    shutil.copytree(stock_model(), model)
+    words = [f"model.name={model}", "train.max_steps=1", "train.batch_size=1"]
+    found = sweep([cell], tmp_path / "out", overrides=words, images=1)
+    assert sweep([cell], tmp_path / "out", overrides=words, images=1) == found
+    weights = load_file(model / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        PmodError, match=r"stock-seed0 with other settings:\n  model\.name: other weights under that name"
+    ):
+        sweep([cell], tmp_path / "out", overrides=words, images=1)
+
+
+def test_adapters_of_a_cell_are_merged_to_be_scored(stock_model, tmp_path):
+    (tmp_path / "apart.yaml").write_text("lora: {enabled: true, merge: false, rank: 2}\npmod: {enabled: true}\n")
+    words = [f"model.name={stock_model()}", "train.max_steps=1", "train.batch_size=1"]
+    found = sweep([Cell(str(tmp_path / "apart.yaml"), 0)], tmp_path / "out", overrides=words, images=1)
+    assert found["rows"][0]["status"] == "run"
+
+
 def test_a_run_that_diverges_is_a_result(tmp_path):
     """An absurd learning rate: the loss is not a number, which the table says, and the sweep goes on."""
     cell = Cell("ablations/norm-none", 0)
@@ -337,8 +440,8 @@ def test_a_cell_is_scored_in_the_precision_it_was_trained_in(tmp_path, monkeypat
 def test_mean_and_spread_are_over_seeds(tmp_path):
     (tmp_path / "cells").mkdir()
     for seed, right in enumerate((80, 90)):
-        result = {"seed": seed, "mean_retention": 0.5375, "answered": {"doc": [right, 100], "chart": [50, 50]}}
-        (tmp_path / "cells" / f"p-mod-seed{seed}.json").write_text(json.dumps(result | {"cpu_seconds": 1.0}))
+        result = {**RESULT, "seed": seed, "answered": {"doc": [right, 100], "chart": [50, 50]}}
+        (tmp_path / "cells" / f"p-mod-seed{seed}.json").write_text(json.dumps(result))
     found = table(cells_of("ablations", range(3))[::20], tmp_path)
     (row,) = found["rows"]
     assert (row["status"], row["seeds"]) == ("partly run", [0, 1])
@@ -351,13 +454,12 @@ def test_recipes_may_teach_other_tasks(tmp_path):
     """Each task has its column, and the table says that the means are over unlike tasks."""
     (tmp_path / "cells").mkdir()
     for name, right in (("a", {"doc": [80, 100], "chart": [50, 100]}), ("b", {"doc": [9, 10], "where": [4, 10]})):
-        result = {"seed": 0, "mean_retention": 0.5, "answered": right, "cpu_seconds": 1.0}
-        (tmp_path / "cells" / f"{name}-seed0.json").write_text(json.dumps(result))
+        (tmp_path / "cells" / f"{name}-seed0.json").write_text(json.dumps({**RESULT, "answered": right}))
     both = [Cell("mine/a.yaml", 0), Cell("mine/b.yaml", 0)]
     lines = markdown(table(both, tmp_path)).splitlines()
     assert lines[0].startswith("| recipe | retention | doc | chart | where | mean |")
-    assert lines[2].startswith("| a | 0.5000 | 80.0 | 50.0 |  | 65.0 |")
-    assert lines[3].startswith("| b | 0.5000 | 90.0 |  | 40.0 | 65.0 |")
+    assert lines[2].startswith("| a | 0.5375 | 80.0 | 50.0 |  | 65.0 |")
+    assert lines[3].startswith("| b | 0.5375 | 90.0 |  | 40.0 | 65.0 |")
     assert lines[4:] == ["", "The recipes were not scored on the same tasks: a mean is over a row's own."]
     assert len(markdown(table(both[:1], tmp_path)).splitlines()) == 3
 

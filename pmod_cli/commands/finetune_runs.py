@@ -128,19 +128,22 @@ def evaluate(out: Path, tasks: list[str], device: str, *, limit: int | None = No
     Raises:
         PmodError: scoring failed. The training did not: its checkpoint is there.
     """
+    from pmod_cli.training.folder import SETTINGS
     from pmod_cli.training.summary import add_scores
 
     words = ["eval", "--tasks", ",".join(tasks), "--model", str(out), "-o", str(out / EVAL), "--device", device]
     words += [] if limit is None else ["--limit", str(limit)]
-    again = f"pmod {shlex.join(words)}"
-    output.note(f"$ {again}")
+    output.note(f"$ pmod {shlex.join(words)}")
     words += ["--quiet"] if quiet else []
     done = subprocess.run([sys.executable, "-m", "pmod_cli", *words], stdout=subprocess.PIPE, text=True)
     table = out / EVAL / "results.md"
     if done.returncode or not table.is_file():
+        # The run itself, which has nothing left to train: `pmod eval` would leave its card without the scores.
+        again = ["finetune", "--recipe", str(out / SETTINGS), "--out", str(out), "--eval", ",".join(tasks)]
+        again += [] if limit is None else ["--eval-limit", str(limit)]
         raise PmodError(
             f"{out} is trained, but scoring it failed",
-            hint=again,
+            hint=f"pmod {shlex.join([*again, '--device', device])}",
             code=INTERRUPTED if done.returncode == INTERRUPTED else PARTIAL,
         )
     if done.stdout.strip():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -226,12 +227,21 @@ def test_a_path_is_all_that_quiet_prints(stock_model, workdir, capsys):
 
 @pytest.mark.slow
 def test_scores_of_the_finished_run_are_in_its_summary_and_card(stock_model, workdir, capfd, monkeypatch):
-    """`--eval` on the first questions of one task, beside the stock model; nothing of it reaches stdout."""
+    """`--eval` on the first questions of one task, beside the stock model; nothing of it reaches stdout.
+
+    Where scoring failed, the command that is printed does what was left.
+    """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the evaluation is a program of its own
     assert call("convert", stock_model(), "-o", "routed") == 0
     capfd.readouterr()
-    words = ("finetune", "-m", "routed", *QUICK, "-o", "run", "--eval", "tiny_doc", "--eval-limit", 4)
-    code, done = call(*words), capfd.readouterr()
+    words = ("finetune", "-m", "routed", *QUICK, "-o", "run")
+    assert call(*words) == 0
+    (workdir / "run" / "eval").touch()  # a file in the way of the folder
+    assert call(*words, "--eval", "tiny_doc", "--eval-limit", 4) == errors.PARTIAL
+    *_, what, hint = capfd.readouterr().err.splitlines()
+    assert what == "error: run is trained, but scoring it failed"
+    (workdir / "run" / "eval").unlink()
+    code, done = call(*shlex.split(hint)[1:]), capfd.readouterr()
     assert (code, done.out) == (0, "run\n"), done.err
     assert "$ pmod eval --tasks tiny_doc --model run -o run/eval --device cpu --limit 4" in done.err
     summary = json.loads((workdir / "run" / "training_summary.json").read_text())

@@ -224,3 +224,13 @@ def test_the_papers_ablations_on_the_pretrained_decoder(run, small):
     for name, score in found.items():
         assert abs(score - recorded[name]["of_each_seed"][0]) < 5, name
     assert found["p-mod"] > found["layers-0-5"] + 20
+
+
+def test_the_groups_alone_on_the_pretrained_decoder(run, small):
+    """One cell of fifteen: layers that prepare tokens cost more than the shallower ones before them."""
+    recorded = rows_of(EVIDENCE / "alone-small.json")
+    recipe = ROOT / "tests" / "beds" / "small_llava_next" / "alone" / "alone-12-17.yaml"
+    folder = run("alone-small", "finetune", "--sweep", recipe, "--seeds", "1", *of_small(small, 4), timeout=7200)
+    (found,) = json.loads((folder / "table.json").read_text())["rows"]
+    assert abs(found["of_each_seed"][0] - recorded["alone-12-17"]["of_each_seed"][0]) < 4
+    assert found["of_each_seed"][0] < recorded["alone-6-11"]["mean_score_percent"]["mean"] - 6

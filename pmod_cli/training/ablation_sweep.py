@@ -116,6 +116,7 @@ def sweep(
     (out / CELLS).mkdir(parents=True, exist_ok=True)
     for cell, settings in wanted.items():
         if result_of(out, cell, settings, images) is not None:
+            shutil.rmtree(out / RUNS / cell.name, ignore_errors=True)  # of a process that died behind its result
             tell(cell, "done before")
             continue
         with ExitStack() as held:

@@ -211,6 +211,7 @@ def test_a_sweep_goes_on_and_tells_what_was_not_run(tmp_path):
     told.clear()
     before = (tmp_path / "cells" / "p-mod-seed0.json").read_bytes()
     (tmp_path / "runs" / "selection-uniform-seed0").mkdir()  # as of a process that was killed
+    (tmp_path / "runs" / "p-mod-seed0").mkdir()  # of one that was killed when it had written its result
     found = sweep(
         cells[:2], tmp_path, overrides=QUICK, images=4, on_cell=lambda cell, what: told.append((cell.name, what))
     )

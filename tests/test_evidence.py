@@ -138,6 +138,15 @@ def test_a_choice_that_is_held(run):
     assert found["held-1"] > found["p-mod"] + 2
 
 
+def test_longer_training_of_each_choice(run):
+    """One cell of six: where each layer chooses anew, four times the steps bring it nearer to the held choice."""
+    recorded = rows_of(EVIDENCE / "settled-choice.json")
+    words = ("--sweep", "choice/p-mod", "--seeds", "1", "--set", "train.max_steps=240")
+    (found,) = json.loads((run("longer", "finetune", *words) / "table.json").read_text())["rows"]
+    assert abs(found["of_each_seed"][0] - recorded["p-mod"]["of_each_seed"][0]) < 4
+    assert found["of_each_seed"][0] < recorded["held-1"]["mean_score_percent"]["mean"] - 1
+
+
 def test_the_papers_ablations(run):
     """Four cells of fifty-one: the reference, and the rows of Table 5 and Figure 3 that lie farthest behind it."""
     recorded = rows_of(EVIDENCE / "ablations.json")

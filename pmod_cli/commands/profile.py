@@ -176,6 +176,8 @@ def profile(
     if as_json and output_format not in (None, "json"):
         raise PmodError(f"--json and --format {output_format} are two forms: give one of them")
     output_format = "json" if as_json else output_format or "table"
+    if output_format in ("csv", "json"):
+        common.refuse_ignored(context, ("macs",), "tables; csv and json have units in their names", "profile")
     sizes, (videos, rate) = image_sizes(image_size), videos_of(video)
     chosen_phases, controls = (
         some_of(phases, PHASES, "phase"),
@@ -193,6 +195,8 @@ def profile(
     if report == "depth":
         from pmod_cli.commands.profile_depth import read_depth
 
+        if data:
+            common.refuse_ignored(context, ("tasks",), "pictures that are drawn, without --data", "profile")
         chosen = data or known_tasks(tasks)
         shown = read_depth(
             common.model_or_default(model),

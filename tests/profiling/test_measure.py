@@ -7,7 +7,7 @@ import torch
 
 from pmod_cli.core.errors import PmodError
 from pmod_cli.model.layer import Router
-from pmod_cli.profiling import Sizes, Workload, load_subject
+from pmod_cli.profiling import Sizes, Workload, load_subject, profile
 from pmod_cli.profiling.measure.clock import (
     REST,
     TimedCall,
@@ -19,7 +19,7 @@ from pmod_cli.profiling.measure.clock import (
     timed,
 )
 from pmod_cli.profiling.measure.devices import DEVICES, named_device, parse_memory
-from pmod_cli.profiling.measure.latency import measured_device
+from pmod_cli.profiling.measure.latency import measured_device, phase_flops
 from pmod_cli.profiling.measure.phases import (
     CHECKPOINTED,
     DECODE,
@@ -86,8 +86,9 @@ def test_threads_are_set_back() -> None:
 
 def test_a_gpu_that_nobody_knows_is_told_with_near_names() -> None:
     assert named_device(" A100 80GB ") is DEVICES["a100-80gb"]
-    with pytest.raises(PmodError, match=r"Near: .*a100-40gb|Near: .*a10"):
+    with pytest.raises(PmodError, match=r"Near: .*a100-40gb|Near: .*a10") as failure:
         named_device("a100")
+    assert failure.value.hint is None, "a size has no peaks"
     for wrong in ("0GB", "9e9GB", "much"):
         with pytest.raises(PmodError):
             parse_memory(wrong)
@@ -132,6 +133,23 @@ def test_controls_are_the_same_model_with_another_selection(pair) -> None:
     for name in ("random", "uniform", "p-mod"):
         assert models[name] is models.pmod
     assert models["stock"] is models.stock
+
+
+@pytest.mark.parametrize("phase", [PREFILL, FIRST_TOKEN, DECODE, TRAIN])
+def test_a_control_is_counted_with_its_own_ranking(tmp_path, phase) -> None:
+    """As the p-MoD model is that ranks so by its settings, and without the ranking of that one."""
+    file = tmp_path / "config.json"
+    factories.config("llava_next", "qwen2", layers=3).to_json_file(file)
+    batch = Workload(((64, 48), (30, 400)), text_tokens=9)
+
+    def counted(name: str, **settings: str) -> tuple[int, int]:
+        return phase_flops(profile(load_subject(str(file), {"mean": 0.3} | settings), batch), phase, name, 1)
+
+    own = counted("p-mod")
+    for name in ("fastv", "divprune", "random"):
+        assert counted(name) == counted("p-mod", selection=name)
+        assert counted("router", selection=name) == own
+        assert (counted(name) > own) == (name != "random" and phase != DECODE)
 
 
 def test_a_prompt_is_padded_on_the_left(bench) -> None:

@@ -195,7 +195,7 @@ class Routed:
             settings.target_tokens,
             settings.routed(layers),
             [at == layer for layer, at in enumerate(chosen_at)],
-            _ranking(settings),
+            ranking(settings.method, settings.selection),
             settings.keep_keys,
             settings.quota == "per_image",
             before,
@@ -228,12 +228,11 @@ class Routed:
         return routed * share + (1 - routed)
 
 
-def _ranking(settings: PmodSettings) -> Cost | None:
+def ranking(method: str, selection: str) -> Cost | None:
     """What a choice costs: that of the method, or of the method whose selection stands in the place of its own."""
-    method = METHODS[settings.method]
-    if settings.selection == method.selection:
-        return method.cost
-    return next((METHODS[name].cost for name in METHODS if METHODS[name].selection == settings.selection), None)
+    if selection == METHODS[method].selection:
+        return METHODS[method].cost
+    return next((METHODS[name].cost for name in METHODS if METHODS[name].selection == selection), None)
 
 
 def layer_tokens(rows: Sequence[Row], routed: Routed) -> list[tuple[int, int]]:

@@ -54,8 +54,11 @@ DEVICES = {
 }
 
 
-def named_device(name: str) -> Device:
+def named_device(name: str, hint: str | None = None) -> Device:
     """A device by name, in any spelling of case, blanks and dashes.
+
+    Args:
+        hint: What else may be given.
 
     Raises:
         PmodError: an unknown name.
@@ -64,7 +67,7 @@ def named_device(name: str) -> Device:
     if wanted not in DEVICES:
         near = difflib.get_close_matches(wanted, DEVICES, n=3, cutoff=0.4)
         others = f"Near: {', '.join(near)}" if near else f"Known: {', '.join(DEVICES)}"
-        raise PmodError(f"no GPU is known as {name!r}. {others}", hint="24GB names a size")
+        raise PmodError(f"no GPU is known as {name!r}. {others}", hint=hint)
     return DEVICES[wanted]
 
 
@@ -76,7 +79,7 @@ def parse_memory(text: str) -> Device:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip().lower(), re.ASCII)
     if match is None:
-        return named_device(text)
+        return named_device(text, hint="24GB names a size")
     size = float(match[1])
     if not 0 < size <= MOST_GB:
         raise PmodError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from pmod_cli.core.errors import PmodError, first_line
 from pmod_cli.core.text import GIB
 from pmod_cli.model import SELECTIONS
 from pmod_cli.profiling.comparison import Profile, profile
+from pmod_cli.profiling.count.formulas import prefill
 from pmod_cli.profiling.count.memory import DTYPE_BYTES, bytes_per_token
 from pmod_cli.profiling.count.trace import meta_model
-from pmod_cli.profiling.count.workload import Workload
+from pmod_cli.profiling.count.workload import Workload, ranking
 from pmod_cli.profiling.measure.clock import Timing, interleaved, peak_bytes, shares_of_time, threads, timed
 from pmod_cli.profiling.measure.devices import Device, named_device
 from pmod_cli.profiling.measure.phases import (
@@ -24,6 +25,7 @@ from pmod_cli.profiling.measure.phases import (
     DECODE,
     FIRST_TOKEN,
     NAMES,
+    PMOD,
     PREFILL,
     STOCK,
     TRAIN,
@@ -237,16 +239,24 @@ def _measure_phase(
 def phase_flops(result: Profile, phase: str, name: str, steps: int) -> tuple[int, int]:
     """FLOPs of one timed unit: with attention over the full rectangle, and with half of it."""
     cost = result.stock if name == STOCK else result.pmod
-    half = cost.attention_products // 2
+    half, other = cost.attention_products // 2, _other_ranking(result, name)
     if phase == DECODE:
         flops = sum(cost.decode(step) for step in range(1, steps + 1)) // steps
         return flops, flops
     if phase in (PREFILL, FIRST_TOKEN):  # lm_head on the last position only, as in `generate`
-        flops = result.total(cost, "generate") - (result.vision.total if phase == PREFILL else 0)
+        flops = result.total(cost, "generate") - (result.vision.total if phase == PREFILL else 0) + other
         return flops, flops - half
-    flops = result.training(checkpointing=phase == CHECKPOINTED)[name != STOCK].step
+    flops = result.training(checkpointing=phase == CHECKPOINTED)[name != STOCK].step + other
     passes = {TRAIN: 3, CHECKPOINTED: 4}[phase]  # forward, two products backward, forward again
     return flops, flops - passes * half
+
+
+def _other_ranking(result: Profile, name: str) -> int:
+    """FLOPs that a control ranks the tokens of a prefill with, less those of the selection in whose place it stands."""
+    if name in (STOCK, PMOD):
+        return 0
+    routed = replace(result.routed, cost=ranking(result.subject.pmod.settings.method, name))
+    return prefill(result.sizes, result.rows, routed).selector - result.pmod.selector
 
 
 def bytes_read(result: Profile, pair: ModelPair, name: str, steps: int) -> int:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from pmod_cli.commands.common import refuse_ignored
 from pmod_cli.core import output
 from pmod_cli.core.atomic import write_bytes, write_json
 from pmod_cli.core.errors import INTERRUPTED, RUN_FAILED, PmodError, require
@@ -42,6 +43,7 @@ class DemoCommand:
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of everything.")] = Path("demo"),
     samples: Annotated[int, typer.Option(min=8, metavar="N", help="Pictures that the model is calibrated on.")] = 24,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Questions of each task.")] = 10,
@@ -58,6 +60,8 @@ def demo(
 
     if train:
         require("train", "accelerate")
+    else:
+        refuse_ignored(context, ("max_steps",), "--train", "demo")
     require("eval", "lmms_eval", "datasets")
     out.mkdir(parents=True, exist_ok=True)
     steps = list(_steps(out, samples, limit, max_steps if train else None, _draw_image(out / "image.png")))
@@ -75,7 +79,8 @@ def demo(
         output.print_line(f"\n$ {next(step.command for step in steps if step.name == name)}")
         output.print_line((out / f"{name}.txt").read_text(encoding="utf-8").rstrip())
     output.print_line(f"\nthe kept patches: {out / 'kept.png'}")
-    output.note(f"next: pmod visualize {out / 'image.png'} --model {out / 'p-mod'} --mode schedule")
+    image, model = (shlex.quote(str(out / name)) for name in ("image.png", "p-mod"))
+    output.note(f"next: pmod visualize {image} --model {model} --mode schedule")
 
 
 def _steps(out: Path, samples: int, limit: int, max_steps: int | None, question: str) -> Iterator[DemoCommand]:

@@ -35,6 +35,12 @@ pmod eval --list
 """
 AUTO_ROWS = {"cpu": 8, "gpu": 64}  # what --batch-size auto begins with
 FORMATS = ("table", "json", "markdown", "csv")
+SHOWING = ("as_json", "shown_as", "quiet", "progress", "offline")
+USED_BY = {  # what the calls that ask no model take besides
+    "--list": ("list_tasks", "data_root"),
+    "--compare": ("compare", "runs", "seed", "out", "overwrite"),
+    "--fetch-data": ("fetch_data", "data_root"),
+}
 _running = common.option_under("How to run")
 _report = common.option_under("What to report")
 _data = common.option_under("Data sets")
@@ -174,6 +180,10 @@ def eval(
     if as_json and shown_as not in ("table", "json"):
         raise PmodError(f"two formats: --json and --format {shown_as}; give one")
     shown_as = "json" if as_json else shown_as
+    for mode, given in (("--list", list_tasks), ("--compare", compare), ("--fetch-data", fetch_data is not None)):
+        if given:
+            others = (one.name for one in context.command.params if one.name not in (*SHOWING, *USED_BY[mode]))
+            common.refuse_ignored(context, filter(None, others), f"a call without {mode}", "eval")
     if list_tasks:
         show_suite(known.groups(), data_root, shown_as)
         return
@@ -181,7 +191,7 @@ def eval(
         raise PmodError(f"unexpected: {runs[0]}", hint="pmod eval --compare RUN RUN sets finished runs side by side")
     require("eval", "lmms_eval", "datasets", "accelerate")
     if compare:
-        _compare(runs or [], seed, shown_as, out, overwrite)
+        _compare(runs or [], seed, shown_as, out, overwrite, quiet)
         return
     if fetch_data is not None:
         _fetch(suite.resolve(fetch_data.split(",")), data_root, as_json)
@@ -315,7 +325,7 @@ def _pick_dtype(dtype: str, device: str) -> str:
     return "float32"
 
 
-def _compare(runs: list[Path], seed: int, shown_as: str, out: Path | None, overwrite: bool) -> None:
+def _compare(runs: list[Path], seed: int, shown_as: str, out: Path | None, overwrite: bool, quiet: bool) -> None:
     from pmod_cli.evaluation.results.comparison import compare
 
     results = compare(runs, seed=seed)
@@ -326,6 +336,9 @@ def _compare(runs: list[Path], seed: int, shown_as: str, out: Path | None, overw
 
         write_comparison(results, out, runs, overwrite=overwrite)
         results = {"folder": str(out), **results}
+        if quiet and shown_as != "json":
+            output.print_line(out)
+            return
     show_results(results, shown_as)
 
 

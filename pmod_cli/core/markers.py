@@ -13,7 +13,13 @@ from pmod_cli.core.errors import PmodError
 MARKER = ".pmod.json"
 SUCCESSOR = ".pmod-successor"  # in a successor until the exchange: a staging folder without it is the old one
 LOCK = ".lock"  # in a folder whose parent takes no new names, as that of a mounted disk; else beside it
-WRITERS = {"checkpoint": "pmod convert", "run": "pmod finetune", "evaluation": "pmod eval", "data": "pmod"}  # by kind
+WRITERS = {  # by kind
+    "checkpoint": "pmod convert",
+    "run": "pmod finetune",
+    "evaluation": "pmod eval",
+    "comparison": "pmod eval --compare",
+    "data": "pmod",
+}
 _IGNORED = {SUCCESSOR, LOCK, ".DS_Store"}
 
 

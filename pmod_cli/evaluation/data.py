@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -157,7 +158,9 @@ def require_data(benchmarks: Iterable[Benchmark], data_root: Path | None = None)
     """
     benchmarks = list(benchmarks)
     if data_root is not None and not data_root.is_dir():
-        raise PmodError(f"`data_root={data_root}`: no such folder", hint=_fetch_command(benchmarks, data_root))
+        fetched = [benchmark for benchmark in benchmarks if benchmark.data]  # --fetch-data refuses the others
+        hint = _fetch_command(fetched, data_root) if fetched else None
+        raise PmodError(f"`data_root={data_root}`: no such folder", hint=hint)
     missing = {
         source: benchmark for benchmark in benchmarks for source in benchmark.data if not find(source, data_root)
     }
@@ -275,7 +278,7 @@ def _not_on_hub(missing: dict[Split, Benchmark]) -> dict[Split, Benchmark]:
 
 def _fetch_command(benchmarks: Iterable[Benchmark], data_root: Path | None) -> str:
     names = ",".join(benchmark.name for benchmark in benchmarks)
-    return f"pmod eval --fetch-data {names} --data-root {data_root or 'DIR'}"
+    return f"pmod eval --fetch-data {names} --data-root {quote(str(data_root or 'DIR'))}"
 
 
 def _require_space(sources: Iterable[Split], data_root: Path) -> None:

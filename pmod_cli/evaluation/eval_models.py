@@ -137,11 +137,11 @@ def at_budgets(
     listed = known if listed == ["all"] else listed
     if unknown := [method for method in listed if method not in known]:
         raise PmodError(f"`methods={unknown[0]}`: expected all, or some of {', '.join(known)}")
-    shares = {budget.strip(): _share(budget.strip(), f"budgets={budget.strip()}") for budget in budgets}
+    shares = {_share(budget.strip(), f"budgets={budget.strip()}"): budget.strip() for budget in budgets}
     folder = resolve(name, offline=offline).path
     sizes = with_limits(Sizes.of(read_json(folder / CONFIG)), folder)
     chosen, left_out = [], []
-    for budget, share in shares.items():
+    for share, budget in shares.items():
         for method in dict.fromkeys(["random", *listed]):
             try:
                 solve(method, share, sizes, HARDLY_TEXT.rows(sizes))

@@ -70,3 +70,20 @@ def test_a_command_whose_text_is_gone_runs_again(workdir, monkeypatch, capsys):
     ran.clear()
     assert cli.main(["demo", "--out", "all"]) == 0
     assert ran == ["eval", "profile", "visualize"]
+
+
+def test_what_is_typed_next_works_in_any_folder(workdir, monkeypatch, capsys):
+    def run(step, out):
+        (out / f"{step.name}.txt").write_text("")
+        return 1.0
+
+    monkeypatch.setattr(demo, "_run", run)
+    assert cli.main(["demo", "--out", "my demo"]) == 0
+    assert "next: pmod visualize 'my demo/image.png' --model 'my demo/p-mod' --mode" in capsys.readouterr().err
+
+
+def test_steps_without_training_are_refused(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_run", lambda step, out: pytest.fail("it has started"))
+    assert cli.main(["demo", "--max-steps", "9"]) == 2
+    assert "--max-steps belongs to --train" in capsys.readouterr().err
+    assert not list(workdir.iterdir())

@@ -137,9 +137,30 @@ def test_finished_runs_side_by_side(run, workdir, capsys):
     assert capsys.readouterr().out.startswith("benchmark,task,metric,model,score,")
 
 
+def test_the_folder_of_a_comparison(run, workdir, capsys):
+    """--quiet prints it alone; another one is not replaced; --dry-run, which a comparison has not, writes nothing."""
+    assert evaluate("--compare", run, "-o", "dry", "--dry-run") == 2
+    assert "--dry-run belongs to a call without --compare" in capsys.readouterr().err
+    assert not (workdir / "dry").exists()
+
+    assert evaluate("--compare", run, "-o", "both", "-q") == 0
+    assert capsys.readouterr().out == "both\n"
+    (workdir / "theirs").mkdir()
+    (workdir / "theirs" / "thesis.txt").write_text("years")
+    assert evaluate("--compare", run, "-o", "theirs", "--overwrite") == 2
+    assert "theirs was not written by pmod eval --compare" in capsys.readouterr().err
+    (workdir / "both" / "notes.txt").write_text("years")
+    assert evaluate("--compare", run, "-o", "both", "--overwrite") == 2
+    assert "both holds what pmod eval --compare did not write: notes.txt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--compare", "gone", "gone2", "--limit", "3"], "--limit belongs to a call without --compare"),
+        (["--compare", "gone", "gone2", "-m", "mine"], "--model belongs to a call without --compare"),
+        (["--list", "gone"], "RUN belongs to a call without --list"),
+        (["--fetch-data", "gqa", "--data-root", "d", "--dry-run"], "--dry-run belongs to a call without --fetch-data"),
         (["--compare", "gone", "gone2"], "no finished run"),
         (["gone"], "unexpected: gone"),
         (["--tasks", "tiny", "--format", "xml"], "is not a format. Known: table, json, markdown, csv"),

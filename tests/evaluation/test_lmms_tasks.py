@@ -67,8 +67,12 @@ def test_all_that_is_missing_is_said_at_once(tmp_path):
     assert "lmms-lab-encoder/DocVQA DocVQA validation (2.3 GB)" in failure.value.what
     assert "testdev_balanced_images testdev (66 MB); 2.4 GB in all" in failure.value.what
     assert f"pmod eval --fetch-data docvqa,gqa --data-root {tmp_path}" in failure.value.hint
-    with pytest.raises(PmodError, match="no such folder"):
-        data.require_data(suite.resolve(["docvqa"]), tmp_path / "elsewhere")
+    with pytest.raises(PmodError, match="no such folder") as failure:
+        data.require_data(suite.resolve(["blink", "docvqa"]), tmp_path / "else where")
+    assert failure.value.hint == f"pmod eval --fetch-data docvqa --data-root '{tmp_path / 'else where'}'"
+    with pytest.raises(PmodError, match="no such folder") as failure:
+        data.require_data(suite.resolve(["blink"]), tmp_path / "elsewhere")
+    assert failure.value.hint is None, "no mirror has these data"
     with pytest.raises(PmodError, match="not on this machine"):
         data.require_data(suite.resolve(["docvqa"]))
 

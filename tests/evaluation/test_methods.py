@@ -65,6 +65,7 @@ def test_what_cannot_be_asked(converted):
     ):
         with pytest.raises(PmodError, match=message):
             eval_models.at_budgets(mine, methods, budgets)
+    assert eval_models.at_budgets(mine, ["fastv"], ["0.9", "0.90"])[0] == ["random@0.90", "fastv@0.90"]  # asked once
     asked, left_out = eval_models.at_budgets(mine, ["all"], ["0.01", "0.9"])
     assert asked == [f"{name}@0.9" for name in ["random", *(n for n in METHODS if n not in ("pmod", "random"))]]
     assert len(left_out) == len(list(METHODS)) - 1

@@ -182,8 +182,8 @@ def eval(
     shown_as = "json" if as_json else shown_as
     for mode, given in (("--list", list_tasks), ("--compare", compare), ("--fetch-data", fetch_data is not None)):
         if given:
-            others = (one.name for one in context.command.params if one.name not in (*SHOWING, *USED_BY[mode]))
-            common.refuse_ignored(context, filter(None, others), f"a call without {mode}", "eval")
+            ignored = (one.name for one in context.command.params if one.name not in (*SHOWING, *USED_BY[mode]))
+            common.refuse_ignored(context, filter(None, ignored), f"a call without {mode}", "eval")
     if list_tasks:
         show_suite(known.groups(), data_root, shown_as)
         return

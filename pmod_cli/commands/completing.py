@@ -120,6 +120,11 @@ def _outputs() -> list[str]:
     return [layout.name for layout in output_layouts().values()]
 
 
+def droppers() -> list[str]:
+    """Methods that only drop tokens, and so run on a stock model."""
+    return [name for name in METHODS if not METHODS[name].routers]
+
+
 _MODELS, _RECIPES = one(lambda: ALIASES), one(recipe_files.names)
 VALUES: dict[str, Completer] = {  # by parameter, or by verb and parameter where verbs differ
     "model": _MODELS,
@@ -133,10 +138,10 @@ VALUES: dict[str, Completer] = {  # by parameter, or by verb and parameter where
     "profile tasks": several(tiny_tasks),
     "eval_tasks": several(tasks),
     "fetch_data": several(tasks),
-    "against": several(lambda: dict.fromkeys(["stock", "none", "downsample", *SELECTIONS, *METHODS, *ALIASES])),
+    "against": several(lambda: dict.fromkeys(["stock", "none", "downsample", *SELECTIONS, *droppers(), *ALIASES])),
     "profile against": several(lambda: ["stock", *SELECTIONS]),
     "visualize against": one(lambda: ["stock", *SELECTIONS, *ALIASES]),
-    "methods": several(lambda: ["all", *METHODS]),
+    "methods": several(lambda: ["all", *droppers()]),
     "method": one(lambda: METHODS),
     "selection": one(lambda: SELECTIONS),
     "schedule": one(lambda: SCHEDULES),

@@ -23,6 +23,7 @@ COMPLETIONS = [
     ("eval --tasks docvqa,chartqa,docv", ""),
     ("eval --tasks ti", "tiny tiny-several"),
     ("eval --methods fastv,sho", "fastv,shortv"),
+    ("eval --methods p", "pyramiddrop"),
     ("eval --against downsample,llava-1.5-1", "downsample,llava-1.5-13b"),
     ("convert llava-next-m", "llava-next-mistral-7b"),
     ("convert --schedule interl", "interleaved"),

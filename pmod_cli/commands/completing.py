@@ -19,7 +19,7 @@ from pmod_cli.core import json_text
 from pmod_cli.core.errors import PmodError
 from pmod_cli.core.hardware import KERNELS
 from pmod_cli.core.paths import expanded
-from pmod_cli.model.methods import METHODS
+from pmod_cli.model.methods import METHODS, droppers
 from pmod_cli.model.registry import SELECTIONS
 from pmod_cli.model.schedule import SCHEDULES
 from pmod_cli.model.settings import NORMS, QUOTAS, TARGET_TOKENS
@@ -118,11 +118,6 @@ def _outputs() -> list[str]:
     from pmod_cli.checkpoints.layouts import output_layouts
 
     return [layout.name for layout in output_layouts().values()]
-
-
-def droppers() -> list[str]:
-    """Methods that only drop tokens, and so run on a stock model."""
-    return [name for name in METHODS if not METHODS[name].routers]
 
 
 _MODELS, _RECIPES = one(lambda: ALIASES), one(recipe_files.names)

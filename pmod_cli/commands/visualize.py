@@ -206,9 +206,9 @@ def visualize(
 
 def _method(text: str, mode: str) -> tuple[str, float]:
     """The method and the share of `fastv@0.4`."""
-    from pmod_cli.model import METHODS
+    from pmod_cli.model import droppers
 
-    known = [name for name in METHODS if not METHODS[name].routers]
+    known = droppers()
     name, _, share = text.partition("@")
     if name not in known or not re.fullmatch(r"0?\.\d+|1|1\.0*", share) or not float(share):
         raise PmodError(

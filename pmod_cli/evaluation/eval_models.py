@@ -17,7 +17,7 @@ from pmod_cli.core.errors import PmodError
 from pmod_cli.families import model_types
 from pmod_cli.families.sizes import Sizes
 from pmod_cli.families.unsupported import why_not
-from pmod_cli.model import METHODS, SELECTIONS, PmodSettings
+from pmod_cli.model import METHODS, SELECTIONS, PmodSettings, droppers
 from pmod_cli.profiling.budgets import HARDLY_TEXT, cost_of, nearest, solve
 
 DOWNSAMPLE, ROUTER = "downsample", "router"
@@ -132,7 +132,7 @@ def at_budgets(
     Raises:
         PmodError: An unknown method, or a budget that is no share.
     """
-    known = [method for method in METHODS if not METHODS[method].routers]
+    known = droppers()
     listed = [method.strip() for method in methods]
     listed = known if listed == ["all"] else listed
     if unknown := [method for method in listed if method not in known]:

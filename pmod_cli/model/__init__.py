@@ -13,7 +13,7 @@ _HOMES = {
     "registry": ("BadPlugin", "SELECTIONS", "Registry"),
     "schedule": ("SCHEDULES", "kept_tokens", "retention_schedule", "setting_of", "solve_shift", "takes_shift"),
     "settings": ("NORMS", "PmodSettings", "TARGET_TOKENS"),
-    "methods": ("METHODS", "Method"),
+    "methods": ("METHODS", "Method", "droppers"),
     "routing": ("Routing",),
     "selection": ("Selection",),
     "capture": ("LayerSelection", "SelectionRecord", "capture_selection"),

@@ -101,3 +101,8 @@ for _name, _method in {
     "uniform": Method("uniform", "constant"),
 }.items():
     METHODS.register(_name)(_method)
+
+
+def droppers() -> list[str]:
+    """Methods without routers: they drop tokens of a stock model, and are asked for with a share of its FLOPs."""
+    return [name for name in METHODS if not METHODS[name].routers]
